@@ -1,0 +1,28 @@
+# Each target is complete in itself: it makes .venv, installs what is missing, and runs.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: demo test clean
+.DELETE_ON_ERROR:
+
+demo: $(STAMP)
+	rm -rf runs/demo
+	$(BIN)/resode train --data digits --model odenet20 --solver euler --run-dir runs/demo
+	$(BIN)/resode swap runs/demo --solvers euler,midpoint,rk4,dopri5
+	$(BIN)/resode stability runs/demo --solvers euler,rk4
+
+test: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/pytest
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "resode needs Python 3.11 or newer, this is " + sys.version)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+clean:
+	rm -rf .venv runs .pytest_cache .ruff_cache build dist

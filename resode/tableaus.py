@@ -1,0 +1,514 @@
+r"""Butcher tableaus: every Runge-Kutta method of resode, as data.
+
+One step of size η on x' = f(t, x) with a tableau (A, b, c) is
+
+    k_i = f(t + c_i η, x + η Σ_j a_ij k_j),        x⁺ = x + η Σ_i b_i k_i.
+
+The same numbers advance the state (`resode.solve`), are the residual block when the method is
+Euler (`resode.ResidualStack`), and give the stability function R(z) = 1 + z bᵀ(I − zA)⁻¹1 that
+limits the step (`resode.stability`). A new method is one entry in this file.
+
+Coefficients are exact fractions where the method has them. Tsitouras' method is stored
+to 36 digits and Prince and Dormand's eighth-order one as its published fractions: both meet their
+order conditions beyond float64, though not exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction as Q
+from math import sqrt
+
+Number = Q | float
+"""A coefficient: an exact fraction, or a float where the method is irrational."""
+
+
+@dataclass(frozen=True)
+class ButcherTableau:
+    """A Runge-Kutta method as data.
+
+    Args:
+        name: how users ask for it.
+        a: stage coefficients A, `stages` rows of `stages` numbers (dimensionless, as b and c).
+        b: weights of the step, `stages` numbers.
+        c: stage times as fractions of the step, `stages` numbers, the row sums of A.
+        b_error: b − b̂ with b̂ the embedded method's weights, or None without one; the local
+            error estimate is η Σ b_error_i k_i.
+        order: order of the solution that is advanced with b.
+        stages, explicit, fsal: derived from A and b where None, checked against them where given.
+            `explicit`: A is strictly lower triangular. `fsal` (first same as last): the last stage
+            is f at the step's end, so it is the next step's first stage.
+        source: where the coefficients were published.
+        interpolant: the method's own dense output, or None: row i holds the coefficients of
+            θ, θ², … in b_i(θ), so that x(t + θη) ≈ x + η Σ b_i(θ) k_i for 0 ≤ θ ≤ 1.
+        rational: (numerator, denominator) of R(z), lowest degree first, where it is known exactly
+            although the coefficients are irrational.
+
+    Raises:
+        ValueError: the parts disagree; the message names the first that does.
+
+    Source:
+        Hairer, Nørsett & Wanner, Solving Ordinary Differential Equations I, II.1.
+
+    Example:
+        >>> heun = ButcherTableau("my_heun", a=((0, 0), (1, 0)), b=(Q(1, 2), Q(1, 2)), c=(0, 1),
+        ...                       order=2, source="Heun (1900)")
+        >>> heun.stages, heun.explicit, heun.fsal
+        (2, True, False)
+    """
+
+    name: str
+    a: tuple[tuple[Number, ...], ...]
+    b: tuple[Number, ...]
+    c: tuple[Number, ...]
+    b_error: tuple[Number, ...] | None = None
+    order: int = 1
+    stages: int | None = None
+    explicit: bool | None = None
+    fsal: bool | None = None
+    source: str = ""
+    interpolant: tuple[tuple[Number, ...], ...] | None = None
+    rational: tuple[tuple[Q, ...], tuple[Q, ...]] | None = None
+
+    def __post_init__(self) -> None:
+        stages = len(self.b)
+        shapes = {
+            "a": len(self.a),
+            "c": len(self.c),
+            **{f"row {i} of a": len(row) for i, row in enumerate(self.a)},
+            **({} if self.b_error is None else {"b_error": len(self.b_error)}),
+            **({} if self.interpolant is None else {"interpolant": len(self.interpolant)}),
+        }
+        for part, length in shapes.items():
+            if length != stages:
+                raise ValueError(
+                    f"tableau {self.name!r}: every part must have as many entries as b, "
+                    f"which has {stages}; {part} has {length}."
+                )
+        for i, row in enumerate(self.a):
+            if abs(sum(row) - self.c[i]) > 1e-14:
+                raise ValueError(
+                    f"tableau {self.name!r}: c must be the row sums of a; "
+                    f"row {i} of a sums to {float(sum(row))}, c is {float(self.c[i])}."
+                )
+        if abs(sum(self.b) - 1) > 1e-14:
+            raise ValueError(f"tableau {self.name!r}: b must sum to 1, got {float(sum(self.b))}.")
+        derived = {
+            "stages": stages,
+            "explicit": all(self.a[i][j] == 0 for i in range(stages) for j in range(i, stages)),
+            "fsal": tuple(self.a[-1]) == tuple(self.b) and self.c[-1] == 1 and stages > 1,
+        }
+        for name, value in derived.items():
+            given = getattr(self, name)
+            if given is not None and given != value:
+                raise ValueError(f"tableau {self.name!r}: {name} is {value} by a and b, not {given}.")
+            object.__setattr__(self, name, value)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether an explicit method carries an error estimate that can steer its step."""
+        return bool(self.explicit) and self.b_error is not None
+
+
+def _explicit(
+    name: str,
+    rows: Sequence[Sequence[Number | int | str]],
+    b: Sequence[Number | int | str],
+    order: int,
+    source: str,
+    *,
+    b_hat: Sequence[Q | int] | None = None,
+    b_error: Sequence[Number | int | str] | None = None,
+    interpolant: Sequence[Sequence[Number | int]] | None = None,
+) -> ButcherTableau:
+    """An explicit tableau from the non-zero triangle of A (row i holds a_i1 … a_i,i-1)."""
+    stages = len(b)
+    a = _exact([tuple(row) + (0,) * (stages - len(row)) for row in ((), *rows)])
+    if b_hat is not None:
+        b_error = [Q(x) - Q(y) for x, y in zip(b, b_hat, strict=True)]
+    return ButcherTableau(
+        name=name,
+        a=a,
+        b=_exact([b])[0],
+        c=tuple(sum(row, Q(0)) for row in a),
+        b_error=None if b_error is None else _exact([b_error])[0],
+        order=order,
+        source=source,
+        interpolant=None if interpolant is None else _exact(interpolant),
+    )
+
+
+def _exact(rows: Sequence[Sequence[Number | int | str]]) -> tuple[tuple[Number, ...], ...]:
+    """Integers and decimals in quotes become the fractions that they are; floats stay floats."""
+    return tuple(tuple(Q(x) if isinstance(x, int | str) else x for x in row) for row in rows)
+
+
+_HNW = "Hairer, Nørsett & Wanner, Solving Ordinary Differential Equations I (1993)"
+_HW = "Hairer & Wanner, Solving Ordinary Differential Equations II (1996)"
+
+_EXPLICIT = [
+    _explicit("euler", [], [1], 1, "Euler, Institutionum calculi integralis (1768)"),
+    _explicit("midpoint", [[Q(1, 2)]], [0, 1], 2, "Runge (1895); " + _HNW + ", II.1"),
+    _explicit("heun2", [[1]], [Q(1, 2), Q(1, 2)], 2, "Heun (1900); " + _HNW + ", II.1"),
+    _explicit("ralston2", [[Q(2, 3)]], [Q(1, 4), Q(3, 4)], 2, "Ralston, Math. Comp. 16 (1962)"),
+    _explicit(
+        "kutta3",
+        [[Q(1, 2)], [-1, 2]],
+        [Q(1, 6), Q(2, 3), Q(1, 6)],
+        3,
+        "Kutta (1901), third order",
+    ),
+    _explicit(
+        "heun3",
+        [[Q(1, 3)], [0, Q(2, 3)]],
+        [Q(1, 4), 0, Q(3, 4)],
+        3,
+        "Heun (1900); " + _HNW + ", II.1",
+    ),
+    _explicit(
+        "ssprk3",
+        [[1], [Q(1, 4), Q(1, 4)]],
+        [Q(1, 6), Q(1, 6), Q(2, 3)],
+        3,
+        "Shu & Osher, J. Comput. Phys. 77 (1988)",
+    ),
+    _explicit(
+        "rk4",
+        [[Q(1, 2)], [0, Q(1, 2)], [0, 0, 1]],
+        [Q(1, 6), Q(1, 3), Q(1, 3), Q(1, 6)],
+        4,
+        "Kutta (1901), the classic method; " + _HNW + ", II.1",
+    ),
+    _explicit(
+        "rk4_38",
+        [[Q(1, 3)], [Q(-1, 3), 1], [1, -1, 1]],
+        [Q(1, 8), Q(3, 8), Q(3, 8), Q(1, 8)],
+        4,
+        "Kutta (1901), the 3/8 rule (torchdiffeq's rk4); " + _HNW + ", II.1",
+    ),
+    _explicit(
+        "bosh3",
+        [[Q(1, 2)], [0, Q(3, 4)], [Q(2, 9), Q(1, 3), Q(4, 9)]],
+        [Q(2, 9), Q(1, 3), Q(4, 9), 0],
+        3,
+        "Bogacki & Shampine, Appl. Math. Lett. 2 (1989)",
+        b_hat=[Q(7, 24), Q(1, 4), Q(1, 3), Q(1, 8)],
+    ),
+    _explicit(
+        "fehlberg45",
+        [
+            [Q(1, 4)],
+            [Q(3, 32), Q(9, 32)],
+            [Q(1932, 2197), Q(-7200, 2197), Q(7296, 2197)],
+            [Q(439, 216), -8, Q(3680, 513), Q(-845, 4104)],
+            [Q(-8, 27), 2, Q(-3544, 2565), Q(1859, 4104), Q(-11, 40)],
+        ],
+        [Q(16, 135), 0, Q(6656, 12825), Q(28561, 56430), Q(-9, 50), Q(2, 55)],
+        5,
+        "Fehlberg, NASA TR R-315 (1969), advanced with the fifth-order weights",
+        b_hat=[Q(25, 216), 0, Q(1408, 2565), Q(2197, 4104), Q(-1, 5), 0],
+    ),
+    _explicit(
+        "dopri5",
+        [
+            [Q(1, 5)],
+            [Q(3, 40), Q(9, 40)],
+            [Q(44, 45), Q(-56, 15), Q(32, 9)],
+            [Q(19372, 6561), Q(-25360, 2187), Q(64448, 6561), Q(-212, 729)],
+            [Q(9017, 3168), Q(-355, 33), Q(46732, 5247), Q(49, 176), Q(-5103, 18656)],
+            [Q(35, 384), 0, Q(500, 1113), Q(125, 192), Q(-2187, 6784), Q(11, 84)],
+        ],
+        [Q(35, 384), 0, Q(500, 1113), Q(125, 192), Q(-2187, 6784), Q(11, 84), 0],
+        5,
+        "Dormand & Prince, J. Comput. Appl. Math. 6 (1980); "
+        "dense output: Shampine, Math. Comp. 46 (1986)",
+        b_hat=[
+            Q(5179, 57600),
+            0,
+            Q(7571, 16695),
+            Q(393, 640),
+            Q(-92097, 339200),
+            Q(187, 2100),
+            Q(1, 40),
+        ],
+        interpolant=[
+            [
+                1,
+                Q(-8048581381, 2820520608),
+                Q(8663915743, 2820520608),
+                Q(-12715105075, 11282082432),
+            ],
+            [0, 0, 0, 0],
+            [
+                0,
+                Q(131558114200, 32700410799),
+                Q(-68118460800, 10900136933),
+                Q(87487479700, 32700410799),
+            ],
+            [
+                0,
+                Q(-1754552775, 470086768),
+                Q(14199869525, 1410260304),
+                Q(-10690763975, 1880347072),
+            ],
+            [
+                0,
+                Q(127303824393, 49829197408),
+                Q(-318862633887, 49829197408),
+                Q(701980252875, 199316789632),
+            ],
+            [0, Q(-282668133, 205662961), Q(2019193451, 616988883), Q(-1453857185, 822651844)],
+            [0, Q(40617522, 29380423), Q(-110615467, 29380423), Q(69997945, 29380423)],
+        ],
+    ),
+    _explicit(
+        "tsit5",
+        [
+            ["0.161"],
+            ["-0.00848065549235698854442687425023077468",
+             "0.335480655492356988544426874250230775"],
+            ["2.89715305710549343213043259419293876",
+             "-6.35944848997507484314815991238382563",
+             "4.36229543286958141101772731819088686"],
+            ["5.32586482843925660442887792084051132",
+             "-11.7488835640628278777471703397857730",
+             "7.49553934288983620830460478456435816",
+             "-0.0924950663617552492565020793320719161"],
+            ["5.86145544294642002865925148698264789",
+             "-12.9209693178471092917061186817833594",
+             "8.15936789857615864318040079453925349",
+             "-0.0715849732814009972245305425258297387",
+             "-0.0282690503940683829090030572127122415"],
+            ["0.0964607668180652295181673131651287633",
+             "0.01",
+             "0.479889650414499574775249532290596520",
+             "1.37900857410374189319227482185687277",
+             "-3.29006951543608067990104758571136385",
+             "2.32471052409977398241535591839876580"],
+        ],
+        [
+            "0.0964607668180652295181673131651287633",
+            "0.01",
+            "0.479889650414499574775249532290596520",
+            "1.37900857410374189319227482185687277",
+            "-3.29006951543608067990104758571136385",
+            "2.32471052409977398241535591839876580",
+            0,
+        ],
+        5,
+        "Tsitouras, Comput. Math. Appl. 62 (2011)",
+        b_error=[
+            "-0.00178001105222577144337855060753953478",
+            "-0.000816434459656746903223636063354686240",
+            "0.00788087801026199601031472767252630424",
+            "-0.144711007173262907537165147972635117",
+            "0.582357165452555225019937610652042179",
+            "-0.458082105929186946661636518832554297",
+            Q(1, 66),
+        ],
+        interpolant=[
+            # b_i(θ) was published factored; these are the products, lowest power of θ first.
+            [1.0, -2.763706197274826, 2.9132554618219126, -1.0530884977290216],
+            [0.0, 0.13169999999999998, -0.2234, 0.1017],
+            [0.0, 3.9302962368947516, -5.941033872131505, 2.490627285651252793],
+            [0.0, -12.411077166933676, 30.33818863028232, -16.54810288924490272],
+            [0.0, 37.50931341651104, -88.1789048947664, 47.37952196281928122],
+            [0.0, -27.896526289197286, 65.09189467479366, -34.87065786149660974],
+            [0.0, 1.5, -4.0, 2.5],
+        ],
+    ),
+    _explicit(
+        "dopri8",
+        [
+            [Q(1, 18)],
+            [Q(1, 48), Q(1, 16)],
+            [Q(1, 32), 0, Q(3, 32)],
+            [Q(5, 16), 0, Q(-75, 64), Q(75, 64)],
+            [Q(3, 80), 0, 0, Q(3, 16), Q(3, 20)],
+            [
+                Q(29443841, 614563906),
+                0,
+                0,
+                Q(77736538, 692538347),
+                Q(-28693883, 1125000000),
+                Q(23124283, 1800000000),
+            ],
+            [
+                Q(16016141, 946692911),
+                0,
+                0,
+                Q(61564180, 158732637),
+                Q(22789713, 633445777),
+                Q(545815736, 2771057229),
+                Q(-180193667, 1043307555),
+            ],
+            [
+                Q(39632708, 573591083),
+                0,
+                0,
+                Q(-433636366, 683701615),
+                Q(-421739975, 2616292301),
+                Q(100302831, 723423059),
+                Q(790204164, 839813087),
+                Q(800635310, 3783071287),
+            ],
+            [
+                Q(246121993, 1340847787),
+                0,
+                0,
+                Q(-37695042795, 15268766246),
+                Q(-309121744, 1061227803),
+                Q(-12992083, 490766935),
+                Q(6005943493, 2108947869),
+                Q(393006217, 1396673457),
+                Q(123872331, 1001029789),
+            ],
+            [
+                Q(-1028468189, 846180014),
+                0,
+                0,
+                Q(8478235783, 508512852),
+                Q(1311729495, 1432422823),
+                Q(-10304129995, 1701304382),
+                Q(-48777925059, 3047939560),
+                Q(15336726248, 1032824649),
+                Q(-45442868181, 3398467696),
+                Q(3065993473, 597172653),
+            ],
+            [
+                Q(185892177, 718116043),
+                0,
+                0,
+                Q(-3185094517, 667107341),
+                Q(-477755414, 1098053517),
+                Q(-703635378, 230739211),
+                Q(5731566787, 1027545527),
+                Q(5232866602, 850066563),
+                Q(-4093664535, 808688257),
+                Q(3962137247, 1805957418),
+                Q(65686358, 487910083),
+            ],
+            [
+                Q(403863854, 491063109),
+                0,
+                0,
+                Q(-5068492393, 434740067),
+                Q(-411421997, 543043805),
+                Q(652783627, 914296604),
+                Q(11173962825, 925320556),
+                Q(-13158990841, 6184727034),
+                Q(3936647629, 1978049680),
+                Q(-160528059, 685178525),
+                Q(248638103, 1413531060),
+                0,
+            ],
+        ],
+        [
+            Q(14005451, 335480064),
+            0,
+            0,
+            0,
+            0,
+            Q(-59238493, 1068277825),
+            Q(181606767, 758867731),
+            Q(561292985, 797845732),
+            Q(-1041891430, 1371343529),
+            Q(760417239, 1151165299),
+            Q(118820643, 751138087),
+            Q(-528747749, 2220607170),
+            Q(1, 4),
+        ],
+        8,
+        "Prince & Dormand, J. Comput. Appl. Math. 7 (1981), RK8(7)13M",
+        b_hat=[
+            Q(13451932, 455176623),
+            0,
+            0,
+            0,
+            0,
+            Q(-808719846, 976000145),
+            Q(1757004468, 5645159321),
+            Q(656045339, 265891186),
+            Q(-3867574721, 1518517206),
+            Q(465885868, 322736535),
+            Q(53011238, 667516719),
+            Q(2, 45),
+            0,
+        ],
+    ),
+]
+
+_S3, _S6 = sqrt(3), sqrt(6)
+
+_IMPLICIT = [
+    ButcherTableau(
+        "implicit_euler", ((Q(1),),), (Q(1),), (Q(1),), order=1, source=_HW + ", IV.3"
+    ),
+    ButcherTableau(
+        "implicit_midpoint",
+        ((Q(1, 2),),),
+        (Q(1),),
+        (Q(1, 2),),
+        order=2,
+        source=_HW + ", IV.3",
+    ),
+    ButcherTableau(
+        "trapezoid",
+        ((Q(0), Q(0)), (Q(1, 2), Q(1, 2))),
+        (Q(1, 2), Q(1, 2)),
+        (Q(0), Q(1)),
+        order=2,
+        source=_HW + ", IV.3",
+    ),
+    ButcherTableau(
+        "gauss4",
+        ((1 / 4, 1 / 4 - _S3 / 6), (1 / 4 + _S3 / 6, 1 / 4)),
+        (Q(1, 2), Q(1, 2)),
+        (1 / 2 - _S3 / 6, 1 / 2 + _S3 / 6),
+        order=4,
+        source="Hammer & Hollingsworth (1955); " + _HW + ", IV.5",
+        rational=((Q(1), Q(1, 2), Q(1, 12)), (Q(1), Q(-1, 2), Q(1, 12))),
+    ),
+    ButcherTableau(
+        "radau5",
+        (
+            ((88 - 7 * _S6) / 360, (296 - 169 * _S6) / 1800, (-2 + 3 * _S6) / 225),
+            ((296 + 169 * _S6) / 1800, (88 + 7 * _S6) / 360, (-2 - 3 * _S6) / 225),
+            ((16 - _S6) / 36, (16 + _S6) / 36, 1 / 9),
+        ),
+        ((16 - _S6) / 36, (16 + _S6) / 36, 1 / 9),
+        ((4 - _S6) / 10, (4 + _S6) / 10, 1.0),
+        order=5,
+        source="Ehle (1969), Radau IIA; " + _HW + ", IV.5",
+        rational=(
+            (Q(1), Q(2, 5), Q(1, 20)),
+            (Q(1), Q(-3, 5), Q(3, 20), Q(-1, 60)),
+        ),
+    ),
+]
+
+METHODS: dict[str, ButcherTableau] = {t.name: t for t in (*_EXPLICIT, *_IMPLICIT)}
+"""Every method by name. The implicit ones serve analysis only."""
+
+
+def get_tableau(method: str | ButcherTableau) -> ButcherTableau:
+    """The tableau of a method given by name; a tableau is returned as it is.
+
+    Raises:
+        ValueError: the name is unknown; the message lists the known ones.
+        TypeError: neither a name nor a tableau.
+
+    Example:
+        >>> get_tableau("rk4").order
+        4
+    """
+    if isinstance(method, ButcherTableau):
+        return method
+    if not isinstance(method, str):
+        raise TypeError(
+            f"a method is a name in resode.METHODS or a ButcherTableau, got {type(method).__name__}."
+        )
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; the methods are: {', '.join(METHODS)}.")
+    return METHODS[method]
