@@ -16,7 +16,7 @@ order conditions beyond float64, though not exactly.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction as Q
 from math import sqrt
 
@@ -24,7 +24,11 @@ Number = Q | float
 """A coefficient: an exact fraction, or a float where the method is irrational."""
 
 
-@dataclass(frozen=True)
+Row = tuple[tuple[int, float], ...]
+"""The non-zero coefficients of a combination of stages: (stage, coefficient)."""
+
+
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity: hashing fractions is slow
 class ButcherTableau:
     """A Runge-Kutta method as data.
 
@@ -71,6 +75,12 @@ class ButcherTableau:
     interpolant: tuple[tuple[Number, ...], ...] | None = None
     rational: tuple[tuple[Q, ...], tuple[Q, ...]] | None = None
 
+    # What a step reads: the non-zero coefficients as floats.
+    a_rows: tuple[Row, ...] = field(init=False, repr=False)
+    b_row: Row = field(init=False, repr=False)
+    error_row: Row = field(init=False, repr=False)
+    stage_times: tuple[float, ...] = field(init=False, repr=False)
+
     def __post_init__(self) -> None:
         stages = len(self.b)
         shapes = {
@@ -104,11 +114,19 @@ class ButcherTableau:
             if given is not None and given != value:
                 raise ValueError(f"tableau {self.name!r}: {name} is {value} by a and b, not {given}.")
             object.__setattr__(self, name, value)
+        object.__setattr__(self, "a_rows", tuple(map(_row, self.a)))
+        object.__setattr__(self, "b_row", _row(self.b))
+        object.__setattr__(self, "error_row", _row(self.b_error or ()))
+        object.__setattr__(self, "stage_times", tuple(map(float, self.c)))
 
     @property
     def adaptive(self) -> bool:
         """Whether an explicit method carries an error estimate that can steer its step."""
         return bool(self.explicit) and self.b_error is not None
+
+
+def _row(numbers: Sequence[Number]) -> Row:
+    return tuple((i, float(x)) for i, x in enumerate(numbers) if x != 0)
 
 
 def _explicit(
@@ -221,8 +239,7 @@ _EXPLICIT = [
         ],
         [Q(35, 384), 0, Q(500, 1113), Q(125, 192), Q(-2187, 6784), Q(11, 84), 0],
         5,
-        "Dormand & Prince, J. Comput. Appl. Math. 6 (1980); "
-        "dense output: Shampine, Math. Comp. 46 (1986)",
+        "Dormand & Prince, J. Comput. Appl. Math. 6 (1980); dense output: Shampine, Math. Comp. 46 (1986)",
         b_hat=[
             Q(5179, 57600),
             0,
@@ -266,26 +283,33 @@ _EXPLICIT = [
         "tsit5",
         [
             ["0.161"],
-            ["-0.00848065549235698854442687425023077468",
-             "0.335480655492356988544426874250230775"],
-            ["2.89715305710549343213043259419293876",
-             "-6.35944848997507484314815991238382563",
-             "4.36229543286958141101772731819088686"],
-            ["5.32586482843925660442887792084051132",
-             "-11.7488835640628278777471703397857730",
-             "7.49553934288983620830460478456435816",
-             "-0.0924950663617552492565020793320719161"],
-            ["5.86145544294642002865925148698264789",
-             "-12.9209693178471092917061186817833594",
-             "8.15936789857615864318040079453925349",
-             "-0.0715849732814009972245305425258297387",
-             "-0.0282690503940683829090030572127122415"],
-            ["0.0964607668180652295181673131651287633",
-             "0.01",
-             "0.479889650414499574775249532290596520",
-             "1.37900857410374189319227482185687277",
-             "-3.29006951543608067990104758571136385",
-             "2.32471052409977398241535591839876580"],
+            ["-0.00848065549235698854442687425023077468", "0.335480655492356988544426874250230775"],
+            [
+                "2.89715305710549343213043259419293876",
+                "-6.35944848997507484314815991238382563",
+                "4.36229543286958141101772731819088686",
+            ],
+            [
+                "5.32586482843925660442887792084051132",
+                "-11.7488835640628278777471703397857730",
+                "7.49553934288983620830460478456435816",
+                "-0.0924950663617552492565020793320719161",
+            ],
+            [
+                "5.86145544294642002865925148698264789",
+                "-12.9209693178471092917061186817833594",
+                "8.15936789857615864318040079453925349",
+                "-0.0715849732814009972245305425258297387",
+                "-0.0282690503940683829090030572127122415",
+            ],
+            [
+                "0.0964607668180652295181673131651287633",
+                "0.01",
+                "0.479889650414499574775249532290596520",
+                "1.37900857410374189319227482185687277",
+                "-3.29006951543608067990104758571136385",
+                "2.32471052409977398241535591839876580",
+            ],
         ],
         [
             "0.0964607668180652295181673131651287633",
@@ -442,9 +466,7 @@ _EXPLICIT = [
 _S3, _S6 = sqrt(3), sqrt(6)
 
 _IMPLICIT = [
-    ButcherTableau(
-        "implicit_euler", ((Q(1),),), (Q(1),), (Q(1),), order=1, source=_HW + ", IV.3"
-    ),
+    ButcherTableau("implicit_euler", ((Q(1),),), (Q(1),), (Q(1),), order=1, source=_HW + ", IV.3"),
     ButcherTableau(
         "implicit_midpoint",
         ((Q(1, 2),),),

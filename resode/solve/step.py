@@ -1,0 +1,113 @@
+r"""One Runge-Kutta step.
+
+With a tableau (A, b, c), a step of size h on x' = f(t, x) is
+
+    k_i = f(t + c_i h, x + h Σ_j a_ij k_j),        x⁺ = x + h Σ_i b_i k_i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from resode.tableaus import ButcherTableau, Row
+
+Time = float | Tensor
+"""A time or a step size: a float, a 0-D tensor, or one entry a sample, shape (B, 1, …, 1)."""
+
+Field = Callable[[Time, Tensor], Tensor]
+"""f(t, x) -> dx/dt, of x's shape."""
+
+
+def combine(x: Tensor, h: Time, row: Row, k: Sequence[Tensor]) -> Tensor:
+    r"""State x + h Σ c_i k_i over the (i, c_i) of `row`, in x's dtype.
+
+    A single coefficient 1 is written as on paper, x + h * k, so that an Euler step is a hand-written
+    residual block to the bit. A float h goes into the kernels' own scaling: no temporaries.
+    """
+    if not row:
+        return x
+    if len(row) == 1 and row[0][1] == 1.0:
+        return x + h * k[row[0][0]]
+    if isinstance(h, Tensor):
+        (first, c), *rest = row
+        total = k[first] * c
+        for i, c in rest:
+            total = torch.add(total, k[i], alpha=c)
+        return x + h * total
+    for i, c in row:
+        x = torch.add(x, k[i], alpha=h * c)
+    return x
+
+
+def stages(
+    tableau: ButcherTableau,
+    f: Field,
+    times: Sequence[Time],
+    x: Tensor,
+    h: Time,
+    k0: Tensor | None = None,
+) -> list[Tensor]:
+    """The stages k_i that x⁺ needs, at their times t + c_i h; `k0` is f(t, x) where it is known.
+
+    Trailing stages without weight (the last one of a first-same-as-last method) are left out.
+    """
+    k = [f(times[0], x) if k0 is None else k0]
+    for i in range(1, tableau.b_row[-1][0] + 1):
+        k.append(f(times[i], combine(x, h, tableau.a_rows[i], k)))
+    return k
+
+
+def rk_step(tableau: ButcherTableau, f: Field, t: Time, x: Tensor, h: Time) -> Tensor:
+    """The state one step later.
+
+    Args:
+        tableau: an explicit method.
+        f: the field, f(t, x) of x's shape.
+        t: the step's start.
+        x: state, shape (*state).
+        h: step size, negative to go back in time.
+
+    Returns:
+        x⁺, shape (*state).
+
+    Example:
+        >>> from resode.tableaus import METHODS
+        >>> rk_step(METHODS["rk4"], lambda t, x: -x, 0.0, torch.ones(1), 1.0)
+        tensor([0.3750])
+    """
+    times = [t + c * h if c else t for c in tableau.stage_times]
+    return combine(x, h, tableau.b_row, stages(tableau, f, times, x, h))
+
+
+def as_stage(dx: object, x: Tensor) -> Tensor:
+    """What a field returned, as a stage in x's dtype; refused where it is no derivative of x.
+
+    Under autocast a field may return a lower precision; the state keeps its own.
+
+    Raises:
+        TypeError: not a tensor, or another dtype outside autocast.
+        ValueError: another shape or device.
+    """
+    if not isinstance(dx, Tensor):
+        raise TypeError(f"a field must return a tensor of the state's shape, got {type(dx).__name__}.")
+    if dx.shape != x.shape:
+        raise ValueError(
+            f"a field must keep the state's shape: got x {tuple(x.shape)}, F(x) {tuple(dx.shape)}. "
+            "Change width or resolution between stages (resode.shortcuts), not inside F."
+        )
+    if dx.device != x.device:
+        raise ValueError(
+            f"a field must stay on the state's device: x is on {x.device}, F(x) on {dx.device}. "
+            "Move the field's parameters and constants there with .to(x.device)."
+        )
+    if dx.dtype != x.dtype:
+        if not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(
+                f"a field must keep the state's dtype: x is {x.dtype}, F(x) {dx.dtype}. "
+                "Convert the field's parameters and constants with .to(x.dtype)."
+            )
+        dx = dx.to(x.dtype)
+    return dx
