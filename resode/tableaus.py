@@ -107,7 +107,7 @@ class ButcherTableau:
         derived = {
             "stages": stages,
             "explicit": all(self.a[i][j] == 0 for i in range(stages) for j in range(i, stages)),
-            "fsal": tuple(self.a[-1]) == tuple(self.b) and self.c[-1] == 1 and stages > 1,
+            "fsal": tuple(self.a[-1]) == tuple(self.b) and abs(self.c[-1] - 1) < 1e-14 and stages > 1,
         }
         for name, value in derived.items():
             given = getattr(self, name)

@@ -1,0 +1,73 @@
+"""The import directions: tableaus at the bottom, the command line on top."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "resode"
+
+# What each room may import of resode; its own files are always allowed.
+MAY_IMPORT = {
+    "tableaus": set(),
+    "stability": {"tableaus"},
+    "solve": {"tableaus", "stability"},
+    "fields": set(),
+    "shortcuts": set(),
+    "blocks": {"solve", "tableaus"},
+    "networks": {"blocks", "fields", "shortcuts"},
+    "analysis": {"tableaus", "stability", "solve", "blocks"},
+    "plots": {"tableaus", "stability"},
+    "training": {"networks", "analysis", "blocks", "solve", "tableaus", "plots"},
+}
+ON_TOP = {"cli", "__init__"}  # may import everything
+LAZY = {"analysis": {"plots"}, "stability": {"plots"}}  # inside a function only: a result's .plot()
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path):
+    """(module of resode, whether at the top of the file) for every import in it."""
+    tree = ast.parse(path.read_text())
+    top = set(map(id, tree.body))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            pytest.fail(f"{path}: relative import; write it from resode on")
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "resode":
+            names = [f"resode.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "resode":
+                yield (parts[1] if len(parts) > 1 else "__init__"), id(node) in top
+            elif parts[0] == "matplotlib":
+                yield "matplotlib", id(node) in top
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    here = room(path)
+    if here in ON_TOP:
+        return
+    assert here in MAY_IMPORT, (
+        f"{here} is no room of the layout; add it to MAY_IMPORT with what it may import"
+    )
+    for name, at_top in imports(path):
+        if name == "matplotlib":
+            assert here == "plots", f"{path.name} imports matplotlib; figures are drawn in plots.py"
+            continue
+        allowed = MAY_IMPORT[here] | {here} | (set() if at_top else LAZY.get(here, set()))
+        assert name in allowed, f"{here} imports {name}; it may import {sorted(allowed)}"
+
+
+def test_the_check_sees_a_wrong_arrow(tmp_path):
+    """The check itself: an import of the command line from below is found."""
+    file = tmp_path / "x.py"
+    file.write_text("from resode.cli import main\nimport matplotlib.pyplot\n")
+    assert list(imports(file)) == [("cli", True), ("matplotlib", True)]

@@ -1,0 +1,150 @@
+"""Every tableau meets the order conditions that it declares, exactly where it is rational."""
+
+import itertools
+from fractions import Fraction as Q
+from functools import cache
+
+import pytest
+
+from resode.tableaus import METHODS, ButcherTableau, get_tableau
+
+ALL = list(METHODS.values())
+IRRATIONAL = {"gauss4", "radau5"}
+PUBLISHED_ROUNDED = {"tsit5": 1e-32, "dopri8": 1e-16}
+
+
+@cache
+def trees(n):
+    """All rooted trees with n vertices, each a sorted tuple of its subtrees."""
+    if n == 1:
+        return ((),)
+
+    def partitions(total, largest):
+        if total == 0:
+            yield []
+        for part in range(min(total, largest), 0, -1):
+            for rest in partitions(total - part, part):
+                yield [part, *rest]
+
+    return tuple(
+        {
+            tuple(sorted(forest))
+            for sizes in partitions(n - 1, n - 1)
+            for forest in itertools.product(*(trees(k) for k in sizes))
+        }
+    )
+
+
+def size(tree):
+    return 1 + sum(map(size, tree))
+
+
+def density(tree):
+    product = size(tree)
+    for branch in tree:
+        product *= density(branch)
+    return product
+
+
+def stage_weights(tree, a):
+    weights = [1] * len(a)
+    for branch in tree:
+        inner = stage_weights(branch, a)
+        weights = [
+            w * sum(row[j] * inner[j] for j in range(len(a))) for w, row in zip(weights, a, strict=True)
+        ]
+    return weights
+
+
+def defect(b, tree, a):
+    """|Σ b_i φ_i(tree) − 1/γ(tree)|, zero where the order condition holds; in floats if a and b are."""
+    return abs(sum(x * w for x, w in zip(b, stage_weights(tree, a), strict=True)) - Q(1, density(tree)))
+
+
+def tolerance(name):
+    return PUBLISHED_ROUNDED.get(name, 1e-15 if name in IRRATIONAL else 0)
+
+
+def test_number_of_rooted_trees():
+    """1, 1, 2, 4, 9, 20, 48, 115: the check itself (Cayley)."""
+    assert [len(trees(n)) for n in range(1, 9)] == [1, 1, 2, 4, 9, 20, 48, 115]
+
+
+@pytest.mark.parametrize("tableau", ALL, ids=lambda t: t.name)
+def test_every_order_condition_up_to_the_order_holds_and_one_beyond_fails(tableau):
+    """All rooted trees up to order 5; beyond, the quadrature conditions Σ b c^(q−1) = 1/q."""
+    for q in range(1, tableau.order + 1):
+        conditions = trees(q) if q <= 5 else [((),) * (q - 1)]
+        for tree in conditions:
+            assert defect(tableau.b, tree, tableau.a) <= tolerance(tableau.name), tree
+    if tableau.order < 6:
+        assert max(defect(tableau.b, tree, tableau.a) for tree in trees(tableau.order + 1)) > 1e-5
+
+
+def test_dopri8_meets_all_200_conditions_up_to_order_8_and_not_all_of_order_9():
+    """In floats, because 200 exact conditions of 13 stages take minutes."""
+    tableau = METHODS["dopri8"]
+    a, b = [[float(x) for x in row] for row in tableau.a], [float(x) for x in tableau.b]
+    assert max(defect(b, tree, a) for q in range(1, 9) for tree in trees(q)) < 1e-14
+    assert max(defect(b, tree, a) for tree in trees(9)) > 1e-7
+
+
+@pytest.mark.parametrize("tableau", [t for t in ALL if t.adaptive], ids=lambda t: t.name)
+def test_the_embedded_method_is_one_order_below(tableau):
+    assert tableau.b_error is not None
+    b_hat = [x - e for x, e in zip(tableau.b, tableau.b_error, strict=True)]
+    for q in range(1, min(tableau.order, 6)):
+        for tree in trees(q):
+            assert defect(b_hat, tree, tableau.a) <= tolerance(tableau.name)
+    if tableau.order < 6:
+        assert max(defect(b_hat, tree, tableau.a) for tree in trees(tableau.order)) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["dopri5", "tsit5"])
+def test_dense_output_is_of_order_4_inside_and_ends_on_the_step(name):
+    """b_i(θ) meets Σ b_i(θ) φ_i = θ^q / γ to order 4, and b_i(1) = b_i."""
+    tableau = METHODS[name]
+    close = 1e-14 if name == "tsit5" else 1e-15
+    for row, b in zip(tableau.interpolant, tableau.b, strict=True):
+        assert abs(float(sum(row) - b)) < close
+    for theta in (0.1, 0.5, 0.9):
+        weights = [sum(float(c) * theta ** (j + 1) for j, c in enumerate(row)) for row in tableau.interpolant]
+        for q in range(1, 5):
+            for tree in trees(q):
+                got = sum(w * float(s) for w, s in zip(weights, stage_weights(tree, tableau.a), strict=True))
+                assert abs(got - theta**q / density(tree)) < close
+
+
+def test_contract_of_the_methods():
+    orders = dict(
+        euler=1, midpoint=2, heun2=2, ralston2=2, kutta3=3, heun3=3, ssprk3=3, rk4=4, rk4_38=4,
+        bosh3=3, fehlberg45=5, dopri5=5, tsit5=5, dopri8=8,
+        implicit_euler=1, implicit_midpoint=2, trapezoid=2, gauss4=4, radau5=5,
+    )  # fmt: skip
+    assert {name: t.order for name, t in METHODS.items()} == orders
+    assert [t.name for t in ALL if not t.explicit] == list(orders)[-5:]
+    assert [t.name for t in ALL if t.adaptive] == ["bosh3", "fehlberg45", "dopri5", "tsit5", "dopri8"]
+    assert [t.name for t in ALL if t.fsal and t.explicit] == ["bosh3", "dopri5", "tsit5"]
+    assert all(t.source and t.stages == len(t.b) for t in ALL)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (dict(a=((0, 0), (1, 0)), b=(1,), c=(0, 1)), "b, which has 1"),
+        (dict(a=((0, 0), (1, 0)), b=(0.5, 0.5), c=(0, 0.5)), "row 1 of a sums to 1.0, c is 0.5"),
+        (dict(a=((0,),), b=(0.5,), c=(0,)), "b must sum to 1, got 0.5"),
+        (dict(a=((0,),), b=(1,), c=(0,), explicit=False), "explicit is True"),
+    ],
+)
+def test_a_tableau_whose_parts_disagree_is_refused(parts, message):
+    with pytest.raises(ValueError, match=message):
+        ButcherTableau("odd", **parts)
+
+
+def test_get_tableau_names_what_it_knows():
+    assert get_tableau("rk4") is METHODS["rk4"]
+    with pytest.raises(ValueError, match="unknown method 'rk5'.*euler, midpoint"):
+        get_tableau("rk5")
+    with pytest.raises(TypeError, match="got int"):
+        get_tableau(4)
