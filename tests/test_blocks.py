@@ -170,7 +170,7 @@ def test_linear_weights_lie_on_the_lines_between_nodes():
         stack.solver = solver
         assert torch.allclose(stack(x), x + 2.75, atol=1e-12), solver
     finer = stack.refine(2)
-    assert [float(f.bias) for f in finer.fields] == [0.0, 0.5, 1.0, 2.0, 3.0, 3.0]
+    assert [f.bias.item() for f in finer.fields] == [0.0, 0.5, 1.0, 2.0, 3.0, 3.0]
 
 
 def test_learned_steps_start_at_step_size_and_get_the_gradient_of_alpha():

@@ -144,7 +144,7 @@ def test_a_tableau_whose_parts_disagree_is_refused(parts, message):
 
 def test_get_tableau_names_what_it_knows():
     assert get_tableau("rk4") is METHODS["rk4"]
-    with pytest.raises(ValueError, match="unknown method 'rk5'.*euler, midpoint"):
+    with pytest.raises(ValueError, match=r"unknown method 'rk5'.*euler, midpoint"):
         get_tableau("rk5")
     with pytest.raises(TypeError, match="got int"):
         get_tableau(4)

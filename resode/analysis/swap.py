@@ -1,0 +1,222 @@
+"""The same weights under other solvers and steps: is the network an ODE?"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from resode.blocks import ResidualStack
+from resode.tableaus import METHODS, get_tableau
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class SwapRow:
+    """One solver and step.
+
+    Args:
+        solver: the method's name.
+        substeps: equal steps a block; None for an adaptive solver, which chooses them.
+        step_size: step in depth time, η / substeps, of the first stack; None likewise.
+        accuracy: fraction of the samples classified right.
+        accuracy_recalibrated: the same with batch-norm statistics measured under this solver; None
+            where that was not asked for.
+        logit_drift: ‖z − z₀‖ / ‖z₀‖ over all samples, z₀ the logits of the network as it came.
+        nfe: field evaluations a sample, summed over the stacks.
+        as_trained: whether this is the solver and step the network came with.
+    """
+
+    solver: str
+    substeps: int | None
+    step_size: float | None
+    accuracy: float
+    accuracy_recalibrated: float | None
+    logit_drift: float
+    nfe: float
+    as_trained: bool
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What `swap_report` found: `rows`, one a solver and step, in the order asked for."""
+
+    rows: list[SwapRow]
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write the rows as CSV, under their field names."""
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, [f.name for f in fields(SwapRow)])
+            writer.writeheader()
+            writer.writerows(asdict(row) for row in self.rows)
+
+    def plot(self, path: str | Path | None = None):
+        """Accuracy against step size, one line a solver; the matplotlib figure, saved where `path` says."""
+        from resode import plots
+
+        return plots.swap_accuracy(self, path)
+
+    def __str__(self) -> str:
+        recalibrated = any(row.accuracy_recalibrated is not None for row in self.rows)
+        head = f"{'solver':<12}{'substeps':>9}{'accuracy':>10}" + ("  recalibrated" if recalibrated else "")
+        lines = [head + f"{'logit drift':>13}{'F evaluations':>15}"]
+        for row in self.rows:
+            steps = "adaptive" if row.substeps is None else str(row.substeps)
+            line = f"{row.solver:<12}{steps:>9}{row.accuracy:>10.2%}"
+            if recalibrated:
+                value = row.accuracy_recalibrated
+                line += f"{'—' if value is None else f'{value:.2%}':>14}"
+            lines.append(
+                line
+                + f"{row.logit_drift:>13.2e}{row.nfe:>15.1f}"
+                + ("  as trained" if row.as_trained else "")
+            )
+        return "\n".join(lines)
+
+
+def swap_report(
+    model: nn.Module,
+    loader: Batches,
+    solvers: Sequence[str] = ("euler", "midpoint", "rk4", "dopri5"),
+    substeps: Sequence[int] = (1, 2, 4),
+    *,
+    recalibrate: Batches | None = None,
+) -> SwapReport:
+    """Accuracy, logit drift and cost of the same weights under other solvers and steps.
+
+    A network that has learnt an ODE keeps its accuracy under every finer solver; one that has learnt
+    the steps of its own solver does not.
+
+    Args:
+        model: a classifier with at least one `ResidualStack` inside, giving logits (B, classes). Its
+            solvers, training mode and statistics are put back afterwards.
+        loader: batches (images, labels), iterated once a row; labels int64 (B,).
+        solvers: explicit methods' names; adaptive ones give one row, at the stacks' own tolerances.
+        substeps: equal steps a block for the others.
+        recalibrate: training batches; if given, each row also gets the accuracy with batch-norm
+            statistics measured anew under its solver (a swap meets other statistics than training did).
+
+    Returns:
+        The report; str() is a table, .rows the data, .to_csv and .plot write it.
+
+    Raises:
+        ValueError: no ResidualStack in the model, an unknown solver, or an empty loader.
+
+    Source:
+        Ott et al., ResNet After All? Neural ODEs and Their Numerical Solution (2021).
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(ResidualStack(nn.Linear(4, 4), depth=3, step_size=0.1), nn.Linear(4, 2))
+        >>> data = [(torch.randn(8, 4), torch.randint(2, (8,)))]
+        >>> [row.nfe for row in swap_report(model, data, ["euler", "rk4"], [1]).rows]
+        [3.0, 12.0]
+    """
+    stacks = [module for module in model.modules() if isinstance(module, ResidualStack)]
+    if not stacks:
+        raise ValueError(
+            "a solver can be swapped only in a resode.ResidualStack, and this model holds none. "
+            "The odenet… networks do; a post-activation ResNet's blocks are no solver steps."
+        )
+    for name in solvers:
+        if not get_tableau(name).explicit:
+            raise ValueError(f"{name!r} is implicit; a stack takes explicit solvers only.")
+    wanted = [(name, n) for name in solvers for n in ([None] if METHODS[name].adaptive else substeps)]
+    came_with = [(stack.solver, stack.substeps) for stack in stacks]
+    batches, training_batches = _reusable(loader), _reusable(recalibrate or ())
+    original = _evaluate(model, stacks, batches)
+
+    def row(solver: str, n: int | None, as_trained: bool) -> SwapRow:
+        logits, labels, nfe = original if as_trained else _evaluate(model, stacks, batches)
+        recalibrated = None
+        if recalibrate is not None:
+            recalibrated = _recalibrated_accuracy(model, stacks, training_batches, batches)
+        return SwapRow(
+            solver=solver,
+            substeps=n,
+            step_size=None if n is None else stacks[0].step_size / n,
+            accuracy=_accuracy(logits, labels),
+            accuracy_recalibrated=recalibrated,
+            logit_drift=float((logits - original[0]).norm() / original[0].norm()),
+            nfe=nfe,
+            as_trained=as_trained,
+        )
+
+    first = came_with[0] if len(set(came_with)) == 1 else None
+    trained = None if first is None else (first[0], None if METHODS[first[0]].adaptive else first[1])
+    rows = []
+    try:
+        for name, n in wanted:
+            for stack in stacks:
+                stack.solver, stack.substeps = name, 1 if n is None else n
+            rows.append(row(name, n, (name, n) == trained))
+    finally:
+        for stack, (name, n) in zip(stacks, came_with, strict=True):
+            stack.solver, stack.substeps = name, n
+    return SwapReport(rows)
+
+
+def _reusable(batches: Batches) -> Batches:
+    """Batches that can be iterated again and again: a generator's are kept."""
+    return list(batches) if iter(batches) is batches else batches
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> float:
+    return float((logits.argmax(1) == labels).double().mean())
+
+
+@torch.no_grad()
+def _evaluate(
+    model: nn.Module, stacks: list[ResidualStack], batches: Batches
+) -> tuple[Tensor, Tensor, float]:
+    """Logits (N, classes) in float64, labels (N,), and field evaluations a sample, in evaluation mode."""
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    logits, labels, calls = [], [], 0.0
+    try:
+        for images, targets in batches:
+            logits.append(model(images.to(device)).double())
+            labels.append(targets.to(device))
+            for stack in stacks:
+                assert stack.stats is not None
+                calls += len(images) * float(torch.as_tensor(stack.stats.nfe, dtype=torch.float64).mean())
+    finally:
+        model.train(training)
+    if not logits:
+        raise ValueError("the loader gave no batches; it must hold at least one (images, labels).")
+    result = torch.cat(logits)
+    return result, torch.cat(labels), calls / len(result)
+
+
+@torch.no_grad()
+def _recalibrated_accuracy(
+    model: nn.Module, stacks: list[ResidualStack], training_batches: Batches, batches: Batches
+) -> float:
+    """Accuracy with batch-norm statistics averaged over the training batches under the present solver."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    saved = [({k: v.clone() for k, v in m.named_buffers()}, m.momentum) for m in norms]
+    device = next(model.parameters()).device
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        for m in norms:
+            m.reset_running_stats()
+            m.momentum = None  # a plain average over the batches
+            m.train()
+        for images, _ in training_batches:
+            model(images.to(device))
+        return _accuracy(*_evaluate(model, stacks, batches)[:2])
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for m, (buffers, momentum) in zip(norms, saved, strict=True):
+            m.momentum = momentum
+            for name, value in m.named_buffers():
+                value.copy_(buffers[name])

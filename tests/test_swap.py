@@ -1,0 +1,112 @@
+"""Swapping solvers under the same weights."""
+
+import copy
+import csv
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from resode import ResidualStack
+from resode.analysis.swap import swap_report
+
+
+def classifier(solver="euler", norm=False):
+    """x ← e^{−t}x over t = 2 in four blocks, then two logits (x, ½): the class is 0 where x_L > ½."""
+    field = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(field.weight, -1.0)
+    head = nn.Linear(1, 2)
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[1.0], [0.0]]))
+        head.bias.copy_(torch.tensor([0.0, 0.5]))
+    inner = nn.Sequential(nn.BatchNorm1d(1), field) if norm else field
+    return nn.Sequential(
+        ResidualStack(inner, depth=4, step_size=0.5, solver=solver, rtol=1e-8, atol=1e-8), head
+    )
+
+
+X = torch.linspace(0.1, 16, 32)[:, None]
+
+
+def labels_of(factor):
+    return torch.where(X[:, 0] * factor > 0.5, 0, 1)
+
+
+def test_rows_hold_the_predicted_accuracy_drift_and_cost():
+    """Euler multiplies by ½⁴, rk4 by R(−½)⁴, the flow by e^{−2}: each drift follows."""
+    model = classifier()
+    data = [(X[:20], labels_of(0.5**4)[:20]), (X[20:], labels_of(0.5**4)[20:])]
+    report = swap_report(model, data, ("euler", "rk4", "dopri5"), (1, 2))
+    assert [(r.solver, r.substeps, r.nfe) for r in report.rows[:4]] == [
+        ("euler", 1, 4.0), ("euler", 2, 8.0), ("rk4", 1, 16.0), ("rk4", 2, 32.0)
+    ]  # fmt: skip
+    assert [r.as_trained for r in report.rows] == [True, False, False, False, False]
+    rk4 = sum((-0.5) ** k / math.factorial(k) for k in range(5))
+    for row, factor in zip(report.rows, [0.5**4, 0.75**8, rk4**4, None, math.exp(-2)], strict=True):
+        if factor is None:
+            continue
+        accuracy = float((labels_of(factor) == labels_of(0.5**4)).double().mean())
+        assert row.accuracy == pytest.approx(accuracy, abs=1e-12)
+        z0 = torch.cat([X * 0.5**4, torch.full_like(X, 0.5)], 1)
+        drift = float((X * (factor - 0.5**4)).norm() / z0.norm())
+        assert row.logit_drift == pytest.approx(drift, rel=1e-4, abs=1e-7)
+    assert report.rows[0].accuracy == 1.0 and report.rows[-1].accuracy < 0.9
+    assert report.rows[-1].substeps is None and report.rows[-1].nfe > 16
+
+
+def test_the_model_comes_back_as_it_was():
+    model = classifier(solver="midpoint", norm=True)
+    before = copy.deepcopy(model.state_dict())
+    model.train()
+    data = [(X, labels_of(0.1))]
+    swap_report(model, data, ("euler", "rk4"), (1,), recalibrate=data)
+    assert (model[0].solver, model[0].substeps, model.training) == ("midpoint", 1, True)
+    assert model[0].fields[0][0].training and model[0].fields[0][0].momentum == 0.1
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.values(), strict=True))
+
+
+def test_recalibration_uses_the_solvers_own_statistics():
+    """Fresh statistics (mean 0, variance 1) are wrong for X; recalibrated ones normalise it."""
+    model = classifier(norm=True).eval()
+    data = [(X, labels_of(0.1))]
+    row = swap_report(model, data, ("euler",), (1,), recalibrate=data).rows[0]
+    normalised = copy.deepcopy(model)
+    for m in normalised.modules():
+        if isinstance(m, nn.BatchNorm1d):
+            m.train()
+            m.momentum = None
+    with torch.no_grad():
+        normalised(X)
+        normalised.eval()
+        expected = float((normalised(X).argmax(1) == labels_of(0.1)).double().mean())
+    assert row.accuracy_recalibrated == pytest.approx(expected)
+    assert row.accuracy != row.accuracy_recalibrated
+
+
+def test_a_generator_is_read_once_and_a_table_and_csv_hold_every_row(tmp_path):
+    report = swap_report(classifier(), ((X, labels_of(0.1)) for _ in range(1)), ("euler", "heun2"), (1, 3))
+    assert len(str(report).splitlines()) == 5 and "as trained" in str(report).splitlines()[1]
+    report.to_csv(tmp_path / "swap.csv")
+    rows = list(csv.DictReader((tmp_path / "swap.csv").read_text().splitlines()))
+    assert [(r["solver"], r["substeps"]) for r in rows] == [
+        ("euler", "1"),
+        ("euler", "3"),
+        ("heun2", "1"),
+        ("heun2", "3"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "options", "message"),
+    [
+        (nn.Linear(1, 2), [(X, labels_of(1))], {}, "this model holds none"),
+        (classifier(), [], {}, "no batches"),
+        (classifier(), [(X, labels_of(1))], {"solvers": ["rk5"]}, "unknown method 'rk5'"),
+        (classifier(), [(X, labels_of(1))], {"solvers": ["radau5"]}, "implicit"),
+        (classifier(), [(X, labels_of(1))], {"substeps": [0]}, "at least 1, got 0"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_say_the_rule(model, data, options, message):
+    with pytest.raises(ValueError, match=message):
+        swap_report(model, data, **options)
