@@ -1,0 +1,1 @@
+"""Data sets, recipes and runs: training residual networks and keeping what came out."""
