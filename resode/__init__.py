@@ -4,6 +4,12 @@ A ResNet block x + ηF(x) is one forward-Euler step of dx/dt = F(x): the solver 
 step has a limit that the Jacobian's eigenvalues set, and depth becomes time.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from resode import networks
+from resode.analysis.max_step import max_stable_step, step_limit
+from resode.analysis.swap import SwapReport, swap_report
 from resode.blocks import ODEBlock, ResidualStack
 from resode.solve import (
     MaxStepsReached,
@@ -14,9 +20,23 @@ from resode.solve import (
     StepSizeUnderflow,
     odeint,
 )
+from resode.stability import (
+    StepLimit,
+    imaginary_stability_interval,
+    real_stability_interval,
+    stability_function,
+)
 from resode.tableaus import METHODS, ButcherTableau
 
+if TYPE_CHECKING:
+    from resode import plots
+    from resode.training.evaluate import load
+    from resode.training.run import train
+
 __version__ = "0.1.0"
+
+# What needs matplotlib or the extra `train` is imported when it is first asked for.
+_LAZY = {"load": "resode.training.evaluate", "plots": "resode.plots", "train": "resode.training.run"}
 
 __all__ = [
     "METHODS",
@@ -28,6 +48,25 @@ __all__ = [
     "ResidualStack",
     "SolverError",
     "Stats",
+    "StepLimit",
     "StepSizeUnderflow",
+    "SwapReport",
+    "imaginary_stability_interval",
+    "load",
+    "max_stable_step",
+    "networks",
     "odeint",
+    "plots",
+    "real_stability_interval",
+    "stability_function",
+    "step_limit",
+    "swap_report",
+    "train",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'resode' has no attribute {name!r}")
+    module = import_module(_LAZY[name])
+    return module if name == "plots" else getattr(module, name)

@@ -1,0 +1,180 @@
+"""The command's side of a terminal: tables that fit it or stay whole in a pipe, errors, exit codes."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import sys
+from collections.abc import Callable, Sequence
+from shutil import get_terminal_size
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+from resode.training.recipe import did_you_mean
+
+TRAIN_EXTRA = ("lightning", "sklearn", "PIL", "safetensors", "yaml")
+"""What the extra `train` installs, besides what the command itself is made of."""
+
+PIPE_WIDTH = 400
+"""Columns where nobody's terminal folds a line: piped tables are as wide as their contents."""
+
+
+def console() -> Console:
+    """Standard output: coloured in a terminal, plain in a pipe."""
+    terminal = Console(highlight=False)
+    return terminal if terminal.is_terminal else Console(highlight=False, width=PIPE_WIDTH)
+
+
+def say(text: str = "", style: str | None = None) -> None:
+    """Print a line; in a terminal it is folded at words."""
+    console().print(Text(text, style=style or ""), soft_wrap=not sys.stdout.isatty())
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: Sequence[str] = ()) -> None:
+    """Print rows under their columns' names; closer together where the terminal is narrow.
+
+    Args:
+        columns: names; the first of them, and those in `words`, are flush left, the others flush right.
+        rows: one text a column.
+        words: the columns that hold words instead of numbers; they may be folded.
+    """
+    target = console()
+    needed = sum(max(len(row[i]) for row in (columns, *rows)) + 2 for i in range(len(columns))) - 2
+    grid = Table(box=None, pad_edge=False, padding=(0, 2 if needed <= target.width else 1, 0, 0))
+    for name in columns:
+        left = name == columns[0] or name in words
+        grid.add_column(
+            name,
+            justify="left" if left else "right",
+            no_wrap=name not in words,
+            overflow="fold",
+            header_style="bold",
+        )
+    for row in rows:
+        grid.add_row(*(Text(cell) for cell in row))
+    if target.is_terminal:
+        target.print(grid)
+        return
+    with target.capture() as printed:
+        target.print(grid)
+    print("\n".join(line.rstrip() for line in printed.get().splitlines()))
+
+
+def complain(message: str) -> None:
+    """Print an error to standard error, folded at words in a terminal."""
+    errors = Console(stderr=True, highlight=False)
+    errors.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=not errors.is_terminal)
+
+
+class Commands(TyperGroup):
+    """The commands, with errors as one message and an exit code: 2 for wrong usage, 1 for a failed run."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a command line; with --debug errors keep their traceback."""
+        given = kwargs.pop("args", None)
+        arguments = sys.argv[1:] if given is None else list(given)
+        debug = "--debug" in arguments
+        kwargs["args"] = [argument for argument in arguments if argument != "--debug"]
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # η where the terminal's encoding has none
+        try:
+            code = super().main(*args, **(kwargs | {"standalone_mode": False}))
+        except Exception as error:
+            if debug:
+                raise
+            code = report(error)
+        sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; an interruption is told here, because Typer would only give its exit code."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interruption:
+            complain(str(interruption) or "interrupted.")
+            raise typer.Exit(128 + getattr(interruption, "signum", 2)) from interruption
+
+
+def report(error: Exception) -> int:
+    """Print what went wrong and what to do; the exit code."""
+    usage = typer.BadParameter.__mro__[1]  # UsageError, which Typer does not export
+    if isinstance(error, usage):
+        complain(_usage_message(error))
+        return 2
+    if isinstance(error, ModuleNotFoundError) and error.name in TRAIN_EXTRA:
+        complain(f"this command needs {error.name}: pip install 'resode[train]'")
+        return 1
+    from resode.training.archives import DataError
+    from resode.training.folder import RunError
+
+    if isinstance(error, RunError):
+        complain(str(error))
+        return error.exit_code
+    if isinstance(error, DataError):  # a ValueError, but of the data, not of the command line
+        complain(str(error))
+        return 1
+    if isinstance(error, ValueError | TypeError):
+        complain(str(error))
+        return 2
+    if isinstance(error, OSError):
+        complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.")
+        return 1
+    complain(f"{type(error).__name__}: {error} (--debug shows where.)")
+    return 1
+
+
+def _usage_message(error: Any) -> str:
+    """A usage error with the valid choices: options of the command, or commands."""
+    message = error.format_message()
+    command = error.ctx.command if error.ctx else None
+    if command and hasattr(error, "possibilities"):  # no such option
+        options = sorted(
+            option for p in command.get_params(error.ctx) for option in p.opts if option.startswith("--")
+        )
+        message = f"no option {error.option_name}.{did_you_mean(error.option_name, options)}"
+        return f"{message} Valid: {', '.join(options)}."
+    if isinstance(command, TyperGroup) and message.startswith("No such command"):
+        name = message.split("'")[1]
+        commands = command.list_commands(error.ctx)
+        return f"no command {name!r}.{did_you_mean(name, commands)} Valid: {', '.join(commands)}."
+    return message
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    # Rich's panels cut options short where they have less room.
+    rich_markup_mode="rich" if sys.stdout.isatty() and get_terminal_size().columns >= 100 else None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers a function as a command, with examples below its docstring."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        text = f"{inspect.getdoc(function)}\n\n\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples)
+        return app.command(help=text)(function)
+
+    return register
+
+
+def flag(help: str, panel: str | None = None, *names: str) -> Any:
+    """An option without a default to show; its name is the parameter's, or the names given."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False)
+
+
+def separated(text: str, kind: type, flag: str) -> list[Any]:
+    """The values between the commas of an option."""
+    try:
+        return [kind(part.strip()) for part in text.split(",") if part.strip()]
+    except ValueError:
+        words = {int: "whole numbers", float: "numbers"}.get(kind, "names")
+        raise ValueError(f"{flag} takes {words} with commas between, got {text!r}.") from None

@@ -1,0 +1,173 @@
+"""resode train."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from resode.cli.terminal import command, flag, separated
+from resode.training.recipe import PRECISIONS, RECIPES, SCHEDULES, WARMUPS, Recipe, did_you_mean
+
+_MODEL, _RUN, _RECIPE = "Network and data", "Run", "Recipe: any of its settings"
+
+
+@command(
+    "resode train",
+    "resode train --model odenet20 --solver rk4 --epochs 10",
+    "resode train --model resnet20 --data cifar10 --data-dir PATH --epochs 3",
+    "resode train --resume runs/odenet20-digits-…",
+    "resode train --config runs/demo/config.yaml --seed 1",
+)
+def train(
+    ctx: typer.Context,
+    model: Annotated[str | None, flag("Name, or package.module:function. Default odenet20.", _MODEL)] = None,
+    data: Annotated[str | None, flag("digits or cifar10. Default digits.", _MODEL)] = None,
+    data_dir: Annotated[Path | None, flag("Where CIFAR-10 lies; else RESODE_DATA.", _MODEL)] = None,
+    download: Annotated[bool, flag("Fetch CIFAR-10 where it is missing.", _MODEL, "--download")] = False,
+    solver: Annotated[str | None, flag("Method of every ResidualStack.", _MODEL)] = None,
+    substeps: Annotated[int | None, flag("Solver steps a block.", _MODEL)] = None,
+    option: Annotated[list[str] | None, flag("NAME=VALUE for the network; repeatable.", _MODEL)] = None,
+    run_dir: Annotated[Path | None, flag("New run folder. Default runs/<model>-<data>-<time>.", _RUN)] = None,
+    resume: Annotated[Path | None, flag("Go on with an unfinished run folder.", _RUN)] = None,
+    config: Annotated[Path | None, flag("Settings from a YAML file; flags win.", _RUN)] = None,
+    device: Annotated[str | None, flag("auto, cpu, cuda, cuda:N or mps. Default auto.", _RUN)] = None,
+    quiet: Annotated[bool, flag("Print nothing but errors.", _RUN, "--quiet")] = False,
+    recipe: Annotated[
+        str | None, flag(f"{', '.join(RECIPES)}. Default fast, or digits on digits.", _RECIPE)
+    ] = None,
+    epochs: Annotated[int | None, flag("Passes over the training images.", _RECIPE)] = None,
+    updates: Annotated[int | None, flag("Length in updates instead.", _RECIPE)] = None,
+    batch_size: Annotated[int | None, flag("Images per update.", _RECIPE)] = None,
+    lr: Annotated[float | None, flag("Largest learning rate.", _RECIPE)] = None,
+    momentum: Annotated[float | None, flag("Of SGD.", _RECIPE)] = None,
+    nesterov: Annotated[
+        bool | None, flag("Nesterov's momentum.", _RECIPE, "--nesterov/--no-nesterov")
+    ] = None,
+    weight_decay: Annotated[float | None, flag("L2 penalty.", _RECIPE)] = None,
+    decay_norms: Annotated[
+        bool | None, flag("Also on norms and biases.", _RECIPE, "--decay-norms/--no-decay-norms")
+    ] = None,
+    schedule: Annotated[str | None, flag(f"{', '.join(SCHEDULES)}.", _RECIPE)] = None,
+    rise: Annotated[float | None, flag("Share of a one-cycle run that rises.", _RECIPE)] = None,
+    milestones: Annotated[
+        str | None, flag("Shares where the step schedule falls: 0.5,0.75.", _RECIPE)
+    ] = None,
+    gamma: Annotated[float | None, flag("Factor at a milestone.", _RECIPE)] = None,
+    warmup_updates: Annotated[int | None, flag("Updates of warm-up.", _RECIPE)] = None,
+    warmup_factor: Annotated[float | None, flag("Share of lr that it starts at.", _RECIPE)] = None,
+    warmup_shape: Annotated[str | None, flag(f"{', '.join(WARMUPS)}.", _RECIPE)] = None,
+    label_smoothing: Annotated[float | None, flag("Share spread over all classes.", _RECIPE)] = None,
+    crop_padding: Annotated[int | None, flag("Pixels an image is shifted by; 0 for none.", _RECIPE)] = None,
+    flip: Annotated[bool | None, flag("Mirror half the images.", _RECIPE, "--flip/--no-flip")] = None,
+    precision: Annotated[str | None, flag(f"{', '.join(PRECISIONS)}.", _RECIPE)] = None,
+    channels_last: Annotated[
+        bool | None, flag("Memory order of images.", _RECIPE, "--channels-last/--no-channels-last")
+    ] = None,
+    seed: Annotated[int | None, flag("Of weights, order and augmentation.", _RECIPE)] = None,
+    validation: Annotated[int | None, flag("Training images held out.", _RECIPE)] = None,
+) -> None:
+    """Train a network into a run folder."""
+    names = ["model", "data", "data_dir", "device", "recipe", *(field.name for field in fields(Recipe))]
+    flags = {name: ctx.params[name] for name in names if ctx.params[name] is not None}
+    if milestones is not None:
+        flags["milestones"] = separated(milestones, float, "--milestones")
+    if download:
+        flags["download"] = True
+    settings = _settings(flags, _model_options(option, solver, substeps), config)
+
+    from resode.training.run import train as train_network
+
+    train_network(resume=resume, run_dir=run_dir, progress=not quiet, **settings)
+
+
+def _settings(flags: dict[str, Any], options: dict[str, Any], config: Path | None) -> dict[str, Any]:
+    """What `resode.train` is called with: the settings of a file, and the flags over them."""
+    stored = {} if config is None else _read(config, flags)
+    options = stored.pop("model_options", {}) | options
+    for given, other in (("epochs", "updates"), ("updates", "epochs")):
+        if given in flags:
+            stored.pop(other, None)
+    settings = stored | flags
+    if options:
+        settings["model_options"] = options
+    if "model" in settings:
+        settings["model"] = own_model(settings["model"])
+    return settings
+
+
+_STORED = ["model", "model_options", "solver", "substeps", "data", "data_dir", "download", "device", "recipe"]
+_STORED += [field.name for field in fields(Recipe)]
+
+
+def _read(config: Path, flags: dict[str, Any]) -> dict[str, Any]:
+    """The settings in a file: a few of one's own, or all of a run's config.yaml."""
+    from resode.training.folder import read_yaml
+
+    stored = read_yaml(config)
+    stored.pop("format", None)
+    record = stored.pop("record", None)
+    for name in stored:
+        if name not in _STORED:
+            close = did_you_mean(name, _STORED)
+            raise ValueError(f"{config}: no setting {name!r}.{close} Valid: {', '.join(_STORED)}.")
+    if record:
+        recipe = stored.pop("recipe", None)  # where the run started from; every setting stands beside it
+        if recipe in RECIPES:
+            stored["recipe"] = recipe
+        if "recipe" in flags:
+            raise ValueError(
+                f"--recipe changes nothing beside {config}, which has every setting. Leave it out."
+            )
+        if record.get("own_model") and "model" not in flags:
+            raise ValueError(
+                f"{config} is of a network of your own, {stored['model']}. Pass it with --model."
+            )
+        if record.get("own_data"):
+            raise ValueError(f"{config} is of a data set of your own. Train on it with resode.train.")
+    options = stored.setdefault("model_options", {})
+    if not isinstance(options, dict):
+        raise ValueError(f"{config}: model_options must be `name: value` lines, got {options!r}.")
+    options |= {name: stored.pop(name) for name in ("solver", "substeps") if name in stored}
+    return stored
+
+
+def own_model(name: str | None) -> Any:
+    """A network's name as it is, or the function that package.module:function names."""
+    if name is None or ":" not in name:
+        return name
+    place, _, function = name.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(import_module(place), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"--model package.module:function must name a function, got {name}: {error}."
+        ) from error
+
+
+def _model_options(pairs: list[str] | None, solver: str | None, substeps: int | None) -> dict[str, Any]:
+    """Options of the network, from NAME=VALUE and the flags that have names of their own."""
+    options: dict[str, Any] = {}
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--option takes NAME=VALUE, got {pair!r}. For example --option shortcut=B.")
+        options[name] = _value(value)
+    return options | {k: v for k, v in (("solver", solver), ("substeps", substeps)) if v is not None}
+
+
+def _value(text: str) -> Any:
+    """A number, True or False where the text is one, else the text."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,307 @@
+"""What a trained network does: evaluate, swap, stability; and what there is: methods, models."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from shutil import get_terminal_size
+from typing import Annotated, Any
+
+import typer
+
+from resode.cli.terminal import command, flag, say, separated, table
+from resode.cli.train import own_model
+from resode.tableaus import METHODS
+from resode.training.recipe import did_you_mean
+
+_Run = Annotated[Path, typer.Argument(help="Run folder or weights file.", metavar="RUN", show_default=False)]
+_OwnModel = Annotated[str | None, flag("For a network of your own: package.module:function.")]
+_Data = Annotated[str | None, flag("Another data set than the run's.")]
+_DataDir = Annotated[Path | None, flag("Where its data lies, where that changed.")]
+_Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+
+
+@command(
+    "resode evaluate runs/demo",
+    "resode evaluate runs/demo --solver rk4 --substeps 2",
+)
+def evaluate(
+    run: _Run,
+    solver: Annotated[str | None, flag("Method instead of the run's.")] = None,
+    substeps: Annotated[int | None, flag("Solver steps a block instead of the run's.")] = None,
+    model: _OwnModel = None,
+    data: _Data = None,
+    data_dir: _DataDir = None,
+    device: _Device = "auto",
+) -> None:
+    """Measure a network on the test images."""
+    from resode.training.evaluate import evaluate as score_run
+
+    score = score_run(
+        run, data, solver=solver, substeps=substeps, model=own_model(model), data_dir=data_dir, device=device
+    )
+    table(
+        ["test images", "accuracy %", "loss", "F evaluations", "images/s"],
+        [
+            [
+                f"{score.images:,}",
+                f"{100 * score.accuracy:.2f}",
+                f"{score.loss:.4f}",
+                f"{score.nfe:g}",
+                f"{score.images / score.seconds:,.0f}",
+            ]
+        ],
+    )
+
+
+@command(
+    "resode swap runs/demo",
+    "resode swap runs/demo --solvers euler,rk4 --substeps 1,8 --recalibrate",
+)
+def swap(
+    run: _Run,
+    solvers: Annotated[str, typer.Option(help="Methods, with commas.")] = "euler,midpoint,rk4,dopri5",
+    substeps: Annotated[str, typer.Option(help="Solver steps a block, with commas.")] = "1,2,4",
+    recalibrate: Annotated[
+        bool, typer.Option("--recalibrate", help="Also with batch-norm statistics of the new solver.")
+    ] = False,
+    limit: Annotated[int | None, flag("Only so many test images.")] = None,
+    model: _OwnModel = None,
+    data: _Data = None,
+    data_dir: _DataDir = None,
+    device: _Device = "auto",
+) -> None:
+    """Change the solver, keep the weights.
+
+    Accuracy, drift of the logits and F evaluations of a trained network under other solvers and steps.
+    """
+    from resode.training.evaluate import images_of, load, plain_batches
+    from resode.training.folder import replacing
+
+    methods = _methods(separated(solvers, str, "--solvers"))
+    counts = separated(substeps, int, "--substeps")
+    network = load(run, model=own_model(model), device=device)
+    images = images_of(run, data, data_dir)
+    place = next(network.parameters()).device
+
+    from resode import plots
+    from resode.analysis.swap import swap_report
+
+    result = swap_report(
+        network,
+        plain_batches(images, "test", place, limit),
+        solvers=tuple(methods),
+        substeps=tuple(counts),
+        recalibrate=plain_batches(images, "train", place) if recalibrate else None,
+    )
+    again = ["recalibrated %"] if recalibrate else []
+    columns = ["solver", "substeps", "accuracy %", *again, "drift", "F calls", "step"]
+    table(columns, [_swap_row(row) for row in result.rows], words=("step",))
+    say("\ndrift: how far the logits moved, relative to their size, from those of the trained solver.")
+    folder = _figures(run)
+    with replacing(folder / "swap.csv") as path:
+        result.to_csv(path)
+    with replacing(folder / "swap.png") as path:
+        plots.swap_accuracy(result, path)
+    say(f"\nfigure {folder / 'swap.png'}\ntable  {folder / 'swap.csv'}")
+
+
+def _swap_row(row: Any) -> list[str]:
+    again = [] if row.accuracy_recalibrated is None else [f"{100 * row.accuracy_recalibrated:.2f}"]
+    step = "adaptive" if row.step_size is None else f"{row.step_size:g}"
+    return [
+        row.solver,
+        "-" if row.substeps is None else str(row.substeps),
+        f"{100 * row.accuracy:.2f}",
+        *again,
+        f"{row.logit_drift:.3f}",
+        f"{row.nfe:.4g}",
+        step + (", trained" if row.as_trained else ""),
+    ]
+
+
+def _methods(names: list[str]) -> list[str]:
+    """The names, all of which must be methods."""
+    for name in names:
+        if name not in METHODS:
+            raise ValueError(f"no method {name!r}.{did_you_mean(name, METHODS)} Valid: {', '.join(METHODS)}.")
+    return names
+
+
+def _figures(run: Path) -> Path:
+    """Where a run's figures go."""
+    folder = (run if run.is_dir() else run.parent) / "figures"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@command(
+    "resode stability rk4 dopri5",
+    "resode stability rk4 dopri5 --figure regions.png",
+    "resode stability runs/demo --solvers euler,rk4 --samples 4",
+)
+def stability(
+    what: Annotated[
+        list[str] | None, typer.Argument(metavar="[METHOD...|RUN]", help="Methods, or one run.")
+    ] = None,
+    solvers: Annotated[str, typer.Option(help="For a run: methods, with commas.")] = "euler,rk4",
+    samples: Annotated[int, typer.Option(help="For a run: test images to look at.", min=1)] = 4,
+    figure: Annotated[Path | None, flag("Where to draw; for a run RUN/figures/stability.png.")] = None,
+    model: _OwnModel = None,
+    data: _Data = None,
+    data_dir: _DataDir = None,
+) -> None:
+    """Find what limits the step.
+
+    For methods: order, stability intervals and letters. For a run: the step limits of every block at real
+    images, from the eigenvalues of its Jacobian there.
+    """
+    names = what or list(METHODS)
+    if len(names) == 1 and names[0] not in METHODS:
+        if not Path(names[0]).exists():
+            close = did_you_mean(names[0], METHODS)
+            raise ValueError(
+                f"{names[0]} is neither a run nor a method.{close} Methods: {', '.join(METHODS)}. "
+                f"Runs: {', '.join(_runs()) or 'none here'}."
+            )
+        return _run_stability(
+            Path(names[0]), separated(solvers, str, "--solvers"), samples, figure, model, data, data_dir
+        )
+    return _method_stability(_methods(names), figure)
+
+
+def _method_stability(names: list[str], figure: Path | None) -> None:
+    from resode.stability import stability_properties
+
+    found = [stability_properties(name) for name in names]
+    columns = ["method", "order", "stages", "real", "imaginary", "stable"]
+    table(
+        columns,
+        [
+            [
+                p.name,
+                str(p.order),
+                str(p.stages),
+                _number(p.real_interval),
+                _number(p.imaginary_interval),
+                p.letters,
+            ]
+            for p in found
+        ],
+    )
+    if figure is not None:
+        from resode import plots
+        from resode.training.folder import replacing
+
+        with replacing(figure) as unfinished:
+            plots.stability_region(names).figure.savefig(unfinished)  # type: ignore[union-attr]
+        say(f"\nfigure {figure}")
+
+
+def _run_stability(
+    run: Path,
+    names: list[str],
+    samples: int,
+    figure: Path | None,
+    model: str | None,
+    data: str | None,
+    data_dir: Path | None,
+) -> None:
+    from resode.training.evaluate import images_of, load, plain_batches
+    from resode.training.folder import replacing
+    from resode.training.stages import stage_limits
+
+    methods = _methods(names)
+    network = load(run, model=own_model(model))
+    dataset = images_of(run, data, data_dir)
+    images = next(iter(plain_batches(dataset, limit=samples)))[0]
+    say(f"{run} at {len(images)} test images of {dataset.title}; step h = η / substeps")
+    stages = []
+    for number, stage in enumerate(stage_limits(network, images, methods), start=1):
+        size = "×".join(map(str, stage.shape))
+        steps = sorted(set(stage.steps))
+        h = f"h = {steps[0]:g}" if len(steps) == 1 else f"h = {steps[0]:.3g} to {steps[-1]:.3g}"
+        say()
+        say(f"stage {number} ({stage.name}): states {size}, trained with {stage.solver}, {h}", "bold")
+        if not stage.rows:
+            say("  not measured: its states are too large for all of their eigenvalues")
+            continue
+        stages.append(stage)
+        table(
+            ["block", "solver", "limit", "growing", "decaying", "set by λ", "inside"],
+            [
+                [
+                    str(row.block),
+                    row.solver,
+                    _number(row.step, 3),
+                    str(row.growing),
+                    _number(row.decaying_step, 3),
+                    _complex(row.limiting_eigenvalue),
+                    "yes" if row.inside else "no",
+                ]
+                for row in stage.rows
+            ],
+            words=("solver",),
+        )
+    say()
+    say("limit     largest stable step, the least of all images; 0 where a mode grows")
+    say("growing   modes with Re λ > 0, which the flow itself amplifies")
+    say("decaying  the limit over all other modes, and the λ that sets it")
+    say("inside    whether the network's own step h is within that limit")
+    if stages:
+        from resode import plots
+
+        path = figure or _figures(run) / "stability.png"
+        with replacing(path) as unfinished:
+            plots.stage_spectra(stages, methods, unfinished)
+        say(f"\nfigure {path}")
+
+
+def _runs() -> list[str]:
+    """Run folders here and in runs/."""
+    return sorted(
+        str(config.parent) for place in ("*", "runs/*") for config in Path().glob(f"{place}/config.yaml")
+    )
+
+
+def _number(value: float, digits: int = 4) -> str:
+    return "∞" if value == float("inf") else f"{value:.{digits}g}"
+
+
+def _complex(value: complex) -> str:
+    if value != value:
+        return "-"
+    return f"{value.real:.2g}" + (f" ± {abs(value.imag):.2g}i" if value.imag else "")
+
+
+@command("resode methods")
+def methods() -> None:
+    """List the Runge-Kutta methods."""
+
+    def use(tableau: Any) -> str:
+        return "analysis only" if not tableau.explicit else "adaptive" if tableau.adaptive else "fixed steps"
+
+    rows = [[m.name, str(m.order), str(m.stages), use(m), m.source] for m in METHODS.values()]
+    wide = not sys.stdout.isatty() or get_terminal_size().columns >= 170
+    columns = ["method", "order", "stages", "steps", "source"]
+    keep = 5 if wide else 4
+    table(columns[:keep], [row[:keep] for row in rows], words=("method", "steps", "source"))
+
+
+@command(
+    "resode models", "resode train --model odenet32", "resode train --model resnet20 --option shortcut=B"
+)
+def models() -> None:
+    """List the networks and their options."""
+    from resode.networks import FAMILIES, NETWORKS
+
+    rows = [
+        [name, f"{network.parameter_count():,}", network.description] for name, network in NETWORKS.items()
+    ]
+    table(["model", "parameters", "what it is"], rows, words=("model", "what it is"))
+    say()
+    for family in FAMILIES:
+        say(f"{family.prefix}… has {family.rule}.")
+    say("\nOptions, with --option NAME=VALUE:")
+    for name in ("resnet20", "odenet20"):
+        say(f"  {name}: {', '.join(NETWORKS[name].options)}")

@@ -1,0 +1,27 @@
+"""Networks by name: ResNets, ODE-ResNets, plain and highway networks, perceptrons."""
+
+from resode.networks.common import StochasticDepth, Style
+from resode.networks.odenet import ODENet, preact_names
+from resode.networks.perceptron import PlainMLP, ResidualMLP
+from resode.networks.registry import FAMILIES, NETWORKS, Family, Network, available, build, find
+from resode.networks.resnet import CifarResNet, HighwayNet, ImageNetResNet, PreActResNet
+
+__all__ = [
+    "FAMILIES",
+    "NETWORKS",
+    "CifarResNet",
+    "Family",
+    "HighwayNet",
+    "ImageNetResNet",
+    "Network",
+    "ODENet",
+    "PlainMLP",
+    "PreActResNet",
+    "ResidualMLP",
+    "StochasticDepth",
+    "Style",
+    "available",
+    "build",
+    "find",
+    "preact_names",
+]

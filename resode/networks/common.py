@@ -1,0 +1,183 @@
+"""What all networks share: the style of their blocks, the stem, and how blocks are run."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from resode.fields import (
+    ACTIVATIONS,
+    NORMS,
+    SqueezeExcitation,
+    make_conv,
+    make_norm,
+    one_of,
+)
+from resode.shortcuts import SHORTCUTS, make_shortcut
+
+
+def probability(what: str, value: object) -> float:
+    """`value` if it is a number from 0 to less than 1; otherwise a ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ValueError(f"{what} is a probability, at least 0 and below 1: got {value!r}.")
+    return value
+
+
+@dataclass(frozen=True)
+class Style:
+    """What all blocks of a network have in common.
+
+    Args:
+        shortcut: a kind of `resode.shortcuts.make_shortcut`, or "none" for a plain network.
+        norm: "batch", "group" or "none".
+        activation: a name in `resode.fields.ACTIVATIONS`.
+        zero_init_last: start every F at 0: the last norm (post-activation) or the last convolution
+            (pre-activation). None does so only without norms, where nothing else bounds a deep sum.
+        stochastic_depth: probability to drop the last block's F in training, falling linearly to
+            the first one's.
+        squeeze_excitation: gate the channels at the end of every F.
+        stem: "small" (3×3) or "imagenet" (7×7 of stride 2, then max pooling).
+        gradient: "autograd", or "checkpoint" to keep a few states only and compute every block once more
+            on the way back.
+    """
+
+    shortcut: str = "A"
+    norm: str = "batch"
+    activation: str = "relu"
+    zero_init_last: bool | None = None
+    stochastic_depth: float = 0.0
+    squeeze_excitation: bool = False
+    stem: str = "small"
+    gradient: str = "autograd"
+
+    def __post_init__(self) -> None:
+        one_of("shortcut", self.shortcut, (*SHORTCUTS, "none"))
+        one_of("norm", self.norm, NORMS)
+        one_of("activation", self.activation, ACTIVATIONS)
+        one_of("stem", self.stem, ("small", "imagenet"))
+        one_of("gradient", self.gradient, ("autograd", "checkpoint"))
+        probability("stochastic_depth", self.stochastic_depth)
+        for name in ("zero_init_last", "squeeze_excitation"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and (value is not None or name == "squeeze_excitation"):
+                raise ValueError(f"{name} must be True or False: got {value!r}.")
+        if self.shortcut == "none" and (self.zero_init_last or self.stochastic_depth):
+            raise ValueError(
+                "zero_init_last and stochastic_depth turn a block into its shortcut, and a plain network "
+                "(shortcut 'none') has none: leave them out or choose another shortcut."
+            )
+
+    @property
+    def starts_at_zero(self) -> bool:
+        """Whether every F starts at 0."""
+        if self.zero_init_last is None:
+            return self.norm == "none" and self.shortcut != "none"
+        return self.zero_init_last
+
+    def make_shortcut(self, in_channels: int, out_channels: int, stride: int, *, bare: bool) -> nn.Module:
+        """The shortcut of one block; a bare projection has no norm of its own."""
+        if self.shortcut == "none":
+            return nn.Identity()
+        norm = None if bare or self.norm == "none" else partial(make_norm, self.norm)
+        return make_shortcut(self.shortcut, in_channels, out_channels, stride, norm=norm)
+
+    def make_se(self, channels: int) -> nn.Module:
+        """Squeeze-excitation, if asked for."""
+        return SqueezeExcitation(channels) if self.squeeze_excitation else nn.Identity()
+
+    def drops(self, blocks: int) -> Iterator[nn.Module]:
+        """Stochastic depth for each of the network's blocks, from the first to the last."""
+        for i in range(1, blocks + 1):
+            p = self.stochastic_depth * i / blocks
+            yield StochasticDepth(p) if p else nn.Identity()
+
+
+SMALL = Style()
+"""The style of the CIFAR networks."""
+
+IMAGENET = Style(shortcut="B", stem="imagenet")
+"""The style of the ImageNet networks."""
+
+
+class StochasticDepth(nn.Module):
+    """Drops a block's F for whole samples in training: F / (1 − p) with probability 1 − p, else 0.
+
+    Source:
+        Huang et al. (2016), Deep Networks with Stochastic Depth, arXiv:1603.09382.
+
+    Example:
+        >>> StochasticDepth(0.5).eval()(torch.ones(1, 2))
+        tensor([[1., 1.]])
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = probability("p", p)
+
+    def forward(self, residual: Tensor) -> Tensor:
+        """F or 0, sample by sample, shape of F."""
+        if not self.training or self.p == 0:
+            return residual
+        keep = torch.empty(residual.shape[0], *[1] * (residual.ndim - 1), device=residual.device)
+        return residual * (keep.bernoulli_(1 - self.p) / (1 - self.p)).to(residual.dtype)
+
+
+def advance(blocks: nn.Sequential, x: Tensor, gradient: str = "autograd") -> Tensor:
+    """The state after the blocks.
+
+    With "checkpoint" a segment of k blocks keeps its input alone and is computed again for the
+    gradient, without counting the batch a second time in the running statistics. L blocks then hold
+    L/k states and, one segment at a time, 6k more (what a block of two convolutions saves), which is
+    least at k = √(L/6).
+    """
+    if gradient == "autograd" or not torch.is_grad_enabled():
+        return blocks(x)
+    k = max(1, round(math.sqrt(len(blocks) / 6)))
+    for start in range(0, len(blocks), k):
+        segment = blocks[start : start + k]
+        x = checkpoint(segment, x, use_reentrant=False, context_fn=partial(_contexts, segment))
+    return x
+
+
+def check_images(x: Tensor, in_channels: int) -> None:
+    """Raise a ValueError unless x is (batch, in_channels, H, W)."""
+    if x.ndim != 4 or x.shape[1] != in_channels:
+        raise ValueError(
+            f"this network takes images of shape (batch, {in_channels}, height, width): got "
+            f"{tuple(x.shape)}. Build it with in_channels= the channels of the images."
+        )
+
+
+def _contexts(
+    segment: nn.Module,
+) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+    return contextlib.nullcontext(), _frozen_statistics(segment)
+
+
+@contextlib.contextmanager
+def _frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Batch norms compute as before and leave their running statistics as they are."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    state = [(m.momentum, m.num_batches_tracked) for m in norms]
+    for m in norms:
+        m.momentum, m.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for m, (momentum, tracked) in zip(norms, state, strict=True):
+            m.momentum, m.num_batches_tracked = momentum, tracked
+
+
+def make_stem(in_channels: int, width: int, style: Style) -> tuple[nn.Conv2d, nn.Module]:
+    """The first convolution and the pooling after it."""
+    if style.stem == "small":
+        return make_conv(in_channels, width, 3, norm=style.norm), nn.Identity()
+    return make_conv(in_channels, width, 7, 2, norm=style.norm), nn.MaxPool2d(3, 2, padding=1)

@@ -1,0 +1,466 @@
+"""Every figure's style. The only module that imports matplotlib.
+
+Figures are matplotlib Figure objects without a global state, so they can be drawn in threads and without a
+display. Functions that take `path` write the figure there, in the format its ending names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, NullLocator
+
+from resode.stability import (
+    eigenvalue_step_limit,
+    imaginary_stability_interval,
+    real_stability_interval,
+    stability_function,
+)
+from resode.stability.intervals import ray_polynomials
+from resode.stability.rays import Complexes
+from resode.tableaus import ButcherTableau, get_tableau
+
+Method = str | ButcherTableau
+Path = str | PathLike[str] | None
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#7A5C00", "#5D3A9B", "#4D4D4D")
+"""Lines and regions, in order; told apart with any colour vision (Okabe & Ito)."""
+STABLE, UNSTABLE = "#1B1B1B", "#D55E00"
+DASHES = ("-", "--", "-.", ":")
+
+
+def stability_region(
+    method_or_methods: Method | Sequence[Method],
+    eigenvalues: Any = None,
+    step_size: float = 1.0,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw where |R(z)| ≤ 1, for one method or several, with z = ηλ of a spectrum over it.
+
+    Eigenvalues are dots where the (first) method is stable and crosses where it is not. For each method a
+    ring marks the eigenvalue that leaves its region first as η grows, and the legend gives the limit.
+
+    Args:
+        method_or_methods: names in METHODS or tableaus.
+        eigenvalues: λ (1/time), any shape; tensor, array or sequence.
+        step_size: η > 0.
+        ax: where to draw; a new figure if None.
+
+    Returns:
+        The axes; `.figure.savefig(path)` writes the picture.
+
+    Raises:
+        ValueError: an unknown method, none, or a step size that is not positive.
+
+    Example:
+        >>> ax = stability_region(["euler", "rk4"], [-2.0, -5.0], step_size=0.5)
+        >>> ax.get_xlabel()
+        'Re ηλ'
+    """
+    tableaus = _tableaus(method_or_methods)
+    if not (0 < step_size < math.inf):
+        raise ValueError(f"step_size must be positive and finite, got {step_size}.")
+    z = None if eigenvalues is None else _points(eigenvalues) * step_size
+    left, right, bottom, top = _window(tableaus, z)
+    own = ax is None
+    if ax is None:
+        ax = _axes_beside_legend((right - left) / (top - bottom))
+    x, y = np.linspace(left, right, 700), np.linspace(bottom, top, 700)
+    grid = torch.as_tensor(x + 1j * y[:, None])
+    handles = []
+    for i, tableau in enumerate(tableaus):
+        size = stability_function(tableau, grid).abs().clamp(max=2.0).numpy()
+        colour, dash = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
+        ax.contourf(x, y, size, levels=[0.0, 1.0], colors=[colour], alpha=0.16, zorder=1)
+        ax.contour(x, y, size, levels=[1.0], colors=[colour], linestyles=dash, linewidths=1.6, zorder=2)
+        handles.append(Line2D([], [], color=colour, linestyle=dash, linewidth=1.6, label=tableau.name))
+    ax.axhline(0, color="0.6", linewidth=0.7, zorder=0)
+    ax.axvline(0, color="0.6", linewidth=0.7, zorder=0)
+    if z is not None:
+        handles += _draw_spectrum(ax, tableaus, z, step_size)
+    ax.set_aspect("equal")
+    ax.set_xlim(left, right)
+    ax.set_ylim(bottom, top)
+    ax.set_xlabel("Re ηλ")
+    ax.set_ylabel("Im ηλ")
+    ax.set_title("Stable where |R(ηλ)| ≤ 1" + ("" if z is None else f"; η = {step_size:.4g}"), fontsize=11)
+    # Outside the axes, so that it covers nothing: beside them in a figure of its own, else below.
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)}
+    if not own:
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17)}
+    ax.legend(handles=handles, fontsize=8.5, frameon=False, **place)
+    return ax
+
+
+def _draw_spectrum(ax: Axes, tableaus: list[ButcherTableau], z: Complexes, step_size: float) -> list[Line2D]:
+    """Dots, crosses and rings; their entries in the legend."""
+    first = tableaus[0].name
+    stable = stability_function(tableaus[0], torch.as_tensor(z)).abs().numpy() <= 1 + 1e-12
+    many = len(z) > 200
+    size = 9 if many else 26
+    handles = []
+    for mask, marker, colour, word in ((stable, "o", STABLE, "stable"), (~stable, "X", UNSTABLE, "unstable")):
+        if mask.any():
+            ax.scatter(
+                z[mask].real,
+                z[mask].imag,
+                s=size * (1.0 if marker == "o" else 1.9),
+                marker=marker,
+                color=colour,
+                edgecolors="white",
+                linewidths=0.3 if many else 0.6,
+                alpha=0.75 if many else 1.0,
+                zorder=4,
+            )
+            label = f"{word} with {first} ({int(mask.sum())})"
+            style: dict[str, Any] = {"linestyle": "", "marker": marker, "color": colour}
+            style["markeredgecolor"] = "white"
+            handles.append(Line2D([], [], markersize=7, label=label, **style))
+    for i, tableau in enumerate(tableaus):
+        limit = eigenvalue_step_limit(z / step_size, tableau)
+        if math.isinf(limit.step):
+            handles.append(Line2D([], [], linestyle="", label=f"{tableau.name}: no step is too large"))
+            continue
+        ring = {
+            "marker": "o",
+            "markersize": 12 + 4 * i,
+            "markerfacecolor": "none",
+            "markeredgecolor": COLOURS[i % len(COLOURS)],
+            "markeredgewidth": 1.8,
+            "linestyle": "",
+        }
+        where = np.array([limit.limiting_eigenvalue, np.conj(limit.limiting_eigenvalue)]) * step_size
+        where = where[np.abs(z[:, None] - where).min(axis=0) <= 1e-6 * np.abs(z).max()]
+        ax.plot(where.real, where.imag, zorder=5, **ring)
+        label = f"limits {tableau.name}: η ≤ {limit.step:.4g}"
+        if limit.step == 0:
+            label = f"{tableau.name}: no small η is stable"
+            if 0 < limit.decaying_step < math.inf:
+                label += f"\n(η ≤ {limit.decaying_step:.4g} without growing modes)"
+        handles.append(Line2D([], [], label=label, **{**ring, "markersize": 9}))
+    return handles
+
+
+def _window(tableaus: list[ButcherTableau], z: Complexes | None) -> tuple[float, float, float, float]:
+    """Limits of the axes: the regions around 0 with what lies close by, and every ηλ, with a margin."""
+    angles: Complexes = np.exp(1j * np.linspace(0, np.pi, 181)[1:-1])
+    corners: list[complex] = [0.4]
+    for tableau in tableaus:
+        if not tableau.explicit:
+            corners += [-5 + 5j, 6 + 5j]
+            continue
+        exits = ray_polynomials(tableau).unstable(angles)[..., 0]  # where a stable interval ends, or inf
+        reach = exits[angles.real < 0, 0].max()
+        row, column = np.nonzero(exits <= 1.4 * reach)
+        corners += [*(exits[row, column] * angles[row]), -real_stability_interval(tableau)]
+    points: Complexes = np.array(corners if z is None else [*corners, *z], dtype=np.complex128)
+    left, right = points.real.min(), points.real.max()
+    top = np.abs(points.imag).max()
+    margin = 0.08 * max(right - left, 2 * top)
+    right = max(right + margin, 0.22 * (right - left))
+    return left - margin, right, -top - margin, top + margin
+
+
+def amplification(method_or_methods: Method | Sequence[Method], path: Path = None) -> Figure:
+    """Draw |R| along the negative real and the positive imaginary axis, for one method or several.
+
+    The end of each stability interval is marked. On the imaginary axis |R| − 1 may be very small, so a third
+    panel shows its modulus on a logarithmic scale, drawn thick where |R| > 1.
+
+    Example:
+        >>> len(amplification(["euler", "rk4"]).axes)
+        3
+    """
+    tableaus = _tableaus(method_or_methods)
+    figure = Figure(figsize=(10.5, 3.9), layout="constrained")
+    real, imaginary, excess = figure.subplots(1, 3)
+    bounded = [t for t in tableaus if math.isfinite(real_stability_interval(t))]
+    length = 1.3 * max([real_stability_interval(t) for t in bounded], default=6.0)
+    height = 1.3 * max([imaginary_stability_interval(t) for t in bounded] + [2.0])
+    for i, tableau in enumerate(tableaus):
+        style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)], "linewidth": 1.7}
+        for ax, direction, extent, interval in (
+            (real, -1.0, length, real_stability_interval(tableau)),
+            (imaginary, 1j, height, imaginary_stability_interval(tableau)),
+        ):
+            r = np.linspace(0, extent, 1201)
+            size = stability_function(tableau, torch.as_tensor(r * direction + 0j)).abs().numpy()
+            ax.plot(r, size, label=tableau.name, **style)
+            if 0 < interval < extent:
+                ax.plot([interval], [1], marker="o", markersize=5, color=style["color"], zorder=4)
+            if ax is imaginary:
+                for above in (True, False):
+                    shown = np.where((size > 1) == above, np.abs(size - 1), np.nan)
+                    width = 2.0 if above else 0.8
+                    label = tableau.name if above else None
+                    excess.semilogy(r, shown, label=label, **{**style, "linewidth": width})
+    for ax, name in ((real, "r, z = −r"), (imaginary, "r, z = ir")):
+        ax.axhline(1, color="0.5", linewidth=0.8)
+        ax.set(xlabel=name, ylabel="|R(z)|", ylim=(0, 1.8), xlim=(0, None))
+    real.set_title("Along the negative real axis", fontsize=11)
+    imaginary.set_title("Along the imaginary axis", fontsize=11)
+    excess.set_title("How far from 1 (thick: |R| > 1)", fontsize=11)
+    excess.set(xlabel="r, z = ir", ylabel="||R(z)| − 1|", ylim=(1e-15, 3), xlim=(0, None))
+    real.legend(fontsize=8.5)
+    return _finished(figure, path)
+
+
+def transient_growth(growth: Any, path: Path = None) -> Figure:
+    """Draw ‖R(ηJ)ⁿ‖₂ over the step n, for one result of `resode.analysis.transient_growth` or several.
+
+    Example:
+        >>> from resode.analysis import transient_growth as measure
+        >>> figure = transient_growth(measure([[-1.0, 10.0], [0.0, -2.0]], 0.1))
+        >>> figure.axes[0].get_xlabel()
+        'step n'
+    """
+    results = growth if isinstance(growth, list | tuple) else [growth]
+    ax = _axes((6.2, 3.9))
+    for i, result in enumerate(results):
+        norms = np.asarray(_plain(result.norms)).reshape(-1, np.shape(result.norms)[-1])
+        style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
+        for j, row in enumerate(norms):
+            peak = int(np.argmax(row))
+            label = f"{result.method}, η = {result.step_size:.4g}: peak {row[peak]:.4g} at step {peak}"
+            if len(norms) > 1:
+                label = (
+                    f"{result.method}, η = {result.step_size:.4g} ({len(norms)} matrices)" if j == 0 else None
+                )
+            ax.semilogy(np.arange(len(row)), row, linewidth=1.6, label=label, **style)
+            ax.plot([peak], [row[peak]], marker="o", markersize=5, color=style["color"])
+    ax.axhline(1, color="0.5", linewidth=0.8)
+    ax.set(xlabel="step n", ylabel="‖R(ηJ)ⁿ‖₂", xlim=(0, None), ylim=(max(ax.get_ylim()[0], 1e-3), None))
+    ax.set_title("Growth before decay", fontsize=11)
+    ax.legend(fontsize=8.5)
+    return _finished(_figure_of(ax), path)
+
+
+def edge(check: Any, path: Path = None) -> Figure:
+    """Draw the simulation on either side of a step limit, a result of `resode.stability.edge_check`.
+
+    Example:
+        >>> from resode.stability import edge_check
+        >>> len(edge(edge_check("rk4", [-2.0, -5.0])).axes[0].lines)
+        3
+    """
+    ax = _axes((6.2, 3.9))
+    for step, path_, colour, word in (
+        (check.below, check.decay, COLOURS[0], "below"),
+        (check.above, check.growth, UNSTABLE, "above"),
+    ):
+        if step is not None:
+            label = f"η = {step:.6g}, just {word}"
+            height = np.maximum(path_, 1e-300)
+            ax.semilogy(np.arange(len(path_)), height, color=colour, linewidth=1.7, label=label)
+    ax.axhline(1, color="0.5", linewidth=0.8)
+    ax.set(xlabel="step n", ylabel="largest |x|", xlim=(0, None))
+    ax.set_title(f"{check.method} on either side of its limit η = {check.limit:.10g}", fontsize=11)
+    ax.legend(fontsize=8.5)
+    return _finished(_figure_of(ax), path)
+
+
+def bifurcation(result: Any, path: Path = None) -> Figure:
+    """Draw where the orbits of a scalar map settle, over the step size: `resode.analysis.bifurcation`.
+
+    Example:
+        >>> from resode.analysis import bifurcation as measure
+        >>> eta = torch.linspace(1.5, 3.0, 200, dtype=torch.float64)
+        >>> bifurcation(measure(lambda x: x * (1 - x), eta, x0=0.1)).axes[0].get_xlabel()
+        'step size η'
+    """
+    orbits = np.asarray(_plain(result.orbits))
+    steps = np.broadcast_to(np.asarray(_plain(result.step_sizes))[:, None], orbits.shape)
+    ax = _axes((7.2, 4.4))
+    keep = np.isfinite(orbits)
+    ax.plot(steps[keep], orbits[keep], ",", color=STABLE, alpha=0.35, rasterized=True)
+    ax.set(xlabel="step size η", ylabel="x after the transient", xlim=(steps.min(), steps.max()))
+    ax.set_title(f"Where x ← {result.solver}'s step of size η settles", fontsize=11)
+    return _finished(_figure_of(ax), path)
+
+
+def training_curves(metrics: Mapping[str, Sequence[float]], path: Path = None) -> Figure:
+    """Draw a run's loss, error and learning rate over its epochs.
+
+    Args:
+        metrics: columns of metrics.csv: epoch, lr, train_loss, train_accuracy, test_loss, test_accuracy, and
+            validation_loss, validation_accuracy where images were held out.
+        path: where to write the figure.
+
+    Example:
+        >>> columns = {"epoch": [1, 2], "lr": [0.1, 0.0]}
+        >>> columns |= {f"{split}_loss": [2.0, 1.0] for split in ("train", "test")}
+        >>> columns |= {f"{split}_accuracy": [0.5, 0.9] for split in ("train", "test")}
+        >>> [ax.get_title() for ax in training_curves(columns).axes]
+        ['loss', 'error, %', 'learning rate']
+    """
+    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
+    loss, error, rate = figure.subplots(1, 3)
+    epochs = metrics["epoch"]
+    marker = "o" if len(epochs) <= 30 else ""
+    shared: dict[str, Any] = {"marker": marker, "markersize": 3.2, "linewidth": 1.6}
+    splits = [split for split in ("train", "validation", "test") if f"{split}_loss" in metrics]
+    for split in splits:
+        style = shared | {"color": _SPLITS[split], "label": split}
+        loss.plot(epochs, metrics[f"{split}_loss"], **style)
+        error.plot(epochs, [100 * (1 - share) for share in metrics[f"{split}_accuracy"]], **style)
+    rate.plot(epochs, metrics["lr"], color="0.45", **shared)
+    last = 100 * (1 - metrics["test_accuracy"][-1])
+    place: dict[str, Any] = {"xytext": (0, 9), "textcoords": "offset points", "ha": "right", "fontsize": 9}
+    error.annotate(f"{last:.2f} %", (epochs[-1], last), color=_SPLITS["test"], **place)
+    error.legend(frameon=False)
+    for ax, title in ((loss, "loss"), (error, "error, %"), (rate, "learning rate")):
+        ax.set_title(title, fontsize=11)
+        ax.set(xlabel="epoch", ylim=(0, None))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    return _finished(figure, path)
+
+
+_SPLITS = {"train": COLOURS[0], "validation": COLOURS[2], "test": UNSTABLE}
+
+
+def swap_accuracy(report: Any, path: Path = None) -> Figure:
+    """Draw accuracy and logit drift of the same weights against the solver's step.
+
+    Args:
+        report: of `resode.swap_report`; an adaptive solver, which chooses its steps, is a level line.
+        path: where to write the figure.
+    """
+    figure = Figure(figsize=(9.6, 3.9), layout="constrained")
+    accuracy, drift = figure.subplots(1, 2)
+    solvers = list(dict.fromkeys(row.solver for row in report.rows))
+    for i, solver in enumerate(solvers):
+        rows = [row for row in report.rows if row.solver == solver]
+        style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linewidth": 1.7}
+        for ax, values in (
+            (accuracy, [100 * row.accuracy for row in rows]),
+            (drift, [row.logit_drift for row in rows]),
+        ):
+            if rows[0].step_size is None:
+                ax.axhline(values[0], linestyle=(0, (5, 2)), label=f"{solver}, adaptive", **style)
+                continue
+            ax.plot([row.step_size for row in rows], values, marker="o", markersize=5, label=solver, **style)
+            for row, value in zip(rows, values, strict=True):
+                if row.as_trained:
+                    ring = {
+                        "markersize": 13,
+                        "markerfacecolor": "none",
+                        "markeredgewidth": 1.8,
+                        "linestyle": "",
+                    }
+                    ax.plot([row.step_size], [value], "o", color=style["color"], label="as trained", **ring)
+    steps = sorted({row.step_size for row in report.rows if row.step_size is not None})
+    for ax, title in ((accuracy, "accuracy, %"), (drift, "drift of the logits, relative")):
+        ax.set_title(title, fontsize=11)
+        if steps:
+            ax.set_xlabel("step size (finer to the right)")
+            ax.set_xscale("log", base=2)
+            ax.set_xlim(steps[-1] * 1.25, steps[0] / 1.25)
+            ax.set_xticks(steps, [f"{step:g}" for step in steps])
+            ax.xaxis.set_minor_locator(NullLocator())
+    low = min(100 * row.accuracy for row in report.rows)
+    accuracy.set_ylim(max(0, low - 5), 101.5)
+    drift.set_ylim(0, None)
+    handles, labels = accuracy.get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="outside right center")
+    return _finished(figure, path)
+
+
+def stage_spectra(stages: Sequence[Any], methods: Method | Sequence[Method], path: Path = None) -> Figure:
+    """Draw the eigenvalues hλ of a network's blocks over the methods' stability regions, one panel a stage.
+
+    Args:
+        stages: of `resode.training.stages.stage_limits`, at least one with spectra.
+        methods: names in METHODS, or tableaus.
+        path: where to write the figure.
+    """
+    shown = [stage for stage in stages if stage.spectra]
+    figure = Figure(figsize=(1.9 + 3.0 * len(shown), 4.3), layout="constrained")
+    panels = figure.subplots(1, len(shown), squeeze=False, sharex=True, sharey=True)[0]
+    everything = np.concatenate([np.ravel(z) for stage in shown for z in stage.spectra])
+    left, right, bottom, top = _window(_tableaus(methods), everything)
+    handles: dict[str, Any] = {}
+    for ax, stage in zip(panels, shown, strict=True):
+        stability_region(methods, ax=ax)
+        legend = ax.get_legend()
+        if legend is not None:
+            handles |= {
+                text.get_text(): line for text, line in zip(legend.texts, legend.legend_handles, strict=True)
+            }
+            legend.remove()
+        for i, z in enumerate(stage.spectra):
+            colour = _BLOCKS[i % len(_BLOCKS)]
+            handles[f"block {i}"] = ax.scatter(
+                z.real, z.imag, s=7, color=colour, alpha=0.6, linewidths=0, zorder=4
+            )
+        ax.set(
+            xlim=(left, right), ylim=(bottom, top), xlabel="Re hλ", ylabel="Im hλ" if ax is panels[0] else ""
+        )
+        ax.set_title(f"{stage.name}, states {'×'.join(map(str, stage.shape))}", fontsize=10.5)
+    regions = [name for name in handles if not name.startswith("block ")]
+    names = regions + sorted(
+        (name for name in handles if name not in regions), key=lambda name: int(name[6:])
+    )
+    figure.legend(
+        [handles[n] for n in names], names, frameon=False, loc="outside right center", markerscale=2.2
+    )
+    figure.suptitle("Step times eigenvalue, hλ, of every block, over the regions |R(z)| ≤ 1", fontsize=11)
+    return _finished(figure, path)
+
+
+_BLOCKS = ("#1B1B1B", "#009E73", "#CC79A7", "#5D3A9B", "#56B4E9", "#7A5C00")
+
+
+def _tableaus(method_or_methods: Method | Sequence[Method]) -> list[ButcherTableau]:
+    single = isinstance(method_or_methods, str | ButcherTableau)
+    methods = [method_or_methods] if single else list(method_or_methods)
+    if not methods:
+        raise ValueError("give at least one method; resode.METHODS holds them by name.")
+    return [get_tableau(m) for m in methods]
+
+
+def _plain(values: Any) -> Any:
+    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else values
+
+
+def _points(eigenvalues: Any) -> Complexes:
+    return np.asarray(_plain(eigenvalues), dtype=np.complex128).ravel()
+
+
+def _axes(size: tuple[float, float]) -> Axes:
+    return Figure(figsize=size, layout="constrained").subplots()
+
+
+def _axes_beside_legend(ratio: float) -> Axes:
+    """Axes of this ratio of width to height in a figure that leaves room for a legend to their right."""
+    height = min(4.9, 5.6 / ratio)
+    width, left, below = height * ratio, 0.7, 0.6
+    figure = Figure(figsize=(left + width + 3.0, below + height + 0.4))
+    total_width, total_height = figure.get_size_inches()
+    return figure.add_axes(
+        (left / total_width, below / total_height, width / total_width, height / total_height)
+    )
+
+
+def _figure_of(ax: Axes) -> Figure:
+    figure = ax.figure
+    assert isinstance(figure, Figure)
+    return figure
+
+
+def _finished(figure: Figure, path: Path) -> Figure:
+    """The same style for every axes; written to `path` if there is one."""
+    for ax in figure.axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(True, color="0.92", linewidth=0.8, zorder=0)
+        ax.set_axisbelow(True)
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure

@@ -1,0 +1,186 @@
+r"""The stability function R(z) of a method: exactly, and its values.
+
+One step of size η on x' = λx multiplies x by R(ηλ). The coefficients are exact fractions; only values are
+floating-point numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from resode.stability.polynomials import common_factor, divide
+from resode.tableaus import ButcherTableau, get_tableau
+
+Fractions = tuple[Fraction, ...]
+
+_EPS = 2.0**-52
+_DENOMINATOR = 10_000
+
+
+@lru_cache(maxsize=256)
+def _coefficients(tableau: ButcherTableau) -> tuple[Fractions, Fractions]:
+    if tableau.rational is not None:
+        return tableau.rational
+    a = [[_fraction(x) for x in row] for row in tableau.a]
+    b = [_fraction(x) for x in tableau.b]
+    stages = range(len(b))
+    floats = [x for row in (*tableau.a, tableau.b) for x in row if isinstance(x, float)]
+    exact = all(_fraction(x).denominator <= _DENOMINATOR for x in floats)
+    if tableau.explicit:
+        denominator, numerator = [Fraction(1)], [Fraction(1)]
+        vector = [Fraction(1)] * len(b)  # A^(k−1)·1
+        for _ in stages:
+            numerator.append(_dot(b, vector))
+            vector = [_dot(row, vector) for row in a]
+    else:
+        denominator = _determinant(a)
+        numerator = _determinant([[a[i][j] - b[j] for j in stages] for i in stages])
+    for k in range(min(tableau.order, len(b)) + 1):
+        # P = Q·e^z up to the order: what the order conditions say, free of the coefficients' rounding
+        value = sum((q / math.factorial(k - j) for j, q in enumerate(denominator[: k + 1])), Fraction(0))
+        if abs(value - numerator[k]) > 1e-8:
+            raise ValueError(
+                f"tableau {tableau.name!r}: order {tableau.order} asks for R(z) = e^z up to "
+                f"z^{tableau.order}, but its coefficient of z^{k} differs by "
+                f"{float(numerator[k] - value):.3g}. Correct the order or the coefficients."
+            )
+        numerator[k] = value
+    if not exact:
+        size = float(max(sum(abs(x) for x in row) for row in a)) + float(sum(abs(x) for x in b))
+        numerator, denominator = _without_rounding(numerator, size), _without_rounding(denominator, size)
+    factor = common_factor(numerator, denominator)
+    return _trimmed(divide(numerator, factor)[0]), _trimmed(divide(denominator, factor)[0])
+
+
+def _fraction(x: Fraction | float) -> Fraction:
+    """The number itself; for a float that is the nearest one to a fraction in small terms, the fraction.
+
+    So a method that is typed with 1 / 6 is the method with the coefficient 1/6. Chance puts one float in some
+    10⁸ that near to such a fraction.
+    """
+    if isinstance(x, Fraction | int):
+        return Fraction(x)
+    simple = Fraction(x).limit_denominator(_DENOMINATOR)
+    return simple if float(simple) == x else Fraction(x)
+
+
+def _trimmed(poly: list[Fraction]) -> Fractions:
+    while poly[-1] == 0:
+        poly.pop()
+    return tuple(poly)
+
+
+def _dot(x: Sequence[Fraction], y: Sequence[Fraction]) -> Fraction:
+    return sum((p * q for p, q in zip(x, y, strict=True)), Fraction(0))
+
+
+def _determinant(a: list[list[Fraction]]) -> list[Fraction]:
+    """Coefficients of det(I − zA), lowest first (Faddeev and Le Verrier)."""
+    size = len(a)
+    coefficients, product = [Fraction(1)], [[Fraction(0)] * size for _ in range(size)]
+    for k in range(1, size + 1):
+        for i in range(size):
+            product[i][i] += coefficients[-1]
+        columns = list(zip(*product, strict=True))
+        product = [[_dot(row, column) for column in columns] for row in a]
+        coefficients.append(-sum((product[i][i] for i in range(size)), Fraction(0)) / k)
+    return coefficients
+
+
+def _without_rounding(poly: list[Fraction], size: float) -> list[Fraction]:
+    """Coefficients that are 0 up to the rounding of a tableau in floats, set to 0."""
+    return [c if abs(c) > 64 * _EPS * size**k or k == 0 else Fraction(0) for k, c in enumerate(poly)]
+
+
+def stability_coefficients(method: str | ButcherTableau) -> tuple[Fractions, Fractions]:
+    r"""R(z) = P(z)/Q(z) as exact fractions.
+
+    P(z) = det(I − zA + z·1bᵀ) and Q(z) = det(I − zA), common factors removed; for an explicit method Q = 1
+    and the coefficient of z^k is bᵀA^{k−1}1. Up to the method's order p the coefficients are those that
+    P = Q·e^z + O(z^{p+1}) demands (1/k! for an explicit method), so that a method whose published
+    coefficients are rounded does not leave its region by a rounding.
+
+    Args:
+        method: a name in METHODS, or a tableau.
+
+    Returns:
+        (numerator, denominator), each lowest degree first; the denominator begins with 1.
+
+    Raises:
+        ValueError: the name is unknown, or the tableau's coefficients contradict its order.
+
+    Source:
+        Hairer & Wanner, Solving Ordinary Differential Equations II, IV.3, eq. (3.3).
+
+    Example:
+        >>> [str(c) for c in stability_coefficients("rk4")[0]]
+        ['1', '1', '1/2', '1/6', '1/24']
+        >>> [[str(c) for c in part] for part in stability_coefficients("trapezoid")]
+        [['1', '1/2'], ['1', '-1/2']]
+    """
+    return _coefficients(get_tableau(method))
+
+
+def stability_function(method: str | ButcherTableau, z: Tensor) -> Tensor:
+    r"""Growth factor R(z) of one step on x' = λx, with z = ηλ.
+
+    R(z) = 1 + z bᵀ(I − zA)⁻¹1; the step is stable where |R(z)| ≤ 1.
+
+    Args:
+        method: a name in METHODS, or a tableau; explicit or implicit.
+        z: step size times eigenvalue (dimensionless), complex, shape (*grid).
+
+    Returns:
+        R(z), shape (*grid), dtype and device of z; differentiable in z. inf at a pole.
+
+    Raises:
+        TypeError: z is real, which would drop the phase of the spectrum, or no tensor.
+        ValueError: the method is unknown.
+
+    Source:
+        Hairer & Wanner, Solving Ordinary Differential Equations II, IV.3.
+
+    Example:
+        >>> stability_function("euler", torch.tensor([-1, -2, 1j])).abs()
+        tensor([0.0000, 1.0000, 1.4142])
+    """
+    numerator, denominator = (tuple(map(float, part)) for part in stability_coefficients(method))
+    if not isinstance(z, Tensor) or not z.is_complex():
+        came = f"a {z.dtype} tensor" if isinstance(z, Tensor) else type(z).__name__
+        raise TypeError(
+            f"z must be a complex tensor, because R depends on the phase of z = ηλ: got {came}. "
+            "Convert with torch.as_tensor(z, dtype=torch.complex128)."
+        )
+    if len(denominator) == 1:
+        return _finite_or_inf(_horner(numerator, z), z)
+    # Beyond |z| = 1 in powers of 1/z, so that nothing overflows where R tends to a constant.
+    degree = max(len(numerator), len(denominator))
+    outside = z.abs() > 1
+    inner = torch.where(outside, torch.ones_like(z), z)
+    outer = 1 / torch.where(outside, z, torch.ones_like(z))
+    reverse = [(*(0.0,) * (degree - len(part)), *part[::-1]) for part in (numerator, denominator)]
+    ratio = torch.where(
+        outside,
+        _horner(reverse[0], outer) / _horner(reverse[1], outer),
+        _horner(numerator, inner) / _horner(denominator, inner),
+    )
+    return _finite_or_inf(ratio, z)
+
+
+def _horner(coefficients: Sequence[float], z: Tensor) -> Tensor:
+    value = torch.full_like(z, coefficients[-1])
+    for c in coefficients[-2::-1]:
+        value = value * z + c
+    return value
+
+
+def _finite_or_inf(value: Tensor, z: Tensor) -> Tensor:
+    """Overflow and division by 0 make nan of a complex number; |R| is inf there."""
+    lost = ~torch.isfinite(value) & ~torch.isnan(z)
+    return torch.where(lost, torch.full_like(z, math.inf), value) if lost.any() else value

@@ -1,0 +1,274 @@
+"""A trained network again: load it, and measure it on images, under the solver it has or another one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from resode.blocks import ODEBlock, ResidualStack
+from resode.training.data import Batches, ImageData, load_data
+from resode.training.folder import NoSuchRun, RunError, RunFolder, unpack
+from resode.training.plan import Model, check_data_name, choose_device, make_network, model_name
+
+EVALUATION_BATCH = 500
+"""Images at once where no gradients are kept."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a network does on some images.
+
+    Args:
+        accuracy: share recognised, 0 to 1.
+        loss: mean cross entropy.
+        nfe: calls of fields F in a forward pass, summed over the network's solving blocks; the mean over
+            samples where each has its own steps.
+        images: how many there were.
+        seconds: that it took.
+    """
+
+    accuracy: float
+    loss: float
+    nfe: float
+    images: int
+    seconds: float
+
+
+def load(run: str | Path, *, model: Model | None = None, device: str = "cpu") -> nn.Module:
+    """A trained network, from its run folder or weights file.
+
+    Nothing is unpickled and no code is imported by a name in a file: weights are safetensors, and a network
+    of one's own is passed in.
+
+    Args:
+        run: a run folder, one of its checkpoints, or a `.safetensors` file.
+        model: what the weights belong to where the file does not say it: a name, a network or its
+            constructor.
+        device: where the network goes.
+
+    Returns:
+        The network, in evaluation mode.
+
+    Raises:
+        NoSuchRun: there is no such run.
+        RunError: the file is damaged, or belongs to another network.
+    """
+    tensors, about = read_weights(Path(run))
+    options = about.get("options", {})
+    if model is None:
+        if "model" not in about:
+            raise RunError(f"{run} does not say which network it belongs to. Pass its name as model.")
+        if about["own"]:
+            raise RunError(
+                f"{run} belongs to a network of your own, {about['model']}. Pass its constructor as model."
+            )
+        model = str(about["model"])
+    elif not isinstance(model, str):
+        options = about.get("options", {}) if about.get("own") else {}
+    network = make_network(model, options)
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise RunError(f"the weights in {run} do not fit {model_name(model)}: {error}.") from error
+    return network.to(choose_device(device)).eval()
+
+
+def evaluate(
+    run: str | Path | nn.Module,
+    data: str | ImageData | None = None,
+    *,
+    solver: str | None = None,
+    substeps: int | None = None,
+    model: Model | None = None,
+    data_dir: str | Path | None = None,
+    device: str = "auto",
+) -> Score:
+    """Accuracy on the test images, under the run's solver or another one.
+
+    Args:
+        run: a run folder, a weights file, or a network (its solver stays changed).
+        data: the data set; None for the run's own.
+        solver: a method for every `ResidualStack`; None for the run's own.
+        substeps: solver steps a block; None for the run's own.
+        model: as for `load`.
+        data_dir: as for `train`; None for the run's own.
+        device: as for `train`.
+
+    Returns:
+        The score, in float32.
+    """
+    if isinstance(run, nn.Module):
+        if data is None:
+            raise ValueError("a network comes without images: pass data, such as 'digits' or an ImageData.")
+        network = run.to(choose_device(device))
+    else:
+        network = load(run, model=model, device=device)
+    images = images_of(run, data, data_dir)
+    if solver is not None or substeps is not None:
+        set_solver(network, solver, substeps)
+    return score(network, plain_batches(images, device=choose_device(device)))
+
+
+def images_of(
+    run: str | Path | nn.Module, data: str | ImageData | None = None, data_dir: str | Path | None = None
+) -> ImageData:
+    """The data set given, or else the one that a run was trained on."""
+    if isinstance(data, ImageData):
+        return data
+    if isinstance(run, nn.Module):
+        about, config = {}, {}
+    else:
+        _, about = read_weights(Path(run))
+        folder = Path(run) if Path(run).is_dir() else Path(run).parent
+        config = RunFolder(folder).read_config() if (folder / "config.yaml").exists() else {}
+    name = data or about.get("data")
+    if name is None:
+        raise RunError(f"{run} does not say which data set it was trained on. Pass its name as data.")
+    check_data_name(name)
+    return load_data(name, data_dir or config.get("data_dir"))
+
+
+def plain_batches(
+    data: ImageData, split: str = "test", device: torch.device | str = "cpu", limit: int | None = None
+) -> Batches:
+    """Images of a data set in their order, normalised and otherwise as they are.
+
+    Args:
+        data: the data set.
+        split: "test" or "train".
+        device: where the batches are made.
+        limit: only so many images, the first ones.
+
+    Raises:
+        ValueError: no such split, or a limit below 1.
+    """
+    if split not in ("test", "train"):
+        raise ValueError(f"split must be 'test' or 'train', got {split!r}.")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 image, got {limit}.")
+    images, labels = (
+        (data.test_images, data.test_labels) if split == "test" else (data.train_images, data.train_labels)
+    )
+    return Batches(
+        images[:limit],
+        labels[:limit],
+        EVALUATION_BATCH,
+        mean=data.mean,
+        std=data.std,
+        train=False,
+        device=device,
+    )
+
+
+def score(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Score:
+    """Evaluate a network as it is, in evaluation mode and float32.
+
+    Args:
+        network: from images (B, C, H, W) to logits (B, classes).
+        batches: of images (B, C, H, W), normalised as in training, and labels (B,) int64.
+
+    Returns:
+        The score; the network's mode is as it was.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    was_training = network.training
+    network.eval()
+    solving = solving_modules(network)
+    losses: list[Tensor] = []
+    hits: list[Tensor] = []
+    evaluations: list[Tensor] = []
+    images = 0
+    begun = time.perf_counter()
+    try:
+        with torch.inference_mode():
+            for inputs, labels in batches:
+                logits = network(inputs).float()
+                losses.append(cross_entropy(logits, labels, reduction="sum").double())
+                hits.append((logits.argmax(dim=1) == labels).sum())
+                evaluations.append(torch.as_tensor(evaluations_of_last_call(solving) * len(labels)))
+                images += len(labels)
+    finally:
+        network.train(was_training)
+    if not images:
+        raise ValueError("there are no images to evaluate on: the batches are empty.")
+    return Score(
+        accuracy=int(torch.stack(hits).sum()) / images,
+        loss=float(torch.stack(losses).sum()) / images,
+        nfe=float(torch.stack(evaluations).double().sum()) / images,
+        images=images,
+        seconds=time.perf_counter() - begun,
+    )
+
+
+def solving_modules(network: nn.Module) -> list[ResidualStack | ODEBlock]:
+    """The blocks of a network that a solver advances, in the network's order."""
+    return [module for module in network.modules() if isinstance(module, ResidualStack | ODEBlock)]
+
+
+def evaluations_of_last_call(solving: Iterable[ResidualStack | ODEBlock]) -> float | Tensor:
+    """Calls of F in the last forward pass, as a number; a 0-D tensor on the device where samples differ."""
+    total: float | Tensor = 0
+    for module in solving:
+        stats = module.stats
+        if stats is not None:
+            total = total + (stats.nfe.double().mean() if isinstance(stats.nfe, Tensor) else stats.nfe)
+    return total
+
+
+def set_solver(network: nn.Module, solver: str | None = None, substeps: int | None = None) -> None:
+    """Let other solvers advance a network's blocks, with the same weights.
+
+    Args:
+        network: with at least one `ResidualStack`.
+        solver: a method's name; None leaves it.
+        substeps: solver steps a block; None leaves them.
+
+    Raises:
+        ValueError: no such method, substeps below 1, or no block that a solver advances.
+    """
+    stacks = [module for module in network.modules() if isinstance(module, ResidualStack)]
+    if not stacks:
+        raise ValueError(
+            "only the blocks of a ResidualStack can change their solver, and this network has none. "
+            "Take an ODE-ResNet, such as odenet20."
+        )
+    for stack in stacks:
+        if solver is not None:
+            stack.solver = solver
+        if substeps is not None:
+            stack.substeps = substeps
+
+
+def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """A state_dict and what it belongs to, from a run folder, a checkpoint or a weights file."""
+    if path.is_dir():
+        folder = RunFolder.open(path)
+        if not folder.weights.exists():
+            raise RunError(
+                f"{path} has no weights yet: its first epoch did not end. Go on with --resume {path}."
+            )
+        path = folder.weights
+    elif not path.exists():
+        raise NoSuchRun(path)
+    elif path.suffix != ".safetensors":
+        raise RunError(
+            f"weights are read from .safetensors files, and {path} is {path.suffix or 'something else'}: "
+            "pickles can run any code when they are read. Store its state_dict with "
+            "safetensors.torch.save_file."
+        )
+    tensors, about = unpack(path)
+    if "rows" in about:  # a checkpoint: the network is one part of it
+        start = "network."
+        tensors = {
+            name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)
+        }
+    return tensors, about

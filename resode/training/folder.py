@@ -1,0 +1,427 @@
+"""The run folder: all that a run leaves behind, written so that no half file ever replaces a good one.
+
+    RUN/config.yaml            resolved settings; `resode train --config RUN/config.yaml` repeats the run
+        metrics.csv            one row an epoch
+        weights.safetensors    the network's state_dict, with its name and options in the header
+        summary.json           the figures of the finished run
+        checkpoints/           last and previous: everything a resumed run needs
+        figures/
+
+Tensors are stored as safetensors, so nothing here is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import csv
+import errno
+import hashlib
+import io
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks; two processes in one folder go unnoticed there
+    fcntl = None
+
+FORMAT = 1
+"""Version of the run folder; a newer one is refused."""
+
+
+LOCK = ".lock"
+"""Held by the process that writes into a run folder."""
+
+
+class RunError(RuntimeError):
+    """A run folder cannot be used, or a run could not go on."""
+
+    exit_code = 1
+
+
+class NoSuchRun(RunError):
+    """There is no run folder or weights file where one was named.
+
+    Args:
+        path: what was named.
+    """
+
+    exit_code = 2
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        what = "is not a run folder: it has no config.yaml" if path.is_dir() else "does not exist"
+        found = sorted(
+            {
+                str(c.parent)
+                for place in (path, path.parent, Path("runs"))
+                for c in place.glob("*/config.yaml")
+            }
+        )
+        listed = f"Runs nearby: {', '.join(found[:8])}." if found else "Train one with resode train."
+        super().__init__(f"no run {path}: it {what}. {listed}")
+
+
+class FolderTaken(RunError):
+    """A new run was to be written into a folder that holds something."""
+
+    exit_code = 2
+
+
+class SettingsError(RunError):
+    """A file of settings is missing or holds something else."""
+
+    exit_code = 2
+
+
+class Checkpoint:
+    """Everything a resumed run needs: named tensors, and a JSON-able state beside them.
+
+    Args:
+        tensors: name to tensor.
+        state: counters and settings.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        self.tensors = dict(tensors)
+        self.state = dict(state)
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names start with `prefix.`, without it."""
+        start = prefix + "."
+        return {name[len(start) :]: value for name, value in self.tensors.items() if name.startswith(start)}
+
+
+class RunFolder:
+    """A run's files.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        RunError: it cannot be made, read or written; the message says what to do.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @classmethod
+    def create(cls, path: str | Path) -> RunFolder:
+        """A new, empty run folder; one that holds anything is refused."""
+        folder = cls(path)
+        try:
+            if folder.path.exists() and not folder.path.is_dir():
+                raise FolderTaken(
+                    f"a run needs a folder of its own: {path} is a file. Give another --run-dir."
+                )
+            # Empty folders and the lock are what a run leaves that was killed before it began.
+            if any(file.is_file() and file.name != LOCK for file in folder.path.rglob("*")):
+                known = (folder.path / "config.yaml").exists()
+                raise FolderTaken(
+                    f"a run is never overwritten: {path} is not empty. Give another --run-dir, "
+                    + (f"go on with --resume {path}, or remove it." if known else "or remove it.")
+                )
+        except OSError as error:
+            raise _unusable(folder.path, error) from error
+        folder._make()
+        return folder
+
+    def _make(self) -> None:
+        try:
+            for name in ("checkpoints", "figures"):
+                (self.path / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unusable(self.path, error) from error
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """An existing run folder."""
+        folder = cls(path)
+        if not (folder.path / "config.yaml").is_file():
+            raise NoSuchRun(path)
+        folder._make()
+        return folder
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from writing into the folder; a RunError where one is at it."""
+        path = self.path / LOCK
+        try:
+            file = path.open("w")
+        except OSError as error:
+            raise _unusable(self.path, error) from error
+        with file:
+            try:
+                if fcntl is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise RunError(
+                    f"{self.path} is in use by another process. Wait for it, or stop it."
+                ) from error
+            try:
+                yield
+            finally:
+                with suppress(OSError):
+                    path.unlink()
+                self._discard_if_empty()
+
+    def _discard_if_empty(self) -> None:
+        """Leave nothing behind where not even the settings were written."""
+        if (self.path / "config.yaml").exists():
+            return
+        for name in ("checkpoints", "figures", "."):
+            with suppress(OSError):
+                (self.path / name).rmdir()
+
+    @property
+    def figures(self) -> Path:
+        """Where figures go."""
+        return self.path / "figures"
+
+    @property
+    def weights(self) -> Path:
+        """The network's weights."""
+        return self.path / "weights.safetensors"
+
+    def write(self, name: str, content: bytes | str) -> Path:
+        """Write a file of the folder, or leave the one that stood there."""
+        try:
+            return write_atomically(self.path / name, content)
+        except OSError as error:
+            raise _unusable(self.path, error) from error
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Store the resolved settings."""
+        text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+        self.write(
+            "config.yaml", f"# `resode train --config {self.path / 'config.yaml'}` repeats this run.\n{text}"
+        )
+
+    def read_config(self) -> dict[str, Any]:
+        """The stored settings."""
+        config = read_yaml(self.path / "config.yaml")
+        _check_format(self.path / "config.yaml", config.get("format"))
+        return config
+
+    def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Store one row an epoch; a figure that was not measured stays empty."""
+        text = io.StringIO()
+        table = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+        self.write("metrics.csv", text.getvalue())
+
+    def read_metrics(self) -> dict[str, list[float]]:
+        """The stored columns; an empty cell is NaN."""
+        with (self.path / "metrics.csv").open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        return {name: [float(row[name] or "nan") for row in rows] for name in (rows[0] if rows else [])}
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Store the run's figures."""
+        self.write("summary.json", json.dumps(dict(summary), indent=2, ensure_ascii=False) + "\n")
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """The run's figures, or None while it has not finished."""
+        path = self.path / "summary.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def write_weights(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Store a state_dict and what it belongs to."""
+        self.write("weights.safetensors", pack(tensors, {"format": FORMAT, **about}))
+
+    def write_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Store a checkpoint as the last one; the last one before becomes the previous one."""
+        content = pack(checkpoint.tensors, {"format": FORMAT, **checkpoint.state})
+        last, previous = (self.path / "checkpoints" / f"{name}.safetensors" for name in ("last", "previous"))
+        try:
+            new = write_atomically(last.with_name("new.safetensors"), content)
+            if last.exists():
+                os.replace(last, previous)
+            os.replace(new, last)
+        except OSError as error:
+            raise _unusable(self.path, error) from error
+
+    def read_checkpoint(self) -> tuple[Checkpoint | None, str | None]:
+        """The newest sound checkpoint (None where there is none), and which damaged file was passed over."""
+        damaged = None
+        for name in ("last", "previous"):
+            path = self.path / "checkpoints" / f"{name}.safetensors"
+            if not path.exists():
+                continue
+            try:
+                tensors, state = unpack(path)
+            except DamagedFile as error:
+                damaged = str(error)
+                continue
+            _check_format(path, state.get("format"))
+            return Checkpoint(tensors, state), damaged
+        if damaged is not None:
+            raise RunError(f"no sound checkpoint is left to go on from: {damaged} Train again.")
+        return None, None
+
+
+class DamagedFile(RunError):
+    """A tensor file is cut short, was changed, or is none."""
+
+
+def write_atomically(path: Path, content: bytes | str) -> Path:
+    """Write a file beside its place, then move it there in one step; on failure nothing has changed.
+
+    Args:
+        path: where the file shall stand.
+        content: all of it; text is stored as UTF-8.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: the folder is missing or read-only, the disk is full, ….
+    """
+    content = content.encode() if isinstance(content, str) else content
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name)
+        raise
+    return path
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """For writers that want a path: they get one beside it, which is moved there when they are done.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise _unusable(path.parent, error) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def pack(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> bytes:
+    """A safetensors file with `about` and a checksum over both in its header."""
+    plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    text = json.dumps(dict(about), ensure_ascii=False)
+    return save(plain, metadata={"resode": text, "sha256": _checksum(plain, text)})
+
+
+def unpack(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a safetensors file, checked where resode wrote it.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The tensors by name; the header as `pack` took it, empty where resode did not write the file.
+
+    Raises:
+        DamagedFile: it is cut short, was changed, or is no safetensors file.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DamagedFile(f"{path} is no sound safetensors file: {error}.") from error
+    text = metadata.get("resode")
+    if text is None:
+        return tensors, {}
+    if metadata.get("sha256") != _checksum(tensors, text):
+        raise DamagedFile(f"{path} does not match its checksum: it was changed after it was written.")
+    return tensors, json.loads(text)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-4 is a number, as everyone writes it."""
+
+
+# add_implicit_resolver copies the parent's table first, so SafeLoader stays as it was.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping a YAML file holds.
+
+    Raises:
+        SettingsError: there is no such file, it is no YAML, or it holds something else than settings.
+    """
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"settings could not be read from {path}: {error}.") from error
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path} is no YAML: {error}.") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise SettingsError(
+            f"{path} must hold settings as `name: value` lines, got {type(content).__name__}."
+        )
+    return content
+
+
+def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        value = tensors[name].contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_format(path: Path, found: Any) -> None:
+    if found != FORMAT:
+        raise RunError(
+            f"{path} has format {found}, and this resode reads format {FORMAT}. "
+            "Install the resode that wrote it (its version stands in config.yaml)."
+        )
+
+
+def _unusable(path: Path, error: OSError) -> RunError:
+    """What to do about an operating system's refusal."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RunError(
+            f"the disk is full: {path} could not be written ({error.strerror}). What was written before is "
+            f"kept. Free some space; a run that has begun goes on with --resume {path}."
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return RunError(
+            f"{path} cannot be written ({error.strerror}). Give a --run-dir in a folder of yours, "
+            "or change its permissions."
+        )
+    return RunError(
+        f"{path} cannot be used as a run folder: {error.strerror or error}. Give another --run-dir."
+    )
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,278 @@
+"""What a run shall do, and what it was done with: the settings and the record in config.yaml."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from resode.networks import build
+from resode.training.data import DATASETS, ImageData
+from resode.training.folder import FORMAT, RunError
+from resode.training.recipe import DEEP_LAYERS, Recipe, did_you_mean, make_recipe
+
+Model = str | nn.Module | Callable[..., nn.Module]
+"""A name that `resode.networks.build` knows, a network, or a function that makes one."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What shall be trained, on what, and how, before the machine and the data have had their say."""
+
+    model: Model
+    options: dict[str, Any]
+    data: str | ImageData
+    data_dir: str | None
+    recipe_name: str
+    recipe: Recipe
+    record: dict[str, Any] | None = None  # of the run that is resumed
+
+    @classmethod
+    def new(
+        cls,
+        model: Model | None,
+        data: str | ImageData | None,
+        recipe: str | Recipe | None,
+        options: Mapping[str, Any] | None,
+        data_dir: str | Path | None,
+        settings: dict[str, Any],
+    ) -> Plan:
+        """What the arguments of `train` ask for."""
+        model = "odenet20" if model is None else model
+        data = "digits" if data is None else data
+        if isinstance(data, str):
+            check_data_name(data)
+        if recipe is None:
+            recipe = "digits" if data == "digits" else "fast"
+        options = dict(options or {})
+        for name, value in options.items():
+            if not isinstance(value, str | int | float | bool | None):
+                raise TypeError(
+                    f"model_options are stored with the run, so each is text, a number, True, False or None: "
+                    f"{name} is {type(value).__name__}. Build the network yourself and pass it as model."
+                )
+        if isinstance(model, str):
+            with torch.device("meta"):
+                build(model, **options)  # a misspelt name or option is found before any image is decoded
+        return cls(
+            model,
+            options,
+            data,
+            None if data_dir is None else str(Path(data_dir).resolve()),
+            recipe if isinstance(recipe, str) else "own",
+            make_recipe(recipe, **settings),
+        )
+
+    @classmethod
+    def stored(
+        cls,
+        config: Mapping[str, Any],
+        model: Model | None,
+        data: str | ImageData | None,
+        data_dir: str | Path | None,
+        given: Mapping[str, Any],
+    ) -> Plan:
+        """What config.yaml asks for, with a model or data set of one's own given again."""
+        if changed := [name for name, value in given.items() if value is not None]:
+            raise ValueError(
+                f"a resumed run keeps the settings it was started with, got {', '.join(changed)}. "
+                "Leave them out, or start a new run."
+            )
+        record = config["record"]
+        for what, was_own, value in (
+            ("model", record["own_model"], model),
+            ("data", record["own_data"], data),
+        ):
+            if was_own and (value is None or isinstance(value, str)):
+                raise RunError(
+                    f"the run trained a {what} of your own, {config[what]}. Pass it again as {what}."
+                )
+            if not was_own and value is not None and value != config[what]:
+                raise ValueError(f"a resumed run keeps its {what}: it has {config[what]}, got {value}.")
+        names = {field.name for field in fields(Recipe)}
+        return cls(
+            config["model"] if model is None else model,
+            dict(config["model_options"]),
+            config["data"] if data is None else data,
+            config["data_dir"] if data_dir is None else str(data_dir),
+            config["recipe"],
+            Recipe(**{name: value for name, value in config.items() if name in names}),
+            record,
+        )
+
+    @property
+    def data_name(self) -> str:
+        """The data set's short name."""
+        return self.data if isinstance(self.data, str) else self.data.name
+
+    def default_run_dir(self) -> Path:
+        """runs/<model>-<data>-<time>."""
+        model = model_name(self.model).replace(":", ".")
+        return Path("runs") / f"{model}-{self.data_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def resolve(recipe: Recipe, data: ImageData, network: nn.Module, device: torch.device) -> Recipe:
+    """The recipe with everything decided that it left to the data, the network and the machine."""
+    layers = sum(isinstance(module, nn.Conv2d | nn.Linear) for module in network.modules())
+    warmup = recipe.warmup_updates
+    if warmup is None:
+        warmup = 400 if layers >= DEEP_LAYERS and recipe.schedule != "onecycle" else 0
+    return replace(
+        recipe,
+        warmup_updates=warmup,
+        crop_padding=data.crop_padding if recipe.crop_padding is None else recipe.crop_padding,
+        flip=data.flip if recipe.flip is None else recipe.flip,
+        precision=choose_precision(device) if recipe.precision == "auto" else recipe.precision,
+    )
+
+
+def check_data_name(name: str) -> None:
+    """A ValueError unless a data set is called so."""
+    if name not in DATASETS:
+        raise ValueError(f"no data set {name!r}.{did_you_mean(name, DATASETS)} Valid: {', '.join(DATASETS)}.")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called so; "auto" is a GPU where there is one."""
+    valid = "auto, cpu, cuda, cuda:<number> or mps"
+    if name == "auto":
+        found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(found)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device must be {valid}, got {name!r}.")
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[
+        device.type
+    ]
+    if (device.index or 0) >= count:
+        raise ValueError(
+            f"this machine has {count} {device.type} devices, got {name!r}. Take device='auto' or 'cpu'."
+        )
+    return device
+
+
+def choose_precision(device: torch.device) -> str:
+    """What "auto" means: "bf16" where the device computes in bfloat16 itself, else "32"."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "32"
+    if device.type == "cpu":
+        return "bf16" if _cpu_flags() & {"avx512_bf16", "amx_bf16"} else "32"
+    return "32"
+
+
+def make_network(model: Model, options: Mapping[str, Any] | None = None) -> nn.Module:
+    """The network that a name, a constructor or a network stands for."""
+    if isinstance(model, str):
+        return build(model, **(options or {}))
+    if isinstance(model, nn.Module):
+        if options:
+            raise ValueError(
+                f"a finished network takes no options, got {', '.join(options)}. Pass its constructor."
+            )
+        return model
+    network = model(**(options or {}))
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"{model_name(model)} must return a torch.nn.Module, got {type(network).__name__}.")
+    return network
+
+
+def model_name(model: Model) -> str:
+    """What a run calls its model: the name, or where the code stands."""
+    if isinstance(model, str):
+        return model
+    place = type(model) if isinstance(model, nn.Module) else model
+    return f"{place.__module__}:{getattr(place, '__qualname__', type(place).__qualname__)}"
+
+
+def count_parameters(network: nn.Module) -> int:
+    """Trained parameters."""
+    return sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
+
+
+def make_config(
+    plan: Plan, recipe: Recipe, data: ImageData, network: nn.Module, device: torch.device
+) -> dict[str, Any]:
+    """What config.yaml holds: the settings that repeat the run, and under `record` what it met."""
+    settings = asdict(recipe) | {"milestones": list(recipe.milestones)}
+    return {
+        "format": FORMAT,
+        "model": model_name(plan.model),
+        "model_options": plan.options,
+        "data": plan.data_name,
+        "data_dir": plan.data_dir,
+        "recipe": plan.recipe_name,
+        **settings,
+        "record": {
+            "own_model": not isinstance(plan.model, str),
+            "own_data": not isinstance(plan.data, str),
+            "title": data.title,
+            "train_images": len(data.train_labels),
+            "test_images": len(data.test_labels),
+            "parameters": count_parameters(network),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "lightning": _version("lightning"),
+            "resode": _version("resode"),
+            "commit": _commit(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit resode runs from, with -dirty where files were changed; None outside a repository."""
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None
+
+
+def _cpu_info(key: str) -> str:
+    """The first such line of Linux's cpuinfo; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
+
+
+def _cpu_flags() -> set[str]:
+    return set(_cpu_info("flags").split())
+
+
+def _cpu_name() -> str:
+    return _cpu_info("model name") or platform.processor() or platform.machine()

@@ -1,0 +1,81 @@
+"""What a run says while it trains: a bar in a terminal, and one plain line an epoch everywhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import rich.progress
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+
+_COLUMNS = "{epoch:>7}{loss:>8}{train:>9}{test:>8}{lr:>9}{rate:>10}{seconds:>9}"  # 60 wide
+
+
+class Progress:
+    """Reports a run's progress to standard output.
+
+    Args:
+        show: False for silence.
+        epochs: length of the run.
+    """
+
+    def __init__(self, show: bool, epochs: int) -> None:
+        self.show = show
+        self.epochs = epochs
+        self.console = Console(highlight=False)
+        self._bar: rich.progress.Progress | None = None
+        self._started = False
+
+    def say(self, text: str, style: str | None = None) -> None:
+        """Print a line."""
+        if self.show:
+            # Folded at words in a terminal; piped text is never folded.
+            folds = self.console.is_terminal
+            self.console.print(text, style=style, markup=False, soft_wrap=not folds)
+            sys.stdout.flush()
+
+    def heading(self) -> None:
+        """Print the head of the table of epochs."""
+        names = {"loss": "loss", "train": "train %", "test": "test %", "lr": "lr", "rate": "images/s"}
+        self.say(_COLUMNS.format(epoch="epoch", seconds="seconds", **names), style="bold")
+
+    def batch(self, epoch: int, done: int, of: int, loss: float, rate: float) -> None:
+        """Move the bar, in a terminal."""
+        if not self.show or not self.console.is_terminal:
+            return
+        if self._bar is None:
+            self._bar = rich.progress.Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=16),
+                TextColumn("{task.completed}/{task.total}"),
+                TimeRemainingColumn(),
+                console=self.console,
+                transient=True,
+            )
+            self._bar.start()
+            self._bar.add_task("", total=of)
+        words = f"epoch {epoch}  loss {loss:.3f}  {rate:,.0f} images/s"
+        self._bar.update(self._bar.task_ids[0], completed=done, total=of, description=words)
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        """Print an epoch's figures."""
+        self.close()
+        self.say(
+            _COLUMNS.format(
+                epoch=f"{row['epoch']}/{self.epochs}",
+                loss=f"{row['train_loss']:.3f}",
+                train=f"{100 * row['train_accuracy']:.1f}",
+                test=f"{100 * row['test_accuracy']:.1f}",
+                lr=f"{row['lr']:.3g}",
+                rate=f"{row['images_per_second']:,.0f}",
+                seconds=f"{row['seconds']:.1f}",
+            )
+        )
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,277 @@
+"""How a network is trained: one frozen, validated object with every setting.
+
+`Recipe` holds the settings, `RECIPES` the named starting points, and `make_recipe` lays changes over one of
+them. The learning rate is a pure function of the update, so a resumed run needs no schedule state.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+SCHEDULES = ("onecycle", "cosine", "step", "constant")
+WARMUPS = ("linear", "constant")
+PRECISIONS = ("auto", "32", "bf16")
+
+DEEP_LAYERS = 110
+"""From this many convolutional and linear layers on, `paper` warms up (He et al. 2016, section 4.2)."""
+
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "epochs": (1, math.inf),
+    "updates": (1, math.inf),
+    "batch_size": (1, math.inf),
+    "momentum": (0, 1),
+    "weight_decay": (0, math.inf),
+    "rise": (0, 0.99),
+    "gamma": (0, 1),
+    "warmup_updates": (0, math.inf),
+    "warmup_factor": (0, 1),
+    "label_smoothing": (0, 0.99),
+    "crop_padding": (0, math.inf),
+    "seed": (0, 2**63 - 1),
+    "validation": (0, math.inf),
+}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "schedule": SCHEDULES,
+    "warmup_shape": WARMUPS,
+    "precision": PRECISIONS,
+}
+
+
+def did_you_mean(name: object, valid: Mapping[str, Any] | list[str] | tuple[str, ...]) -> str:
+    """' Did you mean x or y?' where a valid name is close, else an empty string."""
+    close = difflib.get_close_matches(str(name), list(valid), n=3, cutoff=0.6)
+    return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
+def _typed(name: str, kind: str, value: Any) -> Any:
+    """The value as its field declares it; whole numbers pass for floats, lists for tuples."""
+    if value is None and kind.endswith("| None"):
+        return None
+    kind = kind.removesuffix(" | None")
+    if kind == "bool" and isinstance(value, bool):
+        return value
+    if kind == "int" and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind == "float" and isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}.")
+        return float(value)
+    if kind == "str" and isinstance(value, str):
+        return value
+    if name == "precision" and value == 32 and not isinstance(value, bool):
+        return "32"  # how YAML reads it
+    if kind.startswith("tuple") and isinstance(value, list | tuple):
+        return tuple(_typed(name, "float", item) for item in value)
+    wanted = "a list of numbers" if kind.startswith("tuple") else {"str": "text"}.get(kind, kind)
+    raise TypeError(f"{name} must be {wanted}, got {value!r} ({type(value).__name__}).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Every setting of a training run.
+
+    Args:
+        epochs: passes over the training images, or None where `updates` gives the length.
+        updates: optimizer steps, or None where `epochs` gives the length; exactly one of the two is set.
+        batch_size: images per update.
+        lr: the largest learning rate of the schedule.
+        momentum: of SGD; 0 for none.
+        nesterov: Nesterov's form of the momentum.
+        weight_decay: L2 penalty, added to the gradient as λw.
+        decay_norms: whether parameters of one dimension or none (norm scales, biases, steps) decay too.
+        schedule: of the learning rate, set per update: "onecycle" (a rise, then half a cosine to 0),
+            "cosine" (to 0), "step" or "constant".
+        rise: share of a one-cycle run in which the rate rises.
+        milestones: shares of a step run at which the rate is multiplied by `gamma`.
+        gamma: that factor.
+        warmup_updates: updates before the schedule starts (not with one-cycle, which has its rise);
+            None: 400 where the network has 110 convolutional and linear layers or more, else 0.
+        warmup_factor: share of `lr` at which the warm-up, or the rise, starts.
+        warmup_shape: "linear" from there to `lr`, or "constant" there until the warm-up ends.
+        label_smoothing: share of the target spread over all classes.
+        crop_padding: zeros around an image before it is cropped at random, in pixels; 0 for no cropping,
+            None for the data set's own.
+        flip: mirror half the images; None for the data set's own (a mirrored digit is no digit).
+        precision: "32", "bf16" (F under bfloat16 autocast; states, norms and weights in float32) or "auto"
+            (bf16 where the device computes it natively).
+        channels_last: store images and kernels with channels innermost.
+        seed: of the initial weights, the order of the images and their augmentation.
+        validation: training images held out and reported after every epoch.
+
+    Raises:
+        TypeError: a setting of the wrong type.
+        ValueError: a setting out of range, or two that contradict each other.
+
+    Example:
+        >>> recipe = make_recipe("paper", lr=0.05)
+        >>> recipe.updates, recipe.milestones, recipe.weight_decay
+        (64000, (0.5, 0.75), 0.0001)
+        >>> [round(recipe.learning_rate(u, 64_000), 6) for u in (0, 31_999, 32_000, 48_000)]
+        [0.05, 0.05, 0.005, 0.0005]
+    """
+
+    epochs: int | None = 15
+    updates: int | None = None
+    batch_size: int = 128
+    lr: float = 0.2
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+    decay_norms: bool = False
+    schedule: str = "onecycle"
+    rise: float = 0.3
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    gamma: float = 0.1
+    warmup_updates: int | None = 0
+    warmup_factor: float = 0.04
+    warmup_shape: str = "linear"
+    label_smoothing: float = 0.1
+    crop_padding: int | None = None
+    flip: bool | None = None
+    precision: str = "auto"
+    channels_last: bool = True
+    seed: int = 0
+    validation: int = 0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(
+                self, field.name, _typed(field.name, str(field.type), getattr(self, field.name))
+            )
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                upper = "" if high == math.inf else f" and at most {high:g}"
+                raise ValueError(f"{name} must be at least {low:g}{upper}, got {value}.")
+        if not self.lr > 0:
+            raise ValueError(f"lr must be above 0, got {self.lr}. Rates of 0.01 to 0.4 are usual for SGD.")
+        for name, valid in _CHOICES.items():
+            if getattr(self, name) not in valid:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(valid)}, got {getattr(self, name)!r}."
+                    + did_you_mean(getattr(self, name), valid)
+                )
+        if (self.epochs is None) == (self.updates is None):
+            raise ValueError(
+                f"a run's length is given by exactly one of epochs and updates, got epochs={self.epochs}, "
+                f"updates={self.updates}. Set the other to None."
+            )
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0, got momentum=0. Set nesterov=False.")
+        if self.schedule == "onecycle" and self.warmup_updates:
+            raise ValueError(
+                f"the one-cycle schedule has its own rise, so warmup_updates must be 0, got "
+                f"{self.warmup_updates}. Change rise, or take schedule='cosine' or 'step'."
+            )
+        if any(not 0 < m < 1 for m in self.milestones) or list(self.milestones) != sorted(
+            set(self.milestones)
+        ):
+            raise ValueError(
+                f"milestones are rising shares of the run, each between 0 and 1, got {self.milestones}. "
+                "Half and three quarters of the run are (0.5, 0.75)."
+            )
+
+    def length(self, batches: int) -> int:
+        """How many updates the run makes when an epoch has that many batches."""
+        return self.updates if self.updates is not None else (self.epochs or 0) * batches
+
+    def learning_rate(self, update: int, total: int) -> float:
+        """The learning rate of update 0 … total − 1.
+
+        Args:
+            update: updates made so far.
+            total: updates of the whole run.
+
+        Returns:
+            The rate, in (0, lr]; a cosine ends just above 0.
+        Source:
+            He et al. (2016) for "step", Loshchilov & Hutter (2017) for "cosine", Smith & Topin (2019)
+            for "onecycle".
+        """
+        warmup = self.rise * total if self.schedule == "onecycle" else (self.warmup_updates or 0)
+        if update < warmup:
+            if self.warmup_shape == "constant" and self.schedule != "onecycle":
+                return self.lr * self.warmup_factor
+            return self.lr * (self.warmup_factor + (1 - self.warmup_factor) * update / warmup)
+        if self.schedule == "step":
+            passed = sum(update >= round(m * total) for m in self.milestones)
+            return self.lr * self.gamma**passed
+        if self.schedule == "constant":
+            return self.lr
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (update - warmup) / (total - warmup)))
+
+    def describe(self) -> str:
+        """The settings a reader wants to see first, on one line."""
+        length = f"{self.epochs} epochs" if self.epochs is not None else f"{self.updates:,} updates"
+        momentum = f"{'Nesterov ' if self.nesterov else ''}SGD {self.momentum:g}" if self.momentum else "SGD"
+        return (
+            f"{length} of batch {self.batch_size}, {momentum}, {self.schedule} lr {self.lr:g}, "
+            f"weight decay {self.weight_decay:g}"
+        )
+
+
+RECIPES: dict[str, Recipe] = {
+    # He et al. (2016), section 4.2, and its warm-up at 0.01 for 110 layers.
+    "paper": Recipe(
+        epochs=None,
+        updates=64_000,
+        lr=0.1,
+        nesterov=False,
+        weight_decay=1e-4,
+        decay_norms=True,
+        schedule="step",
+        warmup_updates=None,
+        warmup_factor=0.1,
+        warmup_shape="constant",
+        label_smoothing=0.0,
+    ),
+    "fast": Recipe(),
+    # For tests: seconds, and the same figures on every machine.
+    "smoke": Recipe(epochs=2, batch_size=64, lr=0.1, precision="32"),
+    # `fast` for 1,437 small images: smaller batches; on 8×8 images bf16 has nothing to gain.
+    "digits": Recipe(epochs=20, batch_size=64, precision="32"),
+}
+"""Named settings to start from; lay changes over one with `make_recipe`."""
+
+
+def make_recipe(base: str | Recipe = "fast", **changes: Any) -> Recipe:
+    """A recipe with some settings changed.
+
+    Giving `epochs` drops the base's `updates`, and the other way round.
+
+    Args:
+        base: a name in RECIPES, or a recipe.
+        **changes: settings of `Recipe`.
+
+    Raises:
+        ValueError: no such recipe or setting, or settings that contradict each other.
+        TypeError: a setting of the wrong type.
+
+    Example:
+        >>> make_recipe("paper", epochs=3).updates is None
+        True
+        >>> make_recipe("fast", epoch=3)
+        Traceback (most recent call last):
+        ValueError: a recipe has no setting 'epoch'. Did you mean epochs? Valid: epochs, updates, ...
+    """
+    if isinstance(base, str):
+        if base not in RECIPES:
+            raise ValueError(
+                f"no recipe {base!r}.{did_you_mean(base, RECIPES)} Valid: {', '.join(sorted(RECIPES))}."
+            )
+        base = RECIPES[base]
+    valid = [field.name for field in fields(Recipe)]
+    for name in changes:
+        if name not in valid:
+            raise ValueError(
+                f"a recipe has no setting {name!r}.{did_you_mean(name, valid)} Valid: {', '.join(valid)}."
+            )
+    for given, other in (("epochs", "updates"), ("updates", "epochs")):
+        if changes.get(given) is not None and other not in changes:
+            changes[other] = None
+    return replace(base, **changes)

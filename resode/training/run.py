@@ -1,0 +1,333 @@
+"""Runs: train a network into a run folder, get it back, evaluate it again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from resode.training.data import Batches, ImageData, load_data
+from resode.training.evaluate import EVALUATION_BATCH, evaluate, load
+from resode.training.folder import RunError, RunFolder, replacing
+from resode.training.plan import (
+    Model,
+    Plan,
+    choose_device,
+    count_parameters,
+    make_config,
+    make_network,
+    model_name,
+    resolve,
+)
+from resode.training.recipe import Recipe
+
+__all__ = ["Run", "evaluate", "load", "train"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Args:
+        path: its folder.
+        network: trained, in evaluation mode, on the device it was trained on.
+        recipe: the settings, resolved.
+        summary: test_accuracy, train_accuracy, images_per_second, nfe, seconds, ….
+        metrics: the columns of metrics.csv, one entry an epoch; NaN where nothing was measured.
+    """
+
+    path: Path
+    network: nn.Module
+    recipe: Recipe
+    summary: dict[str, Any]
+    metrics: dict[str, list[float]]
+
+
+def train(
+    model: Model | None = None,
+    data: str | ImageData | None = None,
+    recipe: str | Recipe | None = None,
+    *,
+    model_options: Mapping[str, Any] | None = None,
+    run_dir: str | Path | None = None,
+    data_dir: str | Path | None = None,
+    download: bool = False,
+    device: str = "auto",
+    resume: str | Path | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Run:
+    """Train a network on labelled images, and store the run in a folder of its own.
+
+    A run interrupted at any moment goes on with `resume=` and ends with the weights it would have had, to
+    the bit, on the same device with as many threads. The global random state is as it was afterwards.
+
+    Args:
+        model: a name ("odenet20" where None), a network (trained in place), or a function called with
+            `model_options` that makes one; images (B, C, H, W) in, logits (B, classes) out.
+        data: "digits" (where None), "cifar10", or an `ImageData` of one's own.
+        recipe: a name in RECIPES or a `Recipe`; None for "digits" on the digits and "fast" elsewhere.
+        model_options: of the model, such as `{"solver": "rk4", "substeps": 2}`.
+        run_dir: the run's folder; None for runs/<model>-<data>-<time>.
+        data_dir: where CIFAR-10 lies; None for the environment variable RESODE_DATA.
+        download: fetch CIFAR-10 where it is not there.
+        device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1" or "mps".
+        resume: an unfinished run's folder; its stored settings apply, so none of them may be given. A model
+            or data set of one's own is given again.
+        progress: whether to print what happens.
+        **settings: of `Recipe`, over those of `recipe`: epochs=3, lr=0.1, ….
+
+    Returns:
+        The finished run.
+
+    Raises:
+        ValueError, TypeError: a wrong or contradictory setting; the message lists the valid ones.
+        RunError: the folder cannot be used, or the loss became infinite or NaN.
+        Interrupted: Ctrl-C or SIGTERM came; a checkpoint was saved first.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     run = train("odenet20", "digits", "smoke", updates=2, run_dir=folder + "/run", progress=False)
+        >>> len(run.metrics["train_loss"])
+        1
+    """
+    place = choose_device(device)
+    if resume is not None:
+        given = {"recipe": recipe, "model_options": model_options, "run_dir": run_dir, **settings}
+        folder = RunFolder.open(resume)
+        plan = Plan.stored(folder.read_config(), model, data, data_dir, given)
+    else:
+        plan = Plan.new(model, data, recipe, model_options, data_dir, settings)
+        folder = RunFolder.create(run_dir or plan.default_run_dir())
+    with folder.locked():
+        return _train(plan, folder, place, download, resume is not None, progress)
+
+
+def _train(
+    plan: Plan, folder: RunFolder, device: torch.device, download: bool, resumed: bool, show: bool
+) -> Run:
+    """Build everything the loop needs, run it, and write what a finished run leaves."""
+    from resode.training.loop import TrainingLoop, make_fabric  # Lightning takes seconds to import
+    from resode.training.progress import Progress
+    from resode.training.task import ClassificationTask
+
+    data = (
+        plan.data
+        if isinstance(plan.data, ImageData)
+        else load_data(plan.data, plan.data_dir, download=download)
+    )
+    _check_same_data(plan.record, data)
+    with _own_random_state(device):
+        torch.manual_seed(plan.recipe.seed)
+        options = dict(plan.options)
+        if isinstance(plan.model, str):
+            options = {"in_channels": data.train_images.shape[1], "num_classes": len(data.classes), **options}
+        network = make_network(plan.model, options).to(device)
+        recipe = resolve(plan.recipe, data, network, device)
+        if recipe.channels_last:
+            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        _check_output(network, data, device)
+        training, held_out = _batches(data, recipe, device)
+        updates = recipe.length(len(training))
+        if (recipe.warmup_updates or 0) >= updates:
+            raise ValueError(
+                f"the warm-up must end before the run does: warmup_updates {recipe.warmup_updates}, "
+                f"the run has {updates} updates. Train longer or warm up less."
+            )
+        about = {
+            "model": model_name(plan.model),
+            "own": not isinstance(plan.model, str),
+            "options": options,
+            "data": plan.data_name,
+            "title": data.title,
+            "classes": data.classes,
+            "mean": data.mean,
+            "std": data.std,
+        }
+        progress = Progress(show, -(-updates // len(training)))
+        loop = TrainingLoop(
+            make_fabric(device, recipe.precision),
+            ClassificationTask(network, recipe, updates),
+            training,
+            held_out,
+            folder,
+            about,
+            progress,
+        )
+        for line in _heading(plan, recipe, data, network, device, folder):
+            progress.say(line)
+        if resumed:
+            checkpoint, damaged = folder.read_checkpoint()
+            if damaged:
+                progress.say(f"{damaged} Going on from the checkpoint before.")
+            if checkpoint:
+                loop.restore(checkpoint)
+            progress.say(f"resuming after update {loop.update} of {updates}")
+        else:
+            folder.write_config(make_config(plan, recipe, data, network, device))
+        progress.heading()
+        for row in loop.rows:
+            progress.epoch(row)
+        loop.run()
+    return _finish(folder, plan, recipe, data, network.eval(), loop.rows, progress, device)
+
+
+def _batches(data: ImageData, recipe: Recipe, device: torch.device) -> tuple[Batches, dict[str, Batches]]:
+    """The training batches, and those only looked at: "test", and "validation" where images are held out."""
+    images, labels = data.train_images, data.train_labels
+    common: dict[str, Any] = {"mean": data.mean, "std": data.std, "device": device}
+    common["channels_last"] = recipe.channels_last
+    held_out: dict[str, Batches] = {}
+    if recipe.validation:
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(recipe.seed))
+        kept, left = order[recipe.validation :], order[: recipe.validation]
+        held_out["validation"] = Batches(images[left], labels[left], EVALUATION_BATCH, train=False, **common)
+        images, labels = images[kept], labels[kept]
+    if recipe.batch_size > len(labels):
+        raise ValueError(
+            f"a batch cannot be larger than the data: batch_size {recipe.batch_size}, {data.title} has "
+            f"{len(labels)} training images"
+            + (f" after {recipe.validation} were held out." if recipe.validation else ".")
+            + " Take a smaller batch_size."
+        )
+    training = Batches(
+        images,
+        labels,
+        recipe.batch_size,
+        train=True,
+        crop_padding=recipe.crop_padding or 0,
+        flip=bool(recipe.flip),
+        seed=recipe.seed,
+        **common,
+    )
+    held_out["test"] = Batches(data.test_images, data.test_labels, EVALUATION_BATCH, train=False, **common)
+    return training, held_out
+
+
+def _check_output(network: nn.Module, data: ImageData, device: torch.device) -> None:
+    """The network must turn two images into two rows of logits."""
+    probe = Batches(
+        data.test_images[:2],
+        data.test_labels[:2],
+        2,
+        mean=data.mean,
+        std=data.std,
+        train=False,
+        device=device,
+    )
+    images = next(iter(probe))[0]
+    network.eval()
+    with torch.no_grad():
+        logits = network(images)
+    network.train()
+    if not isinstance(logits, torch.Tensor) or logits.shape != (2, len(data.classes)):
+        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ValueError(
+            f"a classifier of {data.title} turns images {tuple(images.shape)} into logits "
+            f"(2, {len(data.classes)}), got {got}. Give its last layer {len(data.classes)} outputs."
+        )
+
+
+def _check_same_data(record: Mapping[str, Any] | None, data: ImageData) -> None:
+    """A resumed run must meet the images it was started on."""
+    if record is None:
+        return
+    then = (record["title"], record["train_images"], record["test_images"])
+    now = (data.title, len(data.train_labels), len(data.test_labels))
+    if then != now:
+        raise RunError(
+            f"the run was started on {then[0]} with {then[1]:,} training and {then[2]:,} test images, and "
+            f"finds {now[0]} with {now[1]:,} and {now[2]:,}. Point --data-dir at the data it was started on."
+        )
+
+
+@contextmanager
+def _own_random_state(device: torch.device) -> Iterator[None]:
+    """Leaves torch's random state as it was."""
+    devices = [device.index or 0] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        yield
+
+
+def _heading(
+    plan: Plan, recipe: Recipe, data: ImageData, network: nn.Module, device: torch.device, folder: RunFolder
+) -> list[str]:
+    """What is trained on what, how and where."""
+    options = ", ".join(f"{name} {value}" for name, value in plan.options.items())
+    place = f"{device} with {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+    return [
+        f"{model_name(plan.model)}{f' ({options})' if options else ''} on {data.title}",
+        f"{count_parameters(network):,} parameters; {len(data.train_labels) - recipe.validation:,} training "
+        f"and {len(data.test_labels):,} test images",
+        f"recipe {plan.recipe_name}: {recipe.describe()}",
+        f"{place}, {recipe.precision}{', channels-last' if recipe.channels_last else ''}, seed {recipe.seed}",
+        f"run folder {folder.path}",
+        "",
+    ]
+
+
+def _finish(
+    folder: RunFolder,
+    plan: Plan,
+    recipe: Recipe,
+    data: ImageData,
+    network: nn.Module,
+    rows: list[dict[str, Any]],
+    progress: Any,
+    device: torch.device,
+) -> Run:
+    """Write the summary and the figures of a run that has come to its end."""
+    last = rows[-1]
+    images = sum(_images(rows, recipe))
+    training_seconds = sum(
+        n / row["images_per_second"] for n, row in zip(_images(rows, recipe), rows, strict=True)
+    )
+    summary: dict[str, Any] = {
+        "model": model_name(plan.model),
+        "model_options": plan.options,
+        "data": data.title,
+        "recipe": plan.recipe_name,
+        "parameters": count_parameters(network),
+        "epochs": last["epoch"],
+        "updates": last["update"],
+        "test_accuracy": last["test_accuracy"],
+        "test_loss": last["test_loss"],
+        "train_accuracy": last["train_accuracy"],
+        "train_loss": last["train_loss"],
+        "images_per_second": images / training_seconds,
+        "nfe": last["nfe"],
+        "seconds": last["seconds"],
+        "device": str(device),
+        "precision": recipe.precision,
+        "seed": recipe.seed,
+    }
+    if recipe.validation:
+        summary["validation_accuracy"] = last["validation_accuracy"]
+    folder.write_summary(summary)
+    metrics = folder.read_metrics()
+    from resode import plots
+
+    figure = folder.figures / "training.png"
+    with replacing(figure) as path:
+        plots.training_curves(metrics, path)
+    progress.say("")
+    progress.say(
+        f"test accuracy {100 * last['test_accuracy']:.2f} % after {last['seconds']:.0f} s, "
+        f"{summary['images_per_second']:,.0f} images/s"
+        + (f", {last['nfe']:g} F evaluations" if last["nfe"] else "")
+    )
+    progress.say(f"weights {folder.weights}")
+    progress.say(f"curves  {figure}")
+    return Run(folder.path, network, recipe, summary, metrics)
+
+
+def _images(rows: list[dict[str, Any]], recipe: Recipe) -> list[int]:
+    """Training images of each epoch."""
+    ends = [row["update"] for row in rows]
+    return [recipe.batch_size * (end - start) for start, end in zip([0, *ends], ends, strict=False)]

@@ -1,0 +1,328 @@
+"""The command: what it prints, what it refuses, and its exit codes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner, Result
+
+from resode.cli import app
+from resode.tableaus import METHODS
+
+
+def resode(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A few updates of odenet20 on digits."""
+    path = tmp_path_factory.mktemp("runs") / "demo"
+    result = resode("train", "--recipe", "smoke", "--updates", 6, "--solver", "euler", "--run-dir", path)
+    assert result.exit_code == 0, result.output
+    return path
+
+
+def columns(text: str) -> list[list[str]]:
+    return [re.split(r"\s{2,}", line.strip()) for line in text.splitlines() if line.strip()]
+
+
+# Wrong usage: exit code 2, and the valid names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["trian"],
+            ["no command 'trian'", "Did you mean train", "evaluate, swap, stability, methods, models"],
+        ),
+        (["--verbos"], ["no option --verbos", "--version"]),
+        (["train", "--epoch", "3"], ["no option --epoch", "Did you mean --epochs", "--weight-decay"]),
+        (["train", "--epochs", "three"], ["--epochs", "integer"]),
+        (["train", "--epochs", "0"], ["epochs must be at least 1"]),
+        (["train", "--epochs", "3", "--updates", "3"], ["exactly one of epochs and updates"]),
+        (["train", "--model", "odenet21"], ["odenet20 and odenet26"]),
+        (["train", "--model", "odnet20"], ["odnet20", "odenet20", "resnet56"]),
+        (["train", "--model", "nowhere:net"], ["package.module:function", "nowhere"]),
+        (["train", "--model", "resode.networks:nothing"], ["package.module:function", "nothing"]),
+        (
+            ["train", "--data", "cifra10"],
+            ["no data set 'cifra10'", "Did you mean cifar10", "digits, cifar10"],
+        ),
+        (["train", "--recipe", "quick"], ["no recipe 'quick'", "digits, fast, paper, smoke"]),
+        (["train", "--solver", "rk5"], ["rk5", "rk4", "dopri5"]),
+        (["train", "--substeps", "0"], ["substeps"]),
+        (["train", "--option", "shortcat=B"], ["shortcat", "shortcut"]),
+        (["train", "--option", "shortcut"], ["NAME=VALUE"]),
+        (["train", "--milestones", "half"], ["--milestones takes numbers", "'half'"]),
+        (["train", "--precision", "16"], ["auto, 32, bf16"]),
+        (["train", "--device", "gpu"], ["auto, cpu, cuda"]),
+        (["train", "--config", "nothing.yaml"], ["nothing.yaml"]),
+        (["train", "--resume", "nothing"], ["no run nothing"]),
+        (["evaluate", "nothing"], ["no run nothing"]),
+        (["evaluate"], ["RUN"]),
+        (["swap", "nothing"], ["no run nothing"]),
+        (["stability", "rk5"], ["neither a run nor a method", "Did you mean rk4", "dopri5"]),
+        (["stability", "rk4", "rk5"], ["no method 'rk5'", "rk4"]),
+        (["stability", "rk4", "--samples", "0"], ["--samples"]),
+    ],
+)
+def test_wrong_usage_lists_what_is_right(arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = resode(*arguments)
+    assert result.exit_code == 2, result.output
+    for word in words:
+        assert word in result.output
+    assert "Traceback" not in result.output
+    assert result.output.count("error: ") == 1
+    assert list(tmp_path.rglob("*")) == [], "nothing was written"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["evaluate", "RUN", "--solver", "rk5"], ["rk5", "rk4"]),
+        (["evaluate", "RUN", "--data", "mnist"], ["mnist", "digits"]),
+        (["swap", "RUN", "--solvers", "euler,rk5"], ["no method 'rk5'"]),
+        (["swap", "RUN", "--solvers", "gauss4"], ["gauss4", "implicit"]),
+        (["swap", "RUN", "--substeps", "1,x"], ["--substeps takes whole numbers"]),
+        (["swap", "RUN", "--limit", "0"], ["limit must be at least 1"]),
+        (["stability", "RUN", "--solvers", "rk5"], ["no method 'rk5'"]),
+        (["train", "--run-dir", "RUN"], ["is never overwritten", "--resume"]),
+        (["train", "--resume", "RUN", "--lr", "0.1"], ["keeps the settings", "lr"]),
+        (["train", "--config", "RUN/config.yaml", "--recipe", "paper"], ["--recipe changes nothing"]),
+    ],
+)
+def test_wrong_usage_of_a_run(arguments, words, run):
+    result = resode(*(argument.replace("RUN", str(run)) for argument in arguments))
+    assert result.exit_code == 2, result.output
+    for word in words:
+        assert word in result.output
+
+
+def test_a_failed_run_is_1(tmp_path, run):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file" / "run", "/proc/nothing/run"):
+        result = resode("train", "--run-dir", folder)
+        assert result.exit_code == 1 and "Give " in result.output and "Traceback" not in result.output
+    missing = resode(
+        "train", "--data", "cifar10", "--data-dir", tmp_path / "none", "--run-dir", tmp_path / "run"
+    )
+    assert missing.exit_code == 1 and "Traceback" not in missing.output
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "weights.safetensors").write_bytes(b"PK\x03\x04 no tensors")
+    damaged = resode("evaluate", tmp_path / "weights.safetensors")
+    assert damaged.exit_code == 1 and "no sound safetensors file" in damaged.output
+
+
+def test_debug_keeps_the_traceback():
+    with pytest.raises(ValueError, match="odenet21"):
+        CliRunner().invoke(app, ["train", "--model", "odenet21", "--debug"], catch_exceptions=False)
+
+
+# What commands print
+
+
+def test_help_shows_examples_and_every_setting():
+    text = resode("train", "--help").output
+    assert "resode train --resume" in text
+    for name in ("--epochs", "--recipe", "--lr", "--precision", "--config", "--run-dir", "--no-flip"):
+        assert name in text
+    for command in ("evaluate", "swap", "stability", "methods", "models"):
+        result = resode(command, "--help")
+        assert result.exit_code == 0 and f"resode {command}" in result.output
+
+
+def test_version():
+    from resode import __version__
+
+    assert resode("--version").output.strip() == f"resode {__version__}"
+
+
+def test_methods_lists_all():
+    rows = columns(resode("methods").output)
+    assert [row[0] for row in rows[1:]] == list(METHODS)
+    assert rows[1 + list(METHODS).index("dopri5")][:4] == ["dopri5", "5", "7", "adaptive"]
+    assert rows[1 + list(METHODS).index("gauss4")][3] == "analysis only"
+
+
+def test_models_lists_parameters():
+    output = resode("models").output
+    assert re.search(r"^resnet1202 +19,421,274 ", output, re.MULTILINE)
+    assert "odenet… has 6n + 2 layers" in output
+
+
+def test_stability_of_methods(tmp_path):
+    """Real and imaginary intervals: Hairer & Wanner II, IV.2; rk4 2.785294 and 2√2."""
+    result = resode("stability", "euler", "rk4", "radau5", "--figure", tmp_path / "regions.png")
+    assert columns(result.output)[1:4] == [
+        ["euler", "1", "1", "2", "0", "–"],
+        ["rk4", "4", "4", "2.785", "2.828", "–"],
+        ["radau5", "5", "3", "∞", "∞", "A, L, I"],
+    ]
+    assert (tmp_path / "regions.png").stat().st_size > 10_000
+
+
+def test_piped_output_is_whole_and_plain(run):
+    for arguments in (["methods"], ["models"], ["swap", run, "--limit", 20]):
+        output = resode(*arguments).output
+        assert "…" not in output.replace("… has", "") and "\x1b" not in output
+        assert all(line == line.rstrip() for line in output.splitlines())
+
+
+# A run
+
+
+def test_train_prints_a_line_an_epoch_and_stores_the_run(run):
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["model_options"] == {"solver": "euler"} and summary["updates"] == 6
+    assert (run / "figures" / "training.png").stat().st_size > 10_000
+
+
+def test_quiet_says_nothing(tmp_path):
+    result = resode("train", "--recipe", "smoke", "--updates", 1, "--quiet", "--run-dir", tmp_path / "run")
+    assert (result.exit_code, result.output) == (0, "")
+
+
+def test_a_stored_config_repeats_the_run_to_the_bit(run, tmp_path):
+    again = resode("train", "--config", run / "config.yaml", "--run-dir", tmp_path / "again")
+    assert again.exit_code == 0, again.output
+    one, two = load_file(run / "weights.safetensors"), load_file(tmp_path / "again" / "weights.safetensors")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_flags_win_over_the_file(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "model: odenet20\nsolver: rk4\nrecipe: smoke\nepochs: 1\nlr: 5e-2\nbatch_size: 256\n"
+    )
+    result = resode(
+        *("train", "--config", tmp_path / "mine.yaml", "--lr", 0.01, "--updates", 2, "--substeps", 2),
+        *("--run-dir", tmp_path / "run"),
+    )
+    assert result.exit_code == 0, result.output
+    from resode.training.folder import RunFolder
+
+    config = RunFolder(tmp_path / "run").read_config()
+    assert (config["lr"], config["updates"], config["epochs"]) == (0.01, 2, None)
+    assert (config["batch_size"], config["model_options"]) == (256, {"solver": "rk4", "substeps": 2})
+    (tmp_path / "mine.yaml").write_text("learning_rate: 0.1\n")
+    wrong = resode("train", "--config", tmp_path / "mine.yaml")
+    assert wrong.exit_code == 2 and "no setting 'learning_rate'" in wrong.output and "lr" in wrong.output
+
+
+def test_a_network_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "mynets.py").write_text(
+        "from torch import nn\n"
+        "def small(width=4):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    trained = resode(
+        *("train", "--model", "mynets:small", "--option", "width=8", "--recipe", "smoke", "--updates", 3),
+        *("--run-dir", "run"),
+    )
+    assert trained.exit_code == 0, trained.output
+    assert json.loads(Path("run/summary.json").read_text())["parameters"] == 65 * 8 + 9 * 10
+    assert resode("evaluate", "run").exit_code == 1
+    assert resode("evaluate", "run", "--model", "mynets:small").exit_code == 0
+    refused = resode("swap", "run", "--model", "mynets:small")
+    assert refused.exit_code == 2 and "ResidualStack" in refused.output
+    config = resode("train", "--config", "run/config.yaml")
+    assert config.exit_code == 2 and "Pass it with --model" in config.output
+
+
+def test_evaluate_prints_the_accuracy_of_the_summary(run):
+    summary = json.loads((run / "summary.json").read_text())
+    rows = columns(resode("evaluate", run).output)
+    assert rows[1][:2] == ["360", f"{100 * summary['test_accuracy']:.2f}"] and rows[1][3] == "7"
+    rows = columns(resode("evaluate", run / "weights.safetensors", "--solver", "rk4", "--substeps", 2).output)
+    assert rows[1][3] == "56"
+
+
+def test_swap_table_and_figure(run):
+    """The trained solver's row is the run's own accuracy, with no drift and 7 calls of F."""
+    result = resode("swap", run, "--solvers", "euler,rk4,dopri5", "--substeps", "1,2", "--recalibrate")
+    assert result.exit_code == 0, result.output
+    rows = {tuple(row[:2]): row for row in columns(result.output) if row[0] in METHODS}
+    assert list(rows) == [("euler", "1"), ("euler", "2"), ("rk4", "1"), ("rk4", "2"), ("dopri5", "-")]
+    summary = json.loads((run / "summary.json").read_text())
+    accuracy = f"{100 * summary['test_accuracy']:.2f}"
+    assert rows["euler", "1"][2] == accuracy
+    assert rows["euler", "1"][4:] == ["0.000", "7", "1, trained"]
+    assert [rows[key][5] for key in (("euler", "2"), ("rk4", "1"), ("rk4", "2"))] == ["14", "28", "56"]
+    stored = list(csv.DictReader((run / "figures" / "swap.csv").read_text().splitlines()))
+    assert [row["solver"] for row in stored] == ["euler", "euler", "rk4", "rk4", "dopri5"]
+    assert (run / "figures" / "swap.png").stat().st_size > 10_000
+
+
+def test_step_limits_of_a_run(run, tmp_path):
+    figure = tmp_path / "spectra.png"
+    result = resode("stability", run, "--solvers", "euler,rk4", "--samples", 1, "--figure", figure)
+    assert result.exit_code == 0, result.output
+    assert [line.split(":")[0] for line in result.output.splitlines() if line.startswith("stage")] == [
+        "stage 1 (layer1.0)",
+        "stage 2 (layer2.1)",
+        "stage 3 (layer3.1)",
+    ]
+    assert "states 16×8×8, trained with euler, h = 1" in result.output
+    rows = [row for row in columns(result.output) if len(row) == 7 and row[1] in ("euler", "rk4")]
+    assert len(rows) == 2 * (3 + 2 + 2)
+    for euler, rk4 in zip(rows[::2], rows[1::2], strict=True):
+        assert euler[3] == rk4[3], "growing modes belong to the flow, not to the solver"
+        assert float(euler[4]) < float(rk4[4])
+        assert (euler[6], rk4[6]) == tuple("yes" if 1 <= float(row[4]) else "no" for row in (euler, rk4))
+    assert figure.stat().st_size > 10_000
+
+
+# Processes: signals and pipes
+
+
+def start(*arguments: object) -> subprocess.Popen:
+    command = [sys.executable, "-c", "from resode.cli import main; main()", *map(str, arguments)]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    process = start("train", "--recipe", "smoke", "--epochs", 50, "--run-dir", tmp_path / "run")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if re.match(r" +1/50 ", line):
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert re.search(
+        rf"stopped by SIGINT after update \d+ of 1100.*resode train --resume {tmp_path}/run", errors
+    )
+    assert "Traceback" not in errors and errors.count("\n") == 1
+    assert (tmp_path / "run" / "checkpoints" / "last.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_closed_pipe_is_no_error():
+    process = start("methods")
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    process.wait(timeout=60)

@@ -1,0 +1,648 @@
+"""Runs: resumed to the bit, never half written, and stopped with a message that helps."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import os
+import pickle
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from resode.networks import build
+from resode.training import folder as folder_module
+from resode.training.data import Batches, ImageData, load_data
+from resode.training.evaluate import evaluate as evaluate_run
+from resode.training.evaluate import load, plain_batches, score, set_solver
+from resode.training.folder import (
+    DamagedFile,
+    FolderTaken,
+    NoSuchRun,
+    RunError,
+    RunFolder,
+    pack,
+    read_yaml,
+    unpack,
+    write_atomically,
+)
+from resode.training.loop import Interrupted, interruption
+from resode.training.plan import choose_device, choose_precision, resolve
+from resode.training.recipe import RECIPES, make_recipe
+from resode.training.run import train
+from resode.training.task import ClassificationTask
+
+
+class Tiny(nn.Module):
+    """A small network with everything that a resumed run must bring back: batch norm and dropout."""
+
+    def __init__(self, width: int = 4, classes: int = 10, at: dict | None = None) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.Dropout(0.2)
+        )
+        self.out = nn.Linear(width * 64, classes)
+        self.at = at or {}  # what happens at which training call
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = self.out(self.features(x).flatten(1))
+        if self.training:
+            self.calls += 1
+            if self.calls in self.at:
+                return self.at[self.calls](logits)
+        return logits
+
+
+@pytest.fixture(scope="module")
+def digits() -> ImageData:
+    return load_data("digits")
+
+
+def tiny_run(path: Path, at: dict | None = None, *, classes: int = 10, **settings):
+    """Two epochs of 22 updates of batch 64, from the same weights every time."""
+    torch.manual_seed(7)
+    network = Tiny(classes=classes, at=at)
+    return train(network, "digits", "smoke", run_dir=path, progress=False, **settings)
+
+
+def interrupted(signum: int):
+    """Sends this process a signal in the middle of an update."""
+
+    def act(logits: torch.Tensor) -> torch.Tensor:
+        os.kill(os.getpid(), signum)
+        return logits
+
+    return act
+
+
+def poisoned(logits: torch.Tensor) -> torch.Tensor:
+    return logits * float("nan")
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the run's own code runs afterwards."""
+
+
+def killed(logits: torch.Tensor) -> torch.Tensor:
+    raise Killed
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    one, two = load_file(a / "weights.safetensors"), load_file(b / "weights.safetensors")
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def columns(path: Path) -> dict[str, list[str]]:
+    """metrics.csv without what depends on the clock."""
+    rows = list(csv.DictReader((path / "metrics.csv").read_text().splitlines()))
+    return {name: [r[name] for r in rows] for name in rows[0] if name not in ("images_per_second", "seconds")}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An undisturbed run of `Tiny`."""
+    return tiny_run(tmp_path_factory.mktemp("runs") / "undisturbed")
+
+
+# What a run does
+
+
+def test_the_weights_are_those_of_a_loop_by_hand(tmp_path, digits):
+    """Five updates: one-cycle rate, Nesterov, smoothing, decay of matrices alone; equal to the bit."""
+    run = train("odenet20", "digits", "smoke", updates=5, run_dir=tmp_path / "run", progress=False)
+    torch.manual_seed(0)
+    network = build("odenet20", in_channels=1, num_classes=10).to(memory_format=torch.channels_last)
+    matrices = [p for p in network.parameters() if p.ndim > 1]
+    vectors = [p for p in network.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": 5e-4}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True, fused=True)
+    batches = Batches(
+        digits.train_images,
+        digits.train_labels,
+        64,
+        mean=digits.mean,
+        std=digits.std,
+        train=True,
+        crop_padding=1,
+    )
+    batches.set_epoch(0)
+    for update, (images, labels) in enumerate(batches):
+        if update == 5:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = RECIPES["smoke"].learning_rate(update, 5)
+        optimizer.zero_grad()
+        cross_entropy(network(images), labels, label_smoothing=0.1).backward()
+        optimizer.step()
+    for (name, ours), theirs in zip(
+        run.network.state_dict().items(), network.state_dict().values(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
+
+
+def test_a_run_leaves_its_settings_figures_and_metrics(finished):
+    files = {str(p.relative_to(finished.path)) for p in finished.path.rglob("*") if p.is_file()}
+    assert files == {
+        "config.yaml",
+        "metrics.csv",
+        "weights.safetensors",
+        "summary.json",
+        "checkpoints/last.safetensors",
+        "checkpoints/previous.safetensors",
+        "figures/training.png",
+    }
+    summary = json.loads((finished.path / "summary.json").read_text())
+    assert summary == finished.summary
+    assert (summary["data"], summary["epochs"], summary["updates"]) == ("digits (scikit-learn)", 2, 44)
+    assert summary["parameters"] == 10 * 256 + 10 + 4 * 9 + 4 + 2 * 4
+    assert 0.5 < summary["test_accuracy"] <= 1 and summary["images_per_second"] > 0
+    assert summary["nfe"] == 0, "no solver advances anything in this network"
+    rows = columns(finished.path)
+    assert rows["epoch"] == ["1", "2"] and rows["update"] == ["22", "44"]
+    assert float(rows["lr"][1]) == RECIPES["smoke"].learning_rate(43, 44)
+    assert float(rows["test_accuracy"][1]) == summary["test_accuracy"]
+    config = finished_config(finished)
+    assert config["record"]["torch"] == torch.__version__ and config["record"]["resode"]
+    assert (config["precision"], config["crop_padding"], config["flip"]) == ("32", 1, False)
+
+
+def finished_config(run):
+    return RunFolder.open(run.path).read_config()
+
+
+def test_field_evaluations_are_counted(tmp_path):
+    """odenet20 has 3 + 2 + 2 blocks in its stacks; rk4 calls each field four times a substep."""
+    run = train(
+        "odenet20",
+        "digits",
+        "smoke",
+        updates=1,
+        model_options={"solver": "rk4", "substeps": 2},
+        run_dir=tmp_path / "run",
+        progress=False,
+    )
+    assert run.summary["nfe"] == 7 * 4 * 2
+    assert evaluate_run(run.path, solver="euler", substeps=1).nfe == 7
+    assert evaluate_run(run.path).nfe == 56, "the solver of the run is stored with it"
+
+
+def test_training_leaves_the_global_random_state(tmp_path):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    train(Tiny(), "digits", "smoke", updates=1, run_dir=tmp_path / "run", progress=False)
+    torch.manual_seed(3)
+    Tiny()
+    assert not torch.equal(before, torch.get_rng_state()), "the network was initialised outside the run"
+    torch.set_rng_state(before)
+    train("odenet20", "digits", "smoke", updates=1, run_dir=tmp_path / "other", progress=False)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_bf16_computes_in_bfloat16_and_keeps_weights_in_float32(tmp_path):
+    seen = []
+
+    def look(logits):
+        seen.append(logits.dtype)
+        return logits
+
+    run = tiny_run(tmp_path / "run", {1: look}, updates=2, precision="bf16")
+    assert seen == [torch.bfloat16]
+    assert {p.dtype for p in run.network.parameters()} == {torch.float32}
+    assert torch.isfinite(torch.tensor(run.metrics["train_loss"])).all()
+
+
+def test_an_update_never_waits_for_the_device(tmp_path, monkeypatch):
+    """Reading a number from the device in every update would serialise a GPU."""
+    reads = []
+    for name in ("item", "tolist", "__bool__", "__int__", "__float__"):
+        original = getattr(torch.Tensor, name)
+
+        def spy(self, *args, _original=original):
+            if self.requires_grad or in_update:
+                reads.append(1)
+            return _original(self, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, spy)
+    in_update = []
+
+    def start(logits):
+        in_update.append(1)
+        return logits
+
+    def stop(logits):
+        in_update.clear()
+        return logits
+
+    tiny_run(tmp_path / "run", {2: start, 20: stop}, epochs=1)
+    assert len(reads) <= 2, "18 updates, and at most one look a second"
+
+
+def test_held_out_images_are_not_trained_on(tmp_path, digits):
+    run = tiny_run(tmp_path / "run", epochs=1, validation=400)
+    assert run.metrics["update"] == [(1437 - 400) // 64]
+    assert 0 < run.summary["validation_accuracy"] <= 1
+    config = finished_config(run)
+    assert config["validation"] == 400 and digits.train_labels.shape == (1437,)
+
+
+def test_a_trainer_can_drive_the_task(digits):
+    """The Lightning module is complete: a Trainer follows the same schedule."""
+    import logging
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from lightning import Trainer
+
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        batches = Batches(
+            digits.train_images, digits.train_labels, 64, mean=digits.mean, std=digits.std, train=True
+        )
+        task = ClassificationTask(Tiny(), RECIPES["smoke"], updates=4)
+        trainer = Trainer(
+            max_steps=4,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(task, batches)
+    rate = trainer.optimizers[0].param_groups[0]["lr"]
+    assert rate == RECIPES["smoke"].learning_rate(3, 4)
+
+
+# Stopping and going on
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("call", [10, 22, 23, 40])
+def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path, finished, signum, call):
+    """Call 22 is an epoch's last update, 23 the next one's first."""
+    with pytest.raises(Interrupted, match=f"update {call} of 44.*resode train --resume") as stop:
+        tiny_run(tmp_path / "run", {call: interrupted(signum)})
+    assert stop.value.signum == signum
+    assert not (tmp_path / "run" / "summary.json").exists()
+    train(Tiny(), resume=tmp_path / "run", progress=False)
+    assert same_weights(tmp_path / "run", finished.path)
+    assert columns(tmp_path / "run") == columns(finished.path)
+
+
+@pytest.mark.parametrize("call", [5, 30])
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, finished, call):
+    """Before the first checkpoint it starts again, later it goes on from the last epoch's end."""
+    with pytest.raises(Killed):
+        tiny_run(tmp_path / "run", {call: killed})
+    torch.manual_seed(7)  # without a checkpoint the weights are those of the network passed in
+    train(Tiny(), resume=tmp_path / "run", progress=False)
+    assert same_weights(tmp_path / "run", finished.path)
+    assert columns(tmp_path / "run") == columns(finished.path)
+
+
+def test_a_named_network_starts_again_from_its_seed(tmp_path):
+    options = {"updates": 3, "progress": False}
+    whole = train("odenet20", "digits", "smoke", run_dir=tmp_path / "whole", **options)
+    train("odenet20", "digits", "smoke", run_dir=tmp_path / "half", **options)
+    for file in ("last", "previous"):
+        (tmp_path / "half" / "checkpoints" / f"{file}.safetensors").unlink(missing_ok=True)
+    (tmp_path / "half" / "weights.safetensors").unlink()
+    train(resume=tmp_path / "half", progress=False)
+    assert same_weights(tmp_path / "half", whole.path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path, finished, damage, capsys):
+    with pytest.raises(Interrupted):
+        tiny_run(tmp_path / "run", {30: interrupted(signal.SIGINT)})
+    last = tmp_path / "run" / "checkpoints" / "last.safetensors"
+    content = bytearray(last.read_bytes())
+    if damage == "cut":
+        content = content[: len(content) // 2]
+    else:
+        content[-20] ^= 1
+    last.write_bytes(content)
+    train(Tiny(), resume=tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "last.safetensors" in said and "resuming after update 22 of 44" in said
+    assert same_weights(tmp_path / "run", finished.path)
+
+
+def test_a_finished_run_is_finished(tmp_path, capsys):
+    first = tiny_run(tmp_path / "run", epochs=1)
+    before = first.path.joinpath("weights.safetensors").read_bytes()
+    again = train(Tiny(), resume=first.path, progress=False)
+    assert again.summary == first.summary
+    assert first.path.joinpath("weights.safetensors").read_bytes() == before
+
+
+def test_a_second_interrupt_stops_at_once():
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), interruption() as asked:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked == [signal.SIGINT]
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_resumed_run_keeps_its_settings(tmp_path):
+    run = tiny_run(tmp_path / "run", epochs=1)
+    with pytest.raises(ValueError, match=r"keeps the settings it was started with, got lr"):
+        train(Tiny(), resume=run.path, lr=1.0)
+    with pytest.raises(RunError, match=r"trained a model of your own, .*Tiny. Pass it again"):
+        train(resume=run.path)
+    with pytest.raises(ValueError, match=r"keeps its data: it has digits, got cifar10"):
+        train(Tiny(), "cifar10", resume=run.path)
+
+
+def test_a_run_of_other_images_is_not_resumed(tmp_path, digits):
+    from dataclasses import replace
+
+    with pytest.raises(Killed):
+        torch.manual_seed(7)
+        train(Tiny(at={30: killed}), digits, "smoke", run_dir=tmp_path / "run", progress=False)
+    with pytest.raises(RunError, match=r"trained a data of your own|trained a data set of your own"):
+        train(Tiny(), resume=tmp_path / "run", progress=False)
+    fewer = replace(digits, train_images=digits.train_images[:1000], train_labels=digits.train_labels[:1000])
+    with pytest.raises(RunError, match=r"1,437 training and 360 test images, and finds .* 1,000"):
+        train(Tiny(), fewer, resume=tmp_path / "run", progress=False)
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+    with pytest.raises(Interrupted):
+        tiny_run(tmp_path / "run", {30: interrupted(signal.SIGINT)})
+    with pytest.raises(RunError, match=r"belongs to another network"):
+        train(Tiny(width=5), resume=tmp_path / "run", progress=False)
+
+
+# What goes wrong
+
+
+def test_a_nan_loss_says_where_and_keeps_the_last_good_checkpoint(tmp_path, finished):
+    with pytest.raises(RunError) as error:
+        tiny_run(tmp_path / "run", {31: poisoned})
+    message = str(error.value)
+    assert "the loss became nan in epoch 2, update 31 of 44, at learning rate 0.0429" in message
+    assert "Try a tenth of that --lr" in message and "checkpoint of epoch 1 is kept" in message
+    checkpoint, damaged = RunFolder.open(tmp_path / "run").read_checkpoint()
+    assert damaged is None and checkpoint is not None and checkpoint.state["epoch"] == 1
+    assert all(t.isfinite().all() for t in checkpoint.part("network").values())
+    train(Tiny(), resume=tmp_path / "run", progress=False)
+    assert same_weights(tmp_path / "run", finished.path)
+
+
+def test_weights_that_overflow_in_the_last_update_are_no_checkpoint(tmp_path):
+    """The loss is still finite when the gradient is not."""
+
+    def overflow(logits):
+        logits.register_hook(lambda gradient: gradient * float("inf"))
+        return logits
+
+    with pytest.raises(RunError, match=r"weights are no longer finite .* in epoch 1, update 22 of 44"):
+        tiny_run(tmp_path / "run", {22: overflow})
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 2000}, "batch_size 2000, .* has 1437 training images"),
+        ({"batch_size": 64, "validation": 1400}, "has 37 training images after 1400 were held out"),
+        ({"validation": 1437}, "0 training images"),
+        (
+            {"updates": 5, "schedule": "cosine", "warmup_updates": 5},
+            "warmup_updates 5, the run has 5 updates",
+        ),
+        ({"lrr": 5}, "no setting 'lrr'. Did you mean lr"),
+    ],
+)
+def test_settings_that_contradict_the_data_leave_no_folder(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_run(tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_network_with_too_few_outputs_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"logits \(2, 10\), got \(2, 7\)"):
+        tiny_run(tmp_path / "run", classes=7)
+
+
+def test_wrong_names_come_before_the_data(tmp_path, monkeypatch):
+    from resode.training import run as run_module
+
+    monkeypatch.setattr(run_module, "load_data", lambda *a, **k: pytest.fail("images were decoded"))
+    with pytest.raises(ValueError, match=r"no data set 'cifar100'"):
+        train("resnet20", "cifar100")
+    with pytest.raises(ValueError, match=r"resnet21"):
+        train("resnet21", "cifar10")
+    with pytest.raises(ValueError, match=r"sovler"):
+        train("odenet20", "cifar10", model_options={"sovler": "rk4"})
+    with pytest.raises(TypeError, match=r"solver is list"):
+        train("odenet20", "cifar10", model_options={"solver": ["rk4"]})
+
+
+def test_a_run_is_never_overwritten(tmp_path, finished):
+    with pytest.raises(FolderTaken, match=r"not empty. Give another --run-dir, go on with --resume"):
+        tiny_run(finished.path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("text")
+    with pytest.raises(FolderTaken, match=r"or remove it"):
+        tiny_run(tmp_path / "mine")
+    with pytest.raises(FolderTaken, match=r"is a file"):
+        tiny_run(tmp_path / "mine" / "thesis.txt")
+    with pytest.raises(RunError, match=r"cannot be used|cannot be written"):
+        tiny_run(tmp_path / "mine" / "thesis.txt" / "run")
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path):
+    folder = RunFolder.create(tmp_path / "run")
+    with folder.locked(), pytest.raises(RunError, match=r"in use by another process"):
+        with RunFolder(folder.path).locked():
+            pass
+    assert not folder.path.exists(), "nothing was written, nothing stays"
+
+
+def test_a_full_disk_leaves_the_good_file(tmp_path, monkeypatch):
+    path = write_atomically(tmp_path / "config.yaml", "good")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(folder_module.os, "fsync", full)
+    with pytest.raises(RunError, match=r"the disk is full: .*run.* --resume"):
+        RunFolder(tmp_path).write("config.yaml", "half")
+    assert path.read_text() == "good"
+    assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"], "no temporary file stays"
+
+
+def test_a_disk_that_fills_up_while_training_keeps_the_last_checkpoint(tmp_path, finished, monkeypatch):
+    original = os.fsync
+
+    def full(logits):
+        def refuse(descriptor):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(folder_module.os, "fsync", refuse)
+        return logits
+
+    with pytest.raises(RunError, match=r"disk is full"):
+        tiny_run(tmp_path / "run", {40: full})
+    monkeypatch.setattr(folder_module.os, "fsync", original)
+    train(Tiny(), resume=tmp_path / "run", progress=False)
+    assert same_weights(tmp_path / "run", finished.path)
+
+
+def test_a_newer_format_is_refused(tmp_path, monkeypatch):
+    run = tiny_run(tmp_path / "run", epochs=1)
+    text = (run.path / "config.yaml").read_text().replace("format: 1", "format: 9")
+    (run.path / "config.yaml").write_text(text)
+    with pytest.raises(RunError, match=r"format 9, and this resode reads format 1"):
+        train(Tiny(), resume=run.path)
+
+
+# Getting a network back
+
+
+def test_a_loaded_network_is_the_trained_one(tmp_path, digits):
+    run = train("odenet20", "digits", "smoke", updates=3, run_dir=tmp_path / "run", progress=False)
+    images = next(iter(plain_batches(digits)))[0][:8]
+    expected = run.network(images)
+    for source in (run.path, run.path / "weights.safetensors", run.path / "checkpoints" / "last.safetensors"):
+        network = load(source)
+        assert not network.training
+        torch.testing.assert_close(network(images), expected, rtol=0, atol=1e-5)
+
+
+def test_a_network_of_ones_own_is_passed_in(finished, digits):
+    with pytest.raises(RunError, match=r"network of your own, .*Tiny. Pass its constructor"):
+        load(finished.path)
+    network = load(finished.path, model=Tiny)
+    assert score(network, plain_batches(digits)).accuracy == finished.summary["test_accuracy"]
+    with pytest.raises(RunError, match=r"do not fit"):
+        load(finished.path, model="odenet20")
+
+
+def test_foreign_weights_need_a_name(tmp_path):
+    save_file(build("resnet20").state_dict(), tmp_path / "foreign.safetensors")
+    with pytest.raises(RunError, match=r"does not say which network"):
+        load(tmp_path / "foreign.safetensors")
+    assert (
+        sum(p.numel() for p in load(tmp_path / "foreign.safetensors", model="resnet20").parameters())
+        == 269_722
+    )
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was read",))
+
+
+def test_nothing_is_unpickled(tmp_path):
+    content = pickle.dumps(Bomb())
+    for name in ("weights.pt", "weights.ckpt"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(RunError, match=r"safetensors files, and .* pickles"):
+            load(tmp_path / name)
+    (tmp_path / "weights.safetensors").write_bytes(content)
+    with pytest.raises(DamagedFile, match=r"no sound safetensors file"):
+        load(tmp_path / "weights.safetensors")
+
+
+def test_a_missing_run_lists_those_nearby(finished):
+    with pytest.raises(NoSuchRun, match=r"does not exist. Runs nearby: .*undisturbed"):
+        load(finished.path.parent / "undistrubed")
+    with pytest.raises(NoSuchRun, match=r"no config.yaml"):
+        load(finished.path.parent)
+
+
+def test_tensors_survive_packing_to_the_bit(tmp_path):
+    tensors = {
+        "half": torch.randn(3, 2).bfloat16(),
+        "count": torch.tensor(5),
+        "empty": torch.zeros(0),
+        "turned": torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last),
+        "flag": torch.tensor([True, False]),
+    }
+    (tmp_path / "x.safetensors").write_bytes(pack(tensors, {"a": [1.5, None, "η"]}))
+    back, about = unpack(tmp_path / "x.safetensors")
+    assert about == {"a": [1.5, None, "η"]}
+    assert all(torch.equal(back[name], value) for name, value in tensors.items())
+
+
+def test_yaml_reads_numbers_as_everyone_writes_them(tmp_path):
+    (tmp_path / "c.yaml").write_text("a: 1e-4\nb: 5E3\nc: 0.1\nd: 10\ne: '1e-4'\nf: rk4\n")
+    assert read_yaml(tmp_path / "c.yaml") == {"a": 1e-4, "b": 5e3, "c": 0.1, "d": 10, "e": "1e-4", "f": "rk4"}
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "bad.yaml").write_text("a: [1\n")
+    (tmp_path / "code.yaml").write_text("a: !!python/object/apply:os.system ['true']\n")
+    for name, message in (("list", "must hold settings"), ("bad", "is no YAML"), ("code", "is no YAML")):
+        with pytest.raises(RunError, match=message):
+            read_yaml(tmp_path / f"{name}.yaml")
+
+
+# Evaluation
+
+
+def test_a_score_is_the_mean_over_all_images(digits):
+    network = build("odenet20", in_channels=1)
+    loader = plain_batches(digits)
+    result = score(network, loader)
+    assert network.training, "the mode is put back"
+    network.eval()
+    with torch.no_grad():
+        logits = torch.cat([network(images) for images, _ in loader])
+    hits = (logits.argmax(1) == digits.test_labels).sum().item()
+    assert result.accuracy == hits / 360 and result.images == 360
+    assert result.loss == pytest.approx(cross_entropy(logits, digits.test_labels).item(), rel=1e-5)
+    assert result.nfe == 7
+    with pytest.raises(ValueError, match=r"no images"):
+        score(network, [])
+
+
+def test_adaptive_solvers_count_the_mean_over_samples(digits):
+    network = build("odenet20", in_channels=1, solver="dopri5")
+    few = list(plain_batches(digits, limit=4))
+    assert score(network, few).nfe >= 7 * 6
+
+
+def test_only_stacks_change_their_solver():
+    with pytest.raises(ValueError, match=r"this network has none"):
+        set_solver(Tiny(), "rk4")
+    network = build("odenet20", in_channels=1)
+    set_solver(network, "rk4", 3)
+    assert {(s.solver, s.substeps) for s in network.stacks()} == {("rk4", 3)}
+    with pytest.raises(ValueError, match=r"rk5"):
+        set_solver(network, "rk5")
+
+
+def test_training_batches_come_as_they_are(digits):
+    images = torch.cat([x for x, _ in plain_batches(digits, "train", limit=100)])
+    assert images.shape == (100, 1, 8, 8)
+
+
+# What is left to the machine
+
+
+def test_auto_is_resolved_and_stored(digits):
+    cpu = torch.device("cpu")
+    recipe = resolve(make_recipe("paper"), digits, build("resnet20", in_channels=1), cpu)
+    assert (recipe.crop_padding, recipe.flip, recipe.warmup_updates) == (1, False, 0)
+    assert recipe.precision == choose_precision(cpu) in ("32", "bf16")
+    assert resolve(make_recipe("paper"), digits, build("resnet110"), cpu).warmup_updates == 400
+    assert resolve(make_recipe("fast", flip=True), digits, build("resnet20"), cpu).flip is True
+
+
+def test_devices_are_checked():
+    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_device("auto").type in ("cpu", "cuda", "mps")
+    for name in ("tpu", "gpu", "meta"):
+        with pytest.raises(ValueError, match=r"device must be auto, cpu, cuda"):
+            choose_device(name)
+    with pytest.raises(ValueError, match=r"devices, got 'cuda:99'"):
+        choose_device("cuda:99")
