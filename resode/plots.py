@@ -25,6 +25,7 @@ from resode.stability import (
     stability_function,
 )
 from resode.stability.intervals import ray_polynomials
+from resode.stability.limits import StepLimit, as_counted, checked_spectrum, rounding_of_spectrum
 from resode.stability.rays import Complexes
 from resode.tableaus import ButcherTableau, get_tableau
 
@@ -68,7 +69,8 @@ def stability_region(
     tableaus = _tableaus(method_or_methods)
     if not (0 < step_size < math.inf):
         raise ValueError(f"step_size must be positive and finite, got {step_size}.")
-    z = None if eigenvalues is None else _points(eigenvalues) * step_size
+    lam, tau = (None, None) if eigenvalues is None else _counted(eigenvalues)
+    z = None if lam is None else lam * step_size
     left, right, bottom, top = _window(tableaus, z)
     own = ax is None
     if ax is None:
@@ -85,7 +87,8 @@ def stability_region(
     ax.axhline(0, color="0.6", linewidth=0.7, zorder=0)
     ax.axvline(0, color="0.6", linewidth=0.7, zorder=0)
     if z is not None:
-        handles += _draw_spectrum(ax, tableaus, z, step_size)
+        limits = [eigenvalue_step_limit(lam, t, tolerance=tau) for t in tableaus]
+        handles += _draw_spectrum(ax, tableaus, z, limits, step_size)
     ax.set_aspect("equal")
     ax.set_xlim(left, right)
     ax.set_ylim(bottom, top)
@@ -100,7 +103,9 @@ def stability_region(
     return ax
 
 
-def _draw_spectrum(ax: Axes, tableaus: list[ButcherTableau], z: Complexes, step_size: float) -> list[Line2D]:
+def _draw_spectrum(
+    ax: Axes, tableaus: list[ButcherTableau], z: Complexes, limits: list[StepLimit], step_size: float
+) -> list[Line2D]:
     """Dots, crosses and rings; their entries in the legend."""
     first = tableaus[0].name
     stable = stability_function(tableaus[0], torch.as_tensor(z)).abs().numpy() <= 1 + 1e-12
@@ -124,8 +129,7 @@ def _draw_spectrum(ax: Axes, tableaus: list[ButcherTableau], z: Complexes, step_
             style: dict[str, Any] = {"linestyle": "", "marker": marker, "color": colour}
             style["markeredgecolor"] = "white"
             handles.append(Line2D([], [], markersize=7, label=label, **style))
-    for i, tableau in enumerate(tableaus):
-        limit = eigenvalue_step_limit(z / step_size, tableau)
+    for i, (tableau, limit) in enumerate(zip(tableaus, limits, strict=True)):
         if math.isinf(limit.step):
             handles.append(Line2D([], [], linestyle="", label=f"{tableau.name}: no step is too large"))
             continue
@@ -427,11 +431,14 @@ def _tableaus(method_or_methods: Method | Sequence[Method]) -> list[ButcherTable
 
 
 def _plain(values: Any) -> Any:
-    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else values
+    return values.detach().cpu().resolve_conj().numpy() if isinstance(values, torch.Tensor) else values
 
 
-def _points(eigenvalues: Any) -> Complexes:
-    return np.asarray(_plain(eigenvalues), dtype=np.complex128).ravel()
+def _counted(eigenvalues: Any) -> tuple[Complexes, np.ndarray]:
+    """One flat spectrum as the step limit counts it, and its τ."""
+    values, eps = checked_spectrum(eigenvalues)
+    tau = rounding_of_spectrum(values.ravel(), eps)
+    return as_counted(values.ravel(), tau), tau
 
 
 def _axes(size: tuple[float, float]) -> Axes:

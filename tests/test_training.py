@@ -111,6 +111,14 @@ def finished(tmp_path_factory):
     return tiny_run(tmp_path_factory.mktemp("runs") / "undisturbed")
 
 
+@pytest.fixture(autouse=True)
+def blank_curves(finished, monkeypatch):
+    """Half a second a run; the undisturbed run's figure is the real one."""
+    from resode import plots
+
+    monkeypatch.setattr(plots, "training_curves", lambda metrics, path: Path(path).write_bytes(b""))
+
+
 # What a run does
 
 
@@ -295,6 +303,27 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path, finished, sign
     assert columns(tmp_path / "run") == columns(finished.path)
 
 
+@pytest.mark.parametrize("call", [25, 30])
+def test_a_run_that_ends_within_an_epoch_is_resumed_too(tmp_path, call):
+    whole = tiny_run(tmp_path / "whole", updates=30)
+    assert whole.metrics["update"] == [22, 30] and whole.summary["updates"] == 30
+    with pytest.raises(Interrupted, match=f"update {call} of 30"):
+        tiny_run(tmp_path / "run", {call: interrupted(signal.SIGTERM)}, updates=30)
+    train(Tiny(), resume=tmp_path / "run", progress=False)
+    assert same_weights(tmp_path / "run", whole.path)
+    assert columns(tmp_path / "run") == columns(whole.path)
+
+
+def test_a_figure_that_is_not_finite_is_null(tmp_path):
+    folder = RunFolder.create(tmp_path / "run")
+    folder.write_summary({"test_loss": float("nan"), "nfe": float("inf"), "seconds": 1.5})
+    assert json.loads((folder.path / "summary.json").read_text()) == {
+        "test_loss": None,
+        "nfe": None,
+        "seconds": 1.5,
+    }
+
+
 @pytest.mark.parametrize("call", [5, 30])
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, finished, call):
     """Before the first checkpoint it starts again, later it goes on from the last epoch's end."""
@@ -407,6 +436,14 @@ def test_weights_that_overflow_in_the_last_update_are_no_checkpoint(tmp_path):
     with pytest.raises(RunError, match=r"weights are no longer finite .* in epoch 1, update 22 of 44"):
         tiny_run(tmp_path / "run", {22: overflow})
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+    def overflow_and_interrupt(logits):
+        return overflow(interrupted(signal.SIGINT)(logits))
+
+    with pytest.raises(RunError, match=r"weights are no longer finite .* in epoch 2, update 30 of 44"):
+        tiny_run(tmp_path / "stopped", {30: overflow_and_interrupt})
+    checkpoint, _ = RunFolder.open(tmp_path / "stopped").read_checkpoint()
+    assert checkpoint is not None and checkpoint.state["epoch"] == 1, "the good one stands"
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def bifurcation(
         >>> eta = torch.tensor([1.9, 2.2], dtype=torch.float64)
         >>> bifurcation(lambda x: x * (1 - x), eta, x0=0.1, keep=4).orbits
         tensor([[1.0000, 1.0000, 1.0000, 1.0000],
-                [0.7463, 1.1628, 0.7463, 1.1628]], dtype=torch.float64)
+                [1.1628, 0.7462, 1.1628, 0.7462]], dtype=torch.float64)
     """
     tableau = get_tableau(solver)
     if not tableau.explicit:

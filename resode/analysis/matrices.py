@@ -35,13 +35,13 @@ def checked_matrices(jacobian: Any) -> tuple[Matrices, float]:
     if isinstance(jacobian, Tensor):
         kind = "f" if jacobian.is_floating_point() else "c" if jacobian.is_complex() else "i"
         eps = torch.finfo(jacobian.dtype).eps if kind in "fc" else 0.0
-        values = jacobian.detach().cpu()
-        values = values.to(torch.complex128 if kind == "c" else torch.float64).numpy()
+        values = jacobian.detach().cpu().to(torch.complex128 if kind == "c" else torch.float64)
+        values = values.to_dense().resolve_conj().resolve_neg().numpy()
         name = str(jacobian.dtype)
     else:
         values = np.asarray(jacobian)
         kind, name = values.dtype.kind, str(values.dtype)
-        eps = float(np.finfo(values.dtype).eps) if kind in "fc" else 0.0
+        eps = max(float(np.finfo(values.dtype).eps), 2.0**-52) if kind in "fc" else 0.0
         values = values.astype(np.complex128 if kind == "c" else np.float64) if kind in "fc" else values
     if kind not in "fc":
         raise TypeError(
@@ -82,6 +82,6 @@ def all_eigenvalues(matrices: Matrices) -> Complexes:
     return np.array(found, dtype=np.complex128).reshape(matrices.shape[:-1])
 
 
-def rounding_of_eigenvalues(matrices: Matrices, eps: float) -> Floats:
-    """τ = n·ε·‖J‖₂ for each matrix, shape (…): what a backward stable routine may move an eigenvalue by."""
-    return np.asarray(matrices.shape[-1] * eps * np.linalg.norm(matrices, 2, axis=(-2, -1)), dtype=float)
+def spectral_norms(matrices: Matrices) -> Floats:
+    """‖J‖₂ (…) of matrices (…, n, n)."""
+    return np.asarray(np.linalg.norm(matrices, 2, axis=(-2, -1)), dtype=float)

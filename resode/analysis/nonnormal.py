@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import scipy.optimize
 
-from resode.analysis.matrices import Matrices, all_eigenvalues, checked_matrices, rounding_of_eigenvalues
+from resode.analysis.matrices import Matrices, all_eigenvalues, checked_matrices, spectral_norms
 from resode.stability import eigenvalue_step_limit, stability_coefficients, stability_properties
 from resode.stability.limits import like
 from resode.stability.rays import Floats, bernstein_matrix
@@ -83,25 +83,32 @@ def contraction_step(jacobian: Any, method: str | ButcherTableau = "euler") -> A
     values, eps = checked_matrices(jacobian)
     tableau = get_tableau(method)
     flat = values.reshape(-1, *values.shape[-2:])
-    tau = rounding_of_eigenvalues(flat, eps)[:, None]
+    norms = spectral_norms(flat)
+    tau = flat.shape[-1] * eps * norms[:, None]
     spectral = eigenvalue_step_limit(all_eigenvalues(flat), tableau, tolerance=tau).step
-    return like(jacobian, contraction_steps(flat, tableau, eps, spectral), values.shape[:-2])
+    found = contraction_steps(flat, tableau, eps, spectral, norms, logarithmic_norms(flat))
+    return like(jacobian, found, values.shape[:-2])
 
 
-def contraction_steps(matrices: Matrices, tableau: ButcherTableau, eps: float, spectral: Floats) -> Floats:
-    """The contraction limits (B,) of matrices (B, n, n) whose spectral step limits are known."""
-    found = [_contraction(m, tableau, eps, float(s)) for m, s in zip(matrices, spectral, strict=True)]
-    return np.array(found)
+def contraction_steps(
+    matrices: Matrices, tableau: ButcherTableau, eps: float, spectral: Floats, norms: Floats, growth: Floats
+) -> Floats:
+    """The contraction limits (B,) of matrices (B, n, n) with known spectral limits, ‖J‖₂ and μ₂(J)."""
+    slack = 2 * matrices.shape[-1] * eps
+    found = np.zeros(len(matrices))
+    for i, norm in enumerate(norms):
+        if norm == 0:
+            found[i] = math.inf
+        elif spectral[i] > 0 and growth[i] <= slack * norm:
+            found[i] = _contraction(matrices[i], tableau, slack, float(spectral[i]), float(norm))
+    return found
 
 
-def _contraction(jacobian: Matrices, tableau: ButcherTableau, eps: float, spectral: float) -> float:
-    norm = float(np.linalg.norm(jacobian, 2))
-    if norm == 0:
-        return math.inf
+def _contraction(
+    jacobian: Matrices, tableau: ButcherTableau, slack: float, spectral: float, norm: float
+) -> float:
+    """The contraction limit of one matrix with μ₂ ≤ 0, up to rounding, and a positive spectral limit."""
     unit = jacobian / norm
-    slack = 2 * len(unit) * eps
-    if spectral == 0 or logarithmic_norms(unit) > slack:
-        return 0.0
     adjoint = unit.conj().T
     if stability_properties(tableau).a_stable or np.linalg.norm(unit @ adjoint - adjoint @ unit) <= slack:
         return spectral

@@ -1,6 +1,6 @@
 """The command `resode`: train, evaluate, swap, stability, methods, models.
 
-torch and Lightning are imported by the commands that need them, so that help comes at once.
+Lightning and matplotlib, which take seconds to import, are imported by the commands that need them.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def report(error: Exception) -> int:
     if isinstance(error, usage):
         complain(_usage_message(error))
         return 2
-    if isinstance(error, ModuleNotFoundError) and error.name in TRAIN_EXTRA:
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in TRAIN_EXTRA:
         complain(f"this command needs {error.name}: pip install 'resode[train]'")
         return 1
     from resode.training.archives import DataError

@@ -215,7 +215,8 @@ def _run_stability(
     network = load(run, model=own_model(model))
     dataset = images_of(run, data, data_dir)
     images = next(iter(plain_batches(dataset, limit=samples)))[0]
-    say(f"{run} at {len(images)} test images of {dataset.title}; step h = η / substeps")
+    count = "1 test image" if len(images) == 1 else f"{len(images)} test images"
+    say(f"{run} at {count} of {dataset.title}; step h = η / substeps")
     stages = []
     for number, stage in enumerate(stage_limits(network, images, methods), start=1):
         size = "×".join(map(str, stage.shape))
@@ -244,10 +245,10 @@ def _run_stability(
             words=("solver",),
         )
     say()
-    say("limit     largest stable step, the least of all images; 0 where a mode grows")
-    say("growing   modes with Re λ > 0, which the flow itself amplifies")
-    say("decaying  the limit over all other modes, and the λ that sets it")
-    say("inside    whether the network's own step h is within that limit")
+    say("limit     the largest stable step at the worst image")
+    say("growing   modes with Re λ > 0, which make that limit 0")
+    say("decaying  the limit of all other modes, set by λ")
+    say("inside    whether the step h is within that limit")
     if stages:
         from resode import plots
 

@@ -108,13 +108,14 @@ class StepLimit:
         decaying = _plain(self.decaying_step)
         unstable = int((steps == 0).sum())
         lines = [
-            f"{self.method}: step limits of {steps.size} spectra: "
-            f"least {steps.min():.6g}, median {np.median(steps):.6g}, largest {steps.max():.6g}.",
+            f"{self.method}, {steps.size} spectra: stable up to step {steps.min():.6g} in all of them, "
+            f"{np.median(steps):.6g} in half, {steps.max():.6g} at most."
         ]
         if unstable:
+            worst: Complexes = _plain(self.limiting_eigenvalue)[steps == 0]
             lines.append(
-                f"  {unstable} have a mode that grows at every small step; without the growing modes: least "
-                f"{decaying.min():.6g}, median {np.median(decaying):.6g}."
+                f"  In {unstable} no small step is stable, fastest λ = {_show(worst[worst.real.argmax()])}; "
+                f"without growing modes: {decaying.min():.6g} in all, {np.median(decaying):.6g} in half."
             )
         missing = int((~_plain(self.converged)).sum())
         if missing:
@@ -173,18 +174,12 @@ def eigenvalue_step_limit(
     rays = ray_polynomials(tableau, _allowed(growth))
     shape, n = values.shape[:-1], values.shape[-1]
     given: Complexes = values.reshape(-1, n)
-    modulus = np.abs(given)
-    if tolerance is None:
-        tau = 8 * math.sqrt(n) * eps * modulus.max(axis=1, keepdims=True)
-    else:
-        tau = _plain(tolerance)
-        if not (tau >= 0).all():
-            raise ValueError(f"a tolerance must be at least 0, got {tolerance}.")
-        tau = np.broadcast_to(tau, values.shape).reshape(given.shape)
+    tau = rounding_of_spectrum(values, eps) if tolerance is None else _plain(tolerance)
+    if not (tau >= 0).all():
+        raise ValueError(f"a tolerance must be at least 0, got {tolerance}.")
+    tau = np.broadcast_to(tau, values.shape).reshape(given.shape)
     growing = given.real > tau
-    lam = given.copy()
-    lam.real[np.abs(given.real) <= tau] = 0
-    lam[modulus <= tau] = 0
+    lam = as_counted(given, tau)
     if n <= _MANY:
         exits, intervals = _exits(rays, lam)
     else:
@@ -193,7 +188,9 @@ def eigenvalue_step_limit(
     step = exits.min(axis=1)
     # Of those that allow no step at all the worst: the fastest growth, else the fastest oscillation.
     fastest = np.where(growing, given.real, -np.inf).argmax(axis=1)
-    fastest = np.where(growing.any(axis=1), fastest, np.where(lam.real == 0, modulus, -1.0).argmax(axis=1))
+    fastest = np.where(
+        growing.any(axis=1), fastest, np.where(lam.real == 0, np.abs(lam), -1.0).argmax(axis=1)
+    )
     first = np.where(step == 0, fastest, exits.argmin(axis=1))
     limiting = lam[np.arange(len(given)), first]
     paired = (np.abs(given - limiting.conj()[:, None]) <= tau).any(axis=1)
@@ -208,6 +205,19 @@ def eigenvalue_step_limit(
         converged=like(eigenvalues, np.ones(len(given), dtype=bool), shape),
         method=tableau.name,
     )
+
+
+def rounding_of_spectrum(values: Complexes, eps: float) -> np.ndarray:
+    """τ = 8·√n·ε·max|λ| of spectra (…, n), shape (…, 1)."""
+    return 8 * math.sqrt(values.shape[-1]) * eps * np.abs(values).max(axis=-1, keepdims=True)
+
+
+def as_counted(values: Complexes, tau: np.ndarray) -> Complexes:
+    """Eigenvalues with |λ| ≤ τ set to 0 and those with |Re λ| ≤ τ moved onto the imaginary axis."""
+    counted = values.copy()
+    counted.real[np.abs(values.real) <= tau] = 0
+    counted[np.abs(values) <= tau] = 0
+    return counted
 
 
 def _exits(rays: RayPolynomials, lam: np.ndarray) -> tuple[np.ndarray, list[list[Interval]]]:
@@ -255,7 +265,9 @@ def _allowed(growth: tuple[int, float] | None) -> Fraction:
 
 
 def _plain(values: Any) -> np.ndarray:
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().resolve_conj().resolve_neg().numpy()
+    return np.asarray(values)
 
 
 def checked_spectrum(eigenvalues: Any) -> tuple[Complexes, float]:
@@ -263,13 +275,13 @@ def checked_spectrum(eigenvalues: Any) -> tuple[Complexes, float]:
     if isinstance(eigenvalues, Tensor):
         floating = eigenvalues.is_floating_point() or eigenvalues.is_complex()
         eps = torch.finfo(eigenvalues.dtype).eps if floating else _EPS
-        values = eigenvalues.detach().cpu()
-        values = values.to(torch.complex128 if values.is_complex() else torch.float64).numpy()
+        wide = torch.complex128 if eigenvalues.is_complex() else torch.float64
+        values = _plain(eigenvalues.to(wide))
         numeric = eigenvalues.dtype != torch.bool
     else:
         values = np.asarray(eigenvalues)
         numeric = values.dtype.kind in "iufc"
-        eps = float(np.finfo(values.dtype).eps) if values.dtype.kind in "fc" else _EPS
+        eps = max(float(np.finfo(values.dtype).eps), _EPS) if values.dtype.kind in "fc" else _EPS
     if not numeric:
         came = getattr(eigenvalues, "dtype", values.dtype)
         raise TypeError(f"eigenvalues must be real or complex numbers, got {came}.")

@@ -117,7 +117,8 @@ class RayPolynomials:
         for index, intervals in done:
             result[index] = np.inf
             result[index, : intervals.shape[1]] = intervals
-        return result / modulus[:, None, None]
+        with np.errstate(over="ignore"):
+            return result / modulus[:, None, None]
 
     def _with_integers(self, unit: complex) -> Floats:
         return np.array(self.unstable_exactly(unit)).reshape(1, -1, 2)

@@ -180,7 +180,7 @@ def score(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Score
     Raises:
         ValueError: there are no images.
     """
-    was_training = network.training
+    modes = {module: module.training for module in network.modules()}
     network.eval()
     solving = solving_modules(network)
     losses: list[Tensor] = []
@@ -197,7 +197,8 @@ def score(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Score
                 evaluations.append(torch.as_tensor(evaluations_of_last_call(solving) * len(labels)))
                 images += len(labels)
     finally:
-        network.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
     if not images:
         raise ValueError("there are no images to evaluate on: the batches are empty.")
     return Score(

@@ -1,7 +1,7 @@
 """The run folder: all that a run leaves behind, written so that no half file ever replaces a good one.
 
     RUN/config.yaml            resolved settings; `resode train --config RUN/config.yaml` repeats the run
-        metrics.csv            one row an epoch
+        metrics.csv            one row an epoch; train_loss is what was minimised, label smoothing included
         weights.safetensors    the network's state_dict, with its name and options in the header
         summary.json           the figures of the finished run
         checkpoints/           last and previous: everything a resumed run needs
@@ -17,6 +17,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import tempfile
@@ -229,8 +230,12 @@ class RunFolder:
         return {name: [float(row[name] or "nan") for row in rows] for name in (rows[0] if rows else [])}
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Store the run's figures."""
-        self.write("summary.json", json.dumps(dict(summary), indent=2, ensure_ascii=False) + "\n")
+        """Store the run's figures; one that is not finite, which JSON has no number for, as null."""
+        plain = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in summary.items()
+        }
+        self.write("summary.json", json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
     def read_summary(self) -> dict[str, Any] | None:
         """The run's figures, or None while it has not finished."""

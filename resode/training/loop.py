@@ -69,7 +69,8 @@ class TrainingLoop:
         self.recipe = task.recipe
         self.network = task.network
         self.task = task
-        self.module, self.optimizer = fabric.setup(task, task.configure_optimizers())
+        with _quiet():
+            self.module, self.optimizer = fabric.setup(task, task.configure_optimizers())
         self.batches = batches
         self.held_out = held_out
         self.folder = folder
@@ -94,8 +95,8 @@ class TrainingLoop:
 
     @property
     def update(self) -> int:
-        """Updates done in the whole run."""
-        return self.epoch * len(self.batches) + self.index
+        """Updates done in the whole run, whose last epoch may be cut short."""
+        return min(self.total, self.epoch * len(self.batches) + self.index)
 
     @property
     def steps(self) -> int:
@@ -131,7 +132,7 @@ class TrainingLoop:
             now = time.perf_counter()
             self.epoch_seconds = seconds_before + now - begun
             if asked:
-                self.mean_loss()
+                self._check_weights()
                 self.save()
                 self._stop(asked[0])
             if now - looked > LOOK_EVERY:
@@ -168,6 +169,12 @@ class TrainingLoop:
                 raise self._diverged(f"the loss became {loss}", index)
         return sum(losses) / len(losses)
 
+    def _check_weights(self) -> None:
+        """A RunError where a loss or a weight is not finite: no checkpoint of it shall replace a good one."""
+        self.mean_loss()
+        if not all(bool(value.isfinite().all()) for value in self.network.state_dict().values()):
+            raise self._diverged("the weights are no longer finite after the update", self.index - 1)
+
     def _diverged(self, what: str, index: int) -> RunError:
         update = self.epoch * len(self.batches) + index
         kept = (
@@ -183,9 +190,8 @@ class TrainingLoop:
 
     def _end_epoch(self) -> None:
         """Evaluate, and write the epoch's row of metrics."""
+        self._check_weights()
         steps, loss = self.steps, self.mean_loss()
-        if not all(bool(w.isfinite().all()) for w in self.network.parameters()):
-            raise self._diverged("the weights are no longer finite after the update", steps - 1)
         images = steps * self.recipe.batch_size
         row: dict[str, Any] = {
             "epoch": self.epoch + 1,
@@ -276,18 +282,24 @@ class TrainingLoop:
 
 
 def make_fabric(device: torch.device, precision: str) -> Fabric:
-    """Lightning's Fabric on one device, in "32" or "bf16", without what it says about itself."""
-    logger = logging.getLogger("lightning.fabric")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
+    """Lightning's Fabric on one device, in "32" or "bf16"."""
+    with _quiet():
         return Fabric(
             accelerator=device.type,
             devices=1 if device.index is None or device.type != "cuda" else [device.index],
             precision={"32": "32-true", "bf16": "bf16-mixed"}[precision],  # type: ignore[arg-type]
         )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leaves out what Lightning logs about itself: our own heading says it."""
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        yield
     finally:
-        logger.setLevel(level)
+        logging.disable(before)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -26,15 +27,19 @@ class Progress:
         self.epochs = epochs
         self.console = Console(highlight=False)
         self._bar: rich.progress.Progress | None = None
-        self._started = False
 
     def say(self, text: str, style: str | None = None) -> None:
         """Print a line."""
-        if self.show:
-            # Folded at words in a terminal; piped text is never folded.
-            folds = self.console.is_terminal
-            self.console.print(text, style=style, markup=False, soft_wrap=not folds)
-            sys.stdout.flush()
+        if not self.show:
+            return
+        if self.console.is_terminal:
+            self.console.print(text, style=style, markup=False)  # folded at words
+            return
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:  # nobody reads on; the run goes on
+            self.show = False
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def heading(self) -> None:
         """Print the head of the table of epochs."""

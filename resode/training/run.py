@@ -260,7 +260,8 @@ def _heading(
 ) -> list[str]:
     """What is trained on what, how and where."""
     options = ", ".join(f"{name} {value}" for name, value in plan.options.items())
-    place = f"{device} with {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+    threads = torch.get_num_threads()
+    place = f"cpu with {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else str(device)
     return [
         f"{model_name(plan.model)}{f' ({options})' if options else ''} on {data.title}",
         f"{count_parameters(network):,} parameters; {len(data.train_labels) - recipe.validation:,} training "

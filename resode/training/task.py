@@ -1,7 +1,7 @@
 """The Lightning module: what one update computes, and with which optimizer.
 
-`loop.py` drives it with Lightning's Fabric, because a Trainer adds 0.5 ms to every update where Fabric adds
-0.1 ms; any Trainer can drive it too.
+`loop.py` drives it with Lightning's Fabric. A Trainer can drive it too, but adds 0.5 ms to every update where
+Fabric adds 0.1 ms: a tenth of an update at 100,000 images/s in batches of 512.
 """
 
 from __future__ import annotations
