@@ -565,7 +565,8 @@ def test_it_says_why():
     assert "imaginary axis" in str(eigenvalue_step_limit([1j, -1j]))
     assert "every step" in str(eigenvalue_step_limit([-1.0], "radau5"))
     batch = str(eigenvalue_step_limit([[-1.0], [1.0]]))
-    assert "2 spectra" in batch and "In 1 no small step is stable, fastest λ = 1;" in batch
+    assert "2 spectra" in batch and "No small step is stable in 1, fastest λ = 1;" in batch
+    assert "no small step is stable in any of them" in str(eigenvalue_step_limit([[1.0], [2.0]]))
 
 
 # -- parts ---------------------------------------------------------------------------------------

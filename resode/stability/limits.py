@@ -113,10 +113,15 @@ class StepLimit:
         ]
         if unstable:
             worst: Complexes = _plain(self.limiting_eigenvalue)[steps == 0]
-            lines.append(
-                f"  In {unstable} no small step is stable, fastest λ = {_show(worst[worst.real.argmax()])}; "
+            where = f"in {unstable}" if unstable < steps.size else "in any of them"
+            reason = (
+                f"no small step is stable {where}, fastest λ = {_show(worst[worst.real.argmax()])}; "
                 f"without growing modes: {decaying.min():.6g} in all, {np.median(decaying):.6g} in half."
             )
+            if unstable < steps.size:
+                lines.append(f"  N{reason[1:]}")
+            else:
+                lines = [f"{self.method}, {steps.size} spectra: {reason}"]
         missing = int((~_plain(self.converged)).sum())
         if missing:
             lines.append(f"  {missing} not converged.")
