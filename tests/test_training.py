@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from resode.blocks import ResidualStack
 from resode.networks import build
 from resode.training import folder as folder_module
 from resode.training.data import Batches, ImageData, load_data
@@ -36,6 +37,7 @@ from resode.training.loop import Interrupted, interruption
 from resode.training.plan import choose_device, choose_precision, resolve
 from resode.training.recipe import RECIPES, make_recipe
 from resode.training.run import train
+from resode.training.stages import stage_limits
 from resode.training.task import ClassificationTask
 
 
@@ -45,7 +47,11 @@ class Tiny(nn.Module):
     def __init__(self, width: int = 4, classes: int = 10, at: dict | None = None) -> None:
         super().__init__()
         self.features = nn.Sequential(
-            nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.Dropout(0.2)
+            nn.Conv2d(1, width, 3, padding=1),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),  # its kernel has a memory order of its own
+            nn.Dropout(0.2),
         )
         self.out = nn.Linear(width * 64, classes)
         self.at = at or {}  # what happens at which training call
@@ -123,36 +129,29 @@ def blank_curves(finished, monkeypatch):
 
 
 def test_the_weights_are_those_of_a_loop_by_hand(tmp_path, digits):
-    """Five updates: one-cycle rate, Nesterov, smoothing, decay of matrices alone; equal to the bit."""
-    run = train("odenet20", "digits", "smoke", updates=5, run_dir=tmp_path / "run", progress=False)
+    """Five updates in three epochs: one-cycle rate, Nesterov, smoothing, decay of matrices alone; to the bit."""
+    settings = {"updates": 5, "batch_size": 600, "run_dir": tmp_path / "run", "progress": False}
+    run = train("odenet20", "digits", "smoke", **settings)
     torch.manual_seed(0)
     network = build("odenet20", in_channels=1, num_classes=10).to(memory_format=torch.channels_last)
     matrices = [p for p in network.parameters() if p.ndim > 1]
     vectors = [p for p in network.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 5e-4}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True, fused=True)
-    batches = Batches(
-        digits.train_images,
-        digits.train_labels,
-        64,
-        mean=digits.mean,
-        std=digits.std,
-        train=True,
-        crop_padding=1,
-    )
-    batches.set_epoch(0)
-    for update, (images, labels) in enumerate(batches):
-        if update == 5:
-            break
+    normal = {"mean": digits.mean, "std": digits.std}
+    batches = Batches(digits.train_images, digits.train_labels, 600, train=True, crop_padding=1, **normal)
+    assert len(batches) == 2
+    for update in range(5):
+        batches.set_epoch(update // 2)
+        images, labels = list(batches)[update % 2]
         for group in optimizer.param_groups:
             group["lr"] = RECIPES["smoke"].learning_rate(update, 5)
         optimizer.zero_grad()
         cross_entropy(network(images), labels, label_smoothing=0.1).backward()
         optimizer.step()
-    for (name, ours), theirs in zip(
-        run.network.state_dict().items(), network.state_dict().values(), strict=True
-    ):
-        assert torch.equal(ours, theirs), name
+    weights = network.state_dict()
+    for name, value in run.network.state_dict().items():
+        assert torch.equal(value, weights[name]), name
 
 
 def test_a_run_leaves_its_settings_figures_and_metrics(finished):
@@ -169,7 +168,7 @@ def test_a_run_leaves_its_settings_figures_and_metrics(finished):
     summary = json.loads((finished.path / "summary.json").read_text())
     assert summary == finished.summary
     assert (summary["data"], summary["epochs"], summary["updates"]) == ("digits (scikit-learn)", 2, 44)
-    assert summary["parameters"] == 10 * 256 + 10 + 4 * 9 + 4 + 2 * 4
+    assert summary["parameters"] == 10 * 256 + 10 + 4 * 9 + 4 + 2 * 4 + 4 * 4 * 9 + 4
     assert 0.5 < summary["test_accuracy"] <= 1 and summary["images_per_second"] > 0
     assert summary["nfe"] == 0, "no solver advances anything in this network"
     rows = columns(finished.path)
@@ -663,6 +662,48 @@ def test_training_batches_come_as_they_are(digits):
     assert images.shape == (100, 1, 8, 8)
 
 
+class MinusSquare(nn.Module):
+    """J = −2x, so that the state at which it is linearized shows."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return -x * x
+
+
+def test_step_limits_are_those_of_each_block_at_its_own_state():
+    """x₀ = (1, 2) and (1, −2); F₀ = diag(−2, −5)x, η = 0.2 in two substeps; Euler in F₀ alone has limit 0.4.
+
+    Each substep of 0.1 multiplies x by (0.8, 0.5), so x₁ = (0.64, ±0.5), where F₁ = −x² has λ = −1.28, ∓1:
+    the first sample allows 2/1.28, the second has a growing mode.
+    """
+    diagonal = nn.Linear(2, 2, bias=False)
+    diagonal.weight.data = torch.diag(torch.tensor([-2.0, -5.0]))
+    network = nn.Sequential(ResidualStack([diagonal, MinusSquare()], step_size=0.2, substeps=2))
+    (stage,) = stage_limits(network, torch.tensor([[1.0, 2.0], [1.0, -2.0]]), ["euler", "rk4"])
+    assert (stage.name, stage.shape, stage.solver) == ("0", (2,), "euler")
+    assert stage.steps == pytest.approx([0.1, 0.1])
+    euler0, rk0, euler1, rk1 = stage.rows
+    assert (euler0.step, rk0.step) == pytest.approx((2 / 5, 2.785293563405282 / 5), rel=1e-6)
+    assert (euler0.growing, euler0.limiting_eigenvalue, euler0.inside) == (0, pytest.approx(-5), True)
+    assert (euler1.step, euler1.growing) == (0, 1)
+    assert (euler1.decaying_step, rk1.decaying_step) == pytest.approx(
+        (2 / 1.28, 2.785293563405282 / 1.28), rel=1e-6
+    )
+    assert euler1.limiting_eigenvalue == pytest.approx(-1.28, rel=1e-6)
+    assert sorted(stage.spectra[1].real.ravel()) == pytest.approx([-0.128, -0.128, -0.1, 0.1], rel=1e-6)
+    assert network[0].fields[0].weight.dtype == torch.float32, "the network itself is not changed"
+    network[0].step_size = 0.9
+    (coarse,) = stage_limits(network, torch.tensor([[1.0, 2.0]]), ["euler"])
+    assert not coarse.rows[0].inside, "0.45 is beyond 0.4"
+
+
+def test_states_too_large_for_a_dense_spectrum_are_left_out():
+    network = nn.Sequential(ResidualStack([nn.ReLU()], step_size=0.1))
+    (stage,) = stage_limits(network, torch.ones(1, 5000), ["euler"])
+    assert stage.rows == [] and stage.shape == (5000,)
+    with pytest.raises(ValueError, match=r"this network has none"):
+        next(stage_limits(nn.Sequential(nn.ReLU()), torch.ones(1, 2), ["euler"]))
+
+
 # What is left to the machine
 
 
@@ -673,6 +714,23 @@ def test_auto_is_resolved_and_stored(digits):
     assert recipe.precision == choose_precision(cpu) in ("32", "bf16")
     assert resolve(make_recipe("paper"), digits, build("resnet110"), cpu).warmup_updates == 400
     assert resolve(make_recipe("fast", flip=True), digits, build("resnet20"), cpu).flip is True
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "precision"),
+    [
+        ("AuthenticAMD", "avx512f avx512_bf16", "bf16"),
+        ("AuthenticAMD", "avx2", "32"),
+        ("GenuineIntel", "avx512f avx512_bf16", "32"),
+        ("GenuineIntel", "avx512_bf16 amx_bf16 amx_tile", "bf16"),
+        ("", "", "32"),
+    ],
+)
+def test_auto_takes_the_faster_precision(vendor, flags, precision, monkeypatch):
+    from resode.training import plan
+
+    monkeypatch.setattr(plan, "_cpu_info", {"vendor_id": vendor, "flags": flags}.__getitem__)
+    assert choose_precision(torch.device("cpu")) == precision
 
 
 def test_devices_are_checked():

@@ -141,8 +141,8 @@ def load_data(
     given = data_dir or os.environ.get("RESODE_DATA") or (cache if download else None)
     if given is None:
         raise DataError(
-            "cifar10 must be given: pass data_dir, set the environment variable RESODE_DATA, or pass "
-            f"download=True to fetch it. {cifar.FORMATS}"
+            "cifar10 must be given: pass --data-dir (data_dir), set the environment variable RESODE_DATA, or "
+            f"pass --download (download=True) to fetch it. {cifar.FORMATS}"
         )
     path = Path(given).expanduser()
     try:

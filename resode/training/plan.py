@@ -164,11 +164,18 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(device: torch.device) -> str:
-    """What "auto" means: "bf16" where the device computes in bfloat16 itself, else "32"."""
+    """What "auto" means: "bf16" where that is the faster one, else "32".
+
+    On a CPU bf16 wins with matrix units (AMX), and on AMD's with AVX-512 bf16: resnet20's training step
+    reached 1,561 images/s against 1,129 in float32 on two cores of a Zen 5. Intel's without AMX have the
+    instructions, but lose by them: 358 images/s against 487 on two cores of an Emerald Rapids.
+    """
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "32"
     if device.type == "cpu":
-        return "bf16" if _cpu_flags() & {"avx512_bf16", "amx_bf16"} else "32"
+        flags = set(_cpu_info("flags").split())
+        amd = _cpu_info("vendor_id") == "AuthenticAMD"
+        return "bf16" if "amx_bf16" in flags or (amd and "avx512_bf16" in flags) else "32"
     return "32"
 
 
@@ -268,10 +275,6 @@ def _cpu_info(key: str) -> str:
     except OSError:
         return ""
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
-
-
-def _cpu_flags() -> set[str]:
-    return set(_cpu_info("flags").split())
 
 
 def _cpu_name() -> str:

@@ -98,7 +98,7 @@ class Recipe:
             None for the data set's own.
         flip: mirror half the images; None for the data set's own (a mirrored digit is no digit).
         precision: "32", "bf16" (F under bfloat16 autocast; states, norms and weights in float32) or "auto"
-            (bf16 where the device computes it natively).
+            (whichever the device computes faster).
         channels_last: store images and kernels with channels innermost.
         seed: of the initial weights, the order of the images and their augmentation.
         validation: training images held out and reported after every epoch.
