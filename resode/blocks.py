@@ -20,8 +20,12 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
 from resode.solve.adaptive import Progress, adaptive_solve
+from resode.solve.control import Control
 from resode.solve.fixed import equal_steps
-from resode.solve.odeint import MAX_STEPS, NATIVE, Counted, odeint, tolerances
+from resode.solve.gradient import GRADIENTS as SOLVE_GRADIENTS
+from resode.solve.native import Counted
+from resode.solve.odeint import odeint
+from resode.solve.options import NATIVE, tolerances
 from resode.solve.result import Stats
 from resode.tableaus import METHODS, ButcherTableau
 
@@ -267,11 +271,8 @@ class ResidualStack(nn.Module):
                 scaled if self.per_sample else scaled_whole,
                 x if self.per_sample else x[None],
                 [0.0, 1.0],
-                rtol=self.rtol,
-                atol=self.atol,
-                max_steps=MAX_STEPS,
-                max_step=1 / n,
-                resume=cost.progress,
+                Control(self.rtol, self.atol, max_step=1 / n),
+                cost.progress,
             )
             return y if self.per_sample else y[0]
         finally:
@@ -352,7 +353,8 @@ class ODEBlock(nn.Module):
         n_steps: equal steps from t[0] to t[1]; makes every solver take fixed steps, and is needed by
             those without error control.
         per_sample: an adaptive solver gives each sample of the batch (dimension 0) its own step.
-        gradient: "autograd", through the solver's steps.
+        gradient: "autograd", through the solver's steps, or "adjoint", which keeps no steps and is
+            approximate; func is an nn.Module then. See `resode.odeint_adjoint`.
 
     Raises:
         ValueError: an argument is wrong; the message says the rule and what came.
@@ -382,8 +384,8 @@ class ODEBlock(nn.Module):
         start, end = (float(s) for s in t)
         if not (math.isfinite(start) and math.isfinite(end)) or start == end:
             raise ValueError(f"t must be two different finite times, got {t}.")
-        if gradient != "autograd":
-            raise ValueError(f"gradient must be 'autograd', got {gradient!r}.")
+        if gradient not in SOLVE_GRADIENTS:
+            raise ValueError(f"gradient must be one of {', '.join(SOLVE_GRADIENTS)}; got {gradient!r}.")
         self.func = func
         self.t = (start, end)
         self.rtol, self.atol = tolerances(torch.float64, rtol, atol)
@@ -420,6 +422,7 @@ class ODEBlock(nn.Module):
             rtol=None if fixed else self.rtol,
             atol=None if fixed else self.atol,
             per_sample=self.per_sample and not fixed,
+            gradient=self.gradient,
             return_stats=True,
         )
         return y[-1]

@@ -1,6 +1,7 @@
 """How dx/dt = f(t, x) is advanced: one step, fixed steps, error-controlled steps, `odeint`."""
 
-from resode.solve.odeint import odeint
+from resode.solve.ivp import Solution, solve_ivp
+from resode.solve.odeint import odeint, odeint_adjoint, odeint_event
 from resode.solve.result import (
     MaxStepsReached,
     NonFiniteField,
@@ -14,8 +15,12 @@ __all__ = [
     "MaxStepsReached",
     "NonFiniteField",
     "NonFiniteState",
+    "Solution",
     "SolverError",
     "Stats",
     "StepSizeUnderflow",
     "odeint",
+    "odeint_adjoint",
+    "odeint_event",
+    "solve_ivp",
 ]

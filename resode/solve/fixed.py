@@ -1,14 +1,21 @@
-"""A fixed number of equal steps."""
+"""Steps of a size that is given: equal ones, or along a grid."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from resode.solve.step import Field, Time, rk_step
+from resode.solve.dense import hermite
+from resode.solve.step import Field, Time, combine, rk_step, stages
 from resode.tableaus import ButcherTableau
+
+INTERPOLATIONS = ("linear", "cubic")
 
 
 def equal_steps(tableau: ButcherTableau, f: Field, t: Time, x: Tensor, h: Time, n: int) -> Tensor:
@@ -18,7 +25,9 @@ def equal_steps(tableau: ButcherTableau, f: Field, t: Time, x: Tensor, h: Time, 
     return x
 
 
-def steps_between(start: float, end: float, step_size: float | None, n_steps: int | None) -> int:
+def steps_between(
+    start: float, end: float, step_size: float | None, n_steps: int | None, eps: float = 2.0**-52
+) -> int:
     """How many equal steps to take: `n_steps`, or as few as keep each at most `step_size`.
 
     A quotient within rounding of a whole number counts as that number: 1 / 0.1 is 10 steps.
@@ -28,7 +37,61 @@ def steps_between(start: float, end: float, step_size: float | None, n_steps: in
     if step_size is None:
         return 1
     quotient = abs(end - start) / step_size
-    return max(1, math.ceil(quotient * (1 - 4 * torch.finfo(torch.float64).eps)))
+    return max(1, math.ceil(quotient * (1 - 4 * eps)))
+
+
+def within(s: Time, low: float, high: float) -> Time:
+    """The time s moved into [low, high], with the gradient of s."""
+    if isinstance(s, Tensor):
+        return s - (s.detach() - s.detach().clamp(low, high))
+    return min(max(s, low), high)
+
+
+def opened(start: float, end: float, dtype: torch.dtype, *, both: bool = True) -> tuple[float, float]:
+    """The least and the largest time strictly between start and end, or strictly above start alone.
+
+    Each is a neighbour of its end in `dtype`, in which a field is given its time.
+    """
+    low, high = sorted((start, end))
+    ends = torch.tensor([low, high], dtype=dtype)
+    inner = torch.nextafter(ends, ends.flip(0))
+    return float(inner[0]), float(inner[1]) if both else high
+
+
+@dataclass(frozen=True)
+class Grid:
+    """torchdiffeq's way to take fixed steps: along a grid, outputs interpolated between its points.
+
+    Args:
+        constructor: from (f, x, t) to the grid, which starts at t[0] and ends at t[-1].
+        interp: "linear" or "cubic" between the grid's points.
+        perturb: evaluate F just inside each step rather than at its ends, for fields that jump there.
+    """
+
+    constructor: Callable[[Field, Tensor, Tensor], Tensor]
+    interp: str = "linear"
+    perturb: bool = False
+
+    def between(
+        self, f: Field, s: Tensor | float, start: Time, x: Tensor, k0: Tensor, end: Time, x1: Tensor
+    ) -> Tensor:
+        """The state at s in a step from (start, x), slope k0, to (end, x1)."""
+        fraction = (s - start) / (end - start)
+        if self.interp == "linear":
+            return x + fraction * (x1 - x)
+        return hermite(fraction, end - start, x, k0, x1, f(end, x1))
+
+
+def grid_of_size(step_size: float) -> Callable[[Any, Any, Tensor], Tensor]:
+    """A grid constructor: steps of `step_size` from t[0], the last one cut short at t[-1]."""
+
+    def constructor(f: Any, x: Any, t: Tensor) -> Tensor:
+        start, end = t.detach()[[0, -1]].tolist()
+        n = steps_between(start, end, step_size, None, torch.finfo(t.dtype).eps)
+        offsets = torch.arange(n, dtype=t.dtype, device=t.device) * math.copysign(step_size, end - start)
+        return torch.cat([t[0] + offsets, t[-1:]])
+
+    return constructor
 
 
 def fixed_solve(
@@ -39,6 +102,8 @@ def fixed_solve(
     *,
     step_size: float | None,
     n_steps: int | None,
+    callback: Callable[[Tensor, Tensor, Tensor], object] | None = None,
+    perturb: bool = False,
 ) -> tuple[list[Tensor], int]:
     """States at every t, shape (T,), and the number of steps taken.
 
@@ -51,7 +116,74 @@ def fixed_solve(
     for i in range(len(times) - 1):
         n = steps_between(times[i], times[i + 1], step_size, n_steps)
         start, span = (t[i], t[i + 1] - t[i]) if t.requires_grad else (times[i], times[i + 1] - times[i])
-        x = equal_steps(tableau, f, start, x, span / n, n)
+        if callback is None and not perturb:
+            x = equal_steps(tableau, f, start, x, span / n, n)
+        else:
+            for j in range(n):
+                x, _ = one_step(tableau, f, start + j * (span / n), x, span / n, callback, perturb)
         path.append(x)
         total += n
     return path, total
+
+
+def grid_solve(
+    tableau: ButcherTableau,
+    f: Field,
+    x: Tensor,
+    t: Tensor,
+    grid: Grid,
+    callback: Callable[[Tensor, Tensor, Tensor], object] | None = None,
+) -> tuple[list[Tensor], int]:
+    """States at every t, shape (T,), T ≥ 2, and the number of steps taken along the grid."""
+    points = checked_grid(grid.constructor(f, x, t), t)
+    nodes: Sequence[Time] = list(points) if points.requires_grad else points.tolist()
+    outputs: Sequence[Time] = list(t) if t.requires_grad else t.tolist()
+    forward = 1 if t[-1] > t[0] else -1
+    path, done = [x], 1
+    for start, end in pairwise(nodes):
+        x1, k0 = one_step(tableau, f, start, x, end - start, callback, grid.perturb)
+        while done < len(outputs) and (end - outputs[done]) * forward >= 0:
+            s = outputs[done]
+            path.append(x1 if s == end else grid.between(f, s, start, x, k0, end, x1))
+            done += 1
+        x = x1
+    return path, len(nodes) - 1
+
+
+def one_step(
+    tableau: ButcherTableau,
+    f: Field,
+    start: Time,
+    x: Tensor,
+    h: Time,
+    callback: Callable[[Tensor, Tensor, Tensor], object] | None = None,
+    perturb: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The state one step later, and F at the step's start."""
+    if callback is not None:
+        real = x.dtype.to_real()
+        callback(torch.as_tensor(start, dtype=real), x, torch.as_tensor(h, dtype=real).abs())
+    g = f
+    if perturb:
+        first, last = (float(torch.as_tensor(s).detach()) for s in (start, start + h))
+        low, high = opened(first, last, x.dtype.to_real())
+        g = lambda s, y: f(within(s, low, high), y)  # noqa: E731
+    k = stages(tableau, g, [start + c * h if c else start for c in tableau.stage_times], x, h)
+    return combine(x, h, tableau.b_row, k), k[0]
+
+
+def checked_grid(points: Any, t: Tensor) -> Tensor:
+    """What a grid constructor returned, refused where it is no grid for the times t."""
+    if not isinstance(points, Tensor) or points.ndim != 1 or len(points) < 2:
+        got = f"shape {tuple(points.shape)}" if isinstance(points, Tensor) else type(points).__name__
+        raise ValueError(f"grid_constructor must return a tensor of shape (n,), n ≥ 2, got {got}.")
+    path, t = points, t.detach()
+    points = points.detach()
+    steps = points.diff() * (1 if t[-1] > t[0] else -1)
+    if points[0] != t[0] or points[-1] != t[-1] or not (steps > 0).all():
+        raise ValueError(
+            f"grid_constructor must return a grid that runs strictly from t[0]={float(t[0]):g} to "
+            f"t[-1]={float(t[-1]):g}; got one from {float(points[0]):g} to {float(points[-1]):g}"
+            f"{'' if (steps > 0).all() else ', not monotone'}."
+        )
+    return path

@@ -39,7 +39,37 @@ class Stats:
 
 
 class SolverError(RuntimeError):
-    """A solve could not go on. The message names the time as ``t=``."""
+    """A solve could not go on. The message names the time as ``t=``.
+
+    Args:
+        message: the rule, what came, what to do.
+        time: where in t the solve stood.
+        step_size: the step it tried or wanted; 0 before the first.
+        sample: which sample of the batch, where each has its own step.
+        eigenvalue: of the field's Jacobian there, the one that the message names; None where no
+            Jacobian was affordable (states above 256 entries) or none limits the step.
+
+    Example:
+        >>> import torch, resode
+        >>> try:
+        ...     resode.odeint(lambda t, y: -1e6 * y, torch.ones(1, dtype=torch.float64),
+        ...                   torch.tensor([0.0, 1.0]), max_steps=100)
+        ... except resode.SolverError as error:
+        ...     print(round(error.eigenvalue.real))
+        -1000000
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        time: float | None = None,
+        step_size: float | None = None,
+        sample: int | None = None,
+        eigenvalue: complex | None = None,
+    ):
+        super().__init__(message)
+        self.time, self.step_size, self.sample, self.eigenvalue = time, step_size, sample, eigenvalue
 
 
 class StepSizeUnderflow(SolverError):

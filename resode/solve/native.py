@@ -1,0 +1,272 @@
+"""Solving one problem whose state is one tensor: by our own solvers, or by torchdiffeq's."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torchdiffeq
+from torch import Tensor
+
+from resode.solve.adaptive import adaptive_solve
+from resode.solve.control import Callbacks
+from resode.solve.diagnosis import explain, number, spectrum
+from resode.solve.fixed import fixed_solve, grid_solve, opened, within
+from resode.solve.options import How, tolerances
+from resode.solve.result import NonFiniteState, SolverError, Stats
+from resode.solve.step import Field, as_stage
+from resode.tableaus import ButcherTableau
+
+
+class Counted:
+    """A field that counts its calls and refuses results that are no derivative of the state."""
+
+    def __init__(self, f: Callable[[Any, Tensor], Any]):
+        self.f = f
+        self.calls = 0
+
+    def __call__(self, t: Any, x: Tensor) -> Tensor:
+        """f(t, x), in x's dtype."""
+        self.calls += 1
+        return as_stage(self.f(t, x), x)
+
+
+class Evaluations(Counted):
+    """A user's func, counted; what it raises is told where."""
+
+    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+        """func(t, x), in x's dtype."""
+        self.calls += 1
+        try:
+            dx = self.f(t, x)
+        except Exception as error:
+            if not isinstance(error, SolverError):
+                when = f"t={float(t.detach().reshape(-1)[0]):.9g}" if t.numel() else "an empty batch"
+                error.add_note(
+                    f"resode: func raised this at {when}, call {self.calls}, "
+                    f"with a state of shape {tuple(x.shape)} and dtype {x.dtype}."
+                )
+            raise
+        return as_stage(dx, x)
+
+
+def solve(
+    func: Callable[..., Any], y0: Tensor, t: Tensor, how: How, callbacks: Callbacks | None = None
+) -> tuple[Tensor, Stats]:
+    """The states at t, shape (T, *y0.shape), and what they took.
+
+    Args:
+        func: the field of (t, y), t as `odeint` gives it.
+        y0: state at t[0], any shape; (B, *state) where how.per_sample.
+        t: times, (T,), strictly monotone.
+        how: the method and its options, checked.
+        callbacks: told of every step.
+    """
+    counted = Evaluations(func)
+    if isinstance(how.method, str):
+        return _torchdiffeq(counted, y0, t, how, callbacks)
+    if how.fixed:
+        return _fixed(counted, y0, t, how.method, how, callbacks)
+    return _adaptive(counted, y0, t, how.method, how, callbacks)
+
+
+def fixed_field(counted: Counted, y0: Tensor, low: float, high: float, per_sample: bool) -> Field:
+    """The field for steps that are given: s a float or a 0-D tensor, y of y0's shape."""
+    real = y0.dtype.to_real()
+    shape = (y0.shape[0],) + (1,) * (y0.ndim - 1) if per_sample else ()
+
+    def field(s: Any, y: Tensor) -> Tensor:
+        # The last stage's time may lie beyond the end by a rounding; func never sees that.
+        s = within(s, low, high)
+        if isinstance(s, Tensor):
+            return counted(s.to(y.device, real).expand(shape), y)
+        return counted(torch.full(shape, s, dtype=real, device=y.device), y)
+
+    return field
+
+
+def batch_field(counted: Counted, y0: Tensor, per_sample: bool) -> Field:
+    """The field for error-controlled steps: s of shape (B, 1, …, 1), y (B, *state); B = 1 for one step."""
+    real = y0.dtype.to_real()
+    if per_sample:
+        return lambda s, y: counted(s.to(real), y)  # type: ignore[union-attr]
+    return lambda s, y: counted(torch.as_tensor(s).to(real).reshape(()), y[0])[None]
+
+
+def segments(
+    field: Field, times: list[float], how: How, real: torch.dtype
+) -> Iterator[tuple[list[float], bool, Field]]:
+    """The solve cut at step_t and jump_t: the times of each part, whether its end is asked for, its field.
+
+    On a part that ends at a jump, the field is given times strictly inside.
+    """
+    stops, jumps = how.stops()
+    low, high = sorted((times[0], times[-1]))
+    inner = sorted((s for s in stops if low < s < high), reverse=times[0] > times[-1])
+    for start, end in pairwise([times[0], *inner, times[-1]]):
+        low, high = sorted((start, end))
+        inside = [s for s in times if low < s < high]
+        f = field
+        if start in jumps or end in jumps:
+            inner_low, inner_high = opened(start, end, real)
+            low = inner_low if low in jumps else low
+            high = inner_high if high in jumps else high
+            f = _limited(field, low, high, real)
+        yield [start, *inside, end], end in times, f
+
+
+def _limited(field: Field, low: float, high: float, real: torch.dtype) -> Field:
+    return lambda s, y: field(torch.as_tensor(s).to(real).clamp(low, high), y)
+
+
+def _fixed(
+    counted: Counted,
+    y0: Tensor,
+    t: Tensor,
+    tableau: ButcherTableau,
+    how: How,
+    callbacks: Callbacks | None,
+) -> tuple[Tensor, Stats]:
+    low, high = sorted(t.detach()[[0, -1]].tolist())
+    field = fixed_field(counted, y0, low, high, how.per_sample)
+    callback = None if callbacks is None else callbacks.step
+    grid = how.grid()
+    if grid is None or len(t) == 1:
+        perturb = bool(how.options.get("perturb", False))
+        path, n = fixed_solve(
+            tableau, field, y0, t,
+            step_size=how.step_size, n_steps=how.n_steps, callback=callback, perturb=perturb,
+        )  # fmt: skip
+    else:
+        path, n = grid_solve(tableau, field, y0, t, grid, callback)
+    result = torch.stack(path)
+    if not torch.isfinite(result[-1]).all():
+        if how.per_sample:
+            raise not_finite(tableau, field, path, t, n, True)
+        whole = lambda s, y: field(s.reshape(()), y[0])[None]  # noqa: E731
+        raise not_finite(tableau, whole, [y[None] for y in path], t, n, False)
+    counts: list[Any] = [counted.calls, n, n, 0]
+    if how.per_sample:
+        counts = [torch.full((y0.shape[0],), c, dtype=torch.int64, device=y0.device) for c in counts]
+    return result, Stats(*counts)
+
+
+def not_finite(
+    tableau: ButcherTableau, f: Field, path: list[Tensor], t: Tensor, n: int, per_sample: bool
+) -> SolverError:
+    """The error of n fixed steps that left the finite numbers, explained at the last finite output.
+
+    Args:
+        tableau: the method.
+        f: the field on a batch; a batch of one where not per_sample.
+        path: the states at t, (B, *state) each.
+        t: the times, (T,).
+        n: how many steps there are between t[0] and t[-1].
+        per_sample: whether the batch is the user's, so that a sample can be named.
+    """
+    t = t.detach()
+    first = next(i for i, y in enumerate(path) if not torch.isfinite(y).all())
+    last, bad = path[first - 1], path[first]
+    time, step = float(t[first]), abs(float(t[-1] - t[0])) / n
+    index, *entry = (~torch.isfinite(bad)).nonzero()[0].tolist()
+    sample = index if per_sample else None
+    begin = torch.full((len(last),) + (1,) * (last.ndim - 1), float(t[first - 1]), dtype=torch.float64)
+    values = spectrum(f, begin.to(last.device), last, index)
+    kind, text, eigenvalue = explain(tableau, values, step, math.inf)
+    which = f", sample {sample}" if sample is not None else f", entry {entry}" if entry else ""
+    reason = f" At t={float(t[first - 1]):.9g}: {text}." if text else ""
+    if kind == "growing":
+        advice = "End the interval before, or check the field's sign."
+    else:
+        advice = "Take a smaller step (resode.max_stable_step tells the largest), or check the field."
+    return NonFiniteState(
+        f"the state is infinite or NaN at t={time:.9g}{which}, after steps of {number(step)}: "
+        f"{tableau.name}'s step is outside its stability region, or the field blows up.{reason} {advice}",
+        time=time,
+        step_size=step,
+        sample=sample,
+        eigenvalue=eigenvalue,
+    )
+
+
+def _adaptive(
+    counted: Counted,
+    y0: Tensor,
+    t: Tensor,
+    tableau: ButcherTableau,
+    how: How,
+    callbacks: Callbacks | None,
+) -> tuple[Tensor, Stats]:
+    control, real = how.control(y0, callbacks), y0.dtype.to_real()
+    field = batch_field(counted, y0, how.per_sample)
+    start = y0 if how.per_sample else y0[None]
+
+    def at(s: Tensor) -> Tensor:
+        return s.detach().to(y0.device, real).expand((start.shape[0],) + (1,) * (start.ndim - 1))
+
+    if t.requires_grad:
+        # The steps are held fixed; ∂y/∂t_i = f(t_i, y_i), and moving t_0 moves the start back along f.
+        start = start - field(at(t[0]), start) * zero_with_gradient(t[0], real)
+    path, state, progress = [start], start, None
+    if len(t) > 1:
+        for times, asked, f in segments(field, t.detach().tolist(), how, real):
+            later, progress = adaptive_solve(tableau, f, state, times, control, progress)
+            state = later[-1]
+            path += later if asked else later[:-1]
+    if t.requires_grad:
+        path = [y + field(at(s), y) * zero_with_gradient(s, real) for s, y in zip(t, path, strict=True)]
+    result = torch.stack(path)
+    if progress is None:
+        zero = torch.zeros(start.shape[0], dtype=torch.int64)
+        stats = Stats(zero + counted.calls, zero, zero, zero)
+    else:
+        stats = progress.stats()
+    if how.per_sample:
+        return result, stats
+    return result[:, 0], replace(stats.item(), nfe=counted.calls)
+
+
+def zero_with_gradient(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """T − t: the value 0 with the gradient of t."""
+    return (t - t.detach()).to(dtype)
+
+
+def _torchdiffeq(
+    counted: Counted, y0: Tensor, t: Tensor, how: How, callbacks: Callbacks | None
+) -> tuple[Tensor, Stats]:
+    result = call_torchdiffeq(counted, y0, t, how, callbacks)
+    return result, Stats(counted.calls, None, None, None)
+
+
+def call_torchdiffeq(
+    counted: Counted, y0: Tensor, t: Tensor, how: How, callbacks: Callbacks | None, event_fn: Any = None
+) -> Any:
+    """torchdiffeq.odeint with what `how` asks for."""
+    options = dict(how.options)
+    if how.step_size is not None:
+        options["step_size"] = how.step_size
+    rtol, atol = tolerances(y0.dtype, how.rtol, how.atol)
+    how_much: dict[str, Any] = {"rtol": rtol, "atol": atol}
+    if callbacks is not None:
+        for name in ("step", "accept", "reject"):
+            call, suffix = getattr(callbacks, name), "step" if name == "step" else f"{name}_step"
+            if call is not Callbacks().step:
+                setattr(counted, f"callback_{suffix}", call)
+    with warnings.catch_warnings():
+        # torchdiffeq only warns of an option that this method does not know.
+        warnings.filterwarnings("error", message=".*[Uu]nexpected arguments")
+        # torchdiffeq gives scipy a min_step whether or not scipy's solver has one.
+        warnings.filterwarnings("ignore", message=".*arguments have no effect")
+        try:
+            return torchdiffeq.odeint(
+                counted, y0, t, **how_much, method=how.method, options=options, event_fn=event_fn
+            )
+        except UserWarning as warning:
+            if "nexpected arguments" not in str(warning):
+                raise
+            raise ValueError(f"unknown options for {how.method!r}: {warning}") from None
