@@ -119,7 +119,7 @@ def test_a_folder_is_searched_for_the_data(tmp_path, monkeypatch):
 
 def test_missing_data_say_what_is_accepted(tmp_path, monkeypatch):
     accepted = r"image folder.*\.tar\.xz.*cifar-10-binary\.tar\.gz.*cifar-10-python\.tar\.gz"
-    with pytest.raises(DataError, match=r"RESODE_DATA, or pass download=True.*" + accepted):
+    with pytest.raises(DataError, match=r"RESODE_DATA, or pass --download.*" + accepted):
         load_data("cifar10")
     with pytest.raises(DataError, match="nowhere does not exist.*" + accepted):
         load(tmp_path / "nowhere")
