@@ -243,7 +243,7 @@ class _Equal:
         self.counted, self.f = counted, batch_field(counted, y0, how.per_sample)
         if how.step_size is None and how.n_steps is None:
             warnings.warn(
-                f"{tableau.name} takes one step over t_span; give n_steps or step_size.", stacklevel=4
+                f"{tableau.name} takes one step over t_span; give n_steps or step_size.", stacklevel=3
             )
         self.n = steps_between(start, end, how.step_size, how.n_steps)
         self.taken = 0

@@ -256,7 +256,7 @@ def tolerances(
         warnings.warn(
             f"rtol={float(pair[0].min()):g} is finer than {dtype} resolves; {finest:.2g} is used. "
             "Use a float64 state for less.",
-            stacklevel=5,
+            stacklevel=7,
         )
         r = r.clamp(min=finest) if isinstance(r, Tensor) else finest
     return r, a
