@@ -18,21 +18,12 @@ from torch.nn.functional import cross_entropy
 
 from resode.blocks import ResidualStack
 from resode.networks import build
-from resode.training import folder as folder_module
+from resode.training import files
 from resode.training.data import Batches, ImageData, load_data
 from resode.training.evaluate import evaluate as evaluate_run
 from resode.training.evaluate import load, plain_batches, score, set_solver
-from resode.training.folder import (
-    DamagedFile,
-    FolderTaken,
-    NoSuchRun,
-    RunError,
-    RunFolder,
-    pack,
-    read_yaml,
-    unpack,
-    write_atomically,
-)
+from resode.training.files import DamagedFile, RunError, pack, read_yaml, unpack, write_atomically
+from resode.training.folder import FolderTaken, NoSuchRun, RunFolder
 from resode.training.loop import Interrupted, interruption
 from resode.training.plan import choose_device, choose_precision, resolve
 from resode.training.recipe import RECIPES, make_recipe
@@ -510,7 +501,7 @@ def test_a_full_disk_leaves_the_good_file(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(folder_module.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(RunError, match=r"the disk is full: .*run.* --resume"):
         RunFolder(tmp_path).write("config.yaml", "half")
     assert path.read_text() == "good"
@@ -524,12 +515,12 @@ def test_a_disk_that_fills_up_while_training_keeps_the_last_checkpoint(tmp_path,
         def refuse(descriptor):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr(folder_module.os, "fsync", refuse)
+        monkeypatch.setattr(files.os, "fsync", refuse)
         return logits
 
     with pytest.raises(RunError, match=r"disk is full"):
         tiny_run(tmp_path / "run", {40: full})
-    monkeypatch.setattr(folder_module.os, "fsync", original)
+    monkeypatch.setattr(files.os, "fsync", original)
     train(Tiny(), resume=tmp_path / "run", progress=False)
     assert same_weights(tmp_path / "run", finished.path)
 

@@ -110,7 +110,7 @@ def report(error: Exception) -> int:
         complain(f"this command needs {error.name}: pip install 'resode[train]'")
         return 1
     from resode.training.archives import DataError
-    from resode.training.folder import RunError
+    from resode.training.files import RunError
 
     if isinstance(error, RunError):
         complain(str(error))

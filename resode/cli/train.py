@@ -106,7 +106,7 @@ _STORED += [field.name for field in fields(Recipe)]
 
 def _read(config: Path, flags: dict[str, Any]) -> dict[str, Any]:
     """The settings in a file: a few of one's own, or all of a run's config.yaml."""
-    from resode.training.folder import read_yaml
+    from resode.training.files import read_yaml
 
     stored = read_yaml(config)
     stored.pop("format", None)

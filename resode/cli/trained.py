@@ -76,7 +76,7 @@ def swap(
     Accuracy, drift of the logits and F evaluations of a trained network under other solvers and steps.
     """
     from resode.training.evaluate import images_of, load, plain_batches
-    from resode.training.folder import replacing
+    from resode.training.files import replacing
 
     methods = _methods(separated(solvers, str, "--solvers"))
     counts = separated(substeps, int, "--substeps")
@@ -191,7 +191,7 @@ def _method_stability(names: list[str], figure: Path | None) -> None:
     )
     if figure is not None:
         from resode import plots
-        from resode.training.folder import replacing
+        from resode.training.files import replacing
 
         with replacing(figure) as unfinished:
             plots.stability_region(names).figure.savefig(unfinished)  # type: ignore[union-attr]
@@ -208,7 +208,7 @@ def _run_stability(
     data_dir: Path | None,
 ) -> None:
     from resode.training.evaluate import images_of, load, plain_batches
-    from resode.training.folder import replacing
+    from resode.training.files import replacing
     from resode.training.stages import stage_limits
 
     methods = _methods(names)

@@ -14,7 +14,8 @@ from torch.nn.functional import cross_entropy
 
 from resode.blocks import ODEBlock, ResidualStack
 from resode.training.data import Batches, ImageData, load_data
-from resode.training.folder import NoSuchRun, RunError, RunFolder, unpack
+from resode.training.files import RunError, unpack
+from resode.training.folder import NoSuchRun, RunFolder
 from resode.training.plan import Model, check_data_name, choose_device, make_network, model_name
 
 EVALUATION_BATCH = 500

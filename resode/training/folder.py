@@ -7,30 +7,25 @@
         checkpoints/           last and previous: everything a resumed run needs
         figures/
 
-Tensors are stored as safetensors, so nothing here is ever unpickled.
+The files themselves are read and written by `resode.training.files`.
 """
 
 from __future__ import annotations
 
 import csv
-import errno
-import hashlib
 import io
 import json
 import math
 import os
-import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
+
+from resode.training.files import DamagedFile, RunError, pack, read_yaml, unpack, unusable, write_atomically
 
 try:
     import fcntl
@@ -43,12 +38,6 @@ FORMAT = 1
 
 LOCK = ".lock"
 """Held by the process that writes into a run folder."""
-
-
-class RunError(RuntimeError):
-    """A run folder cannot be used, or a run could not go on."""
-
-    exit_code = 1
 
 
 class NoSuchRun(RunError):
@@ -76,12 +65,6 @@ class NoSuchRun(RunError):
 
 class FolderTaken(RunError):
     """A new run was to be written into a folder that holds something."""
-
-    exit_code = 2
-
-
-class SettingsError(RunError):
-    """A file of settings is missing or holds something else."""
 
     exit_code = 2
 
@@ -134,7 +117,7 @@ class RunFolder:
                     + (f"go on with --resume {path}, or remove it." if known else "or remove it.")
                 )
         except OSError as error:
-            raise _unusable(folder.path, error) from error
+            raise unusable(folder.path, error) from error
         folder._make()
         return folder
 
@@ -143,7 +126,7 @@ class RunFolder:
             for name in ("checkpoints", "figures"):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _unusable(self.path, error) from error
+            raise unusable(self.path, error) from error
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -161,7 +144,7 @@ class RunFolder:
         try:
             file = path.open("w")
         except OSError as error:
-            raise _unusable(self.path, error) from error
+            raise unusable(self.path, error) from error
         with file:
             try:
                 if fcntl is not None:
@@ -200,7 +183,7 @@ class RunFolder:
         try:
             return write_atomically(self.path / name, content)
         except OSError as error:
-            raise _unusable(self.path, error) from error
+            raise unusable(self.path, error) from error
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Store the resolved settings."""
@@ -256,7 +239,7 @@ class RunFolder:
                 os.replace(last, previous)
             os.replace(new, last)
         except OSError as error:
-            raise _unusable(self.path, error) from error
+            raise unusable(self.path, error) from error
 
     def read_checkpoint(self) -> tuple[Checkpoint | None, str | None]:
         """The newest sound checkpoint (None where there is none), and which damaged file was passed over."""
@@ -277,156 +260,9 @@ class RunFolder:
         return None, None
 
 
-class DamagedFile(RunError):
-    """A tensor file is cut short, was changed, or is none."""
-
-
-def write_atomically(path: Path, content: bytes | str) -> Path:
-    """Write a file beside its place, then move it there in one step; on failure nothing has changed.
-
-    Args:
-        path: where the file shall stand.
-        content: all of it; text is stored as UTF-8.
-
-    Returns:
-        The path.
-
-    Raises:
-        OSError: the folder is missing or read-only, the disk is full, ….
-    """
-    content = content.encode() if isinstance(content, str) else content
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise
-    return path
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """For writers that want a path: they get one beside it, which is moved there when they are done.
-
-    Raises:
-        RunError: the file cannot be written.
-    """
-    path = Path(path)
-    unfinished = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
-    try:
-        yield unfinished
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise _unusable(path.parent, error) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def pack(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> bytes:
-    """A safetensors file with `about` and a checksum over both in its header."""
-    plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    text = json.dumps(dict(about), ensure_ascii=False)
-    return save(plain, metadata={"resode": text, "sha256": _checksum(plain, text)})
-
-
-def unpack(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and header of a safetensors file, checked where resode wrote it.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The tensors by name; the header as `pack` took it, empty where resode did not write the file.
-
-    Raises:
-        DamagedFile: it is cut short, was changed, or is no safetensors file.
-    """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise DamagedFile(f"{path} is no sound safetensors file: {error}.") from error
-    text = metadata.get("resode")
-    if text is None:
-        return tensors, {}
-    if metadata.get("sha256") != _checksum(tensors, text):
-        raise DamagedFile(f"{path} does not match its checksum: it was changed after it was written.")
-    return tensors, json.loads(text)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number, as everyone writes it."""
-
-
-# add_implicit_resolver copies the parent's table first, so SafeLoader stays as it was.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping a YAML file holds.
-
-    Raises:
-        SettingsError: there is no such file, it is no YAML, or it holds something else than settings.
-    """
-    try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"settings could not be read from {path}: {error}.") from error
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{path} is no YAML: {error}.") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise SettingsError(
-            f"{path} must hold settings as `name: value` lines, got {type(content).__name__}."
-        )
-    return content
-
-
-def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        value = tensors[name].contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _check_format(path: Path, found: Any) -> None:
     if found != FORMAT:
         raise RunError(
             f"{path} has format {found}, and this resode reads format {FORMAT}. "
             "Install the resode that wrote it (its version stands in config.yaml)."
         )
-
-
-def _unusable(path: Path, error: OSError) -> RunError:
-    """What to do about an operating system's refusal."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return RunError(
-            f"the disk is full: {path} could not be written ({error.strerror}). What was written before is "
-            f"kept. Free some space; a run that has begun goes on with --resume {path}."
-        )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return RunError(
-            f"{path} cannot be written ({error.strerror}). Give a --run-dir in a folder of yours, "
-            "or change its permissions."
-        )
-    return RunError(
-        f"{path} cannot be used as a run folder: {error.strerror or error}. Give another --run-dir."
-    )
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

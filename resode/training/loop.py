@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from resode.solve import SolverError
 from resode.training.data import Batches
 from resode.training.evaluate import evaluations_of_last_call, score, solving_modules
-from resode.training.folder import Checkpoint, RunError, RunFolder
+from resode.training.files import RunError
+from resode.training.folder import Checkpoint, RunFolder
 from resode.training.progress import Progress
 from resode.training.task import ClassificationTask
 

@@ -17,7 +17,8 @@ from torch import nn
 
 from resode.networks import build
 from resode.training.data import DATASETS, ImageData
-from resode.training.folder import FORMAT, RunError
+from resode.training.files import RunError
+from resode.training.folder import FORMAT
 from resode.training.recipe import DEEP_LAYERS, Recipe, did_you_mean, make_recipe
 
 Model = str | nn.Module | Callable[..., nn.Module]

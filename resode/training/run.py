@@ -13,7 +13,8 @@ from torch import nn
 
 from resode.training.data import Batches, ImageData, load_data
 from resode.training.evaluate import EVALUATION_BATCH, evaluate, load
-from resode.training.folder import RunError, RunFolder, replacing
+from resode.training.files import RunError, replacing
+from resode.training.folder import RunFolder
 from resode.training.plan import (
     Model,
     Plan,
