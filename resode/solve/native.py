@@ -42,6 +42,8 @@ class Evaluations(Counted):
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
         """func(t, x), in x's dtype."""
         self.calls += 1
+        watched = self.calls == 1 and not x.is_inference()
+        version = x._version if watched else 0
         try:
             dx = self.f(t, x)
         except Exception as error:
@@ -52,6 +54,11 @@ class Evaluations(Counted):
                     f"with a state of shape {tuple(x.shape)} and dtype {x.dtype}."
                 )
             raise
+        if watched and x._version != version:
+            raise ValueError(
+                "a field must leave the state as it is; func changed y in place. Write y * a for y.mul_(a), "
+                "and nn.ReLU() for nn.ReLU(inplace=True)."
+            )
         return as_stage(dx, x)
 
 
@@ -251,7 +258,11 @@ def call_torchdiffeq(
     if how.step_size is not None:
         options["step_size"] = how.step_size
     rtol, atol = tolerances(y0.dtype, how.rtol, how.atol)
-    how_much: dict[str, Any] = {"rtol": rtol, "atol": atol}
+    how_much: dict[str, Any] = {}  # left out, they are torchdiffeq's own, which do not follow the dtype
+    if how.rtol is not None:
+        how_much["rtol"] = rtol
+    if how.atol is not None:
+        how_much["atol"] = atol
     if callbacks is not None:
         for name in ("step", "accept", "reject"):
             call, suffix = getattr(callbacks, name), "step" if name == "step" else f"{name}_step"
