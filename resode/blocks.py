@@ -257,9 +257,6 @@ class ResidualStack(nn.Module):
             """ηF over the fraction s of the block, from 0 to 1."""
             return eta * field(s, y)
 
-        def scaled_whole(s: Any, y: Tensor) -> Tensor:
-            return scaled(s.reshape(()), y[0])[None]
-
         try:
             if not tableau.adaptive:
                 cost.steps += n
@@ -268,13 +265,13 @@ class ResidualStack(nn.Module):
                 return equal_steps(tableau, field, 0.0, x, eta / n if n > 1 else eta, n)
             [y], cost.progress = adaptive_solve(
                 tableau,
-                scaled if self.per_sample else scaled_whole,
-                x if self.per_sample else x[None],
+                scaled,
+                x,
                 [0.0, 1.0],
-                Control(self.rtol, self.atol, max_step=1 / n),
+                Control(self.rtol, self.atol, max_step=1 / n, per_sample=self.per_sample),
                 cost.progress,
             )
-            return y if self.per_sample else y[0]
+            return y
         finally:
             cost.calls += field.calls
 
