@@ -23,10 +23,10 @@ from resode.solve.adaptive import Progress, adaptive_solve
 from resode.solve.control import Control
 from resode.solve.fixed import equal_steps
 from resode.solve.gradient import GRADIENTS as SOLVE_GRADIENTS
-from resode.solve.native import Counted
 from resode.solve.odeint import odeint
 from resode.solve.options import NATIVE, tolerances
 from resode.solve.result import Stats
+from resode.solve.step import Counted
 from resode.tableaus import METHODS, ButcherTableau
 
 WEIGHTS = ("constant", "linear")

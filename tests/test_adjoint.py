@@ -229,13 +229,13 @@ def test_a_block_with_the_adjoint():
     ("call", "error", "message"),
     [
         (lambda f, y, t: odeint_adjoint(lambda t, y: y, y, t), ValueError, "func is a function.*adjoint_params"),
-        (lambda f, y, t: odeint(f, y, t, gradient="checkpoint"), ValueError, "one of autograd, adjoint; got 'checkpoint'"),
+        (lambda f, y, t: odeint(f, y, t, gradient="exact"), ValueError, "one of autograd, checkpoint, adjoint; got 'exact'"),
         (lambda f, y, t: odeint_adjoint(f, y, t, adjoint_method="tsit5", options={"first_step": 0.1}), ValueError,
          "adjoint_options must be given too"),
         (lambda f, y, t: odeint_adjoint(f, y, t, adjoint_options={"nrm": 1}), ValueError, r"unknown options \['nrm'\]"),
         (lambda f, y, t: odeint_adjoint(f, y, t, adjoint_options={"norm": "semi"}), ValueError, '"seminorm" or a function'),
         (lambda f, y, t: odeint_adjoint(f, y, t, adjoint_params=(1.0,)), TypeError, "tensors, got float"),
-        (lambda f, y, t: resode.ODEBlock(f, gradient="exact"), ValueError, "one of autograd, adjoint; got 'exact'"),
+        (lambda f, y, t: resode.ODEBlock(f, gradient="exact"), ValueError, "autograd, checkpoint, adjoint; got 'exact'"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_say_the_rule(call, error, message):

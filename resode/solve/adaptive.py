@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resode.solve.control import NUMPY, Control, next_step
+from resode.solve.control import NUMPY, Control, Tolerance, next_step
 from resode.solve.dense import Step, interpolate
 from resode.solve.failures import field_not_finite, nothing_finite, step_underflow, too_many_steps
 from resode.solve.result import Stats
@@ -103,6 +103,10 @@ class Adaptive:
             resume = Progress(step, np.full_like(step, FIRST_ERROR), zeros + calls, zeros, zeros)
         step = resume.step.clip(control.min_step, control.max_step)
         self.progress = replace(resume, step=step, nfe=resume.nfe + 1)
+        self.rejected = np.zeros(batch, bool)
+        self.limit: int | np.ndarray = control.max_steps  # of attempts
+        if control.per_output:
+            self.limit = resume.n_accepted + resume.n_rejected + control.max_steps
 
     def as_times(self, times: np.ndarray) -> Sequence[Tensor]:
         """Times (S, B) as f gets them, one tensor for each of S."""
@@ -139,15 +143,13 @@ class Adaptive:
             NonFiniteField, NonFiniteState: no step, however small, leads to a finite field and state.
         """
         tableau, f, control = self.tableau, self.f, self.control
-        end, forward, progress, callbacks = self.end, self.forward, self.progress, control.callbacks
+        end, forward, callbacks = self.end, self.forward, control.callbacks
+        progress = self.progress = replace(self.progress)  # a copy of a solve goes on by itself
         stage_times = np.array([*tableau.stage_times, 1.0], self.time.dtype)[:, None]
+        tolerance = (control.rtol, control.atol)
         new_calls = tableau.b_row[-1][0] + 1  # the stages beyond k_1, and f at the step's end
-        limit: int | np.ndarray = control.max_steps
-        if control.per_output:
-            limit = progress.n_accepted + progress.n_rejected + limit
         if outputs is not None:
             outputs = forward * outputs
-        rejected = np.zeros(len(self.time), bool)
 
         while True:
             x, k0, time, step = self.x, self.k0, self.time, progress.step
@@ -155,7 +157,7 @@ class Adaptive:
             active = left > 0
             if not active.any():
                 return
-            spent = active & (progress.n_accepted + progress.n_rejected >= limit)
+            spent = active & (progress.n_accepted + progress.n_rejected >= self.limit)
             if spent.any():
                 raise too_many_steps(self, spent)
             # Stretched by 1 % rather than leaving a sliver for another step.
@@ -176,7 +178,7 @@ class Adaptive:
             k = stages(tableau, f, times, x, h, k0)
             new_x = combine(x, h, tableau.b_row, k)
             k.append(f(times[-1], new_x))
-            error = self._numbers(error_norm(tableau, control, x, new_x, k, h))
+            error = self._numbers(error_norm(tableau, control, x, new_x, k, h, tolerance))
             failed = active & ~np.isfinite(error)
             if failed.any():
                 # The attempt is dropped for all, so that no infinity enters the graph of other samples;
@@ -186,7 +188,7 @@ class Adaptive:
                 progress.n_rejected = progress.n_rejected + failed
                 progress.nfe = progress.nfe + failed * new_calls
                 progress.step = np.where(failed, size * control.shrink, step)
-                rejected = rejected | failed
+                self.rejected = self.rejected | failed
                 underflow = failed & (self._too_small(progress.step) | (size <= control.min_step))
                 if underflow.any():
                     raise nothing_finite(self, underflow, k)
@@ -207,14 +209,14 @@ class Adaptive:
                 step,
                 progress.previous_error,
                 keep,
-                rejected,
+                self.rejected,
                 reaches,
                 tableau.order,
                 control,
             )
             progress.step = np.where(active, proposal, step)
             progress.previous_error = np.where(keep, error, progress.previous_error)
-            rejected = active & ~keep
+            self.rejected = active & ~keep
             if all_kept:
                 self.x, self.k0, self.time = new_x, k[-1], new_time
             elif keep.any():
@@ -228,9 +230,9 @@ class Adaptive:
             if passed.any():
                 if control.per_output and outputs is not None:
                     count = progress.n_accepted + progress.n_rejected
-                    limit = np.where(passed, count + control.max_steps, limit)
+                    self.limit = np.where(passed, count + control.max_steps, self.limit)
                 yield Step(time, self.time, x, k, new_x)
-            if not all_kept and (underflow := rejected & self._too_small(progress.step)).any():
+            if not all_kept and (underflow := self.rejected & self._too_small(progress.step)).any():
                 raise step_underflow(self, underflow)
 
     def _first_step(self) -> np.ndarray:
@@ -289,11 +291,18 @@ def adaptive_solve(
 
 
 def error_norm(
-    tableau: ButcherTableau, control: Control, x: Tensor, new_x: Tensor, k: Sequence[Tensor], h: Time
+    tableau: ButcherTableau,
+    control: Control,
+    x: Tensor,
+    new_x: Tensor,
+    k: Sequence[Tensor],
+    h: Time,
+    tolerance: tuple[Tolerance, Tolerance],
 ) -> Tensor:
     """The estimated error over the tolerance, one number a sample; not finite where something is not."""
+    rtol, atol = tolerance
     with torch.no_grad():
-        scale = torch.maximum(x.abs(), new_x.abs()) * control.rtol + control.atol
+        scale = torch.maximum(x.abs(), new_x.abs()) * rtol + atol
         ratio = increment(h, tableau.error_row, k) / scale
         # An overflowed state, or a last stage outside the estimate, must not pass for a small error.
         ratio = torch.add(ratio, new_x, alpha=0)

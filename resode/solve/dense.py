@@ -44,22 +44,23 @@ def interpolate(
         tableau: the method that took the steps.
         f: the field.
         steps: in the order they were taken; every output lies in one of each sample's.
-        outputs: times, (T,), in any order.
+        outputs: times, (T,), in any order, or (B, T), each sample's own.
         forward: 1, or −1 where time decreases.
         per_sample: whether the steps' states are batches.
     """
-    if len(outputs) == 0:
+    if outputs.size == 0:
         return [], 0
+    outputs = np.broadcast_to(outputs, (len(steps[0].start), outputs.shape[-1]))
     like = steps[0].x
     real, device = like.dtype.to_real(), like.device
     start, end = np.stack([s.start for s in steps], 1), np.stack([s.end for s in steps], 1)  # (B, S)
     # The first step that reaches the output, (B, T).
-    index = np.stack([np.searchsorted(row, forward * outputs) for row in forward * end])
+    index = np.stack([row.searchsorted(w) for row, w in zip(forward * end, forward * outputs, strict=True)])
     start, end = np.take_along_axis(start, index, 1), np.take_along_axis(end, index, 1)
     size = (end - start).T
     # A sample that did not take the step has size 0; only an output at its start can fall there.
     theta = (outputs - start).T / np.where(size == 0, 1.0, size)
-    column = (len(outputs),) + ((len(like),) + (1,) * (like.ndim - 1) if per_sample else (1,) * like.ndim)
+    column = (outputs.shape[1],) + ((len(like),) + (1,) * (like.ndim - 1) if per_sample else (1,) * like.ndim)
     pick = torch.from_numpy(index.T).to(device)
     where = (pick, torch.arange(pick.shape[1], device=device)) if per_sample else (pick[:, 0],)
 
@@ -82,13 +83,13 @@ def interpolate(
         x1, k1 = at_step([s.x_end for s in steps]), at_step([s.k[-1] for s in steps])
         return list(hermite(as_factor(theta), h, x, k0, x1, k1)), 0
     path = []
-    for i in range(len(outputs)):
+    for i in range(len(theta)):
         part = theta[i] * size[i]
         h = torch.from_numpy(part).to(device, real).view(column[1:])
-        at = [(outputs[i] - part) + c * part for c in tableau.stage_times]
+        at = [(outputs[:, i] - part) + c * part for c in tableau.stage_times]
         times = [torch.from_numpy(s).to(device, real).view(column[1:] if per_sample else ()) for s in at]
         path.append(combine(x[i], h, tableau.b_row, stages(tableau, f, times, x[i], h, k0[i])))
-    return path, len(outputs) * tableau.b_row[-1][0]
+    return path, len(theta) * tableau.b_row[-1][0]
 
 
 def hermite(s: Tensor | float, h: Tensor | float, x0: Tensor, k0: Tensor, x1: Tensor, k1: Tensor) -> Tensor:

@@ -104,11 +104,12 @@ def fixed_solve(
     n_steps: int | None,
     callback: Callable[[Tensor, Tensor, Tensor], object] | None = None,
     perturb: bool = False,
+    advance: Callable[..., Tensor] = equal_steps,
 ) -> tuple[list[Tensor], int]:
     """States at every t, shape (T,), and the number of steps taken.
 
     The steps are floats unless t asks for a gradient: then the discrete solution is differentiated
-    in t as it is in x.
+    in t as it is in x. `advance` takes equal steps, as `equal_steps` does.
     """
     times: list[float] = t.detach().tolist()
     path = [x]
@@ -117,7 +118,7 @@ def fixed_solve(
         n = steps_between(times[i], times[i + 1], step_size, n_steps)
         start, span = (t[i], t[i + 1] - t[i]) if t.requires_grad else (times[i], times[i + 1] - times[i])
         if callback is None and not perturb:
-            x = equal_steps(tableau, f, start, x, span / n, n)
+            x = advance(tableau, f, start, x, span / n, n)
         else:
             for j in range(n):
                 x, _ = one_step(tableau, f, start + j * (span / n), x, span / n, callback, perturb)

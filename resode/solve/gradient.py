@@ -31,7 +31,7 @@ from resode.solve.options import How
 from resode.solve.result import SolverError, Stats
 from resode.solve.step import as_stage
 
-GRADIENTS = ("autograd", "adjoint")
+GRADIENTS = ("autograd", "checkpoint", "adjoint")
 
 
 @dataclass

@@ -14,26 +14,15 @@ import torchdiffeq
 from torch import Tensor
 
 from resode.solve.adaptive import adaptive_solve
+from resode.solve.checkpoint import Again, checkpointed_solve, checkpointed_steps
+from resode.solve.compiled import compiled_solve, compiled_steps
 from resode.solve.control import Callbacks
 from resode.solve.diagnosis import explain, number, spectrum
-from resode.solve.fixed import fixed_solve, grid_solve, opened, within
+from resode.solve.fixed import equal_steps, fixed_solve, grid_solve, opened, within
 from resode.solve.options import How, tolerances
 from resode.solve.result import NonFiniteState, SolverError, Stats
-from resode.solve.step import Field, as_stage
+from resode.solve.step import Counted, Field, as_stage
 from resode.tableaus import ButcherTableau
-
-
-class Counted:
-    """A field that counts its calls and refuses results that are no derivative of the state."""
-
-    def __init__(self, f: Callable[[Any, Tensor], Any]):
-        self.f = f
-        self.calls = 0
-
-    def __call__(self, t: Any, x: Tensor) -> Tensor:
-        """f(t, x), in x's dtype."""
-        self.calls += 1
-        return as_stage(self.f(t, x), x)
 
 
 class Evaluations(Counted):
@@ -82,7 +71,7 @@ def solve(
     return _adaptive(counted, y0, t, how.method, how, callbacks)
 
 
-def fixed_field(counted: Counted, y0: Tensor, low: float, high: float, per_sample: bool) -> Field:
+def fixed_field(f: Callable[..., Tensor], y0: Tensor, low: Any, high: Any, per_sample: bool) -> Field:
     """The field for steps that are given: s a float or a 0-D tensor, y of y0's shape."""
     real = y0.dtype.to_real()
     shape = (y0.shape[0],) + (1,) * (y0.ndim - 1) if per_sample else ()
@@ -91,8 +80,8 @@ def fixed_field(counted: Counted, y0: Tensor, low: float, high: float, per_sampl
         # The last stage's time may lie beyond the end by a rounding; func never sees that.
         s = within(s, low, high)
         if isinstance(s, Tensor):
-            return counted(s.to(y.device, real).expand(shape), y)
-        return counted(torch.full(shape, s, dtype=real, device=y.device), y)
+            return f(s.to(y.device, real).expand(shape), y)
+        return f(torch.full(shape, s, dtype=real, device=y.device), y)
 
     return field
 
@@ -135,12 +124,15 @@ def _fixed(
     field = fixed_field(counted, y0, low, high, how.per_sample)
     callback = None if callbacks is None else callbacks.step
     grid = how.grid()
-    if grid is None or len(t) == 1:
+    steps = {"step_size": how.step_size, "n_steps": how.n_steps}
+    again = Again(counted) if how.checkpoint else None
+    if again is not None and len(t) > 1:
+        again.check(within_dtype(t, y0, how.per_sample), y0)
+    if how.compile_for is not None or again is not None:
+        path, n = _equal(counted, y0, t, tableau, how, again, steps)
+    elif grid is None or len(t) == 1:
         perturb = bool(how.options.get("perturb", False))
-        path, n = fixed_solve(
-            tableau, field, y0, t,
-            step_size=how.step_size, n_steps=how.n_steps, callback=callback, perturb=perturb,
-        )  # fmt: skip
+        path, n = fixed_solve(tableau, field, y0, t, **steps, callback=callback, perturb=perturb)
     else:
         path, n = grid_solve(tableau, field, y0, t, grid, callback)
     result = torch.stack(path)
@@ -149,7 +141,43 @@ def _fixed(
     counts: list[Any] = [counted.calls, n, n, 0]
     if how.per_sample:
         counts = [torch.full((y0.shape[0],), c, dtype=torch.int64, device=y0.device) for c in counts]
-    return result, Stats(*counts)
+    stats = Stats(*counts)
+    if again is not None:
+        again.stats = stats
+    return result, stats
+
+
+def _equal(
+    counted: Counted,
+    y0: Tensor,
+    t: Tensor,
+    tableau: ButcherTableau,
+    how: How,
+    again: Again | None,
+    steps: dict[str, Any],
+) -> tuple[list[Tensor], int]:
+    """As `fixed_solve`, with compiled steps, or in pieces that run again, or both."""
+    compiled = how.compile_for is not None
+
+    def func(t: Any, x: Tensor) -> Tensor:
+        return as_stage(counted.f(t, x), x)
+
+    # As tensors they are inputs of the graph; as floats each choice of times would be another one.
+    ends = torch.sort(t.detach()[[0, -1]].to(y0.device, torch.float64)).values
+    field = fixed_field(func if compiled else counted, y0, ends[0], ends[1], how.per_sample)
+    advance = compiled_steps(how.compile_for) if compiled else equal_steps
+    if again is not None:
+        advance = checkpointed_steps(again, advance)
+    path, n = fixed_solve(tableau, field, y0, t, **steps, advance=advance)
+    if compiled:
+        counted.calls += n * (tableau.b_row[-1][0] + 1)  # they were not counted on the way
+    return path, n
+
+
+def within_dtype(t: Tensor, y0: Tensor, per_sample: bool) -> Tensor:
+    """The first time as func takes it."""
+    shape = (y0.shape[0],) + (1,) * (y0.ndim - 1) if per_sample else ()
+    return t[0].detach().to(y0.device, y0.dtype.to_real()).expand(shape)
 
 
 def not_finite(
@@ -210,9 +238,18 @@ def _adaptive(
         # The steps are held fixed; ∂y/∂t_i = f(t_i, y_i), and moving t_0 moves the start back along f.
         start = start - field(at(t[0]), start) * zero_with_gradient(t[0], real)
     path, state, progress = [start], start, None
+    again = Again(counted) if how.checkpoint else None
     if len(t) > 1:
+        if again is not None:
+            again.check(at(t[0]), y0)
         for times, asked, f in segments(field, t.detach().tolist(), how, real):
-            later, progress = adaptive_solve(tableau, f, state, times, control, progress)
+            if again is not None:
+                later, progress = checkpointed_solve(tableau, again, f, state, times, control, progress)
+            elif how.compile_for is not None:
+                key = how.compile_for
+                later, progress = compiled_solve(tableau, counted, state, times, control, progress, key)
+            else:
+                later, progress = adaptive_solve(tableau, f, state, times, control, progress)
             state = later[-1]
             path += later if asked else later[:-1]
     if t.requires_grad:
@@ -222,7 +259,11 @@ def _adaptive(
         stats = Stats(zero + counted.calls, zero, zero, zero)
     else:
         stats = progress.stats()
-    return torch.stack(path), stats if how.per_sample else replace(stats.item(), nfe=counted.calls)
+    if not how.per_sample:
+        stats = replace(stats.item(), nfe=counted.calls)
+    if again is not None:
+        again.stats = stats
+    return torch.stack(path), stats
 
 
 def zero_with_gradient(t: Tensor, dtype: torch.dtype) -> Tensor:

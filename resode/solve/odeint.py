@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resode.solve.compiled import COMPILED_OPTIONS, key_of
 from resode.solve.control import MAX_STEPS
 from resode.solve.events import combined, solve_to_event, with_event_gradient
 from resode.solve.gradient import GRADIENTS, Adjoint, adjoint_params
@@ -45,6 +46,7 @@ def odeint(
     max_steps: int = MAX_STEPS,
     per_sample: bool = False,
     gradient: str = "autograd",
+    compile: bool = False,
     return_stats: bool = False,
 ) -> Any:
     r"""Solve dy/dt = func(t, y), y(t[0]) = y0, at the times t.
@@ -78,7 +80,14 @@ def odeint(
         max_steps: attempted steps (of each sample) over the whole solve, for adaptive methods.
         per_sample: dimension 0 of the state is the batch and each sample has its own time and step.
             The rows must not interact: func(t, y)[i] may depend on y[i] alone.
-        gradient: "autograd" through the solver's steps; "adjoint" as `odeint_adjoint`.
+        gradient: "autograd" through the solver's steps; "checkpoint" the same gradient at one more solve and
+            in memory that grows with the square root of the steps; "adjoint" as `odeint_adjoint`, in
+            constant memory, up to the tolerance.
+        compile: take steps as compiled graphs (torch.compile): seconds at the first call with a field, then
+            several times faster where the field is small. Kept for the field across calls, times,
+            tolerances and batch sizes; equal to the eager result but for rounding. A field that can't be
+            compiled, or an option or callback that compiled steps don't know, is solved without, with a
+            warning.
         return_stats: also give the `Stats`.
 
     Returns:
@@ -109,7 +118,7 @@ def odeint(
         raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}; got {gradient!r}.")
     adjoint = {} if gradient == "adjoint" else None
     return _odeint(func, y0, t, rtol, atol, method, options, event_fn, args, step_size, n_steps, max_steps,
-                   per_sample, return_stats, adjoint)  # fmt: skip
+                   per_sample, return_stats, adjoint, gradient == "checkpoint", compile)  # fmt: skip
 
 
 def odeint_adjoint(
@@ -272,6 +281,8 @@ def _odeint(
     per_sample: bool,
     return_stats: bool,
     adjoint: dict[str, Any] | None,
+    checkpoint: bool = False,
+    compile: bool = False,
 ) -> Any:
     """Checks, makes the state one tensor, solves, and gives back what was asked for."""
     check_state(y0)
@@ -289,6 +300,11 @@ def _odeint(
     else:
         params = adjoint_params(func, adjoint.get("params"), args)
     callbacks = callbacks_of(func, how, "", split)
+    if checkpoint:
+        _check_checkpoint(how, event_fn)
+        how = replace(how, checkpoint=torch.is_grad_enabled())
+    if compile and _compiles(how, callbacks, event_fn):
+        how = replace(how, compile_for=key_of(func))
     field = (lambda t, y: func(t, y, *args)) if args else func
     event = None
     if event_fn is not None:
@@ -336,6 +352,33 @@ def _warn_of_a_single_step(how: How, t: Tensor, is_event: bool) -> None:
         )
 
 
+def _check_checkpoint(how: How, event_fn: Any) -> None:
+    reason = "event_fn" if event_fn is not None else None
+    if isinstance(how.method, str):
+        reason = f"{how.method!r}, which torchdiffeq solves"
+    elif how.fixed and set(how.options) - {"norm"}:
+        reason = f"options {sorted(how.options)} (give n_steps or step_size as arguments)"
+    if reason:
+        raise ValueError(f"gradient='checkpoint' does not go with {reason}; take 'autograd' or 'adjoint'.")
+
+
+def _compiles(how: How, callbacks: Any, event_fn: Any) -> bool:
+    """Whether compiled steps can do what is asked; a warning where they can't."""
+    known = () if how.fixed else COMPILED_OPTIONS
+    reasons = [f"options[{name!r}]" for name in how.options if name not in known]
+    reasons += ["callbacks"] if callbacks is not None else []
+    reasons += ["event_fn"] if event_fn is not None else []
+    reasons += ["gradient='checkpoint'"] if how.checkpoint and not how.fixed else []
+    reasons += [f"{how.method!r}, which torchdiffeq solves"] if isinstance(how.method, str) else []
+    if reasons:
+        warnings.warn(
+            f"compile=True has no effect with {', '.join(reasons)}; compiled steps know the options "
+            f"{', '.join(COMPILED_OPTIONS)} of adaptive methods, and none of fixed steps.",
+            stacklevel=4,
+        )
+    return not reasons
+
+
 def _norm_on_tuples(how: How, split: Callable[[Tensor], tuple[Tensor, ...]]) -> How:
     """`how` with its norm, or the one of tuples, taking the state as one vector."""
     if how.fixed:
@@ -372,6 +415,8 @@ def _way_back(
         value = adjoint.get(name)
         value = getattr(how, name) if value is None else float(value)
         pair.append(float(value.min()) if isinstance(value, Tensor) else value)
-    back = replace(how, method=method, rtol=pair[0], atol=pair[1], options=given, per_sample=False)
+    back = replace(
+        how, method=method, rtol=pair[0], atol=pair[1], options=given, per_sample=False, compile_for=None
+    )
     back.check()
     return back

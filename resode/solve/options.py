@@ -39,6 +39,8 @@ class How:
         n_steps: equal steps between consecutive t, or None.
         max_steps: attempted steps over the whole solve.
         per_sample: each sample its own steps.
+        checkpoint: run pieces again on the way back rather than keep them.
+        compile_for: what compiled steps are kept for; None to take them one operation at a time.
     """
 
     method: ButcherTableau | str
@@ -49,6 +51,8 @@ class How:
     n_steps: int | None = None
     max_steps: int = MAX_STEPS
     per_sample: bool = False
+    checkpoint: bool = False
+    compile_for: Any = None
 
     @property
     def fixed(self) -> bool:

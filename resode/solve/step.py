@@ -8,6 +8,7 @@ With a tableau (A, b, c), a step of size h on x' = f(t, x) is
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,3 +122,16 @@ def as_stage(dx: object, x: Tensor) -> Tensor:
             )
         dx = dx.to(x.dtype)
     return dx
+
+
+class Counted:
+    """A field that counts its calls and refuses results that are no derivative of the state."""
+
+    def __init__(self, f: Callable[[Any, Tensor], Any]):
+        self.f = f
+        self.calls = 0
+
+    def __call__(self, t: Any, x: Tensor) -> Tensor:
+        """f(t, x), in x's dtype."""
+        self.calls += 1
+        return as_stage(self.f(t, x), x)

@@ -1,0 +1,388 @@
+"""Solving with compiled steps.
+
+An attempted step (stages, error norm, controller, masked acceptance) is one graph, and so are a few fixed
+steps. An attempt decides by masks where `Adaptive.steps` branches on the host; the results are the same but
+for rounding.
+"""
+
+from __future__ import annotations
+
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from resode.solve.adaptive import Adaptive, Progress, adaptive_solve, error_norm
+from resode.solve.control import NUMPY, Control, next_step
+from resode.solve.dense import Step, interpolate
+from resode.solve.failures import too_many_steps
+from resode.solve.fixed import equal_steps
+from resode.solve.result import SolverError
+from resode.solve.step import Counted, Field, Time, as_stage, combine, increment, stages
+from resode.tableaus import ButcherTableau
+
+WINDOW = {"cuda": 8}
+"""Attempts between two looks of the host at the flags, 1 where not named; finished samples wait meanwhile."""
+
+EVALUATIONS = 16
+"""About how many evaluations of the field one graph of fixed steps holds."""
+
+SMALL = 2**16
+"""States up to this many entries are served by C++ between the kernels."""
+
+RECENT = 256
+"""How many attempts are held before those that passed no output are dropped."""
+
+COMPILED_OPTIONS = ("first_step", "min_step", "max_step", "dtype", "safety", "ifactor", "dfactor")
+"""The options that compiled steps know."""
+
+
+def attempt(
+    tableau: ButcherTableau,
+    control: Control,
+    forward: float,
+    f: Field,
+    x: Tensor,
+    k0: Tensor,
+    state: Tensor,
+    end: Tensor,
+    tolerance: tuple[Tensor, Tensor],
+    dense: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """One attempted step of every sample that is not at the end.
+
+    Args:
+        tableau: the method.
+        control: its limits.
+        forward: 1, or −1 where time decreases.
+        f: the field.
+        x: the state.
+        k0: f there.
+        state: time, next step, last kept error, whether the last attempt was rejected, steps accepted and
+            rejected: (6, B).
+        end: 0-D.
+        tolerance: rtol and atol, of the state's real dtype.
+        dense: whether states within the step will be asked for.
+
+    Returns:
+        x, k0 and state after it; the flags (3,) whether some sample is not at the end, failed to be finite,
+        can't go on; with dense, the coefficients of the polynomial in θ over the step, (d, *x.shape).
+    """
+    real = tolerance[0].dtype
+    column = (-1,) + (1,) * (x.ndim - 1) if control.per_sample else ()
+    time, step, previous, was_rejected, accepted, rejected = state.unbind(0)
+    left = (end - time) * forward
+    active = left > 0
+    reaches = step * 1.01 >= left
+    size = torch.where(reaches, left, step)
+    new_time = torch.where(reaches, end, time + forward * size)
+    h = (forward * size).to(real).reshape(column)
+    times = [time + c * (forward * size) for c in tableau.stage_times]
+    times = [t.clamp(max=end) if forward > 0 else t.clamp(min=end) for t in times]
+    k = stages(tableau, f, [t.to(real).reshape(column) for t in times], x, h, k0)
+    new_x = combine(x, h, tableau.b_row, k)
+    k.append(f(new_time.to(real).reshape(column), new_x))
+
+    with torch.no_grad():
+        error = error_norm(tableau, control, x, new_x, k, h, tolerance)
+        error = error.reshape(-1).to(state.dtype)
+        failed = active & ~torch.isfinite(error)
+        # Where some sample fails, only it changes: no infinity may enter the graph of the others.
+        sound = ~failed.any()
+        keep = active & sound & (error <= 1)
+        if control.min_step > 0:
+            keep = keep | (active & sound & (size <= control.min_step * 1.01))
+        proposal, error = next_step(
+            torch, error, size, step, previous, keep, was_rejected > 0, reaches, tableau.order, control
+        )
+        step = torch.where(failed, size * control.shrink, torch.where(active & sound, proposal, step))
+        previous = torch.where(keep, error, previous)
+        not_kept = torch.where(sound, active & ~keep, failed)
+        was_rejected = torch.where(sound, not_kept.to(state.dtype), was_rejected + failed)
+        stuck = active & (new_time == time)
+        new_time = torch.where(keep, new_time, time)
+        info = torch.finfo(state.dtype)
+        tiny = 4 * info.eps * new_time.abs().clamp(min=1e8 * info.tiny)
+        stuck = stuck | (not_kept & (step <= torch.where(failed, tiny.clamp(min=control.min_step), tiny)))
+        state = torch.stack([new_time, step, previous, was_rejected, accepted + keep, rejected + not_kept])
+        flags = [(end - new_time) * forward > 0, failed, stuck]
+        flags = torch.stack([flag.any() for flag in flags])
+
+    mask = keep.reshape(column)
+    polynomial = interpolant(tableau, h, x, new_x, k) if dense else None
+    return torch.where(mask, new_x, x), torch.where(mask, k[-1], k0), state, flags, polynomial
+
+
+def interpolant(
+    tableau: ButcherTableau, h: Tensor, x: Tensor, new_x: Tensor, k: list[Tensor]
+) -> Tensor | None:
+    """The coefficients of 1, θ, θ², … of the state at the fraction θ of a step, (d, *x.shape)."""
+    if tableau.interpolant is not None:
+        columns = zip(*tableau.interpolant, strict=True)
+        rows = [tuple((i, float(c)) for i, c in enumerate(column) if c) for column in columns]
+        return torch.stack([x, *(increment(h, row, k) for row in rows)])
+    if tableau.order <= 3:
+        rise, slope0, slope1 = new_x - x, h * k[0], h * k[-1]
+        return torch.stack([x, slope0, 3 * rise - 2 * slope0 - slope1, slope0 + slope1 - 2 * rise])
+    return None
+
+
+@dataclass
+class _Attempt:
+    """An attempt, as its interpolant needs it."""
+
+    x: Tensor
+    k0: Tensor
+    state: Tensor
+    later: Tensor  # the state after it
+    polynomial: Tensor | None
+
+
+class _NotStuck(Exception):
+    """What was at its smallest step compiled was not so on the host, by a rounding."""
+
+
+def compiled_solve(
+    tableau: ButcherTableau,
+    f: Counted,
+    x: Tensor,
+    times: list[float],
+    control: Control,
+    resume: Progress | None,
+    key: Any,
+) -> tuple[list[Tensor], Progress]:
+    """As `adaptive_solve`, by compiled attempts.
+
+    Args:
+        tableau: an explicit method with an error estimate.
+        f: the field, which is counted where it is not compiled.
+        x: the state at times[0].
+        times: at least two, strictly monotone either way.
+        control: how steps are chosen, without callbacks.
+        resume: where an earlier interval of the same solve ended.
+        key: what the compiled functions are kept for: a module, or a function's code.
+    """
+    solve = Adaptive(tableau, f, x, times[0], times[-1], control, resume)
+    if x.requires_grad and torch.is_grad_enabled() and not solve.k0.requires_grad:
+        warnings.warn(
+            "func's result has no gradient though the state has one (detach, no_grad or numpy in it?): the "
+            "gradients will be those of a constant field.",
+            stacklevel=6,
+        )
+    outputs = np.array(times[1:-1], NUMPY[control.dtype])
+    try:
+        passed = _attempts(solve, outputs, key)
+    except SolverError:
+        raise
+    except Exception as error:
+        if not isinstance(error, _NotStuck):
+            _warn_of_eager(error)
+        return adaptive_solve(tableau, f, x, times, control, resume)
+    path, calls = _between(solve, passed, outputs)
+    return [*path, solve.x], replace(solve.progress, nfe=solve.progress.nfe + calls)
+
+
+def _attempts(solve: Adaptive, outputs: np.ndarray, key: Any) -> list[_Attempt]:
+    """Takes the solve to its end; the attempts in which some sample passed an output, and others."""
+    tableau, control, f, x, k0 = solve.tableau, solve.control, solve.f, solve.x, solve.k0
+    assert isinstance(f, Counted)
+    device, dtype = x.device, control.dtype
+    dense = len(outputs) > 0
+    window = 1 if torch.is_grad_enabled() else WINDOW.get(device.type, 1)
+    run = _compiled(_attempt_of, key, x, tableau, _settings(control), solve.forward, dense, window)
+    p = solve.progress
+    rows = [solve.time, p.step, p.previous_error, np.zeros_like(p.step), p.n_accepted, p.n_rejected]
+    state = torch.from_numpy(np.stack(rows).astype(NUMPY[dtype])).to(device)
+    end = torch.tensor(solve.end, dtype=dtype, device=device)
+    tolerance = (_tensor(control.rtol, x), _tensor(control.atol, x))
+    ahead = torch.from_numpy(solve.forward * outputs).to(device)
+    calls = tableau.b_row[-1][0] + 1
+    attempts, recent, most = 0, 0, int((p.n_accepted + p.n_rejected).max())
+    passed: list[_Attempt] = []
+    going = True
+    while going:
+        if attempts + most >= control.max_steps:
+            _place(solve, x, k0, state, calls)
+            spent = ((solve.end - solve.time) * solve.forward > 0) & (
+                solve.progress.n_accepted + solve.progress.n_rejected >= control.max_steps
+            )
+            if spent.any():
+                raise too_many_steps(solve, spent)
+        x, k0, state, flags, made = run(f.f, x, k0, state, end, tolerance)
+        tried = [_Attempt(*a) for a in made]
+        attempts += len(tried)
+        f.calls += calls * len(tried)
+        seen = flags.tolist()
+        going = seen[-1][0]
+        for (_, failed, stuck), was in zip(seen, tried, strict=True):
+            if stuck:
+                _place(solve, was.x, was.k0, was.state, calls)
+                next(solve.steps(), None)  # raises, with the reason
+                raise _NotStuck
+            if failed and window == 1:
+                x, k0 = was.x, was.k0  # so that no infinity enters their graph
+        if dense:
+            passed += tried
+            recent += len(tried)
+            if recent >= RECENT:
+                passed, recent = _that_passed(passed, ahead, solve.forward), 0
+    _place(solve, x, k0, state, calls)
+    return passed
+
+
+def _that_passed(attempts: list[_Attempt], ahead: Tensor, forward: float) -> list[_Attempt]:
+    """Of the attempts, those in which some sample passed one of the outputs, which are forward · t, (T,)."""
+    ends = [torch.stack([a.state[0] for a in attempts]), torch.stack([a.later[0] for a in attempts])]
+    before, after = (torch.searchsorted(ahead, forward * s, right=True) for s in ends)
+    return [a for a, passed in zip(attempts, (after > before).any(1).tolist(), strict=True) if passed]
+
+
+def _place(solve: Adaptive, x: Tensor, k0: Tensor, state: Tensor, calls: int) -> None:
+    """Puts the solve where compiled attempts have brought it."""
+    time, step, previous, _, accepted, rejected = state.cpu().numpy()
+    before = solve.progress.n_accepted + solve.progress.n_rejected
+    accepted, rejected = accepted.astype(np.int64), rejected.astype(np.int64)
+    nfe = solve.progress.nfe + calls * (accepted + rejected - before)
+    solve.x, solve.k0, solve.time = x, k0, time
+    solve.progress = Progress(step, previous, nfe, accepted, rejected)
+
+
+def _between(solve: Adaptive, passed: list[_Attempt], outputs: np.ndarray) -> tuple[list[Tensor], int]:
+    """The states at the outputs, all at once, and the calls of the field they took."""
+    per_sample, forward = solve.control.per_sample, solve.forward
+    if not passed or passed[0].polynomial is None:
+        steps = [Step(p.state[0].cpu().numpy(), p.later[0].cpu().numpy(), p.x, [p.k0], p.x) for p in passed]
+        return interpolate(solve.tableau, solve.f, steps, outputs, forward, per_sample)
+    x, coefficients = passed[0].x, torch.stack([p.polynomial for p in passed], 1)  # type: ignore[misc]
+    start, end = (torch.stack(s, 1) for s in ([p.state[0] for p in passed], [p.later[0] for p in passed]))
+    wanted = torch.from_numpy(outputs).to(x.device).expand(len(start), -1).contiguous()
+    index = torch.searchsorted(forward * end, forward * wanted)  # the first step that reaches it, (B, T)
+    start, size = start.gather(1, index), (end - start).gather(1, index)
+    theta = ((wanted - start) / torch.where(size == 0, 1.0, size)).T.to(x.dtype.to_real())
+    # One row for each attempt and sample; a state that is no batch is one row.
+    rows = coefficients.reshape(len(coefficients), len(passed) * len(start), -1)
+    pick = (index.T * len(start) + torch.arange(len(start), device=x.device)).reshape(-1)
+    theta, path = theta.reshape(-1, 1), rows[-1].index_select(0, pick)
+    for row in rows.unbind(0)[-2::-1]:
+        path = torch.addcmul(row.index_select(0, pick), path, theta)
+    return list(path.reshape(len(outputs), *x.shape)), 0
+
+
+def compiled_steps(key: Any) -> Callable[..., Tensor]:
+    """A function like `equal_steps`, by graphs of a few steps each."""
+    failed = False
+
+    def advance(tableau: ButcherTableau, f: Field, t: Time, x: Tensor, h: Time, n: int) -> Tensor:
+        nonlocal failed
+        many, done = max(1, EVALUATIONS // len(tableau.b)), 0
+        while done < n:
+            steps = many if n - done >= many else 1
+            begin = t + done * h
+            if not failed:
+                try:
+                    time, size = (
+                        torch.as_tensor(s, dtype=torch.float64, device=x.device) for s in (begin, h)
+                    )
+                    x = _compiled(_steps_of, key, x, tableau, steps)(f, time, x, size)
+                    done += steps
+                    continue
+                except Exception as error:
+                    failed = True
+                    _warn_of_eager(error)
+            x = equal_steps(tableau, f, begin, x, h, n - done)
+            done = n
+        return x
+
+    return advance
+
+
+_KEPT: weakref.WeakKeyDictionary[Any, dict[Any, Callable[..., Any]]] = weakref.WeakKeyDictionary()
+
+
+def key_of(func: Callable[..., Any]) -> Any:
+    """What compiled functions are kept for: a module, or the code that functions of one text share."""
+    if isinstance(func, torch.nn.Module):
+        return func
+    code = getattr(func, "__code__", None) or getattr(getattr(func, "__func__", None), "__code__", None)
+    return type(func) if code is None else code
+
+
+def _compiled(
+    make: Callable[..., Callable[..., Any]], key: Any, x: Tensor, *settings: Any
+) -> Callable[..., Any]:
+    """`make(*settings)`, compiled for states like x, one for each field and each choice of settings."""
+    options: dict[str, Any] = {"guard_filter_fn": _guards_of_the_field}
+    if x.device.type == "cpu":
+        # Small states spend their time between kernels, and in vectors that a short last dimension leaves
+        # mostly empty.
+        options["cpp_wrapper"] = x.numel() <= SMALL
+        if x.ndim and x.shape[-1] < 8:
+            options["cpp.simdlen"] = 1
+    settings = (*settings, tuple(options.items()))
+    kept = _KEPT.setdefault(key, {})
+    if (make, *settings) not in kept:
+        function = make(*settings[:-1])
+        # Compiled graphs are kept by code object, a few for each: every field gets a code object of its own.
+        own = types.FunctionType(
+            function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__
+        )
+        kept[make, *settings] = torch.compile(own, fullgraph=True, options=options)
+    return kept[make, *settings]
+
+
+def _guards_of_the_field(guards: Sequence[Any]) -> list[bool]:
+    """Which guards to check at a call: not those of the method and the control, which can't change."""
+    return [not any(name in guard.name for name in ("tableau", "control")) for guard in guards]
+
+
+def _attempt_of(
+    tableau: ButcherTableau, control: Control, forward: float, dense: bool, n: int
+) -> Callable[..., Any]:
+    def run(f: Any, x: Tensor, k0: Tensor, state: Tensor, end: Tensor, tolerance: Any) -> Any:
+        def field(t: Time, x: Tensor) -> Tensor:
+            return as_stage(f(t, x), x)
+
+        made, flags = [], []
+        for _ in range(n):
+            x1, k1, later, flag, polynomial = attempt(
+                tableau, control, forward, field, x, k0, state, end, tolerance, dense
+            )
+            made.append((x, k0, state, later, polynomial))
+            flags.append(flag)
+            x, k0, state = x1, k1, later
+        return x, k0, state, torch.stack(flags), made
+
+    return run
+
+
+def _steps_of(tableau: ButcherTableau, n: int) -> Callable[..., Any]:
+    def run(f: Field, t: Tensor, x: Tensor, h: Tensor) -> Tensor:
+        return equal_steps(tableau, f, t, x, h, n)
+
+    return run
+
+
+def _settings(control: Control) -> Control:
+    """What is constant in a graph; tolerances are its inputs, the rest plays no part in it."""
+    return replace(control, rtol=0.0, atol=0.0, max_steps=1, first_step=None)
+
+
+def _tensor(value: Any, x: Tensor) -> Tensor:
+    return torch.as_tensor(value, dtype=x.dtype.to_real(), device=x.device)
+
+
+def _warn_of_eager(error: Exception) -> None:
+    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
+    reason = " ".join(lines[: 2 if len(lines) > 1 and lines[1].startswith("Explanation") else 1])
+    warnings.warn(
+        f"compile=True solves without compiling, because the field could not be compiled: "
+        f"{type(error).__name__}: {reason} Branch by torch.where rather than by values, keep to torch's "
+        "operations, or set compile=False.",
+        stacklevel=7,
+    )
