@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from resode.fields.parts import positive
+from resode.formulas import Cost, Shape, cost_of
 
 
 class Augmented(nn.Module):
@@ -41,6 +42,14 @@ class Augmented(nn.Module):
         shape[self.dim] = self.extra
         y = self.block(torch.cat((x, x.new_zeros(shape)), self.dim))
         return y if self.keep else y.narrow(self.dim, 0, x.shape[self.dim])
+
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters and multiply-adds for samples of this shape, by formula."""
+        dim = self.dim if self.dim < 0 else self.dim - 1  # a sample has no batch dimension
+        longer = list(shape)
+        longer[dim] += self.extra
+        cost = cost_of(self.block, tuple(longer))
+        return cost if self.keep else Cost(cost.parameters, cost.macs, shape)
 
 
 class KnownPlusLearned(nn.Module):
@@ -77,3 +86,8 @@ class KnownPlusLearned(nn.Module):
                 f"got {tuple(known.shape)} and {tuple(learned.shape)}."
             )
         return known + learned
+
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters and multiply-adds for samples of this shape, by formula; a function counts nothing."""
+        learned = cost_of(self.learned, shape)
+        return learned.beside(cost_of(self.known, shape)) if isinstance(self.known, nn.Module) else learned

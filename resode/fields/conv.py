@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from resode.fields.parts import SqueezeExcitation, make_activation, make_conv, make_norm, positive
+from resode.formulas import Cost, Shape, chain
 
 
 class ImageField(nn.Module):
@@ -76,6 +77,10 @@ class ConvField(ImageField):
         out = self.conv2(self.act(self.bn2(out)))
         return self.se(out)
 
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters and multiply-adds for samples of this shape, by formula."""
+        return chain(shape, self.bn1, self.conv1, self.bn2, self.conv2, self.se)
+
 
 class BottleneckField(ImageField):
     r"""1×1 down, 3×3, 1×1 up, each after norm and activation: the bottleneck pre-activation block's F.
@@ -137,3 +142,8 @@ class BottleneckField(ImageField):
         out = self.conv2(self.act(self.bn2(out)))
         out = self.conv3(self.act(self.bn3(out)))
         return self.se(out)
+
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters and multiply-adds for samples of this shape, by formula."""
+        parts = (self.bn1, self.conv1, self.bn2, self.conv2, self.bn3, self.conv3, self.se)
+        return chain(shape, *parts)

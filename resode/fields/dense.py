@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from resode.fields.parts import make_activation, positive
+from resode.formulas import Cost, Shape, chain
 
 
 class MLPField(nn.Module):
@@ -59,3 +60,7 @@ class MLPField(nn.Module):
                 "Build the field with the width of x."
             )
         return self.fc2(self.act(self.fc1(x)))
+
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters and multiply-adds for samples of this shape, by formula."""
+        return chain(shape, self.fc1, self.fc2)

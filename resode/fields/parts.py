@@ -8,6 +8,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
+from resode.formulas import Cost, Shape, chain
+
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "elu": nn.ELU,
@@ -119,3 +121,7 @@ class SqueezeExcitation(nn.Module):
         """The gated images, shape of x."""
         mean = x.mean((2, 3), keepdim=True)  # (B, C, 1, 1)
         return x * torch.sigmoid(self.fc2(self.act(self.fc1(mean))))
+
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters and multiply-adds for samples of this shape, by formula."""
+        return Cost(0, 0, shape).beside(chain((shape[0], 1, 1), self.fc1, self.fc2))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from resode.fields.parts import MONOTONE, make_activation, one_of, positive
+from resode.formulas import Cost, Shape
 
 
 class StableField(nn.Module):
@@ -29,6 +30,12 @@ class StableField(nn.Module):
         kernel = () if self.kernel_size is None else (self.kernel_size, self.kernel_size)
         weight = torch.randn(size, size, *kernel)
         return nn.Parameter(weight / (2 * math.sqrt(weight[0].numel()))), nn.Parameter(torch.zeros(size))
+
+    def _cost(self, shape: Shape, size: int, applied: int, count: int = 1) -> Cost:
+        """`count` operators of `size` channels with a bias each, `applied` times all told."""
+        weights = size * size * (1 if self.kernel_size is None else self.kernel_size**2)
+        positions = math.prod(shape[:-1] if self.kernel_size is None else shape[1:])
+        return Cost(count * (weights + size), applied * weights * positions, shape)
 
     def _check(self, x: Tensor) -> None:
         if self.kernel_size is None:
@@ -97,6 +104,10 @@ class AntisymmetricField(StableField):
         z = _apply(self.weight - _transpose(self.weight), x, self.bias)
         return self.act(z - self.gamma * x if self.gamma else z)
 
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters and multiply-adds for samples of this shape, by formula."""
+        return self._cost(shape, self.size, 1)
+
 
 class ParabolicField(StableField):
     r"""F(x) = −Kᵀσ(Kx + b): every λ is real and ≤ 0, as in a heat equation.
@@ -126,6 +137,10 @@ class ParabolicField(StableField):
         """F(x), shape of x."""
         self._check(x)
         return -_apply(_transpose(self.weight), self.act(_apply(self.weight, x, self.bias)))
+
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters and multiply-adds for samples of this shape, by formula."""
+        return self._cost(shape, self.size, 2)
 
 
 class HamiltonianField(StableField):
@@ -177,3 +192,7 @@ class HamiltonianField(StableField):
             p = p + self.leapfrog * dp
         dq = -_apply(_transpose(self.weight2), self.act(_apply(self.weight2, p, self.bias2)))
         return torch.cat((dp, dq), dim)
+
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters and multiply-adds for samples of this shape, by formula."""
+        return self._cost(shape, self.size // 2, 4, count=2)

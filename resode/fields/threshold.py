@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from resode.fields.parts import positive
+from resode.formulas import Cost, Shape, cost_of
 
 
 class SoftThresholdField(nn.Module):
@@ -49,6 +50,11 @@ class SoftThresholdField(nn.Module):
         z = self.branch(x)
         tau = self._tau(z)
         return z - z.clamp(-tau, tau)
+
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters and multiply-adds for samples of this shape, by formula."""
+        branch = cost_of(self.branch, shape)
+        return branch.beside(Cost(len(self.threshold), 0, shape))
 
     @torch.no_grad()
     def active_share(self, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from resode.fields.conv import ImageField
 from resode.fields.parts import make_activation, make_conv, make_norm, one_of, positive
+from resode.formulas import Cost, Shape, cost_of
 
 
 def append_time(t: Tensor | float, x: Tensor, dim: int) -> Tensor:
@@ -66,6 +67,11 @@ class TimeMLPField(nn.Module):
         hidden = self.act(self.fc1(append_time(t, x, -1)))
         return self.fc2(append_time(t, hidden, -1))
 
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters and multiply-adds for samples of this shape, by formula."""
+        hidden = cost_of(self.fc1, (*shape[:-1], shape[-1] + 1))
+        return hidden.then(cost_of(self.fc2, (*shape[:-1], self.fc2.in_features)))
+
 
 class TimeConvField(ImageField):
     r"""Two 3×3 convolutions that see the time as a channel.
@@ -109,6 +115,12 @@ class TimeConvField(ImageField):
         out = self.conv1(append_time(t, self.act(self.bn1(x)), 1))
         return self.conv2(append_time(t, self.act(self.bn2(out)), 1))
 
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters and multiply-adds for samples of this shape, by formula."""
+        timed = (shape[0] + 1, *shape[1:])
+        norms = (cost_of(self.bn1, shape), cost_of(self.bn2, shape))
+        return cost_of(self.conv2, timed).beside(cost_of(self.conv1, timed), *norms)
+
 
 class Autonomous(nn.Module):
     """A field F(x) as one of (t, x) that ignores the time, for `odeint` and `ODEBlock`.
@@ -126,3 +138,7 @@ class Autonomous(nn.Module):
     def forward(self, t: Tensor | float, x: Tensor) -> Tensor:
         """F(x)."""
         return self.field(x)
+
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters and multiply-adds for samples of this shape, by formula."""
+        return cost_of(self.field, shape)

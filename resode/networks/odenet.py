@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from resode.blocks import ResidualStack
 from resode.fields import ConvField, make_activation, make_norm, positive
-from resode.networks.common import SMALL, Style, check_images, make_stem
+from resode.formulas import Cost, Shape, chain
+from resode.networks.common import SMALL, Style, check_images, head, make_stem
 from resode.networks.resnet import PreActBlock, blocks_a_stage
 
 
@@ -133,6 +134,11 @@ class ODENet(nn.Module):
         x = self.act(self.bn(x))
         x = x.mean((2, 3))  # (B, 4w)
         return self.linear(x)
+
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters and multiply-adds for samples of this shape; F's as often as the solver evaluates it."""
+        stages = (self.conv1, self.pool, self.layer1, self.layer2, self.layer3, self.bn)
+        return head(chain(shape, *stages), self.linear)
 
 
 def preact_names(model: ODENet) -> dict[str, str]:

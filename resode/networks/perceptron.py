@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from resode.blocks import ResidualStack
 from resode.fields import MLPField, make_activation, one_of, positive
+from resode.formulas import Cost, Shape, chain
 from resode.networks.common import advance
 
 
@@ -101,6 +102,10 @@ class ResidualMLP(nn.Module):
         x = self.stack(x)  # (B, width)
         return self.linear(x)
 
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters and multiply-adds for samples of this shape; F's as often as the solver evaluates it."""
+        return chain((math.prod(shape),), self.input, self.stack, self.linear)
+
 
 class PlainMLP(nn.Module):
     """Plain perceptron: linear, `depth` blocks σ(F(x)) without shortcut, linear.
@@ -149,6 +154,10 @@ class PlainMLP(nn.Module):
         x = self.input(_flatten(x, self.in_features))  # (B, width)
         x = advance(self.blocks, x, self.gradient)  # (B, width)
         return self.linear(x)
+
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters and multiply-adds for samples of this shape, by formula."""
+        return chain((math.prod(shape),), self.input, self.blocks, self.linear)
 
 
 def _features(in_channels: int, image_size: int, in_features: int | None) -> int:
