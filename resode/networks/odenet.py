@@ -16,6 +16,7 @@ from resode.fields import ConvField, make_activation, make_norm, positive
 from resode.formulas import Cost, Shape, chain
 from resode.networks.common import SMALL, Style, check_images, head, make_stem
 from resode.networks.resnet import PreActBlock, blocks_a_stage
+from resode.state_dicts import Checked
 
 
 class Transition(PreActBlock):
@@ -26,7 +27,7 @@ class Transition(PreActBlock):
         return super().forward(x).to(x.dtype)
 
 
-class ODENet(nn.Module):
+class ODENet(Checked):
     """ODE-ResNet for small images, of a pre-activation ResNet's widths: stem, three stages, linear.
 
     Args:

@@ -18,9 +18,10 @@ from resode.blocks import ResidualStack
 from resode.fields import MLPField, make_activation, one_of, positive
 from resode.formulas import Cost, Shape, chain
 from resode.networks.common import advance
+from resode.state_dicts import Checked
 
 
-class ResidualMLP(nn.Module):
+class ResidualMLP(Checked):
     """Residual perceptron: linear, `depth` blocks x + ηF(x), linear.
 
     W₁ starts with He's variance and W₂ with 1 / depth of it, so that at η = 1 the state's second moment
@@ -107,7 +108,7 @@ class ResidualMLP(nn.Module):
         return chain((math.prod(shape),), self.input, self.stack, self.linear)
 
 
-class PlainMLP(nn.Module):
+class PlainMLP(Checked):
     """Plain perceptron: linear, `depth` blocks σ(F(x)) without shortcut, linear.
 
     Weights start with He's variance, which keeps the state's second moment at any depth.

@@ -31,6 +31,7 @@ from resode.networks.common import (
 from resode.shortcuts import SHORTCUTS, HighwayShortcut, ProjectionShortcut
 
 # Blocks. Images (B, C_in, H, W) become (B, expansion·channels, H/stride, W/stride).
+from resode.state_dicts import Checked
 
 
 class BasicBlock(nn.Module):
@@ -232,7 +233,7 @@ class HighwayLayer(nn.Module):
 # Networks.
 
 
-class CifarResNet(nn.Module):
+class CifarResNet(Checked):
     """Post-activation network for small images: 3×3 stem, three stages of basic blocks, linear.
 
     Args:
@@ -290,7 +291,7 @@ class CifarResNet(nn.Module):
         return head(chain(shape, *stages), self.linear)
 
 
-class PreActResNet(nn.Module):
+class PreActResNet(Checked):
     """Pre-activation network for small images: stem without norm, three stages, a last norm and σ, linear.
 
     Args:
@@ -366,7 +367,7 @@ IMAGENET_BLOCKS: dict[int, tuple[type[Block], tuple[int, int, int, int]]] = {
 """Depth -> block and blocks a stage of the ImageNet networks; basic blocks exist without shortcut too."""
 
 
-class ImageNetResNet(nn.Module):
+class ImageNetResNet(Checked):
     """Post-activation network for ImageNet: 7×7 stem, four stages, fc; torchvision's module names.
 
     Args:
@@ -433,7 +434,7 @@ class ImageNetResNet(nn.Module):
         return head(chain(shape, *stages), self.fc)
 
 
-class HighwayNet(nn.Module):
+class HighwayNet(Checked):
     """Highway network of 19 layers for small images.
 
     Three stages of 32, 80 and 128 channels, each a plain 3×3 convolution and then 4, 5 and 5 highway
