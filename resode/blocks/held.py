@@ -68,10 +68,11 @@ class Held:
     Args:
         field: running statistics move at its first evaluation only; masks of `StochasticDepth` are
             drawn then and used again.
+        statistics: see to the running statistics; otherwise to the masks alone.
     """
 
-    def __init__(self, field: nn.Module):
-        self.norms = moving_norms(field)
+    def __init__(self, field: nn.Module, statistics: bool = True):
+        self.norms = moving_norms(field) if statistics else []
         self.drops = [m for m in field.modules() if isinstance(m, StochasticDepth) and m.training and m.p > 0]
         self.masks: dict[nn.Module, Tensor] = {}
         self.first = True
@@ -91,6 +92,11 @@ class Held:
         finally:
             for drop in self.drops:
                 drop.held = None
+
+
+def checkpoints(gradient: str) -> bool:
+    """Whether to keep inputs alone and compute again: torch.compile decides that for itself."""
+    return gradient == "checkpoint" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def moving_norms(module: nn.Module) -> list[_BatchNorm]:

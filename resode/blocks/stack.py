@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from resode.blocks.held import (
     Held,
+    checkpoints,
     draw_scale,
     frozen_statistics,
     moving_norms,
@@ -60,7 +61,7 @@ class ResidualStack(Checked):
         per_sample: an adaptive solver gives each sample of the batch (dimension 0) its own step, so
             that an answer does not depend on its neighbours; False takes one step for the batch.
         gradient: "autograd" keeps every activation, "checkpoint" keeps each block's input and
-            evaluates the block again on the way back.
+            evaluates the block again on the way back; torch.compile chooses for itself what to keep.
         stochastic_depth: the probability to drop a block for a sample in training, one for all or a
             sequence with one a block. With Φ(x) what the solver makes of x in the block, x becomes
             x + (Φ(x) − x) m / (1 − p), where m is 0 or 1, drawn once a block call and sample: on
@@ -209,7 +210,7 @@ class ResidualStack(Checked):
         path, cost = [x], _Cost()
         for index, p in enumerate(self.stochastic_depth):
             scale = draw_scale(p, x) if p and self.training else None
-            if self.gradient == "checkpoint" and torch.is_grad_enabled():
+            if checkpoints(self.gradient):
                 x = self._checkpointed(index, x, cost, scale)
             else:
                 x = self._advance(index, x, cost, scale)
@@ -414,23 +415,28 @@ class ResidualStack(Checked):
     def _field(self, index: int, several: bool, scale: Tensor | None) -> Callable[[Any, Tensor], Any]:
         """F_l of (fraction of the block, state), times `scale`; one block call's."""
         module = self.block(index)
+        nodes = self._nodes(index) if self.weights == "linear" and not self.shared else None
         held = None
         if several and module.training:
             refuse_dropout(module, self.solver)
-            held = Held(module)
-        nodes = self._nodes(index) if self.weights == "linear" and not self.shared else None
+            held = Held(module, statistics=nodes is None)
+        first = True
 
         def f(s: Any, y: Tensor) -> Any:
+            nonlocal first
             watch = not torch.compiler.is_compiling() and not y.is_inference()
             version = y._version if watch else 0
             with nullcontext() if held is None else held.evaluation():
-                if nodes is None or (isinstance(s, float) and s == 0.0):
+                if nodes is None or (first and isinstance(s, float)):  # the first stage is at the node itself
                     dy = module(y)
                 else:
                     between = {
                         name: torch.lerp(p, nodes[1][name], _like(s, p)) for name, p in nodes[0].items()
                     }
+                    if held is not None and not first:  # statistics move at the first stage alone
+                        between |= _copied_statistics(module)
                     dy = torch.func.functional_call(module, between, (y,))
+                first = False
             if watch and y._version != version:
                 raise ValueError(
                     f"a field must not change the state in place; {type(module).__name__} of block {index} "
@@ -482,6 +488,16 @@ def _node(field: nn.Module, statistics: bool) -> dict[str, Tensor]:
                 if value is not None:
                     node[f"{name}.{key}" if name else key] = value
     return node
+
+
+def _copied_statistics(field: nn.Module) -> dict[str, Tensor]:
+    """Copies of the statistics that a call would move, for it to move instead."""
+    return {
+        f"{name}.{key}" if name else key: value.clone()
+        for name, module in field.named_modules()
+        if isinstance(module, _BatchNorm) and module.training
+        for key, value in module.named_buffers()
+    }
 
 
 def _drop_rates(p: float | Sequence[float], depth: int) -> tuple[float, ...]:

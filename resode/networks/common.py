@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from resode.blocks.held import StochasticDepth, frozen_statistics, moving_norms, probability
+from resode.blocks.held import StochasticDepth, checkpoints, frozen_statistics, moving_norms, probability
 from resode.fields import (
     ACTIVATIONS,
     NORMS,
@@ -87,11 +86,18 @@ class Style:
         """Squeeze-excitation, if asked for."""
         return SqueezeExcitation(channels) if self.squeeze_excitation else nn.Identity()
 
+    def drop_rates(self, blocks: int) -> list[float]:
+        """The probability to drop each of the network's blocks, from the first to the last."""
+        return [self.stochastic_depth * i / blocks for i in range(1, blocks + 1)]
+
     def drops(self, blocks: int) -> Iterator[nn.Module]:
         """Stochastic depth for each of the network's blocks, from the first to the last."""
-        for i in range(1, blocks + 1):
-            p = self.stochastic_depth * i / blocks
-            yield StochasticDepth(p) if p else nn.Identity()
+        return (make_drop(p) for p in self.drop_rates(blocks))
+
+
+def make_drop(p: float) -> nn.Module:
+    """Stochastic depth, where there is any."""
+    return StochasticDepth(p) if p else nn.Identity()
 
 
 SMALL = Style()
@@ -109,7 +115,7 @@ def advance(blocks: nn.Sequential, x: Tensor, gradient: str = "autograd") -> Ten
     L/k states and, one segment at a time, 6k more (what a block of two convolutions saves), which is
     least at k = √(L/6).
     """
-    if gradient == "autograd" or not torch.is_grad_enabled():
+    if not checkpoints(gradient):
         return blocks(x)
     k = max(1, round(math.sqrt(len(blocks) / 6)))
     for start in range(0, len(blocks), k):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from resode.blocks import ResidualStack
 from resode.fields import MLPField, make_activation, one_of, positive
 from resode.formulas import Cost, Shape, chain
-from resode.networks.common import advance
+from resode.networks.common import Style, advance
 from resode.state_dicts import Checked
 
 
@@ -37,6 +37,8 @@ class ResidualMLP(Checked):
         hidden: features between F's layers; width where None.
         activation: σ, a name in `resode.fields.ACTIVATIONS`.
         zero_init_last: start W₂ at 0 instead.
+        stochastic_depth: probability to drop the last block in training, falling linearly to the first
+            one's.
         solver, step_size, substeps, learn_step, weights, rtol, atol, per_sample, gradient: of the
             stack, see `resode.ResidualStack`.
 
@@ -58,10 +60,11 @@ class ResidualMLP(Checked):
         hidden: int | None = None,
         activation: str = "relu",
         zero_init_last: bool = False,
+        stochastic_depth: float = 0.0,
         solver: str = "euler",
         step_size: float = 1.0,
         substeps: int = 1,
-        learn_step: bool = False,
+        learn_step: bool | str = False,
         weights: str = "constant",
         rtol: float = 1e-3,
         atol: float = 1e-4,
@@ -90,6 +93,7 @@ class ResidualMLP(Checked):
             atol=atol,
             per_sample=per_sample,
             gradient=gradient,
+            stochastic_depth=Style(stochastic_depth=stochastic_depth).drop_rates(depth),
         )
         self.linear = nn.Linear(width, positive("num_classes", num_classes))
 
