@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from resode.formulas import Cost, Shape, chain, cost_of
 
-SHORTCUTS = ("A", "B", "C", "D", "gated")
+SHORTCUTS = ("A", "B", "C", "D", "gated", "input_gated")
 """Kinds that `make_shortcut` knows."""
 
 
@@ -303,8 +303,9 @@ def make_shortcut(
 ) -> nn.Module:
     """The shortcut of a block by the name of its kind.
 
-    Where the state keeps its shape A, B and D are the identity, C is a projection and "gated" is αx.
-    Where it changes, A and "gated" pad with zeros, B and C project, D projects after average pooling.
+    Where the state keeps its shape A, B and D are the identity, C is a projection, "gated" is αx and
+    "input_gated" α(x)x. Where it changes, these two and A pad with zeros, B and C project, D projects
+    after average pooling.
 
     Args:
         kind: one of SHORTCUTS.
@@ -330,4 +331,6 @@ def make_shortcut(
         return ProjectionShortcut(in_channels, out_channels, stride, norm=norm, average_pool=kind == "D")
     if not same:
         return PadShortcut(in_channels, out_channels, stride)
+    if kind == "input_gated":
+        return InputGatedShortcut(in_channels)
     return GatedShortcut() if kind == "gated" else nn.Identity()

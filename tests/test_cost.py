@@ -66,6 +66,7 @@ EVERY_NETWORK = [
     ("resnet20", {"shortcut": "C", "norm": "group", "activation": "gelu"}),
     ("resnet50", {"shortcut": "D", "squeeze_excitation": True, "stem": "small"}),
     ("resnet18", {"shortcut": "gated"}),
+    ("preact20", {"shortcut": "input_gated"}),
     ("preact20", {"shortcut": "D"}),
     ("preact164", {"shortcut": "C", "squeeze_excitation": True}),
     ("odenet20", {"shortcut": "D", "solver": "rk4", "substeps": 2, "learn_step": True}),

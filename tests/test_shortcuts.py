@@ -114,6 +114,7 @@ def test_kinds():
         "C": ProjectionShortcut,
         "D": nn.Identity,
         "gated": GatedShortcut,
+        "input_gated": InputGatedShortcut,
     }
     assert changed == {
         "A": PadShortcut,
@@ -121,6 +122,7 @@ def test_kinds():
         "C": ProjectionShortcut,
         "D": ProjectionShortcut,
         "gated": PadShortcut,
+        "input_gated": PadShortcut,
     }
     assert type(make_shortcut("B", 4, 4, 2)) is ProjectionShortcut
     assert isinstance(make_shortcut("D", 4, 8, 2)[0], nn.AvgPool2d)

@@ -277,3 +277,60 @@ def test_an_ode_blocks_field_keeps_its_callbacks():
     field.callback_step = lambda t, y, dt: seen.append(float(t))
     ODEBlock(field, solver="rk4", n_steps=4)(torch.ones(1, 2))
     assert seen == [0.0, 0.25, 0.5, 0.75]
+
+
+def test_an_adaptive_ode_block_refuses_bf16():
+    block = ODEBlock(Autonomous(nn.Linear(2, 2)))
+    with pytest.raises(TypeError, match=r"dopri5 can't control an error in torch\.bfloat16"):
+        block.bfloat16()(torch.ones(1, 2).bfloat16())
+    fixed = ODEBlock(Autonomous(nn.Linear(2, 2)), solver="rk4", n_steps=2).bfloat16()
+    assert fixed(torch.ones(1, 2).bfloat16()).dtype == torch.bfloat16
+
+
+# What fields and steps must be, also where autograd does not look or the block was built before.
+
+
+@pytest.mark.parametrize("solver", ["euler", "rk4"])
+@pytest.mark.parametrize("weights", ["constant", "linear"])
+def test_in_place_fields_are_refused_with_and_without_gradients(solver, weights):
+    stack = ResidualStack(
+        [nn.Sequential(nn.ReLU(inplace=True), nn.Linear(2, 2)) for _ in range(2)],
+        solver=solver,
+        weights=weights,
+    )
+    for grad in (False, True):
+        with pytest.raises(ValueError, match=r"Sequential of block 0 does.*inplace=False"):
+            stack(torch.full((1, 2), -1.0, requires_grad=grad))
+    with torch.inference_mode(), pytest.raises(ValueError, match="block 0 does"):
+        stack(torch.full((1, 2), -1.0))
+    fine = ResidualStack([nn.Sequential(nn.Linear(2, 2), nn.ReLU(inplace=True))], solver=solver)
+    with torch.inference_mode():
+        fine(torch.ones(1, 2))
+    fine(torch.ones(1, 2, requires_grad=True))
+
+
+@pytest.mark.parametrize(
+    ("eta", "error"),
+    [
+        (0, ValueError),
+        (-1.0, ValueError),
+        (math.inf, ValueError),
+        ("1", TypeError),
+        (None, TypeError),
+        (True, TypeError),
+    ],
+)
+def test_a_step_is_checked_when_it_is_set_too(eta, error):
+    stack = ResidualStack(smooth(), depth=2)
+    with pytest.raises(error, match="step_size must be"):
+        stack.step_size = eta
+    with pytest.raises(error, match="step_size must be"):
+        ResidualStack(smooth(), depth=2, step_size=eta)
+    stack.step_size = 0.25
+    assert stack.step_size == 0.25
+
+
+def test_an_empty_batch_is_refused_where_each_sample_has_its_steps():
+    with pytest.raises(ValueError, match=r"at least one sample, got \(0, 3\)"):
+        ResidualStack(smooth(), depth=2, solver="dopri5")(torch.ones(0, 3).double())
+    assert ResidualStack(smooth(), depth=2, solver="rk4")(torch.ones(0, 3).double()).shape == (0, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +120,49 @@ def frozen_statistics(norms: list[_BatchNorm]) -> Iterator[None]:
     finally:
         for norm, (momentum, count) in zip(norms, saved, strict=True):
             norm.momentum, norm.num_batches_tracked = momentum, count
+
+
+def evaluate(field: nn.Module, y: Tensor, index: int, values: dict[str, Tensor] | None = None) -> Any:
+    """F(y), with other parameters where `values` has them.
+
+    Raises:
+        ValueError: it changes y in place. A compiled graph does not look.
+    """
+
+    def call() -> Any:
+        return field(y) if values is None else torch.func.functional_call(field, values, (y,))
+
+    if torch.compiler.is_compiling():
+        return call()
+    error = (
+        f"a field must not change the state in place; {type(field).__name__} of block {index} does. "
+        "Its first operation is probably ReLU(inplace=True): use inplace=False there."
+    )
+    if y.is_inference():  # which keeps no version
+        before = y.clone() if any(getattr(m, "inplace", False) for m in field.modules()) else None
+        dy = call()
+        changed = before is not None and not torch.allclose(before, y, rtol=0, atol=0, equal_nan=True)
+    else:
+        version = y._version
+        try:
+            dy = call()
+        except RuntimeError as raised:
+            if "leaf Variable that requires grad is being used in an in-place" in str(raised):
+                raise ValueError(error) from raised
+            raise
+        changed = y._version != version
+    if changed:
+        raise ValueError(error)
+    return dy
+
+
+def refuse_low_precision(solver: str, dtype: torch.dtype) -> None:
+    """Raise a TypeError for states that an adaptive solver can't tell an error in."""
+    if torch.finfo(dtype).bits < 32:
+        raise TypeError(
+            f"{solver} can't control an error in {dtype}; keep the state in float32 "
+            "(under autocast F alone runs in a lower precision), or use a fixed-step solver."
+        )
 
 
 def refuse_dropout(module: nn.Module, solver: str) -> None:

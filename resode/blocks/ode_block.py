@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from resode.blocks.held import Held, refuse_dropout
+from resode.blocks.held import Held, refuse_dropout, refuse_low_precision
 from resode.blocks.stack import explicit
 from resode.solve.gradient import GRADIENTS
 from resode.solve.odeint import odeint
@@ -96,6 +96,8 @@ class ODEBlock(nn.Module):
         t = torch.tensor(self.t, dtype=torch.float64, device=x.device)
         fixed = self.n_steps is not None
         func = self.func
+        if not fixed and x.is_floating_point():
+            refuse_low_precision(self.solver, x.dtype)
         if isinstance(func, nn.Module) and func.training:
             if not fixed or self.n_steps != 1 or len(self._tableau.b) > 1:
                 refuse_dropout(func, self.solver)

@@ -17,10 +17,12 @@ from resode.blocks.held import (
     Held,
     checkpoints,
     draw_scale,
+    evaluate,
     frozen_statistics,
     moving_norms,
     probability,
     refuse_dropout,
+    refuse_low_precision,
 )
 from resode.formulas import Cost, Shape, cost_of
 from resode.solve.adaptive import Progress, adaptive_solve
@@ -136,18 +138,13 @@ class ResidualStack(Checked):
             raise ValueError(
                 "channels says how many steps a block learns, and so needs learn_step='channel'."
             )
-        if not math.isfinite(step_size) or (step_size <= 0 and not learn_step):
-            raise ValueError(
-                "step_size must be positive and finite (0 or less only with learn_step=True), "
-                f"got {step_size}."
-            )
         if weights == "linear":
             _check_same_structure(modules)
         self.fields = nn.ModuleList(modules)
         self.shared = shared
         self.depth: int = depth if shared else len(modules)  # type: ignore[assignment]
-        self.step_size = float(step_size)
         self.learn_step = "block" if learn_step is True else learn_step
+        self.step_size = step_size
         self.step_sizes = None
         if learn_step:
             each = () if self.learn_step == "block" else (_channels(modules[0], channels),)
@@ -172,6 +169,21 @@ class ResidualStack(Checked):
     def solver(self, name: str) -> None:
         self._tableau = explicit(name)
         self.evaluations = None
+
+    @property
+    def step_size(self) -> float:
+        """η, the depth time of a block; where it is learnt, where it started from."""
+        return self._step_size
+
+    @step_size.setter
+    def step_size(self, eta: float) -> None:
+        if isinstance(eta, bool | str) or not hasattr(eta, "__float__"):
+            raise TypeError(f"step_size must be a number, got {eta!r}.")
+        if not math.isfinite(eta) or (eta <= 0 and not self.learn_step):
+            raise ValueError(
+                f"step_size must be positive and finite (0 or less only with learn_step=True), got {eta}."
+            )
+        self._step_size = float(eta)
 
     @property
     def substeps(self) -> int:
@@ -326,17 +338,13 @@ class ResidualStack(Checked):
     def _check(self, x: Tensor) -> None:
         if not self._tableau.adaptive:
             return
-        if torch.finfo(x.dtype).bits < 32:
-            raise TypeError(
-                f"{self.solver} can't control an error in {x.dtype}; keep the state in float32 "
-                "(under autocast F alone runs in a lower precision), or use a fixed-step solver."
-            )
-        if self.per_sample and x.ndim < 2:
+        refuse_low_precision(self.solver, x.dtype)
+        if self.per_sample and (x.ndim < 2 or len(x) == 0):
             raise ValueError(
-                f"per_sample=True needs x of shape (batch, *state), got {tuple(x.shape)}; "
-                "add the batch dimension or set per_sample=False."
+                "per_sample=True needs x of shape (batch, *state) with at least one sample, got "
+                f"{tuple(x.shape)}; add the batch dimension or set per_sample=False."
             )
-        if self.per_sample and self.weights == "linear":
+        if self.per_sample and self.weights == "linear" and not self.shared:
             raise ValueError(
                 f"weights='linear' changes F within a block, so {self.solver} can't give each sample its own "
                 "time; set per_sample=False, or use a fixed-step solver."
@@ -424,24 +432,17 @@ class ResidualStack(Checked):
 
         def f(s: Any, y: Tensor) -> Any:
             nonlocal first
-            watch = not torch.compiler.is_compiling() and not y.is_inference()
-            version = y._version if watch else 0
             with nullcontext() if held is None else held.evaluation():
                 if nodes is None or (first and isinstance(s, float)):  # the first stage is at the node itself
-                    dy = module(y)
+                    dy = evaluate(module, y, index)
                 else:
                     between = {
                         name: torch.lerp(p, nodes[1][name], _like(s, p)) for name, p in nodes[0].items()
                     }
                     if held is not None and not first:  # statistics move at the first stage alone
                         between |= _copied_statistics(module)
-                    dy = torch.func.functional_call(module, between, (y,))
+                    dy = evaluate(module, y, index, between)
                 first = False
-            if watch and y._version != version:
-                raise ValueError(
-                    f"a field must not change the state in place; {type(module).__name__} of block {index} "
-                    "does. Its first operation is probably ReLU(inplace=True): use inplace=False there."
-                )
             return dy if scale is None else dy * scale
 
         return f
