@@ -172,6 +172,8 @@ def test_modules_without_formula_are_counted_or_refused():
     with pytest.raises(TypeError, match=r"no formula for the cost of a Conv1d.*analysis\.count"):
         cost_of(model, (3, 8))
     assert count(model, torch.randn(2, 3, 8)) == Cost(40, 6 * 3 * 4 * 3, (24,))
+    grouped = nn.Conv2d(8, 12, (3, 5), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=4)
+    assert cost_of(grouped, (8, 9, 12)) == count(grouped, torch.randn(2, 8, 9, 12))
     with pytest.raises(ValueError, match="at least one sample"):
         count(model, torch.randn(0, 3, 8))
 
