@@ -117,6 +117,36 @@ def test_other_methods_go_to_torchdiffeq():
     assert torch.equal(y, torchdiffeq.odeint(riccati, y0, t, method="implicit_adams"))
     assert stats.nfe > 20 and stats.n_steps is None
     assert "implicit_adams" in torchdiffeq_methods()
+    # In float32 too its own tolerances hold, which are finer than those of the methods here.
+    y0, t = y0.float(), t.float()
+    expected = torchdiffeq.odeint(riccati, y0, t, method="fehlberg2")
+    assert torch.equal(odeint(riccati, y0, t, method="fehlberg2"), expected)
+
+
+@pytest.mark.parametrize("options", [dict(method="rk4", n_steps=2), {}, dict(per_sample=True)])
+def test_a_field_that_changes_the_state_in_place_is_refused(options):
+    """It would change the step's start under the solver: a wrong result without a word."""
+    for y0 in (torch.ones(2, 1), (torch.ones(2), torch.ones(1))):
+        if isinstance(y0, tuple) and "per_sample" in options:
+            continue
+        field = lambda t, y: y.mul_(-1) if isinstance(y, torch.Tensor) else tuple(p.mul_(-1) for p in y)  # noqa: E731
+        with pytest.raises(ValueError, match="changed y in place"):
+            odeint(field, y0, torch.tensor([0.0, 1.0]), **options)
+
+
+@pytest.mark.parametrize("options", [dict(method="euler"), dict(method="tsit5"), dict(per_sample=True)])
+def test_unused_parameters_get_zero(options):
+    """Even where the field uses none, is complex, or t holds one time."""
+    field = torch.nn.Module()
+    field.a = torch.nn.Parameter(torch.ones(2, 3))
+    field.b = torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    field.forward = lambda t, y: -y
+    for t in ([0.0], [0.0, 0.5, 1.0]):
+        y = odeint(field, torch.ones(2, 1), torch.tensor(t), **options)
+        grads = torch.autograd.grad(y.sum(), [field.a, field.b])
+        assert all(
+            torch.equal(g, torch.zeros_like(p)) for g, p in zip(grads, field.parameters(), strict=True)
+        )
 
 
 @pytest.mark.parametrize("per_sample", [False, True])

@@ -361,9 +361,6 @@ class ResidualStack(Checked):
             """ηF over the fraction s of the block, from 0 to 1."""
             return eta * field(s, y)
 
-        def scaled_whole(s: Any, y: Tensor) -> Tensor:
-            return scaled(s.reshape(()), y[0])[None]
-
         try:
             if not tableau.adaptive:
                 cost.steps += n
@@ -374,13 +371,12 @@ class ResidualStack(Checked):
             else:
                 [y], cost.progress = adaptive_solve(
                     tableau,
-                    scaled if self.per_sample else scaled_whole,
-                    x if self.per_sample else x[None],
+                    scaled,
+                    x,
                     [0.0, 1.0],
-                    Control(self.rtol, self.atol, max_step=1 / n),
+                    Control(self.rtol, self.atol, max_step=1 / n, per_sample=self.per_sample),
                     cost.progress,
                 )
-                y = y if self.per_sample else y[0]
         finally:
             cost.evaluations.append(field.calls)
         return y if scale is None or not several else x + scale * (y - x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,12 +15,15 @@ from resode.tableaus import ButcherTableau
 
 @dataclass
 class Step:
-    """A step that was kept: what its interpolant needs. B samples, each with its own times."""
+    """A step that was kept: what its interpolant needs.
 
-    start: Tensor  # (B,)
-    end: Tensor  # (B,); the start again for samples that did not take it
-    x: Tensor  # the state at the start, (B, *state)
-    k: list[Tensor]  # the stages, (B, *state) each; the last one is f at the step's end
+    Either the state is a batch of B samples, each with its own times, or B = 1 and it has any shape.
+    """
+
+    start: np.ndarray  # (B,)
+    end: np.ndarray  # (B,); the start again for samples that did not take it
+    x: Tensor  # the state at the start
+    k: list[Tensor]  # the stages, each as x; the last one is f at the step's end
     x_end: Tensor
 
 
@@ -27,10 +31,11 @@ def interpolate(
     tableau: ButcherTableau,
     f: Field,
     steps: Sequence[Step],
-    outputs: Tensor,
+    outputs: np.ndarray,
     forward: float,
+    per_sample: bool,
 ) -> tuple[list[Tensor], int]:
-    """States at the outputs, each (B, *state), and the calls of f they took.
+    """States at the outputs, each of the state's shape, and the calls of f they took.
 
     By the method's own interpolant where it has one, a cubic Hermite polynomial up to order 3, and
     for the others a step of the method itself from the step's start to the output.
@@ -39,46 +44,50 @@ def interpolate(
         tableau: the method that took the steps.
         f: the field.
         steps: in the order they were taken; every output lies in one of each sample's.
-        outputs: times, (T,), in the steps' dtype; for Hermite and the interpolants in any order.
+        outputs: times, (T,), in any order.
         forward: 1, or −1 where time decreases.
+        per_sample: whether the steps' states are batches.
     """
     if len(outputs) == 0:
         return [], 0
     like = steps[0].x
-    batch, column = like.shape[0], (len(outputs), like.shape[0]) + (1,) * (like.ndim - 1)
-    start, end = torch.stack([s.start for s in steps], 1), torch.stack([s.end for s in steps], 1)  # (B, S)
-    wanted = outputs.expand(batch, -1).contiguous()  # (B, T)
-    index = torch.searchsorted(forward * end, forward * wanted)  # the first step that reaches the output
-    start, end = start.gather(1, index), end.gather(1, index)
-    size = (end - start).T.reshape(column)
+    real, device = like.dtype.to_real(), like.device
+    start, end = np.stack([s.start for s in steps], 1), np.stack([s.end for s in steps], 1)  # (B, S)
+    # The first step that reaches the output, (B, T).
+    index = np.stack([np.searchsorted(row, forward * outputs) for row in forward * end])
+    start, end = np.take_along_axis(start, index, 1), np.take_along_axis(end, index, 1)
+    size = (end - start).T
     # A sample that did not take the step has size 0; only an output at its start can fall there.
-    theta = (wanted - start).T.reshape(column) / torch.where(size == 0, 1.0, size)
-    pick, sample = index.T, torch.arange(batch, device=like.device)
+    theta = (outputs - start).T / np.where(size == 0, 1.0, size)
+    column = (len(outputs),) + ((len(like),) + (1,) * (like.ndim - 1) if per_sample else (1,) * like.ndim)
+    pick = torch.from_numpy(index.T).to(device)
+    where = (pick, torch.arange(pick.shape[1], device=device)) if per_sample else (pick[:, 0],)
+
+    def as_factor(numbers: np.ndarray) -> Tensor:
+        return torch.from_numpy(numbers).to(device, real).view(column)
 
     def at_step(entries: list[Tensor]) -> Tensor:
-        """Of one entry a step, the one at each output's step: (T, B, *state)."""
-        return torch.stack(entries)[pick, sample]
+        """Of one entry a step, the one at each output's step: (T, *x.shape)."""
+        return torch.stack(entries)[where]
 
-    real = like.dtype.to_real()
-    x, h = at_step([s.x for s in steps]), size.to(real)
+    x = at_step([s.x for s in steps])
     if tableau.interpolant is not None:
-        powers = [theta ** (j + 1) for j in range(len(tableau.interpolant[0]))]
         for i, row in enumerate(tableau.interpolant):
             if any(row):
-                weight = torch.stack([float(c) * p for c, p in zip(row, powers, strict=True)]).sum(0)
-                x = x + (h * weight.to(real)) * at_step([s.k[i] for s in steps])
+                weight = sum(float(c) * theta ** (j + 1) for j, c in enumerate(row))
+                x = x + as_factor(size * weight) * at_step([s.k[i] for s in steps])
         return list(x), 0
-    k0 = at_step([s.k[0] for s in steps])
+    k0, h = at_step([s.k[0] for s in steps]), as_factor(size)
     if tableau.order <= 3:
         x1, k1 = at_step([s.x_end for s in steps]), at_step([s.k[-1] for s in steps])
-        return list(hermite(theta.to(real), h, x, k0, x1, k1)), 0
+        return list(hermite(as_factor(theta), h, x, k0, x1, k1)), 0
     path = []
     for i in range(len(outputs)):
         part = theta[i] * size[i]
-        begin = outputs[i] - part
-        at = [begin + c * part for c in tableau.stage_times]
-        k = stages(tableau, f, at, x[i], part.to(real), k0[i])
-        path.append(combine(x[i], part.to(real), tableau.b_row, k))
+        h = torch.from_numpy(part).to(device, real).view(column[1:])
+        at = [(outputs[i] - part) + c * part for c in tableau.stage_times]
+        times = [torch.from_numpy(s).to(device, real).view(column[1:] if per_sample else ()) for s in at]
+        path.append(combine(x[i], h, tableau.b_row, stages(tableau, f, times, x[i], h, k0[i])))
     return path, len(outputs) * tableau.b_row[-1][0]
 
 

@@ -21,16 +21,27 @@ STIFF_SOLVER = (
 )
 
 
-def spectrum(f: Field, time: Any, x: Tensor, sample: int) -> Tensor | None:
-    """Eigenvalues of ∂F/∂x of one sample, complex (n,); None where they can't be had."""
+def spectrum(f: Field, time: Any, x: Tensor, sample: int | None) -> Tensor | None:
+    """Eigenvalues of ∂F/∂x, complex (n,); None where they can't be had.
+
+    Args:
+        f: the field.
+        time: as f takes it.
+        x: the state.
+        sample: of which row of the state, where it is a batch; None for the whole.
+    """
     x = x.detach()
-    row = torch.view_as_real(x[sample]) if x.is_complex() else x[sample]
+    row = x if sample is None else x[sample]
+    row = torch.view_as_real(row) if x.is_complex() else row
     if not 0 < row.numel() <= MAX_ENTRIES or not torch.isfinite(row).all():
         return None
 
     def field(row: Tensor) -> Tensor:
         y = torch.view_as_complex(row) if x.is_complex() else row
-        dy = f(time, torch.cat([x[:sample], y[None], x[sample + 1 :]]))[sample]
+        if sample is None:
+            dy = f(time, y)
+        else:
+            dy = f(time, torch.cat([x[:sample], y[None], x[sample + 1 :]]))[sample]
         return torch.view_as_real(dy) if x.is_complex() else dy
 
     try:

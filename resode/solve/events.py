@@ -25,7 +25,6 @@ from resode.solve.control import Callbacks
 from resode.solve.fixed import Grid, one_step
 from resode.solve.native import (
     Evaluations,
-    batch_field,
     call_torchdiffeq,
     fixed_field,
     segments,
@@ -116,24 +115,23 @@ def _adaptive(
     callbacks: Callbacks | None,
 ) -> tuple[float, Tensor, tuple[int, int, int]]:
     control, real = how.control(y0, callbacks), y0.dtype.to_real()
-    field = batch_field(counted, y0, False)
     start, forward = float(t[0].detach()), 1 if t[1] > t[0] else -1
-    y = y0[None]
+    y = y0
     if t.requires_grad:
-        y = y - field(t[:1].detach().to(real), y) * zero_with_gradient(t[0], real)
+        y = y - counted(t[0].detach().to(y0.device, real), y) * zero_with_gradient(t[0], real)
     if value_of(event, start, y0) <= 0:
-        return start, y[0], (0, 0, 0)
+        return start, y, (0, 0, 0)
     progress = None
-    for times, _, f in segments(field, [start, forward * math.inf], how, real):
+    for times, _, f in segments(counted, [start, forward * math.inf], how, real):
         solve = Adaptive(tableau, f, y, times[0], times[-1], control, progress)
         for step in solve.steps():
-            begin, end = float(step.start), float(step.end)
-            if value_of(event, end, step.x_end[0]) <= 0:
+            begin, end = step.start.item(), step.end.item()
+            if value_of(event, end, step.x_end) <= 0:
                 at = _step_to(tableau, f, begin, step.x, step.k[0])
-                time = root(event, lambda s, at=at: at(s)[0], begin, end)
-                p = solve.progress
-                counts = (int(p.n_accepted + p.n_rejected), int(p.n_accepted), int(p.n_rejected))
-                return time, step.x_end[0] if time == end else at(time)[0], counts
+                time = root(event, at, begin, end)
+                accepted, rejected = solve.progress.n_accepted.item(), solve.progress.n_rejected.item()
+                counts = (accepted + rejected, accepted, rejected)
+                return time, step.x_end if time == end else at(time), counts
         y, progress = solve.x, solve.progress
     raise AssertionError("the last segment has no end")
 
@@ -195,9 +193,8 @@ def _step_to(
 
     def at(time: float) -> Tensor:
         h = time - begin
-        times = [
-            torch.tensor(begin + c * h, dtype=torch.float64, device=x.device) for c in tableau.stage_times
-        ]
+        real = x.dtype.to_real()
+        times = [torch.tensor(begin + c * h, dtype=real, device=x.device) for c in tableau.stage_times]
         return combine(x, h, tableau.b_row, stages(tableau, f, times, x, h, k0))
 
     return at

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from resode.solve.control import MAX_STEPS
 from resode.solve.dense import Step, interpolate
 from resode.solve.events import root, value_of
 from resode.solve.fixed import steps_between
-from resode.solve.native import Evaluations, batch_field, not_finite
+from resode.solve.native import Evaluations, not_finite
 from resode.solve.options import NATIVE, How, resolve_method
 from resode.solve.problem import check_per_sample, check_state
 from resode.solve.result import Stats
@@ -36,12 +37,12 @@ class DenseOutput:
 
     Args:
         tableau: the method.
-        f: the field on a batch.
+        f: the field.
         steps: as taken.
         t_min: the earliest time.
         t_max: the latest.
         forward: 1, or −1 where the solve went back in time.
-        batch: whether the first dimension of the steps' states is the user's.
+        per_sample: whether the states are batches, each sample with its own steps.
     """
 
     tableau: ButcherTableau
@@ -50,7 +51,7 @@ class DenseOutput:
     t_min: float
     t_max: float
     forward: float
-    batch: bool
+    per_sample: bool
 
     def __call__(self, t: Tensor | float) -> Tensor:
         """The state at t: (*y.shape) for one time, (T, *y.shape) for t of shape (T,).
@@ -64,16 +65,14 @@ class DenseOutput:
                 "dense output holds for one time or a vector of times from "
                 f"{self.t_min:g} to {self.t_max:g}; got {times.tolist()}."
             )
-        start = self.steps[0].start
-        y = torch.stack(self.at(times.reshape(-1).to(start.device, start.dtype)))
-        return y if times.ndim else y[0]
+        path = self.at(times.reshape(-1).cpu().numpy())
+        if not path:
+            return self.steps[0].x.new_zeros((0, *self.steps[0].x.shape))
+        return torch.stack(path) if times.ndim else path[0]
 
-    def at(self, times: Tensor) -> list[Tensor]:
+    def at(self, times: np.ndarray) -> list[Tensor]:
         """The states at times (T,), each of y's shape."""
-        if len(times) == 0:
-            return []
-        path, _ = interpolate(self.tableau, self.f, self.steps, times, self.forward)
-        return path if self.batch else [y[0] for y in path]
+        return interpolate(self.tableau, self.f, self.steps, times, self.forward, self.per_sample)[0]
 
 
 @dataclass
@@ -206,13 +205,14 @@ def solve_ivp(
     time = end if final is None else final[0]
     dense = DenseOutput(tableau, solve.f, kept, min(start, time), max(start, time), solve.forward, per_sample)
     if wanted is None:
-        grid = torch.cat([kept[0].start, *(step.end for step in kept)])
-        states = [kept[0].x[0], *(step.x_end[0] for step in kept)]
+        points = np.concatenate([kept[0].start, *(step.end for step in kept)])
+        states = [kept[0].x, *(step.x_end for step in kept)]
         if final is not None:
-            grid[-1], states[-1] = final
+            points[-1], states[-1] = final
     else:
-        grid = wanted[(wanted - time) * solve.forward <= 0].to(kept[0].start)
-        states = dense.at(grid)
+        points = wanted[(wanted - time) * solve.forward <= 0].cpu().numpy()
+        states = dense.at(points)
+    grid = torch.from_numpy(points).to(y0.device)
     y = torch.stack(states) if states else y0.new_zeros((0, *y0.shape))
     stats = solve.progress.stats()
     if not per_sample:
@@ -226,9 +226,7 @@ def _controlled(
     tableau: ButcherTableau, counted: Evaluations, y0: Tensor, start: float, end: float, how: How
 ) -> Adaptive:
     """Error-controlled steps."""
-    x = y0 if how.per_sample else y0[None]
-    f = batch_field(counted, y0, how.per_sample)
-    return Adaptive(tableau, f, x, start, end, how.control(y0, None))
+    return Adaptive(tableau, counted, y0, start, end, how.control(y0, None))
 
 
 class _Equal:
@@ -239,8 +237,7 @@ class _Equal:
     ):
         self.tableau, self.start, self.end, self.per_sample = tableau, start, end, how.per_sample
         self.forward = 1.0 if end > start else -1.0
-        self.x = y0 if how.per_sample else y0[None]
-        self.counted, self.f = counted, batch_field(counted, y0, how.per_sample)
+        self.x, self.f, self.counted = y0, counted, counted
         if how.step_size is None and how.n_steps is None:
             warnings.warn(
                 f"{tableau.name} takes one step over t_span; give n_steps or step_size.", stacklevel=3
@@ -250,29 +247,29 @@ class _Equal:
 
     def steps(self) -> Iterator[Step]:
         x, (low, high) = self.x, sorted((self.start, self.end))
-        batch, column = len(x), (len(x),) + (1,) * (x.ndim - 1)
+        batch = len(x) if self.per_sample else 1
+        column, real = (batch,) + (1,) * (x.ndim - 1) if self.per_sample else (), x.dtype.to_real()
         h = (self.end - self.start) / self.n
         k0: Tensor | None = None
         for i in range(self.n):
             begin = self.start + i * h
             end = self.end if i == self.n - 1 else self.start + (i + 1) * h
-            ends = x.new_tensor([begin, end], dtype=torch.float64).expand(batch, 2).unbind(1)
             at = [min(max(begin + c * h, low), high) for c in self.tableau.stage_times]
-            times = [x.new_full(column, s, dtype=torch.float64) for s in at]
+            times = [x.new_full(column, s, dtype=real) for s in (*at, end)]
             k = stages(self.tableau, self.f, times, x, h, k0)
             new_x = combine(x, h, self.tableau.b_row, k)
             if not torch.isfinite(new_x.detach()).all():
                 both = torch.tensor([begin, end], dtype=torch.float64)
                 raise not_finite(self.tableau, self.f, [x, new_x], both, 1, self.per_sample)
-            k.append(k0 := self.f(ends[1].view(column), new_x))
+            k.append(k0 := self.f(times[-1], new_x))
             self.taken += 1
-            yield Step(ends[0], ends[1], x, k, new_x)
+            yield Step(np.full(batch, begin), np.full(batch, end), x, k, new_x)
             x = new_x
 
     @property
     def progress(self) -> Progress:
         """The counts."""
-        zeros = torch.zeros(len(self.x), dtype=torch.int64)
+        zeros = np.zeros(len(self.x) if self.per_sample else 1, np.int64)
         return Progress(zeros, zeros, zeros + self.counted.calls, zeros + self.taken, zeros)
 
 
@@ -291,15 +288,16 @@ class _Watch:
         self, step: Step, tableau: ButcherTableau, f: Field, forward: float
     ) -> tuple[float, Tensor] | None:
         """Notes the zeros within a step; the time and state of one that ends the solve, or None."""
-        begin, end = float(step.start), float(step.end)
+        begin, end = step.start.item(), step.end.item()
 
         def at(time: float) -> Tensor:
-            path, _ = interpolate(tableau, f, [step], step.start.new_tensor([time]), forward)
-            return step.x_end[0] if time == end else path[0][0]
+            if time == end:
+                return step.x_end
+            return interpolate(tableau, f, [step], np.array([time]), forward, False)[0][0]
 
         zeros = []
         for i, event in enumerate(self.events):
-            before, after = value_of(event, begin, step.x[0]), value_of(event, end, step.x_end[0])
+            before, after = value_of(event, begin, step.x), value_of(event, end, step.x_end)
             falls, rises = before > 0 >= after, before < 0 <= after
             if (falls and self.direction[i] <= 0) or (rises and self.direction[i] >= 0):
                 sign = 1.0 if falls else -1.0

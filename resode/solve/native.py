@@ -39,9 +39,11 @@ class Counted:
 class Evaluations(Counted):
     """A user's func, counted; what it raises is told where."""
 
-    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+    def __call__(self, t: Any, x: Tensor) -> Tensor:
         """func(t, x), in x's dtype."""
         self.calls += 1
+        watched = self.calls == 1 and not x.is_inference()
+        version = x._version if watched else 0
         try:
             dx = self.f(t, x)
         except Exception as error:
@@ -52,6 +54,11 @@ class Evaluations(Counted):
                     f"with a state of shape {tuple(x.shape)} and dtype {x.dtype}."
                 )
             raise
+        if watched and x._version != version:
+            raise ValueError(
+                "a field must leave the state as it is; func changed y in place. Write y * a for y.mul_(a), "
+                "and nn.ReLU() for nn.ReLU(inplace=True)."
+            )
         return as_stage(dx, x)
 
 
@@ -88,14 +95,6 @@ def fixed_field(counted: Counted, y0: Tensor, low: float, high: float, per_sampl
         return counted(torch.full(shape, s, dtype=real, device=y.device), y)
 
     return field
-
-
-def batch_field(counted: Counted, y0: Tensor, per_sample: bool) -> Field:
-    """The field for error-controlled steps: s of shape (B, 1, …, 1), y (B, *state); B = 1 for one step."""
-    real = y0.dtype.to_real()
-    if per_sample:
-        return lambda s, y: counted(s.to(real), y)  # type: ignore[union-attr]
-    return lambda s, y: counted(torch.as_tensor(s).to(real).reshape(()), y[0])[None]
 
 
 def segments(
@@ -146,10 +145,7 @@ def _fixed(
         path, n = grid_solve(tableau, field, y0, t, grid, callback)
     result = torch.stack(path)
     if not torch.isfinite(result[-1]).all():
-        if how.per_sample:
-            raise not_finite(tableau, field, path, t, n, True)
-        whole = lambda s, y: field(s.reshape(()), y[0])[None]  # noqa: E731
-        raise not_finite(tableau, whole, [y[None] for y in path], t, n, False)
+        raise not_finite(tableau, field, path, t, n, how.per_sample)
     counts: list[Any] = [counted.calls, n, n, 0]
     if how.per_sample:
         counts = [torch.full((y0.shape[0],), c, dtype=torch.int64, device=y0.device) for c in counts]
@@ -163,20 +159,21 @@ def not_finite(
 
     Args:
         tableau: the method.
-        f: the field on a batch; a batch of one where not per_sample.
-        path: the states at t, (B, *state) each.
+        f: the field.
+        path: the states at t.
         t: the times, (T,).
         n: how many steps there are between t[0] and t[-1].
-        per_sample: whether the batch is the user's, so that a sample can be named.
+        per_sample: whether the states are batches, so that a sample can be named.
     """
     t = t.detach()
     first = next(i for i, y in enumerate(path) if not torch.isfinite(y).all())
     last, bad = path[first - 1], path[first]
     time, step = float(t[first]), abs(float(t[-1] - t[0])) / n
-    index, *entry = (~torch.isfinite(bad)).nonzero()[0].tolist()
-    sample = index if per_sample else None
-    begin = torch.full((len(last),) + (1,) * (last.ndim - 1), float(t[first - 1]), dtype=torch.float64)
-    values = spectrum(f, begin.to(last.device), last, index)
+    index, *rest = (~torch.isfinite(bad)).nonzero()[0].tolist() or [0]
+    sample, entry = (index, rest) if per_sample else (None, [index, *rest] if bad.ndim else [])
+    column = (len(last),) + (1,) * (last.ndim - 1) if per_sample else ()
+    begin = torch.full(column, float(t[first - 1]), dtype=last.dtype.to_real(), device=last.device)
+    values = spectrum(f, begin, last, sample)
     kind, text, eigenvalue = explain(tableau, values, step, math.inf)
     which = f", sample {sample}" if sample is not None else f", entry {entry}" if entry else ""
     reason = f" At t={float(t[first - 1]):.9g}: {text}." if text else ""
@@ -203,11 +200,11 @@ def _adaptive(
     callbacks: Callbacks | None,
 ) -> tuple[Tensor, Stats]:
     control, real = how.control(y0, callbacks), y0.dtype.to_real()
-    field = batch_field(counted, y0, how.per_sample)
-    start = y0 if how.per_sample else y0[None]
+    field, start = counted, y0
+    column = (y0.shape[0],) + (1,) * (y0.ndim - 1) if how.per_sample else ()
 
     def at(s: Tensor) -> Tensor:
-        return s.detach().to(y0.device, real).expand((start.shape[0],) + (1,) * (start.ndim - 1))
+        return s.detach().to(y0.device, real).expand(column)
 
     if t.requires_grad:
         # The steps are held fixed; ∂y/∂t_i = f(t_i, y_i), and moving t_0 moves the start back along f.
@@ -220,15 +217,12 @@ def _adaptive(
             path += later if asked else later[:-1]
     if t.requires_grad:
         path = [y + field(at(s), y) * zero_with_gradient(s, real) for s, y in zip(t, path, strict=True)]
-    result = torch.stack(path)
     if progress is None:
-        zero = torch.zeros(start.shape[0], dtype=torch.int64)
+        zero = torch.zeros(start.shape[0] if how.per_sample else 1, dtype=torch.int64)
         stats = Stats(zero + counted.calls, zero, zero, zero)
     else:
         stats = progress.stats()
-    if how.per_sample:
-        return result, stats
-    return result[:, 0], replace(stats.item(), nfe=counted.calls)
+    return torch.stack(path), stats if how.per_sample else replace(stats.item(), nfe=counted.calls)
 
 
 def zero_with_gradient(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -251,7 +245,11 @@ def call_torchdiffeq(
     if how.step_size is not None:
         options["step_size"] = how.step_size
     rtol, atol = tolerances(y0.dtype, how.rtol, how.atol)
-    how_much: dict[str, Any] = {"rtol": rtol, "atol": atol}
+    how_much: dict[str, Any] = {}  # left out, they are torchdiffeq's own, which do not follow the dtype
+    if how.rtol is not None:
+        how_much["rtol"] = rtol
+    if how.atol is not None:
+        how_much["atol"] = atol
     if callbacks is not None:
         for name in ("step", "accept", "reject"):
             call, suffix = getattr(callbacks, name), "step" if name == "step" else f"{name}_step"

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from resode.solve.control import MAX_STEPS
 from resode.solve.events import combined, solve_to_event, with_event_gradient
@@ -82,9 +82,9 @@ def odeint(
         return_stats: also give the `Stats`.
 
     Returns:
-        The states at t, shape (T, *y0.shape) (a tuple of them for a tuple), or (states, Stats). With
-        event_fn (time, states at t[0] and at that time), the time 0-D and without gradient; see
-        `odeint_event`.
+        The states at t, shape (T, *y0.shape) (a tuple of them for a tuple), or (states, Stats). They have
+        gradients for y0, t and what func uses; a module's unused parameters get 0. With event_fn (time,
+        states at t[0] and at that time), the time 0-D and without gradient; see `odeint_event`.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message says the rule and what came.
@@ -284,7 +284,10 @@ def _odeint(
     how.check()
     _warn_of_a_single_step(how, t, event_fn is not None)
     state, split = flatten(y0) if isinstance(y0, tuple) else (y0, None)
-    params = () if adjoint is None else adjoint_params(func, adjoint.get("params"), args)
+    if adjoint is None:
+        params, state = (), _reached_by(func, state)
+    else:
+        params = adjoint_params(func, adjoint.get("params"), args)
     callbacks = callbacks_of(func, how, "", split)
     field = (lambda t, y: func(t, y, *args)) if args else func
     event = None
@@ -314,6 +317,14 @@ def _odeint(
     if event_t is not None:
         result = (event_t, result)
     return (result, stats) if return_stats else result
+
+
+def _reached_by(func: Any, y: Tensor) -> Tensor:
+    """The state y + 0, with gradient 0 for all parameters of func, so that unused ones have a gradient."""
+    if not (isinstance(func, nn.Module) and torch.is_grad_enabled()):
+        return y
+    params = [torch.view_as_real(p) if p.is_complex() else p for p in func.parameters() if p.requires_grad]
+    return y + sum(p.reshape(-1)[:0].sum().to(y.device, y.dtype) for p in params) if params else y
 
 
 def _warn_of_a_single_step(how: How, t: Tensor, is_event: bool) -> None:

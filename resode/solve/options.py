@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resode.solve.control import MAX_STEPS, Callbacks, Control, Tolerance, rms
+from resode.solve.control import MAX_STEPS, Callbacks, Control, Tolerance
 from resode.solve.fixed import INTERPOLATIONS, Grid, grid_of_size
 from resode.tableaus import METHODS, ButcherTableau
 
@@ -129,7 +129,8 @@ class How:
             safety=positive("safety", 0.9),
             shrink=shrink,
             grow=grow,
-            norm=rms if norm is None else _batched(norm),
+            norm=None if norm is None else _measured(norm, self.per_sample),
+            per_sample=self.per_sample,
             dtype=torch.promote_types(dtype, y0.dtype.to_real()),
             callbacks=callbacks,
         )
@@ -159,8 +160,10 @@ class _Positive:
         return value
 
 
-def _batched(norm: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
-    return lambda x: torch.stack([torch.as_tensor(norm(row), device=x.device) for row in x]).abs().double()
+def _measured(norm: Callable[[Tensor], Any], per_sample: bool) -> Callable[[Tensor], Tensor]:
+    """A user's norm of one state as a tensor: of each sample (B,), or 0-D."""
+    one = lambda x: torch.as_tensor(norm(x), device=x.device).abs()  # noqa: E731
+    return (lambda x: torch.stack([one(row) for row in x])) if per_sample else one
 
 
 def _times(name: str, values: Any) -> list[float]:
