@@ -16,7 +16,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-SHORTCUTS = ("A", "B", "C", "D", "gated")
+from resode.formulas import Cost, Shape, chain, cost_of
+
+SHORTCUTS = ("A", "B", "C", "D", "gated", "input_gated")
 """Kinds that `make_shortcut` knows."""
 
 
@@ -91,6 +93,10 @@ class PadShortcut(nn.Module):
         x = x[:, :, :: self.stride, :: self.stride]
         return nn.functional.pad(x, (0, 0, 0, 0, self.before, self.behind))
 
+    def cost(self, shape: Shape) -> Cost:
+        """No parameters and no multiply-adds; with the shape of S(x)."""
+        return Cost(0, 0, (self.out_channels, *(-(-n // self.stride) for n in shape[1:])))
+
     def extra_repr(self) -> str:
         """Sizes, for print."""
         return f"{self.in_channels}, {self.out_channels}, stride={self.stride}, zeros={self.zeros!r}"
@@ -150,6 +156,10 @@ class ProjectionShortcut(nn.Sequential):
         _check_images("a projection shortcut", input, self.in_channels)
         return super().forward(input)
 
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters and multiply-adds for samples of this shape, by formula."""
+        return chain(shape, *self)
+
 
 class GatedShortcut(nn.Module):
     """S(x) = αx with one learnable number α.
@@ -174,6 +184,10 @@ class GatedShortcut(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """αx, shape and dtype of x."""
         return self.alpha.to(x.dtype) * x
+
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters and multiply-adds for samples of this shape, by formula."""
+        return Cost(1, 0, shape)
 
 
 class InputGatedShortcut(nn.Module):
@@ -219,6 +233,10 @@ class InputGatedShortcut(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """α(x) x, shape of x."""
         return self.gate(x).to(x.dtype) * x
+
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters and multiply-adds for samples of this shape, by formula."""
+        return Cost(self.channels + 1, self.channels, shape)
 
 
 class HighwayShortcut(nn.Module):
@@ -270,6 +288,10 @@ class HighwayShortcut(nn.Module):
         t = self.gate(x)
         return t * residual + (1 - t) * x
 
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters and multiply-adds for samples of this shape, by formula."""
+        return cost_of(self.transform, shape)
+
 
 def make_shortcut(
     kind: str,
@@ -281,8 +303,9 @@ def make_shortcut(
 ) -> nn.Module:
     """The shortcut of a block by the name of its kind.
 
-    Where the state keeps its shape A, B and D are the identity, C is a projection and "gated" is αx.
-    Where it changes, A and "gated" pad with zeros, B and C project, D projects after average pooling.
+    Where the state keeps its shape A, B and D are the identity, C is a projection, "gated" is αx and
+    "input_gated" α(x)x. Where it changes, these two and A pad with zeros, B and C project, D projects
+    after average pooling.
 
     Args:
         kind: one of SHORTCUTS.
@@ -308,4 +331,6 @@ def make_shortcut(
         return ProjectionShortcut(in_channels, out_channels, stride, norm=norm, average_pool=kind == "D")
     if not same:
         return PadShortcut(in_channels, out_channels, stride)
+    if kind == "input_gated":
+        return InputGatedShortcut(in_channels)
     return GatedShortcut() if kind == "gated" else nn.Identity()

@@ -252,6 +252,17 @@ def test_damping_bounds_the_real_part(options, shape):
     assert real.min() >= -0.5 * slopes.max() - 1e-12
 
 
+@pytest.mark.parametrize(("options", "shape"), STABLE_STATES)
+def test_a_damped_field_stays_damped_when_it_is_trained_to_grow(options, shape):
+    """Trained towards F(x) = x, whose λ would be 1: no weight gives Re λ > 0."""
+    size = shape[-1] if len(shape) == 1 else shape[1]
+    field = trained(AntisymmetricField(size, gamma=0.3, **options).double(), shape)
+    for _ in range(5):
+        J = jacobian(field, torch.randn(shape, dtype=torch.float64))
+        real = torch.linalg.eigvals(J).real
+        assert -0.3 - 1e-12 <= real.min() and real.max() < 0
+
+
 def test_hamiltonian_energy_is_conserved():
     """dH/dt = ∇H·F = 0 for H = Σ log cosh(K₁q + b₁) + Σ log cosh(K₂p + b₂), whose σ is tanh."""
     field = HamiltonianField(8).double()

@@ -443,6 +443,10 @@ def test_options_change_what_they_say():
     assert isinstance(build("resnet20", activation="gelu").layer1[0].act, nn.GELU)
     assert build("resnet20", shortcut="C").layer1[0].downsample[0].weight.shape == (16, 16, 1, 1)
     assert len([n for n, _ in build("resnet20", shortcut="gated").named_parameters() if "alpha" in n]) == 7
+    assert (
+        len([n for n, _ in build("preact20", shortcut="input_gated").named_parameters() if "score" in n])
+        == 14
+    )
     stem = build("resnet20", stem="imagenet")
     assert stem.conv1.weight.shape == (16, 3, 7, 7)
     assert build("resnet18", stem="small").conv1.stride == (1, 1)
@@ -548,7 +552,7 @@ def test_families_know_their_nearest_depths():
         ("odenet20", {"solver": "rk5"}, "rk4"),
         ("odenet20", {"shortcut": "C"}, "'A', 'B' or 'D', got 'C'"),
         ("odenet20", {"step_size": -1.0}, "step_size"),
-        ("resnet20", {"shortcut": "a"}, "'A', 'B', 'C', 'D', 'gated'"),
+        ("resnet20", {"shortcut": "a"}, "'A', 'B', 'C', 'D', 'gated', 'input_gated'"),
         ("resnet20", {"norm": "bach"}, "Did you mean 'batch'"),
         ("resnet20", {"activation": "relux"}, "Did you mean 'relu'"),
         ("resnet20", {"stem": "large"}, "'small', 'imagenet'"),

@@ -114,6 +114,7 @@ def test_kinds():
         "C": ProjectionShortcut,
         "D": nn.Identity,
         "gated": GatedShortcut,
+        "input_gated": InputGatedShortcut,
     }
     assert changed == {
         "A": PadShortcut,
@@ -121,6 +122,7 @@ def test_kinds():
         "C": ProjectionShortcut,
         "D": ProjectionShortcut,
         "gated": PadShortcut,
+        "input_gated": PadShortcut,
     }
     assert type(make_shortcut("B", 4, 4, 2)) is ProjectionShortcut
     assert isinstance(make_shortcut("D", 4, 8, 2)[0], nn.AvgPool2d)
@@ -176,7 +178,7 @@ def test_highway_mixes_by_its_gate(options, shape):
         (lambda: PadShortcut(4, 8, zeros="before"), "'around' or 'behind'"),
         (lambda: PadShortcut(4, 8, 0), "stride must be"),
         (lambda: ProjectionShortcut(0, 8), "in_channels must be"),
-        (lambda: make_shortcut("E", 4, 8), "'A', 'B', 'C', 'D', 'gated': got 'E'"),
+        (lambda: make_shortcut("E", 4, 8), "'A', 'B', 'C', 'D', 'gated', 'input_gated': got 'E'"),
         (lambda: make_shortcut("gatd", 4, 8), "Did you mean 'gated'"),
         (lambda: GatedShortcut(math.inf), "finite"),
         (lambda: InputGatedShortcut(3, alpha=1.0), "between 0 and 1"),

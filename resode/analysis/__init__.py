@@ -1,6 +1,7 @@
 """Analyses of fields and networks, one file each: any callable F, any network."""
 
 from resode.analysis.bifurcation import Bifurcation, bifurcation
+from resode.analysis.cost import count
 from resode.analysis.linearize import jacobian
 from resode.analysis.max_step import max_stable_step, step_limit
 from resode.analysis.nonnormal import (
@@ -15,6 +16,7 @@ __all__ = [
     "TransientGrowth",
     "bifurcation",
     "contraction_step",
+    "count",
     "jacobian",
     "logarithmic_norm",
     "max_stable_step",

@@ -5,6 +5,8 @@ from resode.networks.odenet import ODENet, preact_names
 from resode.networks.perceptron import PlainMLP, ResidualMLP
 from resode.networks.registry import FAMILIES, NETWORKS, Family, Network, available, build, find
 from resode.networks.resnet import CifarResNet, HighwayNet, ImageNetResNet, PreActResNet
+from resode.networks.weights import load_weights, read_weights
+from resode.state_dicts import WeightsMismatch
 
 __all__ = [
     "FAMILIES",
@@ -20,8 +22,11 @@ __all__ = [
     "ResidualMLP",
     "StochasticDepth",
     "Style",
+    "WeightsMismatch",
     "available",
     "build",
     "find",
+    "load_weights",
     "preact_names",
+    "read_weights",
 ]

@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from resode.blocks.held import StochasticDepth, checkpoints, frozen_statistics, moving_norms, probability
 from resode.fields import (
     ACTIVATIONS,
     NORMS,
@@ -21,14 +20,8 @@ from resode.fields import (
     make_norm,
     one_of,
 )
+from resode.formulas import Cost, cost_of
 from resode.shortcuts import SHORTCUTS, make_shortcut
-
-
-def probability(what: str, value: object) -> float:
-    """`value` if it is a number from 0 to less than 1; otherwise a ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise ValueError(f"{what} is a probability, at least 0 and below 1: got {value!r}.")
-    return value
 
 
 @dataclass(frozen=True)
@@ -93,11 +86,18 @@ class Style:
         """Squeeze-excitation, if asked for."""
         return SqueezeExcitation(channels) if self.squeeze_excitation else nn.Identity()
 
+    def drop_rates(self, blocks: int) -> list[float]:
+        """The probability to drop each of the network's blocks, from the first to the last."""
+        return [self.stochastic_depth * i / blocks for i in range(1, blocks + 1)]
+
     def drops(self, blocks: int) -> Iterator[nn.Module]:
         """Stochastic depth for each of the network's blocks, from the first to the last."""
-        for i in range(1, blocks + 1):
-            p = self.stochastic_depth * i / blocks
-            yield StochasticDepth(p) if p else nn.Identity()
+        return (make_drop(p) for p in self.drop_rates(blocks))
+
+
+def make_drop(p: float) -> nn.Module:
+    """Stochastic depth, where there is any."""
+    return StochasticDepth(p) if p else nn.Identity()
 
 
 SMALL = Style()
@@ -105,29 +105,6 @@ SMALL = Style()
 
 IMAGENET = Style(shortcut="B", stem="imagenet")
 """The style of the ImageNet networks."""
-
-
-class StochasticDepth(nn.Module):
-    """Drops a block's F for whole samples in training: F / (1 − p) with probability 1 − p, else 0.
-
-    Source:
-        Huang et al. (2016), Deep Networks with Stochastic Depth, arXiv:1603.09382.
-
-    Example:
-        >>> StochasticDepth(0.5).eval()(torch.ones(1, 2))
-        tensor([[1., 1.]])
-    """
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = probability("p", p)
-
-    def forward(self, residual: Tensor) -> Tensor:
-        """F or 0, sample by sample, shape of F."""
-        if not self.training or self.p == 0:
-            return residual
-        keep = torch.empty(residual.shape[0], *[1] * (residual.ndim - 1), device=residual.device)
-        return residual * (keep.bernoulli_(1 - self.p) / (1 - self.p)).to(residual.dtype)
 
 
 def advance(blocks: nn.Sequential, x: Tensor, gradient: str = "autograd") -> Tensor:
@@ -138,7 +115,7 @@ def advance(blocks: nn.Sequential, x: Tensor, gradient: str = "autograd") -> Ten
     L/k states and, one segment at a time, 6k more (what a block of two convolutions saves), which is
     least at k = √(L/6).
     """
-    if gradient == "autograd" or not torch.is_grad_enabled():
+    if not checkpoints(gradient):
         return blocks(x)
     k = max(1, round(math.sqrt(len(blocks) / 6)))
     for start in range(0, len(blocks), k):
@@ -156,24 +133,15 @@ def check_images(x: Tensor, in_channels: int) -> None:
         )
 
 
+def head(images: Cost, linear: nn.Linear) -> Cost:
+    """The cost of a network with a linear layer on the mean over its last images' pixels."""
+    return images.then(cost_of(linear, images.shape[:1]))
+
+
 def _contexts(
     segment: nn.Module,
 ) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-    return contextlib.nullcontext(), _frozen_statistics(segment)
-
-
-@contextlib.contextmanager
-def _frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Batch norms compute as before and leave their running statistics as they are."""
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    state = [(m.momentum, m.num_batches_tracked) for m in norms]
-    for m in norms:
-        m.momentum, m.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for m, (momentum, tracked) in zip(norms, state, strict=True):
-            m.momentum, m.num_batches_tracked = momentum, tracked
+    return contextlib.nullcontext(), frozen_statistics(moving_norms(segment))
 
 
 def make_stem(in_channels: int, width: int, style: Style) -> tuple[nn.Conv2d, nn.Module]:

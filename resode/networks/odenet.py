@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from resode.blocks import ResidualStack
 from resode.fields import ConvField, make_activation, make_norm, positive
-from resode.networks.common import SMALL, Style, check_images, make_stem
+from resode.formulas import Cost, Shape, chain
+from resode.networks.common import SMALL, Style, check_images, head, make_drop, make_stem
 from resode.networks.resnet import PreActBlock, blocks_a_stage
+from resode.state_dicts import Checked
 
 
 class Transition(PreActBlock):
@@ -25,7 +27,7 @@ class Transition(PreActBlock):
         return super().forward(x).to(x.dtype)
 
 
-class ODENet(nn.Module):
+class ODENet(Checked):
     """ODE-ResNet for small images, of a pre-activation ResNet's widths: stem, three stages, linear.
 
     Args:
@@ -36,7 +38,8 @@ class ODENet(nn.Module):
         width: channels of the first stage; the second has twice, the third four times as many.
         style: what its fields have in common; the shortcut "A", "B" or "D" is the transitions'.
         solver, step_size, substeps, learn_step, weights, rtol, atol, per_sample: of every stack, see
-            `resode.ResidualStack`; η = `step_size` in units of one block.
+            `resode.ResidualStack`; η = `step_size` in units of one block. The style's stochastic depth is
+            the stacks' own, with a mask for each sample and block.
 
     Raises:
         ValueError: a wrong depth, a shortcut that isn't the identity inside a stage, or what
@@ -66,7 +69,7 @@ class ODENet(nn.Module):
         solver: str = "euler",
         step_size: float = 1.0,
         substeps: int = 1,
-        learn_step: bool = False,
+        learn_step: bool | str = False,
         weights: str = "constant",
         rtol: float = 1e-3,
         atol: float = 1e-4,
@@ -79,8 +82,9 @@ class ODENet(nn.Module):
                 f"'A', 'B' or 'D', got {style.shortcut!r}."
             )
         n = blocks_a_stage(depth, 6, 2)
+        rates = style.drop_rates(3 * n)
 
-        def stack(channels: int, count: int) -> Iterator[nn.Module]:
+        def stack(channels: int, rates: list[float]) -> Iterator[nn.Module]:
             """One stack, or nothing where a stage has no block but its transition."""
             fields = [
                 ConvField(
@@ -90,7 +94,7 @@ class ODENet(nn.Module):
                     squeeze_excitation=style.squeeze_excitation,
                     zero_init_last=style.starts_at_zero,
                 )
-                for _ in range(count)
+                for _ in rates
             ]
             if fields:
                 yield ResidualStack(
@@ -104,17 +108,18 @@ class ODENet(nn.Module):
                     atol=atol,
                     per_sample=per_sample,
                     gradient=style.gradient,
+                    stochastic_depth=rates,
                 )
 
-        def transition(channels: int) -> nn.Module:
-            return Transition(channels, 2 * channels, 2, style, nn.Identity())
+        def transition(channels: int, rate: float) -> nn.Module:
+            return Transition(channels, 2 * channels, 2, style, make_drop(rate))
 
         w = positive("width", width)
         self.in_channels = positive("in_channels", in_channels)
         self.conv1, self.pool = make_stem(in_channels, w, style)
-        self.layer1 = nn.Sequential(*stack(w, n))
-        self.layer2 = nn.Sequential(transition(w), *stack(2 * w, n - 1))
-        self.layer3 = nn.Sequential(transition(2 * w), *stack(4 * w, n - 1))
+        self.layer1 = nn.Sequential(*stack(w, rates[:n]))
+        self.layer2 = nn.Sequential(transition(w, rates[n]), *stack(2 * w, rates[n + 1 : 2 * n]))
+        self.layer3 = nn.Sequential(transition(2 * w, rates[2 * n]), *stack(4 * w, rates[2 * n + 1 :]))
         self.bn = make_norm(style.norm, 4 * w)
         self.act = make_activation(style.activation)
         self.linear = nn.Linear(4 * w, positive("num_classes", num_classes))
@@ -133,6 +138,11 @@ class ODENet(nn.Module):
         x = self.act(self.bn(x))
         x = x.mean((2, 3))  # (B, 4w)
         return self.linear(x)
+
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters and multiply-adds for samples of this shape; F's as often as the solver evaluates it."""
+        stages = (self.conv1, self.pool, self.layer1, self.layer2, self.layer3, self.bn)
+        return head(chain(shape, *stages), self.linear)
 
 
 def preact_names(model: ODENet) -> dict[str, str]:

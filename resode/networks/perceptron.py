@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from resode.blocks import ResidualStack
 from resode.fields import MLPField, make_activation, one_of, positive
-from resode.networks.common import advance
+from resode.formulas import Cost, Shape, chain
+from resode.networks.common import Style, advance
+from resode.state_dicts import Checked
 
 
-class ResidualMLP(nn.Module):
+class ResidualMLP(Checked):
     """Residual perceptron: linear, `depth` blocks x + ηF(x), linear.
 
     W₁ starts with He's variance and W₂ with 1 / depth of it, so that at η = 1 the state's second moment
@@ -35,6 +37,8 @@ class ResidualMLP(nn.Module):
         hidden: features between F's layers; width where None.
         activation: σ, a name in `resode.fields.ACTIVATIONS`.
         zero_init_last: start W₂ at 0 instead.
+        stochastic_depth: probability to drop the last block in training, falling linearly to the first
+            one's.
         solver, step_size, substeps, learn_step, weights, rtol, atol, per_sample, gradient: of the
             stack, see `resode.ResidualStack`.
 
@@ -56,10 +60,11 @@ class ResidualMLP(nn.Module):
         hidden: int | None = None,
         activation: str = "relu",
         zero_init_last: bool = False,
+        stochastic_depth: float = 0.0,
         solver: str = "euler",
         step_size: float = 1.0,
         substeps: int = 1,
-        learn_step: bool = False,
+        learn_step: bool | str = False,
         weights: str = "constant",
         rtol: float = 1e-3,
         atol: float = 1e-4,
@@ -88,6 +93,7 @@ class ResidualMLP(nn.Module):
             atol=atol,
             per_sample=per_sample,
             gradient=gradient,
+            stochastic_depth=Style(stochastic_depth=stochastic_depth).drop_rates(depth),
         )
         self.linear = nn.Linear(width, positive("num_classes", num_classes))
 
@@ -101,8 +107,12 @@ class ResidualMLP(nn.Module):
         x = self.stack(x)  # (B, width)
         return self.linear(x)
 
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters and multiply-adds for samples of this shape; F's as often as the solver evaluates it."""
+        return chain((math.prod(shape),), self.input, self.stack, self.linear)
 
-class PlainMLP(nn.Module):
+
+class PlainMLP(Checked):
     """Plain perceptron: linear, `depth` blocks σ(F(x)) without shortcut, linear.
 
     Weights start with He's variance, which keeps the state's second moment at any depth.
@@ -149,6 +159,10 @@ class PlainMLP(nn.Module):
         x = self.input(_flatten(x, self.in_features))  # (B, width)
         x = advance(self.blocks, x, self.gradient)  # (B, width)
         return self.linear(x)
+
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters and multiply-adds for samples of this shape, by formula."""
+        return chain((math.prod(shape),), self.input, self.blocks, self.linear)
 
 
 def _features(in_channels: int, image_size: int, in_features: int | None) -> int:

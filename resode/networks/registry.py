@@ -183,7 +183,6 @@ def _odenet(name: str, depth: int) -> Network:
         ODENet,
         depth,
         style=SMALL,
-        fixed=("stochastic_depth",),
     )
 
 

@@ -17,10 +17,21 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor, nn
 
 from resode.fields import make_activation, make_conv, make_norm, positive
-from resode.networks.common import IMAGENET, SMALL, Style, advance, check_images, make_stem, probability
+from resode.formulas import Cost, Shape, chain, cost_of
+from resode.networks.common import (
+    IMAGENET,
+    SMALL,
+    Style,
+    advance,
+    check_images,
+    head,
+    make_stem,
+    probability,
+)
 from resode.shortcuts import SHORTCUTS, HighwayShortcut, ProjectionShortcut
 
 # Blocks. Images (B, C_in, H, W) become (B, expansion·channels, H/stride, W/stride).
+from resode.state_dicts import Checked
 
 
 class BasicBlock(nn.Module):
@@ -55,6 +66,11 @@ class BasicBlock(nn.Module):
         """σ(S(x) + F(x))."""
         shortcut, residual = self.branches(x)
         return self.act(shortcut + residual)
+
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters and multiply-adds for samples of this shape, by formula."""
+        residual = chain(shape, self.conv1, self.bn1, self.conv2, self.bn2, self.se)
+        return residual.beside(cost_of(self.downsample, shape))
 
 
 class PlainBlock(BasicBlock):
@@ -101,6 +117,11 @@ class Bottleneck(nn.Module):
         shortcut, residual = self.branches(x)
         return self.act(shortcut + residual)
 
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters and multiply-adds for samples of this shape, by formula."""
+        parts = (self.conv1, self.bn1, self.conv2, self.bn2, self.conv3, self.bn3, self.se)
+        return chain(shape, *parts).beside(cost_of(self.downsample, shape))
+
 
 class PreActBlock(nn.Module):
     """Two 3×3 convolutions, pre-activation: S(x) + F(x).
@@ -136,6 +157,11 @@ class PreActBlock(nn.Module):
         """S(x) + F(x)."""
         shortcut, residual = self.branches(x)
         return shortcut + residual
+
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters and multiply-adds for samples of this shape, by formula."""
+        residual = chain(shape, self.bn1, self.conv1, self.bn2, self.conv2, self.se)
+        return residual.beside(cost_of(self.shortcut, shape))
 
 
 class PreActBottleneck(nn.Module):
@@ -176,6 +202,11 @@ class PreActBottleneck(nn.Module):
         shortcut, residual = self.branches(x)
         return shortcut + residual
 
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters and multiply-adds for samples of this shape, by formula."""
+        parts = (self.bn1, self.conv1, self.bn2, self.conv2, self.bn3, self.conv3, self.se)
+        return chain(shape, *parts).beside(cost_of(self.shortcut, shape))
+
 
 Block = BasicBlock | Bottleneck | PreActBlock | PreActBottleneck
 
@@ -194,11 +225,15 @@ class HighwayLayer(nn.Module):
         """T ⊙ F + (1 − T) ⊙ x, shape of x."""
         return self.highway(x, self.act(self.bn(self.conv(x))))
 
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters and multiply-adds for samples of this shape, by formula."""
+        return chain(shape, self.conv, self.bn).beside(cost_of(self.highway, shape))
+
 
 # Networks.
 
 
-class CifarResNet(nn.Module):
+class CifarResNet(Checked):
     """Post-activation network for small images: 3×3 stem, three stages of basic blocks, linear.
 
     Args:
@@ -250,8 +285,13 @@ class CifarResNet(nn.Module):
         x = x.mean((2, 3))  # (B, 4 width)
         return self.linear(x)
 
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters and multiply-adds for samples of this shape, by formula."""
+        stages = (self.conv1, self.bn1, self.pool, self.layer1, self.layer2, self.layer3)
+        return head(chain(shape, *stages), self.linear)
 
-class PreActResNet(nn.Module):
+
+class PreActResNet(Checked):
     """Pre-activation network for small images: stem without norm, three stages, a last norm and σ, linear.
 
     Args:
@@ -311,6 +351,11 @@ class PreActResNet(nn.Module):
         x = x.mean((2, 3))  # (B, c3)
         return self.linear(x)
 
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters and multiply-adds for samples of this shape, by formula."""
+        stages = (self.conv1, self.pool, self.layer1, self.layer2, self.layer3, self.bn)
+        return head(chain(shape, *stages), self.linear)
+
 
 IMAGENET_BLOCKS: dict[int, tuple[type[Block], tuple[int, int, int, int]]] = {
     18: (BasicBlock, (2, 2, 2, 2)),
@@ -322,7 +367,7 @@ IMAGENET_BLOCKS: dict[int, tuple[type[Block], tuple[int, int, int, int]]] = {
 """Depth -> block and blocks a stage of the ImageNet networks; basic blocks exist without shortcut too."""
 
 
-class ImageNetResNet(nn.Module):
+class ImageNetResNet(Checked):
     """Post-activation network for ImageNet: 7×7 stem, four stages, fc; torchvision's module names.
 
     Args:
@@ -383,8 +428,13 @@ class ImageNetResNet(nn.Module):
         x = x.mean((2, 3))  # (B, 8ew)
         return self.fc(x)
 
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters and multiply-adds for samples of this shape, by formula."""
+        stages = (self.conv1, self.bn1, self.maxpool, self.layer1, self.layer2, self.layer3, self.layer4)
+        return head(chain(shape, *stages), self.fc)
 
-class HighwayNet(nn.Module):
+
+class HighwayNet(Checked):
     """Highway network of 19 layers for small images.
 
     Three stages of 32, 80 and 128 channels, each a plain 3×3 convolution and then 4, 5 and 5 highway
@@ -446,6 +496,11 @@ class HighwayNet(nn.Module):
         x = advance(self.layer3, self.drop(self.pool(x)), self.gradient)  # (B, 128, H/4, W/4)
         x = self.act(self.conv(x)).mean((2, 3))  # (B, 100)
         return self.linear(self.drop(x))
+
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters and multiply-adds for samples of this shape, by formula."""
+        stages = (self.layer1, self.pool, self.layer2, self.pool, self.layer3, self.conv)
+        return head(chain(shape, *stages), self.linear)
 
 
 def _stage(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from resode import networks
 from resode.blocks import ODEBlock, ResidualStack
 from resode.training.data import Batches, ImageData, load_data
 from resode.training.files import RunError, unpack
@@ -45,11 +46,12 @@ class Score:
 def load(run: str | Path, *, model: Model | None = None, device: str = "cpu") -> nn.Module:
     """A trained network, from its run folder or weights file.
 
-    Nothing is unpickled and no code is imported by a name in a file: weights are safetensors, and a network
-    of one's own is passed in.
+    No objects are unpickled and no code is imported by a name in a file: weights are tensors alone, and a
+    network of one's own is passed in.
 
     Args:
-        run: a run folder, one of its checkpoints, or a `.safetensors` file.
+        run: a run folder, one of its checkpoints, or a weights file: safetensors, or torch's with a state
+            dict in it; see `resode.networks.load_weights` for what others' may look like.
         model: what the weights belong to where the file does not say it: a name, a network or its
             constructor.
         device: where the network goes.
@@ -75,7 +77,10 @@ def load(run: str | Path, *, model: Model | None = None, device: str = "cpu") ->
         options = about.get("options", {}) if about.get("own") else {}
     network = make_network(model, options)
     try:
-        network.load_state_dict(tensors)
+        if about:
+            network.load_state_dict(tensors)
+        else:  # of others, who wrap and name them in their ways
+            networks.load_weights(network, tensors)
     except RuntimeError as error:
         raise RunError(f"the weights in {run} do not fit {model_name(model)}: {error}.") from error
     return network.to(choose_device(device)).eval()
@@ -262,11 +267,10 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     elif not path.exists():
         raise NoSuchRun(path)
     elif path.suffix != ".safetensors":
-        raise RunError(
-            f"weights are read from .safetensors files, and {path} is {path.suffix or 'something else'}: "
-            "pickles can run any code when they are read. Store its state_dict with "
-            "safetensors.torch.save_file."
-        )
+        try:
+            return networks.read_weights(path), {}
+        except ValueError as error:
+            raise RunError(str(error)) from error
     tensors, about = unpack(path)
     if "rows" in about:  # a checkpoint: the network is one part of it
         start = "network."

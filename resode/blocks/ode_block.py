@@ -1,0 +1,140 @@
+"""A layer of continuous depth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from resode.blocks.held import Held, refuse_dropout, refuse_low_precision
+from resode.blocks.stack import explicit
+from resode.solve.gradient import GRADIENTS
+from resode.solve.odeint import odeint
+from resode.solve.options import tolerances
+from resode.solve.problem import CALLBACKS
+from resode.solve.result import Stats
+
+
+class ODEBlock(nn.Module):
+    """The state at t[1] of dx/dt = func(t, x), x(t[0]) the input: a layer of continuous depth.
+
+    Args:
+        func: the field, `func(t, x)` -> dx/dt of x's shape; usually an nn.Module. With an adaptive
+            solver and `per_sample`, t has shape (B, 1, …, 1), else it is 0-D.
+        t: start and end of the depth time.
+        solver: an explicit method's name in resode.METHODS.
+        rtol: relative tolerance of an adaptive solver's step, per entry.
+        atol: absolute tolerance likewise, in x's unit.
+        n_steps: equal steps from t[0] to t[1]; makes every solver take fixed steps, and is needed by
+            those without error control.
+        per_sample: an adaptive solver gives each sample of the batch (dimension 0) its own step.
+        gradient: "autograd", through the solver's steps, or "adjoint", which keeps no steps and is
+            approximate; func is an nn.Module then. See `resode.odeint_adjoint`.
+
+    Raises:
+        ValueError: an argument is wrong; the message says the rule and what came. torch's Dropout in
+            func, in training, where the solve takes more than one evaluation.
+
+    Note:
+        Train-mode batch normalisation in func updates its running statistics once a call, at the first
+        evaluation; `StochasticDepth` draws its mask once a call.
+
+    Source:
+        Chen et al., Neural Ordinary Differential Equations (2018).
+
+    Example:
+        >>> block = ODEBlock(lambda t, x: -x, solver="rk4", n_steps=10)
+        >>> block(torch.ones(1, 1))
+        tensor([[0.3679]])
+    """
+
+    def __init__(
+        self,
+        func: Callable[[Tensor, Tensor], Tensor],
+        *,
+        t: tuple[float, float] = (0.0, 1.0),
+        solver: str = "dopri5",
+        rtol: float = 1e-3,
+        atol: float = 1e-4,
+        n_steps: int | None = None,
+        per_sample: bool = True,
+        gradient: str = "autograd",
+    ):
+        super().__init__()
+        start, end = (float(s) for s in t)
+        if not (math.isfinite(start) and math.isfinite(end)) or start == end:
+            raise ValueError(f"t must be two different finite times, got {t}.")
+        if gradient not in GRADIENTS:
+            raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}; got {gradient!r}.")
+        self.func = func
+        self.t = (start, end)
+        self.rtol, self.atol = tolerances(torch.float64, rtol, atol)
+        self.n_steps = n_steps
+        self.per_sample = bool(per_sample)
+        self.gradient = gradient
+        self.solver = solver
+        self.stats: Stats | None = None
+
+    @property
+    def solver(self) -> str:
+        """The method's name; assign another to swap it in place."""
+        return self._tableau.name
+
+    @solver.setter
+    def solver(self, name: str) -> None:
+        tableau = explicit(name)
+        if not tableau.adaptive and self.n_steps is None:
+            raise ValueError(
+                f"{name} takes fixed steps: give n_steps, the number of steps from t[0] to t[1]."
+            )
+        self._tableau = tableau
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The state at t[1], of x's shape (B, *state)."""
+        t = torch.tensor(self.t, dtype=torch.float64, device=x.device)
+        fixed = self.n_steps is not None
+        func = self.func
+        if not fixed and x.is_floating_point():
+            refuse_low_precision(self.solver, x.dtype)
+        if isinstance(func, nn.Module) and func.training:
+            if not fixed or self.n_steps != 1 or len(self._tableau.b) > 1:
+                refuse_dropout(func, self.solver)
+            func = _Once(func)
+        y, self.stats = odeint(
+            func,
+            x,
+            t,
+            method=self._tableau,
+            n_steps=self.n_steps,
+            rtol=None if fixed else self.rtol,
+            atol=None if fixed else self.atol,
+            per_sample=self.per_sample and not fixed,
+            gradient=self.gradient,
+            return_stats=True,
+        )
+        return y[-1]
+
+    def extra_repr(self) -> str:
+        """What the module prints of itself beside its field."""
+        steps = "" if self.n_steps is None else f", n_steps={self.n_steps}"
+        return f"t={self.t}, solver={self.solver!r}{steps}"
+
+
+class _Once(nn.Module):
+    """A field in training for one block call: statistics that move once, masks that are held."""
+
+    def __init__(self, func: nn.Module):
+        super().__init__()
+        self.func = func
+        self.once = Held(func)
+        for name in CALLBACKS:
+            for callback in (name, f"{name}_adjoint"):
+                if hasattr(func, callback):
+                    setattr(self, callback, getattr(func, callback))
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """func(t, x)."""
+        with self.once.evaluation():
+            return self.func(t, x)

@@ -1,0 +1,75 @@
+"""State dicts that fit or are refused as a whole, with everything that is wrong in one message."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+SHOWN = 20
+"""How many names of a kind a message lists; the shortest come first and say the most."""
+
+
+class WeightsMismatch(ValueError, RuntimeError):
+    """A state dict that does not fit its module; a RuntimeError too, as torch's own is."""
+
+
+class Checked(nn.Module):
+    """A module whose `load_state_dict` changes nothing unless everything fits."""
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As torch's, with one message about all names.
+
+        Raises:
+            WeightsMismatch: names are missing (with strict), unexpected (likewise) or of another shape.
+        """
+        if not any(module._load_state_dict_pre_hooks for module in self.modules()):  # these may rename
+            problem = mismatch(self, state_dict, strict)
+            if problem:
+                raise WeightsMismatch(problem)
+        return super().load_state_dict(state_dict, strict, assign)
+
+
+def mismatch(module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> str:
+    """What keeps a state dict from fitting, as a message; empty where it fits.
+
+    A batch norm's num_batches_tracked, which torch fills in where an old file lacks it, is not missed.
+
+    Example:
+        >>> print(mismatch(nn.Linear(2, 3), {"weight": nn.Linear(2, 4).weight, "bins": nn.Linear(2, 3).bias}))
+        the weights do not fit Linear. Missing (1): bias. Unexpected (1): bins.
+        Of another shape (1): weight (4, 2), not (3, 2).
+        Build it with the options that the weights belong to.
+    """
+    own = module.state_dict()
+    wrong: dict[str, list[str]] = {}
+    if strict:
+        wrong["Missing"] = [
+            name
+            for name in own
+            if name not in state_dict and name.rpartition(".")[2] != "num_batches_tracked"
+        ]
+        wrong["Unexpected"] = [name for name in state_dict if name not in own]
+    shapes = {
+        name: (tuple(getattr(state_dict[name], "shape", ("no tensor",))), tuple(getattr(value, "shape", ())))
+        for name, value in own.items()
+        if name in state_dict
+    }
+    wrong["Of another shape"] = [name for name, (got, wanted) in shapes.items() if got != wanted]
+    if not any(wrong.values()):
+        return ""
+    message = f"the weights do not fit {type(module).__name__}."
+    for kind, names in wrong.items():
+        if names:
+            ordered = sorted(names, key=lambda name: (len(name), name))
+            shown = [
+                f"{name} {shapes[name][0]}, not {shapes[name][1]}" if kind == "Of another shape" else name
+                for name in ordered[:SHOWN]
+            ]
+            if len(names) > SHOWN:
+                shown.append(f"… and {len(names) - SHOWN} more")
+            message += f" {kind} ({len(names)}): {('; ' if 'shape' in kind else ', ').join(shown)}."
+    return message + " Build it with the options that the weights belong to."
