@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test clean
+.PHONY: demo test bench clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -18,6 +18,16 @@ test: $(STAMP)
 	$(BIN)/pyright
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2
 
+bench: $(STAMP) .bench/.installed
+	PYTHONPATH=.bench/peers $(BIN)/python -m tests.benchmarks.speed --growth --diffrax .bench/diffrax/bin/python \
+	  --json .bench/speed.json --figure .bench/work_precision.png
+
+.bench/.installed: tests/benchmarks/peers.txt
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .bench/peers --requirement tests/benchmarks/peers.txt
+	$(PYTHON) -m venv .bench/diffrax
+	.bench/diffrax/bin/python -m pip install --quiet diffrax==0.7.2
+	touch .bench/.installed
+
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "resode needs Python 3.11 or newer, this is " + sys.version)'
 	$(PYTHON) -m venv .venv
@@ -25,4 +35,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf .venv runs .pytest_cache .ruff_cache build dist
+	rm -rf .venv .bench runs .pytest_cache .ruff_cache build dist

@@ -62,8 +62,8 @@ class ResidualStack(Checked):
         atol: absolute tolerance likewise, in x's unit.
         per_sample: an adaptive solver gives each sample of the batch (dimension 0) its own step, so
             that an answer does not depend on its neighbours; False takes one step for the batch.
-        gradient: "autograd" keeps every activation, "checkpoint" keeps each block's input and
-            evaluates the block again on the way back; torch.compile chooses for itself what to keep.
+        gradient: "autograd" keeps every activation, "checkpoint" keeps the inputs of some √L segments
+            and evaluates each again on the way back; torch.compile chooses for itself what to keep.
         stochastic_depth: the probability to drop a block for a sample in training, one for all or a
             sequence with one a block. With Φ(x) what the solver makes of x in the block, x becomes
             x + (Φ(x) − x) m / (1 − p), where m is 0 or 1, drawn once a block call and sample: on
@@ -220,14 +220,16 @@ class ResidualStack(Checked):
             raise TypeError(f"x must be a floating tensor, got {getattr(x, 'dtype', type(x).__name__)}.")
         self._check(x)
         path, cost = [x], _Cost()
-        for index, p in enumerate(self.stochastic_depth):
-            scale = draw_scale(p, x) if p and self.training else None
-            if checkpoints(self.gradient):
-                x = self._checkpointed(index, x, cost, scale)
-            else:
-                x = self._advance(index, x, cost, scale)
-            if return_path:
-                path.append(x)
+        if checkpoints(self.gradient):
+            # L/k inputs and, one segment at a time, k blocks that save some 4 states an evaluation.
+            size = max(1, round(math.sqrt(self.depth / (4 * len(self._tableau.b) * self.substeps))))
+            for first in range(0, self.depth, size):
+                path += self._checkpointed(
+                    range(self.depth)[first : first + size], path[-1], cost, return_path
+                )
+        else:
+            path += self._through(range(self.depth), x, cost, return_path)
+        x = path[-1]
         if not torch.compiler.is_exporting():
             self.stats = cost.finish(whole=not self.per_sample)
             self.evaluations = cost.evaluations
@@ -350,6 +352,15 @@ class ResidualStack(Checked):
                 "time; set per_sample=False, or use a fixed-step solver."
             )
 
+    def _through(self, blocks: range, x: Tensor, cost: _Cost, every: bool) -> list[Tensor]:
+        """The states after each of the blocks, or after the last one alone."""
+        states = []
+        for index in blocks:
+            p = self.stochastic_depth[index]
+            x = self._advance(index, x, cost, draw_scale(p, x) if p and self.training else None)
+            states = [*states, x] if every else [x]
+        return states
+
     def _advance(self, index: int, x: Tensor, cost: _Cost, scale: Tensor | None) -> Tensor:
         """The state after block `index`; what it took is added to `cost`."""
         tableau, n = self._tableau, self.substeps
@@ -395,25 +406,25 @@ class ResidualStack(Checked):
             )
         return eta.reshape(-1, *[1] * (x.ndim - 2))
 
-    def _checkpointed(self, index: int, x: Tensor, cost: _Cost, scale: Tensor | None) -> Tensor:
-        """As `_advance`, keeping the block's input alone; the way back evaluates the block again."""
+    def _checkpointed(self, blocks: range, x: Tensor, cost: _Cost, every: bool) -> list[Tensor]:
+        """As `_through`, keeping the input alone; the way back goes through the blocks again."""
         progress, again = cost.progress, False
 
-        def advance(x: Tensor) -> Tensor:
+        def through(x: Tensor) -> list[Tensor]:
             nonlocal again
             if not again:
                 again = True
-                return self._advance(index, x, cost, scale)
+                return self._through(blocks, x, cost, every)
             repeat = _Cost(progress)
             try:
-                return self._advance(index, x, repeat, scale)
+                return self._through(blocks, x, repeat, every)
             finally:  # checkpointing leaves by an exception once it has what it needs
                 if cost.result is not None:
                     cost.result.nfe_backward += sum(repeat.evaluations)
 
-        norms = moving_norms(self.block(index))
+        norms = [norm for index in blocks for norm in moving_norms(self.block(index))]
         return checkpoint(
-            advance, x, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics(norms))
+            through, x, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics(norms))
         )
 
     def _field(self, index: int, several: bool, scale: Tensor | None) -> Callable[[Any, Tensor], Any]:

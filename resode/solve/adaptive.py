@@ -302,7 +302,7 @@ def error_norm(
     """The estimated error over the tolerance, one number a sample; not finite where something is not."""
     rtol, atol = tolerance
     with torch.no_grad():
-        scale = torch.maximum(x.abs(), new_x.abs()) * rtol + atol
+        scale = torch.maximum(x.abs(), new_x.abs()).mul_(rtol).add_(atol)
         ratio = increment(h, tableau.error_row, k) / scale
         # An overflowed state, or a last stage outside the estimate, must not pass for a small error.
         ratio = torch.add(ratio, new_x, alpha=0)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 import torchdiffeq
 from torch import Tensor
@@ -21,7 +22,7 @@ from resode.solve.diagnosis import explain, number, spectrum
 from resode.solve.fixed import equal_steps, fixed_solve, grid_solve, opened, within
 from resode.solve.options import How, tolerances
 from resode.solve.result import NonFiniteState, SolverError, Stats
-from resode.solve.step import Counted, Field, as_stage
+from resode.solve.step import Counted, Field, as_stage, combine, stages
 from resode.tableaus import ButcherTableau
 
 
@@ -128,13 +129,13 @@ def _fixed(
     again = Again(counted) if how.checkpoint else None
     if again is not None and len(t) > 1:
         again.check(within_dtype(t, y0, how.per_sample), y0)
-    if how.compile_for is not None or again is not None:
-        path, n = _equal(counted, y0, t, tableau, how, again, steps)
-    elif grid is None or len(t) == 1:
-        perturb = bool(how.options.get("perturb", False))
+    perturb = bool(how.options.get("perturb", False))
+    if grid is not None and len(t) > 1:
+        path, n = grid_solve(tableau, field, y0, t, grid, callback)
+    elif callback is not None or perturb:
         path, n = fixed_solve(tableau, field, y0, t, **steps, callback=callback, perturb=perturb)
     else:
-        path, n = grid_solve(tableau, field, y0, t, grid, callback)
+        path, n = _equal(counted, y0, t, tableau, how, again, steps)
     result = torch.stack(path)
     if not torch.isfinite(result[-1]).all():
         raise not_finite(tableau, field, path, t, n, how.per_sample)
@@ -156,22 +157,43 @@ def _equal(
     again: Again | None,
     steps: dict[str, Any],
 ) -> tuple[list[Tensor], int]:
-    """As `fixed_solve`, with compiled steps, or in pieces that run again, or both."""
-    compiled = how.compile_for is not None
+    """As `fixed_solve`: with compiled steps, or in pieces that run again, or both, or neither."""
+    if how.compile_for is None:
+        low, high = sorted(t.detach()[[0, -1]].tolist())
+        field = fixed_field(counted, y0, low, high, how.per_sample)
+        advance = equal_steps if t.requires_grad else steps_at(counted, y0, low, high, how.per_sample)
+    else:
 
-    def func(t: Any, x: Tensor) -> Tensor:
-        return as_stage(counted.f(t, x), x)
+        def func(t: Any, x: Tensor) -> Tensor:
+            return as_stage(counted.f(t, x), x)
 
-    # As tensors they are inputs of the graph; as floats each choice of times would be another one.
-    ends = torch.sort(t.detach()[[0, -1]].to(y0.device, torch.float64)).values
-    field = fixed_field(func if compiled else counted, y0, ends[0], ends[1], how.per_sample)
-    advance = compiled_steps(how.compile_for) if compiled else equal_steps
+        # As tensors they are inputs of the graph; as floats each choice of times would be another one.
+        ends = torch.sort(t.detach()[[0, -1]].to(y0.device, torch.float64)).values
+        field = fixed_field(func, y0, ends[0], ends[1], how.per_sample)
+        advance = compiled_steps(how.compile_for)
     if again is not None:
         advance = checkpointed_steps(again, advance)
     path, n = fixed_solve(tableau, field, y0, t, **steps, advance=advance)
-    if compiled:
+    if how.compile_for is not None:
         counted.calls += n * (tableau.b_row[-1][0] + 1)  # they were not counted on the way
     return path, n
+
+
+def steps_at(
+    counted: Counted, y0: Tensor, low: float, high: float, per_sample: bool
+) -> Callable[..., Tensor]:
+    """A function like `equal_steps` that makes all times beforehand, as the field gets them."""
+    shape = (y0.shape[0],) + (1,) * (y0.ndim - 1) if per_sample else ()
+
+    def advance(tableau: ButcherTableau, f: Any, t: float, x: Tensor, h: float, n: int) -> Tensor:
+        begin = t + np.arange(n)[:, None] * h
+        at = torch.from_numpy((begin + np.array(tableau.stage_times) * h).clip(low, high)).to(x.device, real)
+        for times in at.view(n, -1, *(1,) * len(shape)).expand(n, len(tableau.c), *shape).unbind(0):
+            x = combine(x, h, tableau.b_row, stages(tableau, counted, times.unbind(0), x, h))
+        return x
+
+    real = y0.dtype.to_real()
+    return advance
 
 
 def within_dtype(t: Tensor, y0: Tensor, per_sample: bool) -> Tensor:

@@ -33,7 +33,7 @@ def combine(x: Tensor, h: Time, row: Row, k: Sequence[Tensor]) -> Tensor:
     if len(row) == 1 and row[0][1] == 1.0:
         return x + h * k[row[0][0]]
     if isinstance(h, Tensor):
-        return x + increment(h, row, k)
+        return torch.addcmul(x, _weighted(row, k), h)
     for i, c in row:
         x = torch.add(x, k[i], alpha=h * c)
     return x
@@ -41,15 +41,21 @@ def combine(x: Tensor, h: Time, row: Row, k: Sequence[Tensor]) -> Tensor:
 
 def increment(h: Time, row: Row, k: Sequence[Tensor]) -> Tensor:
     r"""Sum h Σ c_i k_i over the (i, c_i) of `row`, which is not empty."""
-    (first, c), *rest = row
     if isinstance(h, Tensor):
-        total = k[first] * c
-        for i, c in rest:
-            total = torch.add(total, k[i], alpha=c)
-        return h * total
+        return h * _weighted(row, k)
+    (first, c), *rest = row
     total = k[first] * (h * c)
     for i, c in rest:
         total = torch.add(total, k[i], alpha=h * c)
+    return total
+
+
+def _weighted(row: Row, k: Sequence[Tensor]) -> Tensor:
+    """The sum Σ c_i k_i."""
+    (first, c), *rest = row
+    total = k[first] * c
+    for i, c in rest:
+        total = torch.add(total, k[i], alpha=c)
     return total
 
 
