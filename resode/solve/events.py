@@ -32,7 +32,7 @@ from resode.solve.native import (
 )
 from resode.solve.options import How, torchdiffeq_methods
 from resode.solve.result import MaxStepsReached, NonFiniteState, Stats
-from resode.solve.step import Field, combine, stages
+from resode.solve.step import Field, all_finite, combine, stages
 from resode.tableaus import METHODS, ButcherTableau
 
 Event = Callable[[Tensor, Any], Tensor]
@@ -163,7 +163,7 @@ def _fixed(
         begin, end = start + (n - 1) * h, start + n * h
         y1, k0 = one_step(tableau, field, begin, y, h, callback, perturb)
         value = value_of(event, end, y1)
-        if not torch.isfinite(y1.detach()).all():
+        if not all_finite(y1):
             raise NonFiniteState(
                 f"the state is infinite or NaN at t={end:.9g}, before an event, with steps of {size:g}: "
                 "take smaller ones, or check the field.",

@@ -21,7 +21,7 @@ from resode.solve.native import Evaluations, not_finite
 from resode.solve.options import NATIVE, How, resolve_method
 from resode.solve.problem import check_per_sample, check_state
 from resode.solve.result import Stats
-from resode.solve.step import Field, combine, stages
+from resode.solve.step import Field, all_finite, combine, stages
 from resode.tableaus import ButcherTableau
 
 SCIPY_NAMES = {"RK45": "dopri5", "RK23": "bosh3"}
@@ -258,7 +258,7 @@ class _Equal:
             times = [x.new_full(column, s, dtype=real) for s in (*at, end)]
             k = stages(self.tableau, self.f, times, x, h, k0)
             new_x = combine(x, h, self.tableau.b_row, k)
-            if not torch.isfinite(new_x.detach()).all():
+            if not all_finite(new_x):
                 both = torch.tensor([begin, end], dtype=torch.float64)
                 raise not_finite(self.tableau, self.f, [x, new_x], both, 1, self.per_sample)
             k.append(k0 := self.f(times[-1], new_x))

@@ -22,7 +22,7 @@ from resode.solve.diagnosis import explain, number, spectrum
 from resode.solve.fixed import equal_steps, fixed_solve, grid_solve, opened, within
 from resode.solve.options import How, tolerances
 from resode.solve.result import NonFiniteState, SolverError, Stats
-from resode.solve.step import Counted, Field, as_stage, combine, stages
+from resode.solve.step import Counted, Field, all_finite, as_stage, combine, stages
 from resode.tableaus import ButcherTableau
 
 
@@ -137,7 +137,7 @@ def _fixed(
     else:
         path, n = _equal(counted, y0, t, tableau, how, again, steps)
     result = torch.stack(path)
-    if not torch.isfinite(result[-1]).all():
+    if not all_finite(result[-1]):
         raise not_finite(tableau, field, path, t, n, how.per_sample)
     counts: list[Any] = [counted.calls, n, n, 0]
     if how.per_sample:

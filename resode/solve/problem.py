@@ -11,6 +11,7 @@ from torch import Tensor
 
 from resode.solve.control import Callbacks, Tolerance
 from resode.solve.options import How
+from resode.solve.step import all_finite
 
 State = Tensor | tuple[Tensor, ...]
 
@@ -29,7 +30,7 @@ def check_state(y0: Any) -> None:
             raise TypeError(
                 f"y0 must be floating or complex, got {y.dtype}. Convert it with y0.float() or .double()."
             )
-        if not torch.isfinite(y.detach()).all():
+        if not all_finite(y):
             raise ValueError("y0 must be finite; it holds an infinity or NaN.")
     if len({y.dtype for y in parts}) != 1 or len({y.device for y in parts}) != 1:
         raise ValueError(

@@ -141,3 +141,11 @@ class Counted:
         """f(t, x), in x's dtype."""
         self.calls += 1
         return as_stage(self.f(t, x), x)
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether x holds no infinity and no NaN; an extremum is one if any entry is, and costs less to find."""
+    if x.numel() == 0:
+        return True
+    low, high = torch.aminmax(torch.view_as_real(x.detach()) if x.is_complex() else x.detach())
+    return bool(torch.isfinite(low) & torch.isfinite(high))
