@@ -43,6 +43,10 @@ class StepLimit:
             eigenvectors: a change of J by ε moves it by up to condition·ε. None if not known.
         converged: whether the eigenvalues it rests on were found to tolerance (always so for dense ones).
         method: the method's name.
+        decaying_converged: whether `growing` is complete enough for `decaying_step` to be the limit over all
+            other modes; where not, both are bounds: more modes may grow, and the limit may be less.
+        error: relative error of `decaying_step`, as far as the eigenvalue's condition and residual tell;
+            None for dense eigenvalues.
         logarithmic_norm: μ₂(J) = λ_max((J + J*)/2), the fastest growth of ‖x‖ at any moment; None as above.
     """
 
@@ -57,6 +61,8 @@ class StepLimit:
     converged: Any = True
     method: str = ""
     logarithmic_norm: Any = None
+    decaying_converged: Any = True
+    error: Any = None
 
     def __str__(self) -> str:
         steps = _plain(self.step)
@@ -176,7 +182,7 @@ def eigenvalue_step_limit(
     """
     tableau = get_tableau(method)
     values, eps = checked_spectrum(eigenvalues)
-    rays = ray_polynomials(tableau, _allowed(growth))
+    rays = ray_polynomials(tableau, allowed_growth(growth))
     shape, n = values.shape[:-1], values.shape[-1]
     given: Complexes = values.reshape(-1, n)
     tau = rounding_of_spectrum(values, eps) if tolerance is None else _plain(tolerance)
@@ -253,7 +259,7 @@ def _exits_of_many(
     return exits, stable
 
 
-def _allowed(growth: tuple[int, float] | None) -> Fraction:
+def allowed_growth(growth: tuple[int, float] | None) -> Fraction:
     """The bound on |R|² that keeps |R|^N ≤ 1 + tol, accurate in its distance from 1."""
     if growth is None:
         return Fraction(1)
