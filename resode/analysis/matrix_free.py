@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from resode.analysis.krylov import KrylovSchur, Operator, Ritz, outermost
+from resode.analysis.contraction import apply, contraction_steps_of, logarithmic_norms_of
+from resode.analysis.krylov import KrylovSchur, Ritz, outermost
 from resode.analysis.linearize import Field
 from resode.analysis.products import Products
-from resode.stability import eigenvalue_step_limit, imaginary_stability_interval, stability_coefficients
+from resode.stability import eigenvalue_step_limit, imaginary_stability_interval
 from resode.stability.intervals import ray_polynomials
-from resode.stability.limits import StepLimit, allowed_growth, as_counted
+from resode.stability.limits import StepLimit, allowed_growth, as_counted, like
 from resode.stability.rays import Complexes, Floats
 from resode.tableaus import ButcherTableau
 
@@ -37,10 +38,12 @@ BUDGET = 1200
 """Products a sample before it is given up."""
 
 _LOOK = 40  # vectors between two looks at the Ritz values
+_EARLY = 4096  # entries of a state up to which little is enough
 _MARGIN = 1e-2  # relative distance from the limit at which the step map is checked
 _DEFLATED = 24  # growing modes that are taken out one by one
 _POWERS = 16  # of the step map, before its own Ritz values are looked at
 _STEPS = 8
+_RIGHT = 40  # products for a right eigenvector
 
 
 @dataclass
@@ -49,7 +52,8 @@ class Outlook:
 
     Args:
         step, limiting, growing, decaying: as in `StepLimit`, over what is trusted.
-        mode: index of the Ritz value that sets `decaying`, -1 if none does.
+        estimate: the same over all Ritz values, converged or not.
+        mode: index of the Ritz value that sets it, -1 if none does.
         fastest: index of the fastest growing one, -1 if none grows.
         error: relative error of `decaying`, by first-order perturbation.
         converged: whether `step` rests on eigenvalues found to tolerance.
@@ -62,6 +66,7 @@ class Outlook:
     limiting: complex
     growing: Complexes
     decaying: float
+    estimate: float
     mode: int
     fastest: int
     error: float
@@ -100,10 +105,12 @@ def outer_spectra(
     x: Tensor,
     tableaus: Sequence[ButcherTableau],
     *,
+    k: int = 6,
     rtol: float | None = None,
     budget: int = BUDGET,
     growth: tuple[int, float] | None = None,
     conditions: bool = False,
+    verify: bool = True,
 ) -> list[Spectrum]:
     """The outer spectrum of each sample, sought until every method's limit has settled.
 
@@ -111,10 +118,15 @@ def outer_spectra(
         field: as checked by `check_field`.
         x: states, shape (batch, *state); taken in parts that fit into MEMORY.
         tableaus: explicit methods.
+        k: eigenvalues that limit the step, and largest ones, to keep when a space is cut back.
         rtol: relative accuracy of the limits; None for 1e-6 in float64 and 1e-4 in float32.
         budget: products a sample; a warning tells of samples that did not converge within it.
         growth: as in `eigenvalue_step_limit`.
         conditions: whether to find the right eigenvectors, for the condition numbers.
+        verify: whether to check the limits on the step map.
+
+    Raises:
+        ValueError: a method is implicit.
     """
     if rtol is None:
         rtol = 1e-6 if x.dtype == torch.float64 else 1e-4
@@ -125,13 +137,14 @@ def outer_spectra(
     rows = max(1, MEMORY // ((space + 24) * n * size_of))
     found: list[Spectrum] = []
     for first in range(0, len(x), rows):
-        part = _Part(field, x[first : first + rows], tableaus, space, wide, rtol, growth)
-        found += part.solve(budget, conditions)
+        here = x[first : first + rows]
+        part = _Part(field, here, tableaus, space, wide, k, rtol, growth, conditions, verify)
+        found += part.solve(budget)
     lost = sum(not all(o.converged for o in s.outlooks) for s in found)
     if lost:
         warnings.warn(
-            f"no convergence within {budget} products in {lost} of {len(found)} samples: their step limits are "
-            "upper bounds, from the eigenvalues found. Raise budget=, or rtol=.",
+            f"no convergence within {budget} products in {lost} of {len(found)} samples: their step limits "
+            "are upper bounds, from the eigenvalues found. Raise budget= or rtol=.",
             RuntimeWarning,
             stacklevel=5,
         )
@@ -148,11 +161,16 @@ class _Part:
         tableaus: Sequence[ButcherTableau],
         space: int,
         wide: torch.dtype,
+        k: int,
         rtol: float,
         growth: tuple[int, float] | None,
+        conditions: bool,
+        verify: bool,
     ) -> None:
+        self.conditions, self.verify = conditions, verify
+        self.pairs: dict[int, list[tuple[Tensor, Tensor] | None]] = {}
         self.field, self.x, self.tableaus, self.growth = field, x, tableaus, growth
-        self.rtol = rtol
+        self.k, self.rtol = k, rtol
         self.n = x[0].numel()
         self.space = space
         self.wide = wide
@@ -163,33 +181,31 @@ class _Part:
         noise = torch.randn(rows, self.n, generator=self.generator, dtype=self.wide)
         return noise.to(self.x.device)
 
-    def solve(self, budget: int, conditions: bool) -> list[Spectrum]:
+    def solve(self, budget: int) -> list[Spectrum]:
         """Every sample's spectrum, in order."""
         active = list(range(len(self.x)))
         products = Products(self.field, self.x)
         krylov = KrylovSchur(products.transposed, self._random(len(active)), self.space)
         before: dict[tuple[int, int], list[float]] = {}
-        krylov.grow(_LOOK)
+        krylov.grow(_LOOK if self.n <= _EARLY else 2 * _LOOK)
         while True:
             krylov.grow(_LOOK)
             ritz = [krylov.ritz(row) for row in range(len(active))]
             outlooks = [self._look(r, sample, before) for r, sample in zip(ritz, active, strict=True)]
             last = products.count >= budget or krylov.whole
-            ready = [
-                row for row, some in enumerate(outlooks) if last or all(self._enough(o) for o in some)
-            ]
-            if ready:
-                self._verify(krylov, products, active, ritz, outlooks, ready, last)
-                for row in ready:
-                    some = outlooks[row]
-                    if last or all(self._enough(o) for o in some):
-                        self._keep(krylov, active[row], row, ritz[row], some, products.count)
+            ready = [row for row, some in enumerate(outlooks) if last or all(self._enough(o) for o in some)]
+            if ready and self.verify:
+                self._verify(krylov, products, active, ritz, outlooks, ready)
+            for row in ready:
+                some = outlooks[row]
+                if last or all(self._enough(o) for o in some):
+                    self._keep(krylov, active[row], row, ritz[row], some, products.count)
             left = [row for row, sample in enumerate(active) if sample not in self.found]
             if not left:
                 break
             if krylov.used == krylov.size:
-                orders = {row: r for row, r in enumerate(ritz)}
-                krylov.cut(2 * (krylov.size // 4), lambda row, values: self._wanted(orders[row], values))
+                scales = [r.scale for r in ritz]
+                krylov.cut(2 * (krylov.size // 4), partial(self._wanted, scales))
                 if len(left) < 0.7 * len(active):
                     krylov.select(left)
                     count, active = products.count, [active[row] for row in left]
@@ -197,8 +213,8 @@ class _Part:
                     products.count = count
                     krylov.product = products.transposed
         found = [self.found[sample] for sample in range(len(self.x))]
-        if conditions:
-            self._conditions(found)
+        if self.conditions:
+            self._right_eigenvectors()
         return found
 
     @staticmethod
@@ -207,24 +223,27 @@ class _Part:
         hopeless = outlook.fastest >= 0 and not outlook.outer and len(outlook.modes) > _DEFLATED
         return outlook.converged and (outlook.settled or hopeless)
 
-    def _wanted(self, ritz: Ritz, values: Complexes) -> np.ndarray:
+    def _wanted(self, scales: list[float], row: int, values: Complexes) -> np.ndarray:
+        """The order in which eigenvalues are kept when a space is cut back."""
         order = outermost(values)
-        exits = np.stack([self._exits(values, t, ritz.scale) for t in self.tableaus]).min(axis=0)
-        binding = np.argsort(exits, kind="stable")[:4]
-        return np.array(list(dict.fromkeys([*binding, *order])))
+        exits = np.stack([self._exits(values, t, scales[row]) for t in self.tableaus]).min(axis=0)
+        binding = np.argsort(exits, kind="stable")[: self.k]
+        large = np.argsort(-np.abs(values), kind="stable")[: self.k]
+        return np.array(list(dict.fromkeys([*binding, *large, *order])))
 
     def _tau(self, scale: float) -> float:
         return 8 * self.n**0.5 * torch.finfo(self.x.dtype).eps * scale
 
     def _exits(self, values: Complexes, tableau: ButcherTableau, scale: float) -> Floats:
         """First exit of each eigenvalue; inf where it limits nothing."""
-        lam = as_counted(values, np.float64(self._tau(scale)))
+        upper, place = np.unique(values.real + 1j * np.abs(values.imag), return_inverse=True)
+        lam = as_counted(upper, np.float64(self._tau(scale)))
         exits = np.full(len(lam), np.inf)
         some = lam != 0
         if some.any():
             unstable = ray_polynomials(tableau, allowed_growth(self.growth)).unstable(lam[some])
             exits[some] = unstable[:, 0, 0] if unstable.shape[1] else np.inf
-        return exits
+        return exits[place]
 
     def _look(self, ritz: Ritz, sample: int, before: dict[tuple[int, int], list[float]]) -> list[Outlook]:
         """What the Ritz values say of every method."""
@@ -232,7 +251,7 @@ class _Part:
         for number, tableau in enumerate(self.tableaus):
             past = before.setdefault((sample, number), [])
             outlook = self._outlook(ritz, tableau, past)
-            past.append(outlook.decaying)
+            past.append(outlook.estimate)
             found.append(outlook)
         return found
 
@@ -251,12 +270,14 @@ class _Part:
             decaying = float(slow[mode])
             error = self._spread(values[mode], errors[mode], tableau, ritz.scale, decaying)
             still = len(past) >= 2 and all(abs(p - decaying) <= 0.1 * self.rtol * decaying for p in past[-2:])
-            if still and ritz.residuals[mode] <= 1e-2 * ritz.scale:  # a cluster: its edge stands, its members mix
+            if (
+                still and ritz.residuals[mode] <= 1e-2 * ritz.scale
+            ):  # a cluster: its edge stands, its members mix
                 error = min(error, 0.3 * self.rtol)
         known = error <= self.rtol
-        if not known:  # what still holds: no more than the eigenvalues allow that have been found
-            firm = slow[errors <= self.rtol * np.abs(values)]
-            decaying = min(decaying, float(firm.min(initial=np.inf))) if len(firm) else decaying
+        estimate = decaying
+        if not known:
+            decaying = self._bound(values, errors, slow, tableau, ritz.scale)
         fastest = int(np.where(sure, values.real, -np.inf).argmax()) if sure.any() else -1
         if fastest >= 0:
             rightmost = values.real.max() <= values[fastest].real + errors[fastest]
@@ -275,8 +296,19 @@ class _Part:
         modes = np.flatnonzero(growing)
         listed = values[sure][np.argsort(-values[sure].real)]
         return Outlook(
-            step, limiting, listed, decaying, mode, fastest, error, converged, outer, settled, modes
+            step, limiting, listed, decaying, estimate, mode, fastest, error, converged, outer, settled, modes
         )
+
+    def _bound(
+        self, values: Complexes, errors: Floats, slow: Floats, tableau: ButcherTableau, scale: float
+    ) -> float:
+        """What still holds where the first exit is not known: the first one that is, within a hundredth."""
+        for i in np.argsort(slow)[: 2 * _DEFLATED]:
+            if 0 < slow[i] < np.inf:
+                error = self._spread(values[i], errors[i], tableau, scale, float(slow[i]))
+                if error <= 1e-2:
+                    return float(slow[i]) * (1 + error)
+        return float("inf")
 
     def _spread(
         self, value: complex, error: float, tableau: ButcherTableau, scale: float, decaying: float
@@ -294,10 +326,29 @@ class _Part:
         indices = [o.fastest if o.fastest >= 0 else o.mode for o in outlooks]
         residual = [float(ritz.residuals[i]) if i >= 0 else float("nan") for i in indices]
         estimates = [float(ritz.conditions[i]) if i >= 0 else float("nan") for i in indices]
-        spectrum = Spectrum(ritz, outlooks, residual, estimates, count)
-        self.found[sample] = spectrum
-        columns = ritz.vectors[:, [max(i, 0) for i in indices]]
-        self.left = getattr(self, "left", {}) | {sample: krylov.vector(row, columns)}
+        self.found[sample] = Spectrum(ritz, outlooks, residual, estimates, count)
+        if self.conditions:
+            self.pairs[sample] = [None if i < 0 else self._pair(krylov, row, ritz, i) for i in indices]
+
+    def _pair(self, krylov: KrylovSchur, row: int, ritz: Ritz, index: int) -> tuple[Tensor, Tensor]:
+        """The left eigenvector, and a vector near the right one.
+
+        The right eigenvector is orthogonal to every other left one. With those that are known projected
+        out, little is left for a Krylov space of J to do.
+        """
+        w = krylov.vector(row, ritz.vectors[:, [index]])[0]
+        value = ritz.values[index]
+        own = np.minimum(abs(ritz.values - value), abs(ritz.values - value.conj())) <= 1e-9 * ritz.scale
+        others = np.flatnonzero((ritz.errors <= 1e-2 * ritz.scale) & ~own & (ritz.values.imag >= 0))
+        start = w.real + w.imag
+        if len(others):
+            v = krylov.vector(row, ritz.vectors[:, others])
+            q, _ = torch.linalg.qr(
+                torch.cat([v.real, v.imag[torch.as_tensor(ritz.values[others].imag > 0)]]).T
+            )
+            rest = start - q @ (q.T @ start)
+            start = rest if rest.norm() > 1e-6 * start.norm() else start
+        return w, start / start.norm()
 
     def _verify(
         self,
@@ -307,16 +358,17 @@ class _Part:
         ritz: list[Ritz],
         outlooks: list[list[Outlook]],
         ready: list[int],
-        last: bool,
     ) -> None:
         """Check the limits of the rows that are ready on the step map, just below and just above."""
         for number, tableau in enumerate(self.tableaus):
             limits = np.ones(len(active))
-            vectors = self._random(len(active)).to(torch.complex64 if self.wide == torch.float32 else torch.complex128)
+            vectors = self._random(len(active)).to(
+                torch.complex64 if self.wide == torch.float32 else torch.complex128
+            )
             checked = []
             for row in ready:
                 o = outlooks[row][number]
-                if o.mode < 0 or not 0 < o.decaying < np.inf:
+                if o.mode < 0 or not o.error <= self.rtol or not 0 < o.decaying < np.inf:
                     continue
                 limits[row] = o.decaying
                 vectors[row] = krylov.vector(row, ritz[row].vectors[:, [o.mode]])[0].to(vectors.dtype)
@@ -326,7 +378,7 @@ class _Part:
             eta = torch.as_tensor(limits, device=self.x.device)[:, None]
             sizes = []
             for factor in (1 - _MARGIN, 1 + _MARGIN):
-                image = _step(products.transposed, tableau, eta * factor, vectors)
+                image = apply(products.transposed, tableau, eta * factor, vectors)
                 quotient = (vectors.conj() * image).sum(1) / (vectors.conj() * vectors).sum(1).real
                 sizes.append(quotient.abs().double().cpu().numpy())
             bound = float(allowed_growth(self.growth)) ** 0.5
@@ -336,10 +388,14 @@ class _Part:
                 noise = ritz[row].errors[o.mode] * o.decaying + 1e3 * torch.finfo(self.x.dtype).eps
                 if sizes[0][row] > bound + noise or sizes[1][row] < bound - noise:
                     bad.add(row)
-            alone = [row for row in checked if not outlooks[row][number].outer or outlooks[row][number].fastest < 0]
+            alone = [
+                row for row in checked if not outlooks[row][number].outer or outlooks[row][number].fastest < 0
+            ]
             alone = [row for row in alone if len(outlooks[row][number].modes) <= _DEFLATED]
             if alone:
-                bad |= self._others(krylov, products, ritz, outlooks, number, eta * (1 - _MARGIN), alone, bound)
+                bad |= self._others(
+                    krylov, products, ritz, outlooks, number, eta * (1 - _MARGIN), alone, bound
+                )
             for row in bad:
                 o = outlooks[row][number]
                 o.settled = False
@@ -372,7 +428,7 @@ class _Part:
                 growing[row] = u[:, s > 1e-8 * s[0]].to(self.wide)
 
         def mapped(v: Tensor) -> Tensor:
-            image = _step(products.transposed, tableau, eta, v)
+            image = apply(products.transposed, tableau, eta, v)
             for row, q in growing.items():
                 image[row] -= q @ (q.T @ image[row])
             return image
@@ -393,37 +449,30 @@ class _Part:
                 bad.add(row)
         return bad
 
-    def _conditions(self, found: list[Spectrum]) -> None:
-        """1/|w*v| by right eigenvectors, from a Krylov space of J that starts at the left ones."""
+    def _right_eigenvectors(self) -> None:
+        """1/|w*v| by right eigenvectors v, each from a small Krylov space of J."""
         for number in range(len(self.tableaus)):
-            values = np.array(
-                [
-                    s.ritz.values[o.fastest if o.fastest >= 0 else o.mode]
-                    if max(o.fastest, o.mode) >= 0
-                    else np.nan
-                    for s in found
-                    for o in [s.outlooks[number]]
-                ]
-            )
-            if np.isnan(values).all():
-                continue
-            left = torch.stack([self.left[sample][number] for sample in range(len(found))])
+            pairs = [self.pairs[sample][number] for sample in range(len(self.x))]
+            noise = self._random(1)[0]
             products = Products(self.field, self.x)
-            start = (left.real + left.imag).to(self.wide)
-            krylov = KrylovSchur(products.forward, start, min(self.space, 3 * _LOOK))
+            start = torch.stack([noise if pair is None else pair[1].to(self.wide) for pair in pairs])
+            krylov = KrylovSchur(products.forward, start, min(self.space, _RIGHT))
             try:
                 krylov.grow(krylov.size)
             except (RuntimeError, NotImplementedError):
-                return  # F has no forward derivative: the estimate within the space stays
-            for row, spectrum in enumerate(found):
-                if np.isnan(values[row]):
+                return  # F has neither a second derivative nor a forward one: the estimate stays
+            for sample, pair in enumerate(pairs):
+                spectrum = self.found[sample]
+                o = spectrum.outlooks[number]
+                if pair is None:
                     continue
-                ritz = krylov.ritz(row)
-                near = int(np.abs(ritz.values - values[row]).argmin())
-                if ritz.residuals[near] > 0.1 * max(abs(values[row]), 1e-3 * ritz.scale):
+                value = spectrum.ritz.values[o.fastest if o.fastest >= 0 else o.mode]
+                ritz = krylov.ritz(sample)
+                near = int(np.abs(ritz.values - value).argmin())
+                if ritz.residuals[near] > 0.1 * max(abs(value), 1e-3 * ritz.scale):
                     continue
-                v = krylov.vector(row, ritz.vectors[:, [near]])[0]
-                w = left[row]
+                v = krylov.vector(sample, ritz.vectors[:, [near]])[0]
+                w = pair[0]
                 overlap = float((w * v).sum().abs() / (w.norm() * v.norm()))  # wᵀJ = λwᵀ: no conjugate
                 spectrum.condition[number] = 1 / overlap if overlap > 2.0**-52 else float("inf")
 
@@ -438,43 +487,93 @@ def _axis_height(values: Complexes) -> float:
     return float((np.abs(a.imag) + share * (np.abs(b.imag) - np.abs(a.imag))).max())
 
 
-def _step(product: Operator, tableau: ButcherTableau, eta: Tensor, v: Tensor) -> Tensor:
-    """R(ηA)v (rows, n) for an explicit method, by Horner's rule; η (rows, 1)."""
-    if v.is_complex():
-        return torch.complex(_step(product, tableau, eta, v.real), _step(product, tableau, eta, v.imag))
-    coefficients = [float(c) for c in stability_coefficients(tableau)[0]]
-    eta = eta.to(v.dtype)
-    total = coefficients[-1] * v
-    for c in coefficients[-2::-1]:
-        total = c * v + eta * product(total)
-    return total
-
-
-def matrix_free_limit(
-    spectra: list[Spectrum], number: int, tableau: ButcherTableau, like_x: Tensor, **more: Any
+def field_limit(
+    field: Field,
+    x: Tensor,
+    tableau: ButcherTableau,
+    *,
+    k: int,
+    growth: tuple[int, float] | None,
+    rtol: float | None,
+    budget: int,
+    details: bool,
 ) -> StepLimit:
-    """One method's `StepLimit` over all samples."""
+    """The step limit of a checked field at each state of x, without its Jacobian."""
+    spectra = outer_spectra(
+        field, x, [tableau], k=k, growth=growth, rtol=rtol, budget=budget, conditions=details
+    )
+    limit = limit_of(spectra, 0, tableau, x, growth)
+    if not details:
+        return limit
+    scales = np.array([s.ritz.scale for s in spectra])
+    spectral = np.array([s.outlooks[0].step for s in spectra])
+    rates, contraction = _nonnormality(field, x, tableau, spectral, scales)
+    return replace(
+        limit, logarithmic_norm=like(x, rates, (len(x),)), contraction_step=like(x, contraction, (len(x),))
+    )
+
+
+def _nonnormality(
+    field: Field, x: Tensor, tableau: ButcherTableau, spectral: Floats, scales: Floats
+) -> tuple[Floats, Floats]:
+    """μ₂ and the contraction limit of every sample; NaN where F has no product with J."""
+    n = x[0].numel()
+    eps = torch.finfo(x.dtype).eps
+    wide = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
+    rows = max(1, MEMORY // (80 * n * 8))
+    rates, contraction = np.zeros(len(x)), np.zeros(len(x))
+    generator = torch.Generator().manual_seed(23)
+    rtol = max(1e-4, 1e3 * eps)
+    for first in range(0, len(x), rows):
+        part = slice(first, min(first + rows, len(x)))
+        products = Products(field, x[part])
+        start = torch.randn(len(x[part]), n, generator=generator, dtype=wide).to(x.device)
+        try:
+            rates[part] = logarithmic_norms_of(products, start, 10 * rtol)
+        except (RuntimeError, NotImplementedError):
+            rates[part] = contraction[part] = np.nan
+            continue
+        tau = 8 * n**0.5 * eps * scales[part]
+        quiet = np.flatnonzero((rates[part] <= tau) & (spectral[part] > 0))
+        for i in quiet + first:
+            if not np.isfinite(spectral[i]):
+                contraction[i] = np.inf
+                continue
+            one = Products(field, x[i : i + 1])
+            contraction[i] = contraction_steps_of(
+                one, tableau, spectral[i : i + 1], start[i - first][None], rtol
+            )[0]
+    return rates, contraction
+
+
+def limit_of(
+    spectra: list[Spectrum],
+    number: int,
+    tableau: ButcherTableau,
+    x: Tensor,
+    growth: tuple[int, float] | None = None,
+) -> StepLimit:
+    """The `StepLimit` of method `number`, batched over the samples."""
     outlooks = [s.outlooks[number] for s in spectra]
-    real = like_x.dtype if like_x.dtype in (torch.float32, torch.float64) else torch.get_default_dtype()
-
-    def tensor(values: Sequence[Any], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=like_x.device)
-
+    shape = (len(outlooks),)
     intervals = []
-    for s, o in zip(spectra, outlooks, strict=True):
+    for s in spectra:
         known = s.trusted if len(s.trusted) else s.ritz.values
-        intervals.append(eigenvalue_step_limit(known, tableau, tolerance=1e-6 * s.ritz.scale).intervals if o.fastest < 0 else [])
+        found = eigenvalue_step_limit(known, tableau, tolerance=1e-6 * s.ritz.scale, growth=growth)
+        intervals.append(found.intervals)
+    values = {
+        "step": [o.step for o in outlooks],
+        "limiting_eigenvalue": [o.limiting for o in outlooks],
+        "decaying_step": [o.decaying for o in outlooks],
+        "converged": [o.converged for o in outlooks],
+        "decaying_converged": [o.settled for o in outlooks],
+        "error": [o.error for o in outlooks],
+        "residual": [s.residual[number] for s in spectra],
+        "condition": [s.condition[number] for s in spectra],
+    }
     return StepLimit(
-        step=tensor([o.step for o in outlooks], real),
-        limiting_eigenvalue=tensor([o.limiting for o in outlooks], real.to_complex()),
         intervals=intervals,
-        growing=[tensor(o.growing, real.to_complex()) for o in outlooks],
-        decaying_step=tensor([o.decaying for o in outlooks], real),
-        residual=tensor([s.residual[number] for s in spectra], real),
-        condition=tensor([s.condition[number] for s in spectra], real),
-        converged=tensor([o.converged for o in outlooks], torch.bool),
+        growing=[like(x, o.growing, o.growing.shape) for o in outlooks],
         method=tableau.name,
-        decaying_converged=tensor([o.settled for o in outlooks], torch.bool),
-        error=tensor([o.error for o in outlooks], real),
-        **more,
+        **{name: like(x, np.array(value), shape) for name, value in values.items()},
     )

@@ -90,7 +90,7 @@ class Products:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Within it float32 products are float32's: no TF32, no bf16 passes, no autocast; afterwards all is as before."""
+    """Within it float32 products are float32's: no TF32, no bf16, no autocast."""
     matmul = torch.get_float32_matmul_precision()
     cudnn = torch.backends.cudnn.allow_tf32
     devices = {"cpu", torch.get_default_device().type} | ({"cuda"} if torch.cuda.is_available() else set())

@@ -70,6 +70,7 @@ class StepLimit:
             return self._summary(steps)
         lines = []
         count = len(self.growing)
+        least = "" if self.decaying_converged else "at least "
         if math.isinf(self.step):
             lines.append(f"{self.method}: stable at every step size.")
         elif self.step > 0:
@@ -79,13 +80,14 @@ class StepLimit:
             )
         elif count:
             lines.append(
-                f"{self.method}: no small step is stable: {count} "
+                f"{self.method}: no small step is stable: {least}{count} "
                 f"{'mode grows' if count == 1 else 'modes grow'} with the equation itself, "
                 f"fastest λ = {_show(self.limiting_eigenvalue)}."
             )
             if math.isfinite(self.decaying_step):
                 others = "it" if count == 1 else "them"
-                lines.append(f"  Without {others} the limit would be {self.decaying_step:.6g}.")
+                bound = "" if self.decaying_converged else "at most "
+                lines.append(f"  Without {others} the limit would be {bound}{self.decaying_step:.6g}.")
         else:
             lines.append(
                 f"{self.method}: no small step is stable, because λ = {_show(self.limiting_eigenvalue)} "
@@ -128,6 +130,9 @@ class StepLimit:
                 lines.append(f"  N{reason[1:]}")
             else:
                 lines = [f"{self.method}, {steps.size} spectra: {reason}"]
+        open_ended = int((~_plain(self.decaying_converged) & np.ones(steps.shape, dtype=bool)).sum())
+        if unstable and open_ended:
+            lines.append(f"  Without growing modes it is an upper bound in {open_ended}.")
         missing = int((~_plain(self.converged)).sum())
         if missing:
             lines.append(f"  {missing} not converged.")
