@@ -6,19 +6,23 @@ processor the products of a convolutional field cost less than making their resu
 the whole basis: so inner products are taken of sketches, a few hundred random Fourier coefficients a vector,
 in float64, and the basis is read once a vector, in the field's own dtype. The relation
 
-    A V = V H + v bᵀ
+    J V = V H + v bᵀ
 
-holds to that dtype's rounding all the same: a Ritz pair (θ, Vy) of H has the residual |bᵀy|.
+holds to that dtype's rounding all the same. Ritz values and their residuals come from sketches of V and JV.
+Vectors are made orthogonal to the basis a few at a time (a few steps of the recurrence first see each other
+alone), because reading the basis is what costs.
 
 Source:
     Stewart, A Krylov-Schur algorithm for large eigenproblems, SIAM J. Matrix Anal. Appl. 23 (2002);
-    Balabanov & Grigori, Randomized Gram-Schmidt process, SIAM J. Sci. Comput. 44 (2022).
+    Balabanov & Grigori, Randomized Gram-Schmidt process, SIAM J. Sci. Comput. 44 (2022);
+    Hoemmen, Communication-avoiding Krylov subspace methods (2010).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import scipy.linalg
@@ -40,11 +44,10 @@ class Ritz:
 
     Args:
         values: Ritz values θ, shape (j,).
-        residuals: ‖A v − θ v‖₂ of each unit Ritz vector v.
+        residuals: ‖J v − θ v‖₂ of each unit Ritz vector v.
         conditions: 1/|w*v| of each, within the space.
         vectors: their coordinates in the basis, (j, j), one a column.
-        scale: ‖H‖₂, about ‖A‖₂.
-        exhausted: whether the space is the whole of R^n.
+        scale: ‖VᵀJV‖₂, about ‖J‖₂.
     """
 
     values: Complexes
@@ -52,7 +55,6 @@ class Ritz:
     conditions: Floats
     vectors: Complexes
     scale: float
-    exhausted: bool = False
 
     @property
     def errors(self) -> Floats:
@@ -100,28 +102,27 @@ class KrylovSchur:
     """A Krylov space for each row of a batch, that can grow and be cut back to what is wanted.
 
     Args:
-        product: A v (rows, n) of v (rows, n).
+        product: Jv (rows, n) of v (rows, n).
         start: first vectors, shape (rows, n), not 0.
         size: vectors of a space, at most.
+        stride: vectors that are made orthogonal to the basis together.
     """
 
-    def __init__(self, product: Operator, start: Tensor, size: int) -> None:
+    def __init__(self, product: Operator, start: Tensor, size: int, stride: int = 1) -> None:
         rows, n = start.shape
         self.product = product
-        self.size = min(size, n)
-        self.used = 0
+        self.size, self.stride = min(size, n), stride
+        self.used = 0  # vectors whose images are known; one more is there
         self.eps = torch.finfo(start.dtype).eps
         self.sketch = Sketch(n, 4 * size, start.device)
         self.basis = torch.empty(rows, self.size + 1, n, dtype=start.dtype, device=start.device)
         first = self.sketch(start)
         norm = first.norm(dim=1, keepdim=True)
-        self.sketched = torch.zeros(
-            rows, self.size + 1, first.shape[1], dtype=torch.float64, device=start.device
-        )
+        self.sketched = first.new_zeros(rows, self.size + 1, first.shape[1])
+        self.images = torch.zeros_like(self.sketched[:, :-1])
         self.basis[:, 0] = start / norm.to(start.dtype)
         self.sketched[:, 0] = first / norm
-        self.h = torch.zeros(rows, self.size + 1, self.size, dtype=torch.float64, device=start.device)
-        self.largest = torch.zeros(rows, 1, dtype=torch.float64, device=start.device)
+        self.largest = torch.zeros_like(norm)
         self.generator = torch.Generator().manual_seed(21)
 
     @property
@@ -131,71 +132,110 @@ class KrylovSchur:
 
     def grow(self, count: int) -> None:
         """Add `count` vectors to every space, or as many as there is room for."""
-        for _ in range(min(count, self.size - self.used)):
-            j = self.used
-            w = self.product(self.basis[:, j])
-            sketched = self.sketch(w)
-            length = sketched.norm(dim=1, keepdim=True)
-            w, sketched, c = self._orthogonal(w, sketched, j + 1)
-            if self.sketch.plain:  # the exact inner product, so that a second pass brings full orthogonality
-                w, sketched, more = self._orthogonal(w, self.sketch(w), j + 1)
-                c = c + more
-            norm = sketched.norm(dim=1, keepdim=True)
-            self.largest = torch.maximum(self.largest, length)
-            broken = norm <= _BREAKDOWN * self.eps * self.largest
-            self.h[:, : j + 1, j] = c
-            self.h[:, j + 1, j] = torch.where(broken, 0.0, norm)[:, 0]
-            if bool(broken.any()):
-                w, sketched, norm = self._afresh(w, sketched, norm, broken, j + 1)
-            self.basis[:, j + 1] = w / norm.to(w.dtype)
-            self.sketched[:, j + 1] = sketched / norm
-            self.used += 1
+        end = min(self.used + count, self.size)
+        while self.used < end:
+            self._extend(min(self.stride, end - self.used))
 
-    def _orthogonal(self, w: Tensor, sketched: Tensor, j: int) -> tuple[Tensor, Tensor, Tensor]:
-        """W without its part in the first j vectors, its sketch, and that part's coordinates."""
-        known = self.sketched[:, :j]
-        c = (known @ sketched[:, :, None])[..., 0]
-        left = sketched - (c[:, None] @ known)[:, 0]
-        again = (known @ left[:, :, None])[..., 0]
-        left = left - (again[:, None] @ known)[:, 0]
-        c = c + again
-        w = torch.baddbmm(w[:, None], c[:, None].to(w.dtype), self.basis[:, :j], alpha=-1)[:, 0]
-        return w, left, c
+    def _extend(self, count: int) -> None:
+        """Add `count` vectors: products of the last one, made orthogonal to each other and to the rest."""
+        j = self.used
+        v, sketched = self.basis[:, j], self.sketched[:, j]
+        new, of_new, images = [], [], []
+        for i in range(count):
+            w = self.product(v)
+            image = self.sketch(w)
+            images.append(image)
+            # Orthogonal to what this round has brought; to the last vector too, which it started from.
+            near = [sketched, *of_new] if i or count > 1 else []
+            w, of_w = w.clone() if not near else w, image
+            for u, of_u in zip([self.basis[:, j], *new], near, strict=False):
+                c = (of_u * of_w).sum(1, keepdim=True) / (of_u * of_u).sum(1, keepdim=True).clamp_min(1e-300)
+                w, of_w = w - c.to(w.dtype) * u, of_w - c * of_u
+            norm = of_w.norm(dim=1, keepdim=True)
+            self.largest = torch.maximum(self.largest, image.norm(dim=1, keepdim=True))
+            norm = torch.where(norm > _BREAKDOWN * self.eps * self.largest, norm, torch.ones_like(norm))
+            v = w / norm.to(w.dtype)
+            new.append(v)
+            of_new.append(of_w / norm)
+        self.images[:, j] = images[0]
+        block, known = torch.stack(new, 1), self.sketched[:, : j + 1]
+        of_block = torch.stack(of_new, 1)
+        c, of_block = self._coordinates(of_block, known)
+        block = torch.baddbmm(block, c.to(block.dtype), self.basis[:, : j + 1], alpha=-1)
+        if self.sketch.plain:  # the exact inner product, so that a second pass brings full orthogonality
+            more, of_block = self._coordinates(block.double(), known)
+            block = torch.baddbmm(block, more.to(block.dtype), self.basis[:, : j + 1], alpha=-1)
+            c = c + more
+        # J times the new vectors, but for the last: by the combination that they are of known products.
+        turned = torch.stack(images[1:], 1) - c[:, :-1] @ self.images[:, : j + 1] if count > 1 else None
+        for i in range(count):
+            w, of_w = block[:, i], of_block[:, i]
+            image = turned[:, i] if turned is not None and i < count - 1 else None
+            for m in range(i):
+                at = j + 1 + m
+                d = (self.sketched[:, at] * of_w).sum(1, keepdim=True)
+                w, of_w = w - d.to(w.dtype) * self.basis[:, at], of_w - d * self.sketched[:, at]
+                image = None if image is None else image - d * self.images[:, at]
+            norm = of_w.norm(dim=1, keepdim=True)
+            # Of a vector of length 1 when the round began, or of a product where nothing was divided out.
+            broken = norm <= _BREAKDOWN * self.eps * torch.where(self.largest > 0, 1.0, 0.0).clamp_min(1e-300)
+            broken |= self.largest == 0
+            if bool(broken.any()):
+                w, of_w, norm = self._afresh(w, of_w, norm, broken, j + 1 + i)
+                if image is not None:  # the combination is lost with it
+                    fresh = self.sketch(self.product(w / norm.to(w.dtype))) * norm
+                    image = torch.where(broken, fresh, image)
+            self.basis[:, j + 1 + i] = w / norm.to(w.dtype)
+            self.sketched[:, j + 1 + i] = of_w / norm
+            if image is not None:
+                self.images[:, j + 1 + i] = image / norm
+        self.used += count
+
+    @staticmethod
+    def _coordinates(of_block: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """Coordinates of vectors in the basis, and what is left of their sketches without that part."""
+        c = of_block @ known.transpose(1, 2)
+        left = of_block - c @ known
+        more = left @ known.transpose(1, 2)
+        return c + more, left - more @ known
 
     def _afresh(
-        self, w: Tensor, sketched: Tensor, norm: Tensor, broken: Tensor, j: int
+        self, w: Tensor, of_w: Tensor, norm: Tensor, broken: Tensor, j: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """A random direction where the space is invariant, so that what it cannot reach is found too."""
         noise = torch.randn(w.shape, generator=self.generator, dtype=w.dtype).to(w.device)
         if j < w.shape[1]:
             for _ in range(2):
-                noise, of_noise, _ = self._orthogonal(noise, self.sketch(noise), j)
-                length = of_noise.norm(dim=1, keepdim=True)
-                noise = noise / length.to(noise.dtype)
-                of_noise = of_noise / length
+                c, of_noise = self._coordinates(self.sketch(noise)[:, None], self.sketched[:, :j])
+                noise = torch.baddbmm(noise[:, None], c.to(w.dtype), self.basis[:, :j], alpha=-1)[:, 0]
+                length = of_noise[:, 0].norm(dim=1, keepdim=True)
+                noise, of_noise = noise / length.to(noise.dtype), of_noise[:, 0] / length
         else:
-            noise, of_noise = torch.zeros_like(w), torch.zeros_like(sketched)
+            noise, of_noise = torch.zeros_like(w), torch.zeros_like(of_w)
         one = torch.ones_like(norm)
         return (
             torch.where(broken, noise, w),
-            torch.where(broken, of_noise, sketched),
+            torch.where(broken, of_noise, of_w),
             torch.where(broken, one, norm),
         )
 
     def ritz(self, row: int) -> Ritz:
         """Ritz values of one row, with their errors."""
         j = self.used
-        h = self.h[row, : j + 1, :j].cpu().numpy()
+        known, images = self.sketched[row, :j], self.images[row, :j]
+        h = self._projected(row)
         scale = float(np.linalg.norm(h, 2))
-        values, vectors = np.linalg.eig(h[:j])
-        residuals = np.zeros(j) if self.whole else np.abs(h[j] @ vectors)
+        values, vectors = np.linalg.eig(h)
+        outside = (
+            (images.T - known.T @ (known @ images.T)).cpu().numpy()
+        )  # of the space: what JV has beside VH
+        residuals = np.linalg.norm(np.linalg.qr(outside, mode="r") @ vectors, axis=0)
         try:
             conditions = np.linalg.norm(np.linalg.inv(vectors), axis=1)
         except np.linalg.LinAlgError:
             conditions = np.full(j, np.inf)
-        return Ritz(
-            values.astype(np.complex128), residuals, conditions, vectors.astype(complex), scale, self.whole
-        )
+        values, vectors = values.astype(np.complex128), vectors.astype(np.complex128)
+        return Ritz(values, residuals, conditions, vectors, scale)
 
     def vector(self, row: int, coordinates: Complexes) -> Tensor:
         """The vectors with these coordinates (j, k), complex (k, n)."""
@@ -208,41 +248,39 @@ class KrylovSchur:
 
     def select(self, rows: list[int]) -> None:
         """Go on with some of the rows."""
-        self.basis, self.sketched = self.basis[rows], self.sketched[rows]
-        self.h, self.largest = self.h[rows], self.largest[rows]
+        self.basis, self.sketched, self.images = self.basis[rows], self.sketched[rows], self.images[rows]
+        self.largest = self.largest[rows]
 
     def cut(self, keep: int, wanted: Callable[[int, Complexes], np.ndarray]) -> None:
-        """Restart: keep an invariant subspace of H of `keep` dimensions in every row.
+        """Restart: keep an invariant subspace of VᵀJV of `keep` dimensions in every row.
 
         Args:
             keep: its dimension, even and less than what is used.
             wanted: (row, Ritz values) to their order, the most wanted first.
         """
         j, k = self.used, keep
-        rows = self.basis.shape[0]
+        rows = len(self.basis)
         turned = np.zeros((rows, j, k))
-        h = self.h.cpu().numpy()
-        new = np.zeros_like(h)
         for row in range(rows):
-            t, z = scipy.linalg.schur(h[row, :j, :j], output="real")
-            t, z = _ordered(t, z, k, lambda values, row=row: wanted(row, values))
-            turned[row] = z[:, :k]
-            new[row, :k, :k] = t[:k, :k]
-            new[row, k, :k] = h[row, j, :j] @ z[:, :k]
+            t, z = scipy.linalg.schur(self._projected(row), output="real")
+            turned[row] = _ordered(t, z, k, partial(wanted, row))[:, :k]
         turn = torch.as_tensor(turned, device=self.basis.device).transpose(1, 2)
-        last, last_sketched = self.basis[:, j].clone(), self.sketched[:, j].clone()
         for row in range(rows):  # one at a time, to need no second basis
             self.basis[row, :k] = turn[row].to(self.basis.dtype) @ self.basis[row, :j]
         self.sketched[:, :k] = turn @ self.sketched[:, :j]
-        self.basis[:, k], self.sketched[:, k] = last, last_sketched
-        self.h = torch.as_tensor(new, device=self.basis.device)
+        self.images[:, :k] = turn @ self.images[:, :j]
+        self.basis[:, k], self.sketched[:, k] = self.basis[:, j].clone(), self.sketched[:, j].clone()
         self.used = k
+
+    def _projected(self, row: int) -> np.ndarray:
+        """VᵀJV in the sketched inner product, (used, used)."""
+        return (self.sketched[row, : self.used] @ self.images[row, : self.used].T).cpu().numpy()
 
 
 def _ordered(
     t: np.ndarray, z: np.ndarray, keep: int, wanted: Callable[[Complexes], np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
-    """A real Schur form with the wanted eigenvalues first; pairs stay together."""
+) -> np.ndarray:
+    """The vectors of a real Schur form with the wanted eigenvalues first; pairs stay together."""
     none = np.zeros(len(t), dtype=np.int32)
     _, _, real, imaginary, *_ = scipy.linalg.lapack.dtrsen(none, t, z, job=b"N")
     values = real + 1j * imaginary
@@ -260,8 +298,7 @@ def _ordered(
         select[lone[-1]] = 0
         i = next(i for i in wanted(values) if imaginary[i] > 0 and not select[i])
         select[[i, i + 1]] = 1
-    ordered, vectors, *_, info = scipy.linalg.lapack.dtrsen(select, t, z, job=b"N")
-    return (ordered, vectors) if info == 0 else (t, z)
+    return scipy.linalg.lapack.dtrsen(select, t, z, job=b"N")[1]
 
 
 def outermost(values: Complexes, shares: int = 8) -> np.ndarray:

@@ -38,7 +38,8 @@ BUDGET = 1200
 """Products a sample before it is given up."""
 
 _LOOK = 40  # vectors between two looks at the Ritz values
-_EARLY = 4096  # entries of a state up to which little is enough
+_LARGE = 4096  # entries of a state from which reading the basis costs more than a product
+_STRIDE = 4
 _MARGIN = 1e-2  # relative distance from the limit at which the step map is checked
 _DEFLATED = 24  # growing modes that are taken out one by one
 _POWERS = 16  # of the step map, before its own Ritz values are looked at
@@ -59,6 +60,7 @@ class Outlook:
         converged: whether `step` rests on eigenvalues found to tolerance.
         outer: whether no decaying eigenvalue inside the spectrum's hull could limit the step further.
         settled: whether `decaying` was found to tolerance too.
+        hopeless: whether it will not be: more modes grow than can be told from those that barely decay.
         modes: indices of the growing Ritz values.
     """
 
@@ -73,6 +75,7 @@ class Outlook:
     converged: bool
     outer: bool
     settled: bool
+    hopeless: bool
     modes: np.ndarray = field(repr=False)
 
 
@@ -185,9 +188,11 @@ class _Part:
         """Every sample's spectrum, in order."""
         active = list(range(len(self.x)))
         products = Products(self.field, self.x)
-        krylov = KrylovSchur(products.transposed, self._random(len(active)), self.space)
+        large = self.n > _LARGE
+        start = self._random(len(active))
+        krylov = KrylovSchur(products.transposed, start, self.space, _STRIDE if large else 1)
         before: dict[tuple[int, int], list[float]] = {}
-        krylov.grow(_LOOK if self.n <= _EARLY else 2 * _LOOK)
+        krylov.grow(2 * _LOOK if large else 0)
         while True:
             krylov.grow(_LOOK)
             ritz = [krylov.ritz(row) for row in range(len(active))]
@@ -195,23 +200,23 @@ class _Part:
             last = products.count >= budget or krylov.whole
             ready = [row for row, some in enumerate(outlooks) if last or all(self._enough(o) for o in some)]
             if ready and self.verify:
-                self._verify(krylov, products, active, ritz, outlooks, ready)
+                self._verify(krylov, active, ritz, outlooks, ready)
             for row in ready:
-                some = outlooks[row]
-                if last or all(self._enough(o) for o in some):
-                    self._keep(krylov, active[row], row, ritz[row], some, products.count)
+                if last or all(self._enough(o) for o in outlooks[row]):
+                    self._keep(krylov, active[row], row, ritz[row], outlooks[row], products.count)
             left = [row for row, sample in enumerate(active) if sample not in self.found]
             if not left:
                 break
+            if len(left) < 0.7 * len(active):
+                krylov.select(left)
+                ritz, active = [ritz[row] for row in left], [active[row] for row in left]
+                count = products.count
+                products = Products(self.field, self.x[active])
+                products.count = count
+                krylov.product = products.transposed
             if krylov.used == krylov.size:
                 scales = [r.scale for r in ritz]
                 krylov.cut(2 * (krylov.size // 4), partial(self._wanted, scales))
-                if len(left) < 0.7 * len(active):
-                    krylov.select(left)
-                    count, active = products.count, [active[row] for row in left]
-                    products = Products(self.field, self.x[active])
-                    products.count = count
-                    krylov.product = products.transposed
         found = [self.found[sample] for sample in range(len(self.x))]
         if self.conditions:
             self._right_eigenvectors()
@@ -219,9 +224,8 @@ class _Part:
 
     @staticmethod
     def _enough(outlook: Outlook) -> bool:
-        """Nothing is left to seek; where too many modes grow, the decaying ones cannot be told apart."""
-        hopeless = outlook.fastest >= 0 and not outlook.outer and len(outlook.modes) > _DEFLATED
-        return outlook.converged and (outlook.settled or hopeless)
+        """Whether nothing is left to seek."""
+        return outlook.converged and (outlook.settled or outlook.hopeless)
 
     def _wanted(self, scales: list[float], row: int, values: Complexes) -> np.ndarray:
         """The order in which eigenvalues are kept when a space is cut back."""
@@ -285,18 +289,32 @@ class _Part:
             step, limiting = (0.0 if self.growth is None else float(exits[sure].min())), values[fastest]
             step = min(step, decaying)
             height = _axis_height(values)
-            outer = imaginary_stability_interval(tableau) >= 0.98 * decaying * height or height == 0
+            axis = imaginary_stability_interval(tableau)
+            outer = height == 0 or axis >= 0.98 * estimate * height
+            hopeless = (known or axis == 0) and not outer and int(growing.sum()) > _DEFLATED
             settled = known and (outer or bool((sure == growing).all()))
         else:
             step, limiting = decaying, counted[mode] if mode >= 0 else complex("nan")
             converged = settled = bool(known and not growing.any())
-            outer = True
+            outer, hopeless = True, False
         if limiting == limiting:
             limiting = complex(limiting.real, abs(limiting.imag))
         modes = np.flatnonzero(growing)
         listed = values[sure][np.argsort(-values[sure].real)]
         return Outlook(
-            step, limiting, listed, decaying, estimate, mode, fastest, error, converged, outer, settled, modes
+            step,
+            limiting,
+            listed,
+            decaying,
+            estimate,
+            mode,
+            fastest,
+            error,
+            converged,
+            outer,
+            settled,
+            hopeless,
+            modes,
         )
 
     def _bound(
@@ -353,7 +371,6 @@ class _Part:
     def _verify(
         self,
         krylov: KrylovSchur,
-        products: Products,
         active: list[int],
         ritz: list[Ritz],
         outlooks: list[list[Outlook]],
@@ -361,55 +378,57 @@ class _Part:
     ) -> None:
         """Check the limits of the rows that are ready on the step map, just below and just above."""
         for number, tableau in enumerate(self.tableaus):
-            limits = np.ones(len(active))
-            vectors = self._random(len(active)).to(
-                torch.complex64 if self.wide == torch.float32 else torch.complex128
-            )
-            checked = []
-            for row in ready:
-                o = outlooks[row][number]
-                if o.mode < 0 or not o.error <= self.rtol or not 0 < o.decaying < np.inf:
-                    continue
-                limits[row] = o.decaying
-                vectors[row] = krylov.vector(row, ritz[row].vectors[:, [o.mode]])[0].to(vectors.dtype)
-                checked.append(row)
-            if not checked:
+            some = {row: outlooks[row][number] for row in ready}
+            rows = [
+                r for r, o in some.items() if o.error <= self.rtol and 0 < o.decaying < np.inf and o.mode >= 0
+            ]
+            if not rows:
                 continue
-            eta = torch.as_tensor(limits, device=self.x.device)[:, None]
-            sizes = []
-            for factor in (1 - _MARGIN, 1 + _MARGIN):
-                image = apply(products.transposed, tableau, eta * factor, vectors)
-                quotient = (vectors.conj() * image).sum(1) / (vectors.conj() * vectors).sum(1).real
-                sizes.append(quotient.abs().double().cpu().numpy())
+            products = Products(self.field, self.x[[active[row] for row in rows]])
+            vectors = torch.cat(
+                [
+                    krylov.vector(r, ritz[r].vectors[:, [some[r].mode]]).to(self.wide.to_complex())
+                    for r in rows
+                ]
+            )
+            eta = torch.tensor([[some[r].decaying] for r in rows], dtype=torch.float64, device=self.x.device)
+            below, above = (
+                self._factor(products, tableau, eta * factor, vectors)
+                for factor in (1 - _MARGIN, 1 + _MARGIN)
+            )
             bound = float(allowed_growth(self.growth)) ** 0.5
             bad = set()
-            for row in checked:
-                o = outlooks[row][number]
-                noise = ritz[row].errors[o.mode] * o.decaying + 1e3 * torch.finfo(self.x.dtype).eps
-                if sizes[0][row] > bound + noise or sizes[1][row] < bound - noise:
+            for i, row in enumerate(rows):
+                noise = ritz[row].errors[some[row].mode] * some[row].decaying
+                noise += 1e3 * torch.finfo(self.x.dtype).eps
+                if below[i] > bound + noise or above[i] < bound - noise:
                     bad.add(row)
             alone = [
-                row for row in checked if not outlooks[row][number].outer or outlooks[row][number].fastest < 0
+                row
+                for row in rows
+                if (some[row].fastest < 0 or not some[row].outer) and len(some[row].modes) <= _DEFLATED
             ]
-            alone = [row for row in alone if len(outlooks[row][number].modes) <= _DEFLATED]
             if alone:
-                bad |= self._others(
-                    krylov, products, ritz, outlooks, number, eta * (1 - _MARGIN), alone, bound
-                )
+                bad |= self._others(krylov, active, ritz, outlooks, number, alone, bound)
             for row in bad:
-                o = outlooks[row][number]
-                o.settled = False
-                if o.fastest < 0:
-                    o.converged = False
+                some[row].settled = False
+                if some[row].fastest < 0:
+                    some[row].converged = False
+
+    @staticmethod
+    def _factor(products: Products, tableau: ButcherTableau, eta: Tensor, vectors: Tensor) -> Floats:
+        """|v*R(ηJ)v| / v*v of every row."""
+        image = apply(products.transposed, tableau, eta, vectors)
+        quotient = (vectors.conj() * image).sum(1) / (vectors.conj() * vectors).sum(1).real
+        return quotient.abs().double().cpu().numpy()
 
     def _others(
         self,
         krylov: KrylovSchur,
-        products: Products,
+        active: list[int],
         ritz: list[Ritz],
         outlooks: list[list[Outlook]],
         number: int,
-        eta: Tensor,
         rows: list[int],
         bound: float,
     ) -> set[int]:
@@ -419,35 +438,37 @@ class _Part:
         has come out on top.
         """
         tableau = self.tableaus[number]
+        products = Products(self.field, self.x[[active[row] for row in rows]])
+        steps = [[(1 - _MARGIN) * outlooks[row][number].decaying] for row in rows]
+        eta = torch.tensor(steps, dtype=torch.float64, device=self.x.device)
         growing: dict[int, Tensor] = {}
-        for row in rows:
+        for i, row in enumerate(rows):
             modes = outlooks[row][number].modes
             if len(modes):
                 v = krylov.vector(row, ritz[row].vectors[:, modes])
-                u, s, _ = torch.linalg.svd(torch.cat([v.real, v.imag]).T, full_matrices=False)
-                growing[row] = u[:, s > 1e-8 * s[0]].to(self.wide)
+                u, sizes, _ = torch.linalg.svd(torch.cat([v.real, v.imag]).T, full_matrices=False)
+                growing[i] = u[:, sizes > 1e-8 * sizes[0]].to(self.wide)
+
+        def without(v: Tensor) -> Tensor:
+            for i, q in growing.items():
+                v[i] -= q @ (q.T @ v[i])
+            return v
 
         def mapped(v: Tensor) -> Tensor:
-            image = apply(products.transposed, tableau, eta, v)
-            for row, q in growing.items():
-                image[row] -= q @ (q.T @ image[row])
-            return image
+            return without(apply(products.transposed, tableau, eta, v))
 
-        v = self._random(len(eta))
-        for row, q in growing.items():
-            v[row] -= q @ (q.T @ v[row])
+        v = without(self._random(len(rows)))
         for _ in range(_POWERS):
             v = mapped(v)
             v = v / v.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.wide).tiny)
         small = KrylovSchur(mapped, v, _STEPS)
         small.grow(_STEPS)
-        bad = set()
-        for row in rows:
-            found = small.ritz(row)
-            excess = np.abs(found.values) - found.errors - bound
-            if (excess > 1e-3).any():
-                bad.add(row)
-        return bad
+        found = [small.ritz(i) for i in range(len(rows))]
+        return {
+            row
+            for row, r in zip(rows, found, strict=True)
+            if (np.abs(r.values) - r.errors > bound + 1e-3).any()
+        }
 
     def _right_eigenvectors(self) -> None:
         """1/|w*v| by right eigenvectors v, each from a small Krylov space of J."""
@@ -529,7 +550,7 @@ def _nonnormality(
         products = Products(field, x[part])
         start = torch.randn(len(x[part]), n, generator=generator, dtype=wide).to(x.device)
         try:
-            rates[part] = logarithmic_norms_of(products, start, 10 * rtol)
+            rates[part] = logarithmic_norms_of(products, start, 1e-2)
         except (RuntimeError, NotImplementedError):
             rates[part] = contraction[part] = np.nan
             continue

@@ -25,9 +25,7 @@ from torch import Tensor
 from resode import step_limit
 from resode.analysis import max_stable_step
 from resode.fields import ConvField
-from resode.solve.step import rk_step
-from resode.tableaus import METHODS
-from tests.benchmarks.blocks import Block, Damped, random_block, rightmost, trained_blocks, varied
+from tests.benchmarks.blocks import Damped, random_block, trained_blocks, varied
 
 SOLVERS = ("euler", "rk4")
 
