@@ -139,57 +139,70 @@ class KrylovSchur:
     def _extend(self, count: int) -> None:
         """Add `count` vectors: products of the last one, made orthogonal to each other and to the rest."""
         j = self.used
-        v, sketched = self.basis[:, j], self.sketched[:, j]
-        new, of_new, images = [], [], []
+        rows, n = self.basis[:, j].shape
+        block = self.basis.new_empty(rows, count + 1, n)  # the last vector, and what its products bring
+        of_block = self.sketched.new_empty(rows, count + 1, self.sketched.shape[2])
+        block[:, 0], of_block[:, 0] = self.basis[:, j], self.sketched[:, j]
+        images = []
         for i in range(count):
-            w = self.product(v)
-            image = self.sketch(w)
-            images.append(image)
-            # Orthogonal to what this round has brought; to the last vector too, which it started from.
-            near = [sketched, *of_new] if i or count > 1 else []
-            w, of_w = w.clone() if not near else w, image
-            for u, of_u in zip([self.basis[:, j], *new], near, strict=False):
-                c = (of_u * of_w).sum(1, keepdim=True) / (of_u * of_u).sum(1, keepdim=True).clamp_min(1e-300)
-                w, of_w = w - c.to(w.dtype) * u, of_w - c * of_u
+            w = self.product(block[:, i])
+            images.append(self.sketch(w))
+            self.largest = torch.maximum(self.largest, images[-1].norm(dim=1, keepdim=True))
+            of_w, near = images[-1][:, None], of_block[:, : i + 1]
+            c = of_w @ near.transpose(1, 2)  # near enough to orthonormal here; exact below
+            of_w = (of_w - c @ near)[:, 0]
+            w = torch.baddbmm(w[:, None], c.to(w.dtype), block[:, : i + 1], alpha=-1)[:, 0]
             norm = of_w.norm(dim=1, keepdim=True)
-            self.largest = torch.maximum(self.largest, image.norm(dim=1, keepdim=True))
             norm = torch.where(norm > _BREAKDOWN * self.eps * self.largest, norm, torch.ones_like(norm))
-            v = w / norm.to(w.dtype)
-            new.append(v)
-            of_new.append(of_w / norm)
+            block[:, i + 1], of_block[:, i + 1] = w / norm.to(w.dtype), of_w / norm
         self.images[:, j] = images[0]
-        block, known = torch.stack(new, 1), self.sketched[:, : j + 1]
-        of_block = torch.stack(of_new, 1)
+        known = self.sketched[:, : j + 1]
+        block, of_block = block[:, 1:], of_block[:, 1:]
         c, of_block = self._coordinates(of_block, known)
         block = torch.baddbmm(block, c.to(block.dtype), self.basis[:, : j + 1], alpha=-1)
         if self.sketch.plain:  # the exact inner product, so that a second pass brings full orthogonality
             more, of_block = self._coordinates(block.double(), known)
             block = torch.baddbmm(block, more.to(block.dtype), self.basis[:, : j + 1], alpha=-1)
             c = c + more
-        # J times the new vectors, but for the last: by the combination that they are of known products.
-        turned = torch.stack(images[1:], 1) - c[:, :-1] @ self.images[:, : j + 1] if count > 1 else None
-        for i in range(count):
-            w, of_w = block[:, i], of_block[:, i]
-            image = turned[:, i] if turned is not None and i < count - 1 else None
-            for m in range(i):
-                at = j + 1 + m
-                d = (self.sketched[:, at] * of_w).sum(1, keepdim=True)
-                w, of_w = w - d.to(w.dtype) * self.basis[:, at], of_w - d * self.sketched[:, at]
-                image = None if image is None else image - d * self.images[:, at]
-            norm = of_w.norm(dim=1, keepdim=True)
-            # Of a vector of length 1 when the round began, or of a product where nothing was divided out.
-            broken = norm <= _BREAKDOWN * self.eps * torch.where(self.largest > 0, 1.0, 0.0).clamp_min(1e-300)
-            broken |= self.largest == 0
-            if bool(broken.any()):
-                w, of_w, norm = self._afresh(w, of_w, norm, broken, j + 1 + i)
-                if image is not None:  # the combination is lost with it
-                    fresh = self.sketch(self.product(w / norm.to(w.dtype))) * norm
-                    image = torch.where(broken, fresh, image)
-            self.basis[:, j + 1 + i] = w / norm.to(w.dtype)
-            self.sketched[:, j + 1 + i] = of_w / norm
-            if image is not None:
-                self.images[:, j + 1 + i] = image / norm
+        # J times the new vectors, but for the last one, by what they are of known products.
+        of_images = torch.stack(images[1:], 1) - c[:, :-1] @ self.images[:, : j + 1] if count > 1 else None
+        self._append(block, of_block, of_images)
         self.used += count
+
+    def _append(self, block: Tensor, of_block: Tensor, of_images: Tensor | None) -> None:
+        """Append vectors, made orthonormal; of_images are J times all but the last."""
+        first, count = self.used + 1, block.shape[1]
+        q, r = torch.linalg.qr(of_block.transpose(1, 2))
+        sizes = r.diagonal(dim1=1, dim2=2).abs()
+        broken = (sizes <= _BREAKDOWN * self.eps) | (self.largest == 0)
+        if bool(broken.any()):
+            self._append_singly(block, of_block, of_images)
+            return
+        lower = r.transpose(1, 2)
+        identity = torch.eye(count, dtype=lower.dtype, device=lower.device).expand_as(lower)
+        inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+        self.basis[:, first : first + count] = inverse.to(block.dtype) @ block
+        self.sketched[:, first : first + count] = q.transpose(1, 2)
+        if of_images is not None:
+            self.images[:, first : first + count - 1] = inverse[:, :-1, :-1] @ of_images
+
+    def _append_singly(self, block: Tensor, of_block: Tensor, of_images: Tensor | None) -> None:
+        """The same where some vector vanishes, in some row: it is replaced by a random one."""
+        for i in range(block.shape[1]):
+            at = self.used + 1 + i
+            w, of_w = block[:, i], of_block[:, i]
+            image = None if of_images is None or i == of_images.shape[1] else of_images[:, i]
+            for m in range(self.used + 1, at):
+                d = (self.sketched[:, m] * of_w).sum(1, keepdim=True)
+                w, of_w = w - d.to(w.dtype) * self.basis[:, m], of_w - d * self.sketched[:, m]
+                image = None if image is None else image - d * self.images[:, m]
+            norm = of_w.norm(dim=1, keepdim=True)
+            broken = (norm <= _BREAKDOWN * self.eps) | (self.largest == 0)
+            w, of_w, norm = self._afresh(w, of_w, norm, broken, at)
+            self.basis[:, at], self.sketched[:, at] = w / norm.to(w.dtype), of_w / norm
+            if image is not None:  # of what is replaced, the combination is lost too
+                fresh = self.sketch(self.product(self.basis[:, at]))
+                self.images[:, at] = torch.where(broken, fresh, image / norm)
 
     @staticmethod
     def _coordinates(of_block: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,20 +235,18 @@ class KrylovSchur:
     def ritz(self, row: int) -> Ritz:
         """Ritz values of one row, with their errors."""
         j = self.used
-        known, images = self.sketched[row, :j], self.images[row, :j]
+        images = self.images[row, :j]
         h = self._projected(row)
-        scale = float(np.linalg.norm(h, 2))
         values, vectors = np.linalg.eig(h)
-        outside = (
-            (images.T - known.T @ (known @ images.T)).cpu().numpy()
-        )  # of the space: what JV has beside VH
-        residuals = np.linalg.norm(np.linalg.qr(outside, mode="r") @ vectors, axis=0)
+        # What JV has outside of the space lies along its next vector.
+        rest = images @ self.sketched[row, j] if j < self.basis.shape[2] else torch.zeros(j)
+        residuals = np.abs(rest.cpu().numpy() @ vectors)
         try:
             conditions = np.linalg.norm(np.linalg.inv(vectors), axis=1)
         except np.linalg.LinAlgError:
             conditions = np.full(j, np.inf)
         values, vectors = values.astype(np.complex128), vectors.astype(np.complex128)
-        return Ritz(values, residuals, conditions, vectors, scale)
+        return Ritz(values, residuals, conditions, vectors, _norm(h))
 
     def vector(self, row: int, coordinates: Complexes) -> Tensor:
         """The vectors with these coordinates (j, k), complex (k, n)."""
@@ -247,8 +258,15 @@ class KrylovSchur:
         return torch.complex(real, imaginary)
 
     def select(self, rows: list[int]) -> None:
-        """Go on with some of the rows."""
-        self.basis, self.sketched, self.images = self.basis[rows], self.sketched[rows], self.images[rows]
+        """Go on with some of the rows, given in order."""
+        for to, row in enumerate(rows):  # in place: rows only move down
+            if to != row:
+                self.basis[to, : self.used + 1] = self.basis[row, : self.used + 1]
+        self.basis, self.sketched, self.images = (
+            self.basis[: len(rows)],
+            self.sketched[rows],
+            self.images[rows],
+        )
         self.largest = self.largest[rows]
 
     def cut(self, keep: int, wanted: Callable[[int, Complexes], np.ndarray]) -> None:
@@ -275,6 +293,19 @@ class KrylovSchur:
     def _projected(self, row: int) -> np.ndarray:
         """VᵀJV in the sketched inner product, (used, used)."""
         return (self.sketched[row, : self.used] @ self.images[row, : self.used].T).cpu().numpy()
+
+
+def _norm(h: np.ndarray) -> float:
+    """‖H‖₂, from below, by power iteration."""
+    v = np.random.default_rng(0).normal(size=len(h))
+    size = 0.0
+    for _ in range(12):
+        v = h.T @ (h @ v)
+        size = float(np.linalg.norm(v))
+        if size == 0:
+            return 0.0
+        v /= size
+    return size**0.5
 
 
 def _ordered(

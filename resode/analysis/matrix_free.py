@@ -22,7 +22,7 @@ from resode.analysis.contraction import apply, contraction_steps_of, logarithmic
 from resode.analysis.krylov import KrylovSchur, Ritz, outermost
 from resode.analysis.linearize import Field
 from resode.analysis.products import Products
-from resode.stability import eigenvalue_step_limit, imaginary_stability_interval
+from resode.stability import eigenvalue_step_limit, imaginary_stability_interval, stability_coefficients
 from resode.stability.intervals import ray_polynomials
 from resode.stability.limits import StepLimit, allowed_growth, as_counted, like
 from resode.stability.rays import Complexes, Floats
@@ -230,7 +230,7 @@ class _Part:
     def _wanted(self, scales: list[float], row: int, values: Complexes) -> np.ndarray:
         """The order in which eigenvalues are kept when a space is cut back."""
         order = outermost(values)
-        exits = np.stack([self._exits(values, t, scales[row]) for t in self.tableaus]).min(axis=0)
+        exits = np.stack([_rough_exits(values, t) for t in self.tableaus]).min(axis=0)
         binding = np.argsort(exits, kind="stable")[: self.k]
         large = np.argsort(-np.abs(values), kind="stable")[: self.k]
         return np.array(list(dict.fromkeys([*binding, *large, *order])))
@@ -238,13 +238,19 @@ class _Part:
     def _tau(self, scale: float) -> float:
         return 8 * self.n**0.5 * torch.finfo(self.x.dtype).eps * scale
 
-    def _exits(self, values: Complexes, tableau: ButcherTableau, scale: float) -> Floats:
-        """First exit of each eigenvalue; inf where it limits nothing."""
+    def _exits(
+        self, values: Complexes, tableau: ButcherTableau, scale: float, few: int | None = None
+    ) -> Floats:
+        """First exit of each eigenvalue; inf where it limits nothing, and where it is not among the `few`."""
         upper, place = np.unique(values.real + 1j * np.abs(values.imag), return_inverse=True)
         lam = as_counted(upper, np.float64(self._tau(scale)))
         exits = np.full(len(lam), np.inf)
-        some = lam != 0
-        if some.any():
+        some = np.flatnonzero(lam)
+        if few is not None and len(some) > few:
+            guess = _rough_exits(lam[some], tableau)
+            decays = lam[some].real <= 0
+            some = some[np.argsort(np.where(decays, guess, np.inf))[:few]]
+        if len(some):
             unstable = ray_polynomials(tableau, allowed_growth(self.growth)).unstable(lam[some])
             exits[some] = unstable[:, 0, 0] if unstable.shape[1] else np.inf
         return exits[place]
@@ -264,7 +270,7 @@ class _Part:
         errors = ritz.conditions * (ritz.residuals + 4 * torch.finfo(self.x.dtype).eps * ritz.scale)
         values = ritz.values
         counted = as_counted(values, np.float64(tau))
-        exits = self._exits(values, tableau, ritz.scale)
+        exits = self._exits(values, tableau, ritz.scale, None if self.growth else _DEFLATED)
         growing = counted.real > 0
         sure = values.real > tau + errors
         slow = np.where(growing, np.inf, exits)
@@ -496,6 +502,20 @@ class _Part:
                 w = pair[0]
                 overlap = float((w * v).sum().abs() / (w.norm() * v.norm()))  # wᵀJ = λwᵀ: no conjugate
                 spectrum.condition[number] = 1 / overlap if overlap > 2.0**-52 else float("inf")
+
+
+def _rough_exits(values: Complexes, tableau: ButcherTableau) -> Floats:
+    """First exit of each eigenvalue from the region, on a grid: to choose which ones are computed."""
+    radii = np.logspace(-3, 1.5, 91)
+    modulus = np.abs(values)
+    directions = np.divide(values, modulus, out=np.zeros_like(values), where=modulus > 0)
+    z = radii * directions[:, None]
+    r = np.zeros_like(z)
+    for c in stability_coefficients(tableau)[0][::-1]:
+        r = r * z + float(c)
+    outside = np.abs(r) > 1 + 1e-12
+    first = np.where(outside.any(axis=1), radii[outside.argmax(axis=1)], np.inf)
+    return np.divide(first, modulus, out=np.full(len(values), np.inf), where=modulus > 0)
 
 
 def _axis_height(values: Complexes) -> float:
