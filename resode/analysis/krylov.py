@@ -23,10 +23,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import scipy.linalg
-import scipy.linalg.lapack
 import torch
 from torch import Tensor
 
@@ -217,6 +217,7 @@ class KrylovSchur:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """A random direction where the space is invariant, so that what it cannot reach is found too."""
         noise = torch.randn(w.shape, generator=self.generator, dtype=w.dtype).to(w.device)
+        of_noise = torch.zeros_like(of_w)
         if j < w.shape[1]:
             for _ in range(2):
                 c, of_noise = self._coordinates(self.sketch(noise)[:, None], self.sketched[:, :j])
@@ -224,7 +225,7 @@ class KrylovSchur:
                 length = of_noise[:, 0].norm(dim=1, keepdim=True)
                 noise, of_noise = noise / length.to(noise.dtype), of_noise[:, 0] / length
         else:
-            noise, of_noise = torch.zeros_like(w), torch.zeros_like(of_w)
+            noise = torch.zeros_like(w)
         one = torch.ones_like(norm)
         return (
             torch.where(broken, noise, w),
@@ -280,7 +281,7 @@ class KrylovSchur:
         rows = len(self.basis)
         turned = np.zeros((rows, j, k))
         for row in range(rows):
-            t, z = scipy.linalg.schur(self._projected(row), output="real")
+            t, z = scipy.linalg.schur(self._projected(row), output="real")[:2]
             turned[row] = _ordered(t, z, k, partial(wanted, row))[:, :k]
         turn = torch.as_tensor(turned, device=self.basis.device).transpose(1, 2)
         for row in range(rows):  # one at a time, to need no second basis
@@ -293,6 +294,11 @@ class KrylovSchur:
     def _projected(self, row: int) -> np.ndarray:
         """VᵀJV in the sketched inner product, (used, used)."""
         return (self.sketched[row, : self.used] @ self.images[row, : self.used].T).cpu().numpy()
+
+
+def _reorder(*arguments: Any, **options: Any) -> Any:
+    """LAPACK's dtrsen, which has no stub."""
+    return scipy.linalg.get_lapack_funcs("trsen", dtype=np.float64)(*arguments, **options)
 
 
 def _norm(h: np.ndarray) -> float:
@@ -313,7 +319,7 @@ def _ordered(
 ) -> np.ndarray:
     """The vectors of a real Schur form with the wanted eigenvalues first; pairs stay together."""
     none = np.zeros(len(t), dtype=np.int32)
-    _, _, real, imaginary, *_ = scipy.linalg.lapack.dtrsen(none, t, z, job=b"N")
+    _, _, real, imaginary, *_ = _reorder(none, t, z, job=b"N")
     values = real + 1j * imaginary
     select = none.copy()
     lone: list[int] = []
@@ -329,7 +335,7 @@ def _ordered(
         select[lone[-1]] = 0
         i = next(i for i in wanted(values) if imaginary[i] > 0 and not select[i])
         select[[i, i + 1]] = 1
-    return scipy.linalg.lapack.dtrsen(select, t, z, job=b"N")[1]
+    return _reorder(select, t, z, job=b"N")[1]
 
 
 def outermost(values: Complexes, shares: int = 8) -> np.ndarray:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -21,10 +21,10 @@ from torch import Tensor
 from resode.analysis.contraction import apply, contraction_steps_of, logarithmic_norms_of
 from resode.analysis.krylov import KrylovSchur, Ritz, outermost
 from resode.analysis.linearize import Field
+from resode.analysis.outlook import DEFLATED, Judge, Outlook, rough_exits
 from resode.analysis.products import Products
-from resode.stability import eigenvalue_step_limit, imaginary_stability_interval, stability_coefficients
-from resode.stability.intervals import ray_polynomials
-from resode.stability.limits import StepLimit, allowed_growth, as_counted, like
+from resode.stability import eigenvalue_step_limit
+from resode.stability.limits import StepLimit, like
 from resode.stability.rays import Complexes, Floats
 from resode.tableaus import ButcherTableau
 
@@ -41,42 +41,9 @@ _LOOK = 40  # vectors between two looks at the Ritz values
 _LARGE = 4096  # entries of a state from which reading the basis costs more than a product
 _STRIDE = 4
 _MARGIN = 1e-2  # relative distance from the limit at which the step map is checked
-_DEFLATED = 24  # growing modes that are taken out one by one
 _POWERS = 16  # of the step map, before its own Ritz values are looked at
 _STEPS = 8
 _RIGHT = 40  # products for a right eigenvector
-
-
-@dataclass
-class Outlook:
-    """What the Ritz values of one sample say of one method's step.
-
-    Args:
-        step, limiting, growing, decaying: as in `StepLimit`, over what is trusted.
-        estimate: the same over all Ritz values, converged or not.
-        mode: index of the Ritz value that sets it, -1 if none does.
-        fastest: index of the fastest growing one, -1 if none grows.
-        error: relative error of `decaying`, by first-order perturbation.
-        converged: whether `step` rests on eigenvalues found to tolerance.
-        outer: whether no decaying eigenvalue inside the spectrum's hull could limit the step further.
-        settled: whether `decaying` was found to tolerance too.
-        hopeless: whether it will not be: more modes grow than can be told from those that barely decay.
-        modes: indices of the growing Ritz values.
-    """
-
-    step: float
-    limiting: complex
-    growing: Complexes
-    decaying: float
-    estimate: float
-    mode: int
-    fastest: int
-    error: float
-    converged: bool
-    outer: bool
-    settled: bool
-    hopeless: bool
-    modes: np.ndarray = field(repr=False)
 
 
 @dataclass
@@ -172,9 +139,10 @@ class _Part:
     ) -> None:
         self.conditions, self.verify = conditions, verify
         self.pairs: dict[int, list[tuple[Tensor, Tensor] | None]] = {}
-        self.field, self.x, self.tableaus, self.growth = field, x, tableaus, growth
+        self.field, self.x, self.tableaus = field, x, tableaus
         self.k, self.rtol = k, rtol
         self.n = x[0].numel()
+        self.judge = Judge(self.n, torch.finfo(x.dtype).eps, rtol, growth)
         self.space = space
         self.wide = wide
         self.generator = torch.Generator().manual_seed(22)
@@ -230,119 +198,20 @@ class _Part:
     def _wanted(self, scales: list[float], row: int, values: Complexes) -> np.ndarray:
         """The order in which eigenvalues are kept when a space is cut back."""
         order = outermost(values)
-        exits = np.stack([_rough_exits(values, t) for t in self.tableaus]).min(axis=0)
+        exits = np.stack([rough_exits(values, t) for t in self.tableaus]).min(axis=0)
         binding = np.argsort(exits, kind="stable")[: self.k]
         large = np.argsort(-np.abs(values), kind="stable")[: self.k]
         return np.array(list(dict.fromkeys([*binding, *large, *order])))
-
-    def _tau(self, scale: float) -> float:
-        return 8 * self.n**0.5 * torch.finfo(self.x.dtype).eps * scale
-
-    def _exits(
-        self, values: Complexes, tableau: ButcherTableau, scale: float, few: int | None = None
-    ) -> Floats:
-        """First exit of each eigenvalue; inf where it limits nothing, and where it is not among the `few`."""
-        upper, place = np.unique(values.real + 1j * np.abs(values.imag), return_inverse=True)
-        lam = as_counted(upper, np.float64(self._tau(scale)))
-        exits = np.full(len(lam), np.inf)
-        some = np.flatnonzero(lam)
-        if few is not None and len(some) > few:
-            guess = _rough_exits(lam[some], tableau)
-            decays = lam[some].real <= 0
-            some = some[np.argsort(np.where(decays, guess, np.inf))[:few]]
-        if len(some):
-            unstable = ray_polynomials(tableau, allowed_growth(self.growth)).unstable(lam[some])
-            exits[some] = unstable[:, 0, 0] if unstable.shape[1] else np.inf
-        return exits[place]
 
     def _look(self, ritz: Ritz, sample: int, before: dict[tuple[int, int], list[float]]) -> list[Outlook]:
         """What the Ritz values say of every method."""
         found = []
         for number, tableau in enumerate(self.tableaus):
             past = before.setdefault((sample, number), [])
-            outlook = self._outlook(ritz, tableau, past)
+            outlook = self.judge.outlook(ritz, tableau, past)
             past.append(outlook.estimate)
             found.append(outlook)
         return found
-
-    def _outlook(self, ritz: Ritz, tableau: ButcherTableau, past: list[float]) -> Outlook:
-        tau = self._tau(ritz.scale)
-        errors = ritz.conditions * (ritz.residuals + 4 * torch.finfo(self.x.dtype).eps * ritz.scale)
-        values = ritz.values
-        counted = as_counted(values, np.float64(tau))
-        exits = self._exits(values, tableau, ritz.scale, None if self.growth else _DEFLATED)
-        growing = counted.real > 0
-        sure = values.real > tau + errors
-        slow = np.where(growing, np.inf, exits)
-        mode = int(slow.argmin()) if np.isfinite(slow).any() else -1
-        error, decaying = 0.0, float("inf")
-        if mode >= 0:
-            decaying = float(slow[mode])
-            error = self._spread(values[mode], errors[mode], tableau, ritz.scale, decaying)
-            still = len(past) >= 2 and all(abs(p - decaying) <= 0.1 * self.rtol * decaying for p in past[-2:])
-            if (
-                still and ritz.residuals[mode] <= 1e-2 * ritz.scale
-            ):  # a cluster: its edge stands, its members mix
-                error = min(error, 0.3 * self.rtol)
-        known = error <= self.rtol
-        estimate = decaying
-        if not known:
-            decaying = self._bound(values, errors, slow, tableau, ritz.scale)
-        fastest = int(np.where(sure, values.real, -np.inf).argmax()) if sure.any() else -1
-        if fastest >= 0:
-            rightmost = values.real.max() <= values[fastest].real + errors[fastest]
-            converged = bool(rightmost and errors[fastest] <= self.rtol**0.5 * abs(values[fastest]))
-            step, limiting = (0.0 if self.growth is None else float(exits[sure].min())), values[fastest]
-            step = min(step, decaying)
-            height = _axis_height(values)
-            axis = imaginary_stability_interval(tableau)
-            outer = height == 0 or axis >= 0.98 * estimate * height
-            hopeless = (known or axis == 0) and not outer and int(growing.sum()) > _DEFLATED
-            settled = known and (outer or bool((sure == growing).all()))
-        else:
-            step, limiting = decaying, counted[mode] if mode >= 0 else complex("nan")
-            converged = settled = bool(known and not growing.any())
-            outer, hopeless = True, False
-        if limiting == limiting:
-            limiting = complex(limiting.real, abs(limiting.imag))
-        modes = np.flatnonzero(growing)
-        listed = values[sure][np.argsort(-values[sure].real)]
-        return Outlook(
-            step,
-            limiting,
-            listed,
-            decaying,
-            estimate,
-            mode,
-            fastest,
-            error,
-            converged,
-            outer,
-            settled,
-            hopeless,
-            modes,
-        )
-
-    def _bound(
-        self, values: Complexes, errors: Floats, slow: Floats, tableau: ButcherTableau, scale: float
-    ) -> float:
-        """What still holds where the first exit is not known: the first one that is, within a hundredth."""
-        for i in np.argsort(slow)[: 2 * _DEFLATED]:
-            if 0 < slow[i] < np.inf:
-                error = self._spread(values[i], errors[i], tableau, scale, float(slow[i]))
-                if error <= 1e-2:
-                    return float(slow[i]) * (1 + error)
-        return float("inf")
-
-    def _spread(
-        self, value: complex, error: float, tableau: ButcherTableau, scale: float, decaying: float
-    ) -> float:
-        """Relative change of an exit where the eigenvalue moves by its error."""
-        if decaying == 0:
-            return 0.0
-        around = value + error * np.array([1, -1, 1j, -1j])
-        moved = self._exits(around, tableau, scale)
-        return float(np.abs(moved - decaying).max() / decaying)
 
     def _keep(
         self, krylov: KrylovSchur, sample: int, row: int, ritz: Ritz, outlooks: list[Outlook], count: int
@@ -402,7 +271,7 @@ class _Part:
                 self._factor(products, tableau, eta * factor, vectors)
                 for factor in (1 - _MARGIN, 1 + _MARGIN)
             )
-            bound = float(allowed_growth(self.growth)) ** 0.5
+            bound = float(self.judge.bound) ** 0.5
             bad = set()
             for i, row in enumerate(rows):
                 noise = ritz[row].errors[some[row].mode] * some[row].decaying
@@ -412,7 +281,7 @@ class _Part:
             alone = [
                 row
                 for row in rows
-                if (some[row].fastest < 0 or not some[row].outer) and len(some[row].modes) <= _DEFLATED
+                if (some[row].fastest < 0 or not some[row].outer) and len(some[row].modes) <= DEFLATED
             ]
             if alone:
                 bad |= self._others(krylov, active, ritz, outlooks, number, alone, bound)
@@ -502,30 +371,6 @@ class _Part:
                 w = pair[0]
                 overlap = float((w * v).sum().abs() / (w.norm() * v.norm()))  # wᵀJ = λwᵀ: no conjugate
                 spectrum.condition[number] = 1 / overlap if overlap > 2.0**-52 else float("inf")
-
-
-def _rough_exits(values: Complexes, tableau: ButcherTableau) -> Floats:
-    """First exit of each eigenvalue from the region, on a grid: to choose which ones are computed."""
-    radii = np.logspace(-3, 1.5, 91)
-    modulus = np.abs(values)
-    directions = np.divide(values, modulus, out=np.zeros_like(values), where=modulus > 0)
-    z = radii * directions[:, None]
-    r = np.zeros_like(z)
-    for c in stability_coefficients(tableau)[0][::-1]:
-        r = r * z + float(c)
-    outside = np.abs(r) > 1 + 1e-12
-    first = np.where(outside.any(axis=1), radii[outside.argmax(axis=1)], np.inf)
-    return np.divide(first, modulus, out=np.full(len(values), np.inf), where=modulus > 0)
-
-
-def _axis_height(values: Complexes) -> float:
-    """Where the hull of a spectrum crosses the imaginary axis; 0 if it does not."""
-    right, left = values[values.real > 0], values[values.real < 0]
-    if not len(right) or not len(left):
-        return 0.0
-    a, b = right[:, None], left[None, :]
-    share = a.real / (a.real - b.real)
-    return float((np.abs(a.imag) + share * (np.abs(b.imag) - np.abs(a.imag))).max())
 
 
 def field_limit(

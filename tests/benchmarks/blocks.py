@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import resode
 from resode.analysis import jacobian
+from resode.analysis.stages import stage_states
 from resode.fields import ConvField
 from resode.training.evaluate import images_of, plain_batches
-from resode.training.stages import stage_states
 
 SHAPES = ((4, 6, 6), (8, 6, 6), (8, 8, 8), (16, 4, 4), (16, 8, 8))
 
