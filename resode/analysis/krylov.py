@@ -298,7 +298,8 @@ class KrylovSchur:
 
 def _reorder(*arguments: Any, **options: Any) -> Any:
     """LAPACK's dtrsen, which has no stub."""
-    return scipy.linalg.get_lapack_funcs("trsen", dtype=np.float64)(*arguments, **options)
+    routine: Any = scipy.linalg.get_lapack_funcs("trsen", dtype=np.float64)
+    return routine(*arguments, **options)
 
 
 def _norm(h: np.ndarray) -> float:

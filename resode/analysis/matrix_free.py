@@ -21,12 +21,13 @@ from torch import Tensor
 from resode.analysis.contraction import apply, contraction_steps_of, logarithmic_norms_of
 from resode.analysis.krylov import KrylovSchur, Ritz, outermost
 from resode.analysis.linearize import Field
+from resode.analysis.matrices import DENSE_LIMIT
 from resode.analysis.outlook import DEFLATED, Judge, Outlook, rough_exits
 from resode.analysis.products import Products
 from resode.stability import eigenvalue_step_limit
 from resode.stability.limits import StepLimit, like
 from resode.stability.rays import Complexes, Floats
-from resode.tableaus import ButcherTableau
+from resode.tableaus import METHODS, ButcherTableau
 
 SPACE = 160
 """Vectors of a Krylov space, where memory allows."""
@@ -81,6 +82,7 @@ def outer_spectra(
     growth: tuple[int, float] | None = None,
     conditions: bool = False,
     verify: bool = True,
+    warn: bool = True,
 ) -> list[Spectrum]:
     """The outer spectrum of each sample, sought until every method's limit has settled.
 
@@ -94,10 +96,19 @@ def outer_spectra(
         growth: as in `eigenvalue_step_limit`.
         conditions: whether to find the right eigenvectors, for the condition numbers.
         verify: whether to check the limits on the step map.
+        warn: whether to warn of samples that did not converge.
 
     Raises:
         ValueError: a method is implicit.
     """
+    for tableau in tableaus:
+        if not tableau.explicit:
+            names = ", ".join(name for name, t in METHODS.items() if t.explicit)
+            raise ValueError(
+                f"without the Jacobian, limits are checked on the step map, and {tableau.name} is implicit: "
+                f"its map solves equations. Valid: {names}; or take states of up to {DENSE_LIMIT} entries "
+                "and matrix_free=False."
+            )
     if rtol is None:
         rtol = 1e-6 if x.dtype == torch.float64 else 1e-4
     wide = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
@@ -111,7 +122,7 @@ def outer_spectra(
         part = _Part(field, here, tableaus, space, wide, k, rtol, growth, conditions, verify)
         found += part.solve(budget)
     lost = sum(not all(o.converged for o in s.outlooks) for s in found)
-    if lost:
+    if lost and warn:
         warnings.warn(
             f"no convergence within {budget} products in {lost} of {len(found)} samples: their step limits "
             "are upper bounds, from the eigenvalues found. Raise budget= or rtol=.",
@@ -164,7 +175,9 @@ class _Part:
         while True:
             krylov.grow(_LOOK)
             ritz = [krylov.ritz(row) for row in range(len(active))]
-            outlooks = [self._look(r, sample, before) for r, sample in zip(ritz, active, strict=True)]
+            outlooks = [
+                self._look(r, sample, before, krylov.whole) for r, sample in zip(ritz, active, strict=True)
+            ]
             last = products.count >= budget or krylov.whole
             ready = [row for row, some in enumerate(outlooks) if last or all(self._enough(o) for o in some)]
             if ready and self.verify:
@@ -203,12 +216,14 @@ class _Part:
         large = np.argsort(-np.abs(values), kind="stable")[: self.k]
         return np.array(list(dict.fromkeys([*binding, *large, *order])))
 
-    def _look(self, ritz: Ritz, sample: int, before: dict[tuple[int, int], list[float]]) -> list[Outlook]:
+    def _look(
+        self, ritz: Ritz, sample: int, before: dict[tuple[int, int], list[float]], whole: bool
+    ) -> list[Outlook]:
         """What the Ritz values say of every method."""
         found = []
         for number, tableau in enumerate(self.tableaus):
             past = before.setdefault((sample, number), [])
-            outlook = self.judge.outlook(ritz, tableau, past)
+            outlook = self.judge.outlook(ritz, tableau, past, whole)
             past.append(outlook.estimate)
             found.append(outlook)
         return found
@@ -278,11 +293,7 @@ class _Part:
                 noise += 1e3 * torch.finfo(self.x.dtype).eps
                 if below[i] > bound + noise or above[i] < bound - noise:
                     bad.add(row)
-            alone = [
-                row
-                for row in rows
-                if (some[row].fastest < 0 or not some[row].outer) and len(some[row].modes) <= DEFLATED
-            ]
+            alone = [row for row in rows if len(some[row].modes) <= DEFLATED]
             if alone:
                 bad |= self._others(krylov, active, ritz, outlooks, number, alone, bound)
             for row in bad:
@@ -342,7 +353,7 @@ class _Part:
         return {
             row
             for row, r in zip(rows, found, strict=True)
-            if (np.abs(r.values) - r.errors > bound + 1e-3).any()
+            if (np.abs(r.values) - np.minimum(r.errors, 10 * r.residuals) > bound + 1e-3).any()
         }
 
     def _right_eigenvectors(self) -> None:

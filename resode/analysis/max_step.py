@@ -22,7 +22,7 @@ from resode.analysis.nonnormal import contraction_steps, logarithmic_norms
 from resode.stability import StepLimit, eigenvalue_step_limit
 from resode.stability.limits import checked_spectrum, like, nested
 from resode.stability.rays import Complexes
-from resode.tableaus import METHODS, ButcherTableau, get_tableau
+from resode.tableaus import ButcherTableau, get_tableau
 
 DENSE_STATE = 1024
 """Entries of a state up to which a field's Jacobian is formed, unless told otherwise."""
@@ -194,13 +194,6 @@ def _of_field(
                 f"{tuple(x.shape)}. Leave matrix_free=False out."
             )
         return _of_matrices(jacobian(field, x), None, tableau, growth, details=details)
-    if not tableau.explicit:
-        names = ", ".join(name for name, t in METHODS.items() if t.explicit)
-        raise ValueError(
-            f"without the Jacobian, limits are checked on the step map, and {tableau.name} is implicit: its "
-            f"map solves equations. Valid: {names}; or take states of up to {DENSE_LIMIT} entries and "
-            "matrix_free=False."
-        )
     return field_limit(field, x, tableau, k=k, growth=growth, rtol=rtol, budget=budget, details=details)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import scipy.spatial
 
 from resode.analysis.krylov import Ritz
 from resode.stability import imaginary_stability_interval, stability_coefficients
@@ -15,6 +16,8 @@ from resode.tableaus import ButcherTableau
 
 DEFLATED = 24
 """Growing modes that are taken out one by one."""
+
+_FEW = 0.01  # eigenvalues expected where one would limit the step unseen
 
 
 @dataclass
@@ -83,13 +86,14 @@ class Judge:
             exits[some] = unstable[:, 0, 0] if unstable.shape[1] else np.inf
         return exits[place]
 
-    def outlook(self, ritz: Ritz, tableau: ButcherTableau, past: list[float]) -> Outlook:
+    def outlook(self, ritz: Ritz, tableau: ButcherTableau, past: list[float], whole: bool = False) -> Outlook:
         """What is known of one method's step.
 
         Args:
             ritz: the Ritz values now.
             tableau: the method.
             past: its `estimate` at earlier looks.
+            whole: whether the Krylov space is all of R^n.
         """
         tau = self._tau(ritz.scale)
         errors = ritz.conditions * (ritz.residuals + 4 * self.eps * ritz.scale)
@@ -119,9 +123,10 @@ class Judge:
             step = min(step, decaying)
             height = _axis_height(values)
             axis = imaginary_stability_interval(tableau)
-            outer = height == 0 or axis >= 0.98 * estimate * height
-            hopeless = (known or axis == 0) and not outer and int(growing.sum()) > DEFLATED
-            settled = known and (outer or bool((sure == growing).all()))
+            outer = whole or height == 0 or axis >= 0.98 * estimate * height
+            outer = outer or (axis == 0 and self._hidden(values, estimate, height) < _FEW)
+            hopeless = (known or axis == 0) and not outer
+            settled = known and outer
         else:
             step, limiting = decaying, counted[mode] if mode >= 0 else complex("nan")
             converged = settled = bool(known and not growing.any())
@@ -157,6 +162,20 @@ class Judge:
                     return float(slow[i]) * (1 + error)
         return float("inf")
 
+    def _hidden(self, values: Complexes, limit: float, height: float) -> float:
+        """How many of n eigenvalues, if spread evenly over the hull, would limit Euler's step further.
+
+        They lie left of the imaginary axis, up to the height at which the hull crosses it, and right of the
+        circle |z + 1/η| = 1/η: an area of ηy³/3.
+        """
+        if not np.isfinite(limit):
+            return float("inf")
+        try:
+            hull = scipy.spatial.ConvexHull(np.stack([values.real, values.imag], axis=1))
+        except scipy.spatial.QhullError:  # all on one line, which is the real axis
+            return 0.0
+        return self.n * limit * height**3 / 3 / float(hull.volume)
+
     def _spread(
         self, value: complex, error: float, tableau: ButcherTableau, scale: float, decaying: float
     ) -> float:
@@ -168,16 +187,20 @@ class Judge:
         return float(np.abs(moved - decaying).max() / decaying)
 
 
+def amplification(z: np.ndarray, tableau: ButcherTableau) -> Floats:
+    """|R(z)|, what a step multiplies a mode by, for z = step times eigenvalue."""
+    numerator, denominator = (
+        np.polyval([float(c) for c in part[::-1]], z) for part in stability_coefficients(tableau)
+    )
+    return np.abs(numerator / denominator)
+
+
 def rough_exits(values: Complexes, tableau: ButcherTableau) -> Floats:
     """First exit of each eigenvalue from the region, on a grid: to choose which ones are computed."""
     radii = np.logspace(-3, 1.5, 91)
     modulus = np.abs(values)
     directions = np.divide(values, modulus, out=np.zeros_like(values), where=modulus > 0)
-    z = radii * directions[:, None]
-    r = np.zeros_like(z)
-    for c in stability_coefficients(tableau)[0][::-1]:
-        r = r * z + float(c)
-    outside = np.abs(r) > 1 + 1e-12
+    outside = amplification(radii * directions[:, None], tableau) > 1 + 1e-12
     first = np.where(outside.any(axis=1), radii[outside.argmax(axis=1)], np.inf)
     return np.divide(first, modulus, out=np.full(len(values), np.inf), where=modulus > 0)
 

@@ -7,15 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from resode.analysis.linearize import check_field, jacobian
 from resode.analysis.matrices import all_eigenvalues
 from resode.analysis.matrix_free import BUDGET, outer_spectra
 from resode.analysis.max_step import DENSE_STATE, step_limit
+from resode.analysis.outlook import amplification
 from resode.analysis.stages import stage_states
-from resode.stability import stability_function
 from resode.tableaus import get_tableau
 
 
@@ -140,7 +139,7 @@ def _block_limits(
 
 def _amplification(solver: str, z: np.ndarray) -> float:
     """Largest |R(z)|."""
-    return float(stability_function(solver, torch.as_tensor(z)).abs().max())
+    return float(amplification(z, get_tableau(solver)).max())
 
 
 def _dense_limit(block: int, solver: str, eigenvalues: np.ndarray, step: float) -> BlockLimit:
