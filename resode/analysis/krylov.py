@@ -249,6 +249,15 @@ class KrylovSchur:
         values, vectors = values.astype(np.complex128), vectors.astype(np.complex128)
         return Ritz(values, residuals, conditions, vectors, _norm(h))
 
+    def condition(self, row: int, value: complex) -> float:
+        """1/cos of the angle between the left and right spaces of an eigenvalue that occurs several times."""
+        h = self._projected(row)
+        shifted = h - (value if value.imag else value.real) * np.eye(len(h))
+        left, sizes, right = np.linalg.svd(shifted)
+        several = max(1, int((sizes <= 1e3 * self.eps * _norm(h)).sum()))
+        cosines = np.linalg.svd(left[:, -several:].conj().T @ right[-several:].conj().T, compute_uv=False)
+        return float(1 / cosines[-1]) if cosines[-1] > 2.0**-52 else float("inf")
+
     def vector(self, row: int, coordinates: Complexes) -> Tensor:
         """The vectors with these coordinates (j, k), complex (k, n)."""
         basis = self.basis[row, : self.used].double()

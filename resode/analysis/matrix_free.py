@@ -23,7 +23,7 @@ from resode.analysis.krylov import KrylovSchur, Ritz, outermost
 from resode.analysis.linearize import Field
 from resode.analysis.matrices import DENSE_LIMIT
 from resode.analysis.outlook import DEFLATED, Judge, Outlook, rough_exits
-from resode.analysis.products import Products
+from resode.analysis.products import Products, full_precision
 from resode.stability import eigenvalue_step_limit
 from resode.stability.limits import StepLimit, like
 from resode.stability.rays import Complexes, Floats
@@ -117,10 +117,11 @@ def outer_spectra(
     space = max(24, min(SPACE, budget, n, MEMORY // (n * size_of)))
     rows = max(1, MEMORY // ((space + 24) * n * size_of))
     found: list[Spectrum] = []
-    for first in range(0, len(x), rows):
-        here = x[first : first + rows]
-        part = _Part(field, here, tableaus, space, wide, k, rtol, growth, conditions, verify)
-        found += part.solve(budget)
+    with full_precision():
+        for first in range(0, len(x), rows):
+            here = x[first : first + rows]
+            part = _Part(field, here, tableaus, space, wide, k, rtol, growth, conditions, verify)
+            found += part.solve(budget)
     lost = sum(not all(o.converged for o in s.outlooks) for s in found)
     if lost and warn:
         warnings.warn(
@@ -153,7 +154,7 @@ class _Part:
         self.field, self.x, self.tableaus = field, x, tableaus
         self.k, self.rtol = k, rtol
         self.n = x[0].numel()
-        self.judge = Judge(self.n, torch.finfo(x.dtype).eps, rtol, growth)
+        self.judge = Judge(self.n, torch.finfo(x.dtype).eps, rtol, growth, patient=self.n <= space)
         self.space = space
         self.wide = wide
         self.generator = torch.Generator().manual_seed(22)
@@ -234,9 +235,19 @@ class _Part:
         indices = [o.fastest if o.fastest >= 0 else o.mode for o in outlooks]
         residual = [float(ritz.residuals[i]) if i >= 0 else float("nan") for i in indices]
         estimates = [float(ritz.conditions[i]) if i >= 0 else float("nan") for i in indices]
+        several = [
+            i >= 0 and (np.abs(ritz.values - ritz.values[i]) <= 1e3 * krylov.eps * ritz.scale).sum() > 1
+            for i in indices
+        ]
+        for place, i in enumerate(indices):
+            if several[place]:
+                estimates[place] = krylov.condition(row, ritz.values[i])
         self.found[sample] = Spectrum(ritz, outlooks, residual, estimates, count)
         if self.conditions:
-            self.pairs[sample] = [None if i < 0 else self._pair(krylov, row, ritz, i) for i in indices]
+            self.pairs[sample] = [
+                None if i < 0 or more else self._pair(krylov, row, ritz, i)
+                for i, more in zip(indices, several, strict=True)
+            ]
 
     def _pair(self, krylov: KrylovSchur, row: int, ritz: Ritz, index: int) -> tuple[Tensor, Tensor]:
         """The left eigenvector, and a vector near the right one.
@@ -404,7 +415,8 @@ def field_limit(
         return limit
     scales = np.array([s.ritz.scale for s in spectra])
     spectral = np.array([s.outlooks[0].step for s in spectra])
-    rates, contraction = _nonnormality(field, x, tableau, spectral, scales)
+    with full_precision():
+        rates, contraction = _nonnormality(field, x, tableau, spectral, scales)
     return replace(
         limit, logarithmic_norm=like(x, rates, (len(x),)), contraction_step=like(x, contraction, (len(x),))
     )

@@ -60,9 +60,18 @@ class Judge:
         eps: spacing of the dtype that J is in.
         rtol: wanted relative accuracy of a limit.
         growth: as in `eigenvalue_step_limit`.
+        patient: whether to wait until the Krylov space is all of R^n where outer eigenvalues do not decide.
     """
 
-    def __init__(self, n: int, eps: float, rtol: float, growth: tuple[int, float] | None) -> None:
+    def __init__(
+        self,
+        n: int,
+        eps: float,
+        rtol: float,
+        growth: tuple[int, float] | None,
+        patient: bool = False,
+    ) -> None:
+        self.patient = patient
         self.n, self.eps, self.rtol, self.growth = n, eps, rtol, growth
         self.bound = allowed_growth(growth)
 
@@ -125,7 +134,7 @@ class Judge:
             axis = imaginary_stability_interval(tableau)
             outer = whole or height == 0 or axis >= 0.98 * estimate * height
             outer = outer or (axis == 0 and self._hidden(values, estimate, height) < _FEW)
-            hopeless = (known or axis == 0) and not outer
+            hopeless = (known or axis == 0) and not outer and not self.patient
             settled = known and outer
         else:
             step, limiting = decaying, counted[mode] if mode >= 0 else complex("nan")

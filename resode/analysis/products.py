@@ -79,13 +79,17 @@ class Products:
             (self._pulled,) = torch.autograd.grad(
                 self._y, self._x, self._direction, create_graph=True, allow_unused=True
             )
-        if self._pulled is None or not self._pulled.requires_grad:
+        if self._pulled is None:  # y does not depend on x
             return torch.zeros_like(direction)
         assert self._direction is not None
-        (product,) = torch.autograd.grad(
-            self._pulled, self._direction, direction, retain_graph=True, allow_unused=True
-        )
-        return torch.zeros_like(direction) if product is None else product
+        product = None
+        if self._pulled.requires_grad:
+            (product,) = torch.autograd.grad(
+                self._pulled, self._direction, direction, retain_graph=True, allow_unused=True
+            )
+        if product is None:  # linear in u, and yet without a derivative in it
+            raise RuntimeError("the field's backward pass cannot be differentiated")
+        return product
 
 
 @contextmanager
