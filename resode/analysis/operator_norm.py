@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from resode.analysis.contraction import largest
 from resode.analysis.products import full_precision
 
+_ITERATIONS = 20  # of a bounded norm in a call, at most; five as a rule
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -101,10 +102,18 @@ class _Bounded(nn.Module):
         """The weights within the bound."""
         if self.training:
             with torch.no_grad():
-                for _ in range(2):
+                # Some of every direction, so that one which has come up since is not missed.
+                generator = torch.Generator().manual_seed(24)
+                noise = torch.randn(self.vector.shape, generator=generator, dtype=self.vector.dtype)
+                self.vector.add_(noise.to(self.vector.device) * 0.1 / noise.norm())
+                size = 0.0
+                for count in range(_ITERATIONS):
                     v = _gram(self._conv[0], weight.detach(), self.vector.flatten(1), self.shape)
-                    v = v / v.norm().clamp_min(torch.finfo(v.dtype).tiny)
+                    before, size = size, float(v.norm())
+                    v = v / max(size, torch.finfo(v.dtype).tiny)
                     self.vector.copy_(v.reshape(self.vector.shape))
+                    if count >= 4 and abs(size - before) <= 1e-3 * size:
+                        break
         sigma = _apply(self._conv[0], weight, self.vector.clone()).norm()
         return weight * (self.bound / sigma.clamp_min(1e-12)).clamp(max=1.0)
 

@@ -43,10 +43,9 @@ class StepLimit:
             eigenvectors: a change of J by ε moves it by up to condition·ε. None if not known.
         converged: whether the eigenvalues it rests on were found to tolerance (always so for dense ones).
         method: the method's name.
-        decaying_converged: whether `growing` is complete enough for `decaying_step` to be the limit over all
-            other modes; where not, both are bounds: more modes may grow, and the limit may be less.
+        decaying_converged: whether `decaying_step` is known; where not, it is an upper bound.
         error: relative error of `decaying_step`, as far as the eigenvalue's condition and residual tell;
-            None for dense eigenvalues.
+            None where all eigenvalues were computed. Else `growing` lists those modes that were found.
         logarithmic_norm: μ₂(J) = λ_max((J + J*)/2), the fastest growth of ‖x‖ at any moment; None as above.
     """
 
@@ -70,7 +69,7 @@ class StepLimit:
             return self._summary(steps)
         lines = []
         count = len(self.growing)
-        least = "" if self.decaying_converged else "at least "
+        least = "" if self.error is None else "at least "
         if math.isinf(self.step):
             lines.append(f"{self.method}: stable at every step size.")
         elif self.step > 0:

@@ -32,7 +32,8 @@ class BlockLimit:
         inside: whether the network's own step is within it.
         amplification: largest |R(hλ)| over the eigenvalues and samples, growing modes included.
         converged: whether `step` rests on converged eigenvalues in every sample.
-        exact: whether `growing` and `decaying_step` are complete; else they are bounds.
+        exact: whether `decaying_step` is known; else it is an upper bound.
+        complete: whether all eigenvalues were computed; else more modes than `growing` may grow.
     """
 
     block: int
@@ -45,6 +46,7 @@ class BlockLimit:
     amplification: float = float("nan")
     converged: bool = True
     exact: bool = True
+    complete: bool = True
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ def _block_limits(
                 amplification=max(_amplification(solver, step * s.ritz.values) for s in spectra),
                 converged=all(o.converged for o in outlooks),
                 exact=all(o.settled for o in outlooks),
+                complete=False,
             )
         )
     return found, np.concatenate([s.trusted for s in spectra])

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from itertools import islice
 
 import numpy as np
@@ -25,25 +26,33 @@ from torch import Tensor
 from resode import step_limit
 from resode.analysis import max_stable_step
 from resode.fields import ConvField
-from tests.benchmarks.blocks import Damped, random_block, trained_blocks, varied
+from resode.solve.step import rk_step
+from resode.tableaus import METHODS
+from tests.benchmarks.blocks import Block, Damped, random_block, rightmost, trained_blocks, varied
 
 SOLVERS = ("euler", "rk4")
 
 
-def base_blocks():
-    """Random and trained ones in turn."""
-    trained = [b for b in trained_blocks() if b.x[0].numel() <= 1024]
+def base_blocks(small: bool = False) -> Iterator[Block]:
+    """Random and trained ones in turn; `small` leaves out those of 1,024 states."""
+    trained = [b for b in trained_blocks() if b.x[0].numel() <= (512 if small else 1024)]
     order = torch.randperm(len(trained), generator=torch.Generator().manual_seed(0)).tolist()
     for seed in range(10_000):
-        yield random_block(seed)
+        block = random_block(seed)
+        if small and block.x[0].numel() > 512:
+            continue
+        yield block
         yield trained[order[seed % len(order)]]
 
 
-def agreement(count: int) -> None:
+def agreement(count: int, seconds: float) -> None:
     """Limits of both ways on every block, and how far they are apart where the one says it converged."""
     rows: dict[tuple[str, str], list] = {}
     begun = time.perf_counter()
     for i, block in enumerate(islice(varied(base_blocks()), count)):
+        if time.perf_counter() - begun > seconds:
+            count = i
+            break
         for solver in SOLVERS:
             dense = step_limit(block.field, block.x, solver=solver, matrix_free=False)
             with warnings.catch_warnings():
@@ -153,6 +162,71 @@ def one(shape: str) -> None:
     )
 
 
+def observed(count: int) -> None:
+    """The predicted limit of each block against the first step at which the real iteration leaves.
+
+    F(x) − F(x*) − c(x − x*) has the fixed point x*, and c, a little above the fastest growth, makes every mode
+    decay. Its nonlinear step of each of many sizes, one a row of a batch, starts near x* and is repeated.
+    """
+    within, begun = 0, time.perf_counter()
+    ratios = []
+    for i, block in enumerate(islice(base_blocks(small=True), count)):
+        solver = SOLVERS[i // 2 % 2]
+        field = _pinned(block)
+        limit = step_limit(field, block.x, solver=solver, matrix_free=True)
+        predicted = float(limit.step)
+        leaving = _first_leaving(field, block.x, solver, predicted)
+        ratios.append(leaving / predicted)
+        fine = abs(leaving / predicted - 1) <= 0.02
+        within += fine
+        if not fine:
+            print(
+                f"  {i}, {block.kind}, {tuple(block.x.shape)}, {solver}: predicted {predicted:.5f}, left at "
+                f"{leaving:.5f}, λ {complex(limit.limiting_eigenvalue[0]):.4g}, condition "
+                f"{float(limit.condition):.3g}, contraction limit {float(limit.contraction_step):.4g}, "
+                f"converged {bool(limit.converged)}",
+                flush=True,
+            )
+    print(
+        f"{within} of {count} within 2 %; observed/predicted {min(ratios):.4f} to {max(ratios):.4f}, "
+        f"median {statistics.median(ratios):.4f}; {time.perf_counter() - begun:.0f} s"
+    )
+
+
+def _pinned(block: Block):
+    """The block with a fixed point at its state, and every mode decaying."""
+    inner, x = block.field, block.x
+    c = 1.1 * max(rightmost(block), 0.0) + 0.1
+    with torch.no_grad():
+        at = inner(x)
+    return lambda y: inner(y) - at - c * (y - x)
+
+
+def _first_leaving(field, x: Tensor, solver: str, predicted: float, steps: int = 1500) -> float:
+    """The smallest step size, of those 0.1 % apart up to 4 % around the prediction, whose iteration leaves.
+
+    It leaves where its distance from the fixed point grows over the second half of the steps; a start of 1e-9
+    keeps what stays in the block's linear range.
+    """
+    factors = 1 + torch.arange(-40, 41, dtype=torch.float64) / 1000
+    h = (predicted * factors).reshape(-1, *(1,) * (x.ndim - 1))
+    generator = torch.Generator().manual_seed(3)
+    y = x + 1e-9 * torch.randn(x.shape, generator=generator, dtype=x.dtype).expand(len(factors), *x.shape[1:])
+    half = None
+    with torch.no_grad():
+        for n in range(steps):
+            y = rk_step(METHODS[solver], lambda t, y: field(y), 0.0, y, h)
+            distance = (y - x).flatten(1).norm(dim=1)
+            if n == steps // 2:
+                half = distance
+            # What has left is held: growth was seen. What decays to rounding is done too.
+            y = torch.where(
+                (distance > 1e-4).reshape(h.shape), x + 1e-4 * (y - x) / distance.reshape(h.shape), y
+            )
+    left = (distance >= 0.9e-4) | ((distance > half) & (distance > 1e-12))
+    return float((predicted * factors)[left].min()) if left.any() else float("inf")
+
+
 def main() -> None:
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(
@@ -162,9 +236,10 @@ def main() -> None:
     parser.add_argument("shape", nargs="?", help=argparse.SUPPRESS)
     parser.add_argument("--count", type=int, help="blocks (200 for agreement, 100 for observed)")
     parser.add_argument("--rounds", type=int, default=3, help="of timing")
+    parser.add_argument("--seconds", type=float, default=1e9, help="of agreement: stop after so many")
     given = parser.parse_args()
     if given.what == "agreement":
-        agreement(given.count or 200)
+        agreement(given.count or 200, given.seconds)
     elif given.what == "time":
         timing(given.rounds)
     elif given.what == "memory":
@@ -173,10 +248,6 @@ def main() -> None:
         one(given.shape)
     else:
         observed(given.count or 100)
-
-
-def observed(count: int) -> None:
-    raise NotImplementedError
 
 
 if __name__ == "__main__":
