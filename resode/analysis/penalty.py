@@ -21,7 +21,8 @@ class StepLimitPenalty:
     λ are Ritz values of the block's Jacobian in a Krylov space of `vectors` dimensions, which has found those
     that lie outside; their gradient with respect to the weights is taken with the space held. The margin
     is a cone at z = 0: a mode that barely decays counts too, unless its angle to the negative axis has a
-    cosine of at least about `margin`. The denominator is held, so that far modes do not blow up the gradient. λ = 0, of which ReLU makes many, costs nothing.
+    cosine of at least about `margin`; λ = 0, of which ReLU makes many, costs nothing. The denominator is
+    held, so that far modes do not blow up the gradient.
 
     Args:
         solver: an explicit method's name in METHODS, or a tableau; None for each block's own.
