@@ -1,4 +1,4 @@
-"""What a step-limit penalty costs and brings: `python -m tests.benchmarks.step_penalty [--weight 10 --margin 0.2]`.
+"""What a step-limit penalty costs and brings: `python -m tests.benchmarks.step_penalty [--weight 4 --margin 0.25]`.
 
 odenet20 on the digits, Euler, the recipe `digits`, without and with the penalty: test accuracy, and for every
 block at test images, by dense eigenvalues, the largest |1 + hλ|, growing modes, and the limit of the others.
@@ -21,8 +21,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--weight", type=float, default=10.0)
-    parser.add_argument("--margin", type=float, default=0.2)
+    parser.add_argument("--weight", type=float, default=4.0)
+    parser.add_argument("--margin", type=float, default=0.25)
     parser.add_argument("--samples", type=int, default=2, help="test images to look at")
     parser.add_argument("--only", choices=("without", "with"))
     given = parser.parse_args()
