@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from resode import networks
 from resode.analysis.max_step import max_stable_step, step_limit
+from resode.analysis.penalty import StepLimitPenalty
 from resode.analysis.swap import SwapReport, swap_report
 from resode.blocks import ODEBlock, ResidualStack
 from resode.solve import (
@@ -54,6 +55,7 @@ __all__ = [
     "SolverError",
     "Stats",
     "StepLimit",
+    "StepLimitPenalty",
     "StepSizeUnderflow",
     "SwapReport",
     "imaginary_stability_interval",

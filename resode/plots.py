@@ -419,6 +419,41 @@ def stage_spectra(stages: Sequence[Any], methods: Method | Sequence[Method], pat
     return _finished(figure, path)
 
 
+def step_limits(records: Sequence[Any], path: Path = None) -> Figure:
+    """Draw what training does to a network's step limits: amplification, growing modes, limits by update.
+
+    Args:
+        records: of `resode.training.monitor.StepLimits`.
+        path: where to write the figure.
+    """
+    figure = Figure(figsize=(10.4, 3.7), layout="constrained")
+    sizes, growing, limits = figure.subplots(1, 3)
+    lines = list(dict.fromkeys((record.stage, record.solver) for record in records))
+    several = len({solver for _, solver in lines}) > 1
+    for i, (stage, solver) in enumerate(lines):
+        rows = [r for r in records if (r.stage, r.solver) == (stage, solver)]
+        updates = [r.update for r in rows]
+        label = (stage or "stack") + (f", {solver}" if several else "")
+        style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linewidth": 1.6, "marker": "o"}
+        style |= {"markersize": 3.2, "label": label}
+        sizes.plot(updates, [r.amplification for r in rows], **style)
+        growing.plot(updates, [r.growing for r in rows], **style)
+        limits.plot(updates, [r.decaying_step / r.step for r in rows], **style)
+    for ax, bound in ((sizes, 1.0), (limits, 1.0)):
+        ax.axhline(bound, color=UNSTABLE, linewidth=1, linestyle=(0, (4, 2)))
+    limits.set_yscale("log")
+    titles = {
+        sizes: "largest |R(hλ)| of a block",
+        growing: "growing modes found",
+        limits: "limit of the others, in steps h",
+    }
+    for ax, title in titles.items():
+        ax.set_title(title, fontsize=11)
+        ax.set_xlabel("update")
+    figure.legend(*sizes.get_legend_handles_labels(), frameon=False, loc="outside right center")
+    return _finished(figure, path)
+
+
 _BLOCKS = ("#1B1B1B", "#009E73", "#CC79A7", "#5D3A9B", "#56B4E9", "#7A5C00")
 
 

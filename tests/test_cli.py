@@ -281,12 +281,12 @@ def test_step_limits_of_a_run(run, tmp_path):
         "stage 3 (layer3.1)",
     ]
     assert "states 16×8×8, trained with euler, h = 1" in result.output
-    rows = [row for row in columns(result.output) if len(row) == 7 and row[1] in ("euler", "rk4")]
+    rows = [row for row in columns(result.output) if len(row) == 8 and row[1] in ("euler", "rk4")]
     assert len(rows) == 2 * (3 + 2 + 2)
     for euler, rk4 in zip(rows[::2], rows[1::2], strict=True):
         assert euler[3] == rk4[3], "growing modes belong to the flow, not to the solver"
         assert float(euler[4]) < float(rk4[4])
-        assert (euler[6], rk4[6]) == tuple("yes" if 1 <= float(row[4]) else "no" for row in (euler, rk4))
+        assert (euler[7], rk4[7]) == tuple("yes" if 1 <= float(row[4]) else "no" for row in (euler, rk4))
     assert figure.stat().st_size > 10_000
 
 

@@ -10,16 +10,21 @@ from resode.analysis.nonnormal import (
     logarithmic_norm,
     transient_growth,
 )
+from resode.analysis.operator_norm import bound_operator_norm, operator_norm
+from resode.analysis.penalty import StepLimitPenalty
 
 __all__ = [
     "Bifurcation",
+    "StepLimitPenalty",
     "TransientGrowth",
     "bifurcation",
+    "bound_operator_norm",
     "contraction_step",
     "count",
     "jacobian",
     "logarithmic_norm",
     "max_stable_step",
+    "operator_norm",
     "step_limit",
     "transient_growth",
 ]

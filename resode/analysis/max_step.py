@@ -17,11 +17,15 @@ from resode.analysis.matrices import (
     checked_matrices,
     spectral_norms,
 )
+from resode.analysis.matrix_free import BUDGET, field_limit
 from resode.analysis.nonnormal import contraction_steps, logarithmic_norms
 from resode.stability import StepLimit, eigenvalue_step_limit
 from resode.stability.limits import checked_spectrum, like, nested
 from resode.stability.rays import Complexes
 from resode.tableaus import ButcherTableau, get_tableau
+
+DENSE_STATE = 1024
+"""Entries of a state up to which a field's Jacobian is formed, unless told otherwise."""
 
 _LARGE = 256  # rows from which all singular vectors cost too much for one eigenvalue's
 
@@ -34,6 +38,9 @@ def max_stable_step(
     solver: str | ButcherTableau = "euler",
     k: int = 6,
     growth: tuple[int, float] | None = None,
+    matrix_free: bool | None = None,
+    rtol: float | None = None,
+    budget: int = BUDGET,
 ) -> Any:
     r"""Largest stable step η: sup{h : |R(sλ)| ≤ 1 for all 0 ≤ s ≤ h and every eigenvalue λ of J}.
 
@@ -43,11 +50,18 @@ def max_stable_step(
     Args:
         field_or_jacobian: J (1/time), a tensor, array or scipy sparse matrix of shape (n, n) or (…, n, n)
             with up to 4,096 rows; or a field F(x) in eval mode, together with x.
-        x: states, shape (batch, *state), where a field is given; up to 4,096 entries a state.
+        x: states, shape (batch, *state), where a field is given, of any size.
         eigenvalues: the spectrum, shape (n,) or (…, n): alone, or with its matrix to spare its computation.
         solver: a name in METHODS, or a tableau.
-        k: eigenvalues to seek in each direction where J is not formed; without effect where it is.
+        k: eigenvalues that limit the step, and largest ones, to hold on to where J is not formed; without
+            effect where it is.
         growth: (N, tol) allows |R|^N ≤ 1 + tol instead of |R| ≤ 1, see `eigenvalue_step_limit`.
+        matrix_free: of a field: whether to seek outer eigenvalues by products with J (True), or to form J and
+            take all of them (False, up to 4,096 entries a state); None forms J up to 1,024 entries.
+        rtol: of a field, matrix-free: relative accuracy of the limit; None for 1e-6 in float64 and 1e-4 in
+            float32.
+        budget: of a field, matrix-free: products a sample; beyond it a RuntimeWarning tells that a limit did
+            not converge, and the limit is an upper bound.
 
     Returns:
         A float for one matrix or spectrum; for a batch of shape (…) an array, a tensor where a tensor came;
@@ -57,7 +71,8 @@ def max_stable_step(
         TypeError: integer matrices, an x that is no floating-point tensor, a field without x or an x without
             a field.
         ValueError: matrices not square, empty or not finite; an unknown solver; states that are too large;
-            fields that cannot be linearized (`resode.analysis.linearize.check_field`).
+            fields that cannot be linearized (`resode.analysis.linearize.check_field`); an implicit method
+            where J is not formed; matrix_free, rtol or budget without a field.
 
     Example:
         >>> max_stable_step(torch.diag(torch.tensor([-2.0, -5.0])))
@@ -67,7 +82,7 @@ def max_stable_step(
         >>> max_stable_step(torch.sin, torch.tensor([[0.0], [3.1416]]))  # slopes 1 and −1
         tensor([0., 2.])
     """
-    arguments = (field_or_jacobian, x, eigenvalues, solver, k, growth)
+    arguments = (field_or_jacobian, x, eigenvalues, solver, k, growth, matrix_free, rtol, budget)
     return _limit(*arguments, details=False).step
 
 
@@ -79,6 +94,9 @@ def step_limit(
     solver: str | ButcherTableau = "euler",
     k: int = 6,
     growth: tuple[int, float] | None = None,
+    matrix_free: bool | None = None,
+    rtol: float | None = None,
+    budget: int = BUDGET,
 ) -> StepLimit:
     r"""The largest stable step with all that it rests on; arguments and errors as `max_stable_step`.
 
@@ -98,17 +116,32 @@ def step_limit(
         euler: stable up to step 1; λ = -2 leaves the region first.
           Some perturbations grow for a while at any step, because J is not normal (logarithmic norm 3.52494).
     """
-    arguments = (field_or_jacobian, x, eigenvalues, solver, k, growth)
+    arguments = (field_or_jacobian, x, eigenvalues, solver, k, growth, matrix_free, rtol, budget)
     return _limit(*arguments, details=True)
 
 
 def _limit(
-    subject: Any, x: Any, eigenvalues: Any, solver: Any, k: int, growth: Any, *, details: bool
+    subject: Any,
+    x: Any,
+    eigenvalues: Any,
+    solver: Any,
+    k: int,
+    growth: Any,
+    matrix_free: bool | None,
+    rtol: float | None,
+    budget: int,
+    *,
+    details: bool,
 ) -> StepLimit:
     """Which of the ways to a step limit the arguments ask for."""
     tableau = get_tableau(solver)
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"k must be an integer of at least 1, got {k!r}.")
+    is_field = callable(subject) and not isinstance(subject, torch.Tensor)
+    if not is_field and (matrix_free is not None or rtol is not None or budget != BUDGET):
+        raise ValueError(
+            "matrix_free, rtol and budget go with a field: of a matrix all eigenvalues are taken."
+        )
     if subject is None and eigenvalues is None:
         raise ValueError(
             "give a Jacobian, eigenvalues=, or a field and the states x at which to linearize it; got none."
@@ -117,14 +150,14 @@ def _limit(
         if x is not None:
             raise TypeError("x goes with a field; with eigenvalues= alone there is nothing to linearize.")
         return eigenvalue_step_limit(eigenvalues, tableau, growth=growth)
-    if callable(subject) and not isinstance(subject, torch.Tensor):
+    if is_field:
         if eigenvalues is not None:
             raise TypeError(
                 "give a field and x, or eigenvalues=, not both: a field has a spectrum at each x."
             )
         if x is None:
             raise TypeError("a field needs the states x, shape (batch, *state), at which to linearize it.")
-        return _of_matrices(_dense(subject, x), None, tableau, growth, details=details)
+        return _of_field(subject, x, tableau, k, growth, matrix_free, rtol, budget, details=details)
     if x is not None:
         raise TypeError(
             f"x goes with a field, and {type(subject).__name__} is not callable. "
@@ -133,16 +166,35 @@ def _limit(
     return _of_matrices(subject, eigenvalues, tableau, growth, details=details)
 
 
-def _dense(field: Any, x: torch.Tensor) -> torch.Tensor:
-    """The Jacobian of each sample, where a state is small enough for all of its eigenvalues."""
-    if isinstance(x, torch.Tensor) and x.ndim > 1 and len(x) and x[0].numel() > DENSE_LIMIT:
-        check_field(field, x)
-        raise ValueError(
-            f"the step limit of a field is computed for states of up to {DENSE_LIMIT} entries, got "
-            f"{x[0].numel()} in x {tuple(x.shape)}. Linearize at smaller states, or pass the extreme "
-            "eigenvalues as eigenvalues=."
-        )
-    return jacobian(field, x)
+def _of_field(
+    field: Any,
+    x: torch.Tensor,
+    tableau: ButcherTableau,
+    k: int,
+    growth: Any,
+    matrix_free: bool | None,
+    rtol: float | None,
+    budget: int,
+    *,
+    details: bool,
+) -> StepLimit:
+    """From all eigenvalues where a state is small, else from the outer ones."""
+    if rtol is not None and not 0 < rtol < 1:
+        raise ValueError(f"rtol must lie between 0 and 1, got {rtol}.")
+    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
+        raise ValueError(f"budget must be a whole number of products, at least 1, got {budget!r}.")
+    check_field(field, x)
+    size = x[0].numel()
+    if matrix_free is None:
+        matrix_free = size > DENSE_STATE
+    if not matrix_free:
+        if size > DENSE_LIMIT:
+            raise ValueError(
+                f"a Jacobian is formed for states of up to {DENSE_LIMIT} entries, got {size} in x "
+                f"{tuple(x.shape)}. Leave matrix_free=False out."
+            )
+        return _of_matrices(jacobian(field, x), None, tableau, growth, details=details)
+    return field_limit(field, x, tableau, k=k, growth=growth, rtol=rtol, budget=budget, details=details)
 
 
 def _of_matrices(

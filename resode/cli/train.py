@@ -70,6 +70,9 @@ def train(
     ] = None,
     seed: Annotated[int | None, flag("Of weights, order and augmentation.", _RECIPE)] = None,
     validation: Annotated[int | None, flag("Training images held out.", _RECIPE)] = None,
+    step_limits: Annotated[
+        bool, typer.Option("--step-limits", help="Record and draw every stage's step limits as it trains.")
+    ] = False,
 ) -> None:
     """Train a network into a run folder."""
     names = ["model", "data", "data_dir", "device", "recipe", *(field.name for field in fields(Recipe))]
@@ -80,8 +83,10 @@ def train(
         flags["download"] = True
     settings = _settings(flags, _model_options(option, solver, substeps), config)
 
+    from resode.training.monitor import StepLimits
     from resode.training.run import train as train_network
 
+    settings["callbacks"] = [StepLimits()] if step_limits else []
     train_network(resume=resume, run_dir=run_dir, progress=not quiet, **settings)
 
 

@@ -147,6 +147,9 @@ def stability(
     solvers: Annotated[str, typer.Option(help="For a run: methods, with commas.")] = "euler,rk4",
     samples: Annotated[int, typer.Option(help="For a run: test images to look at.", min=1)] = 4,
     figure: Annotated[Path | None, flag("Where to draw; for a run RUN/figures/stability.png.")] = None,
+    blocks: Annotated[
+        str | None, flag("For a run: the modules that are its blocks, such as 'layer*.*'.")
+    ] = None,
     model: _OwnModel = None,
     data: _Data = None,
     data_dir: _DataDir = None,
@@ -154,7 +157,8 @@ def stability(
     """Find what limits the step.
 
     For methods: order, stability intervals and letters. For a run: the step limits of every block at real
-    images, from the eigenvalues of its Jacobian there.
+    images, from the eigenvalues of its Jacobian there: all of them for states of up to 1,024 entries, the
+    outer ones for larger states.
     """
     names = what or list(METHODS)
     if len(names) == 1 and names[0] not in METHODS:
@@ -165,7 +169,14 @@ def stability(
                 f"Runs: {', '.join(_runs()) or 'none here'}."
             )
         return _run_stability(
-            Path(names[0]), separated(solvers, str, "--solvers"), samples, figure, model, data, data_dir
+            Path(names[0]),
+            separated(solvers, str, "--solvers"),
+            samples,
+            figure,
+            blocks,
+            model,
+            data,
+            data_dir,
         )
     return _method_stability(_methods(names), figure)
 
@@ -203,6 +214,7 @@ def _run_stability(
     names: list[str],
     samples: int,
     figure: Path | None,
+    blocks: str | None,
     model: str | None,
     data: str | None,
     data_dir: Path | None,
@@ -218,37 +230,40 @@ def _run_stability(
     count = "1 test image" if len(images) == 1 else f"{len(images)} test images"
     say(f"{run} at {count} of {dataset.title}; step h = η / substeps")
     stages = []
-    for number, stage in enumerate(stage_limits(network, images, methods), start=1):
+    for number, stage in enumerate(stage_limits(network, images, methods, blocks=blocks), start=1):
         size = "×".join(map(str, stage.shape))
         steps = sorted(set(stage.steps))
         h = f"h = {steps[0]:g}" if len(steps) == 1 else f"h = {steps[0]:.3g} to {steps[-1]:.3g}"
         say()
         say(f"stage {number} ({stage.name}): states {size}, trained with {stage.solver}, {h}", "bold")
-        if not stage.rows:
-            say("  not measured: its states are too large for all of their eigenvalues")
-            continue
         stages.append(stage)
         table(
-            ["block", "solver", "limit", "growing", "decaying", "set by λ", "inside"],
+            ["block", "solver", "limit", "growing", "decaying", "set by λ", "largest |R|", "inside"],
             [
                 [
                     str(row.block),
                     row.solver,
-                    _number(row.step, 3),
-                    str(row.growing),
-                    _number(row.decaying_step, 3),
+                    _number(row.step, 3) + ("" if row.converged else " ?"),
+                    ("" if row.complete or not row.growing else "≥ ") + str(row.growing),
+                    ("" if row.exact else "≤ ") + _number(row.decaying_step, 3),
                     _complex(row.limiting_eigenvalue),
-                    "yes" if row.inside else "no",
+                    f"{row.amplification:.3g}",
+                    ("yes" if row.exact else "?") if row.inside else "no",
                 ]
                 for row in stage.rows
             ],
             words=("solver",),
         )
+        for line in _verdicts(stage, methods):
+            say(line)
     say()
     say("limit     the largest stable step at the worst image")
     say("growing   modes with Re λ > 0, which make that limit 0")
     say("decaying  the limit of all other modes, set by λ")
-    say("inside    whether the step h is within that limit")
+    say("|R|       what a step of h multiplies a mode by, at most; growing modes included")
+    say("inside    whether the step h is within the limit of the decaying modes")
+    if any(not row.complete for stage in stages for row in stage.rows):
+        say("≥ ≤ ?     bounds from the outer eigenvalues, of states too large for all of them")
     if stages:
         from resode import plots
 
@@ -256,6 +271,24 @@ def _run_stability(
         with replacing(path) as unfinished:
             plots.stage_spectra(stages, methods, unfinished)
         say(f"\nfigure {path}")
+
+
+def _verdicts(stage: Any, methods: list[str]) -> list[str]:
+    """Whether the trained step is inside with the stage's own method, and what the others would allow."""
+    lines = []
+    for name in dict.fromkeys([stage.solver, *methods]):
+        rows = [row for row in stage.rows if row.solver == name]
+        if not rows:
+            continue
+        outside = [str(row.block) for row in rows if not row.inside]
+        least = min(rows, key=lambda row: row.decaying_step)
+        allowed = ("" if least.exact else "at most ") + _number(least.decaying_step, 3)
+        kind = "as trained" if name == stage.solver else "would be"
+        where = (
+            f"outside in block{'s' if len(outside) > 1 else ''} {', '.join(outside)}" if outside else "inside"
+        )
+        lines.append(f"  {name}, {kind}: {where}; all blocks allow steps up to {allowed}")
+    return lines
 
 
 def _runs() -> list[str]:

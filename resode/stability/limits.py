@@ -43,6 +43,9 @@ class StepLimit:
             eigenvectors: a change of J by ε moves it by up to condition·ε. None if not known.
         converged: whether the eigenvalues it rests on were found to tolerance (always so for dense ones).
         method: the method's name.
+        decaying_converged: whether `decaying_step` is known; where not, it is an upper bound.
+        error: relative error of `decaying_step`, as far as the eigenvalue's condition and residual tell;
+            None where all eigenvalues were computed. Else `growing` lists those modes that were found.
         logarithmic_norm: μ₂(J) = λ_max((J + J*)/2), the fastest growth of ‖x‖ at any moment; None as above.
     """
 
@@ -57,6 +60,8 @@ class StepLimit:
     converged: Any = True
     method: str = ""
     logarithmic_norm: Any = None
+    decaying_converged: Any = True
+    error: Any = None
 
     def __str__(self) -> str:
         steps = _plain(self.step)
@@ -64,6 +69,7 @@ class StepLimit:
             return self._summary(steps)
         lines = []
         count = len(self.growing)
+        least = "" if self.error is None else "at least "
         if math.isinf(self.step):
             lines.append(f"{self.method}: stable at every step size.")
         elif self.step > 0:
@@ -73,13 +79,14 @@ class StepLimit:
             )
         elif count:
             lines.append(
-                f"{self.method}: no small step is stable: {count} "
+                f"{self.method}: no small step is stable: {least}{count} "
                 f"{'mode grows' if count == 1 else 'modes grow'} with the equation itself, "
                 f"fastest λ = {_show(self.limiting_eigenvalue)}."
             )
             if math.isfinite(self.decaying_step):
                 others = "it" if count == 1 else "them"
-                lines.append(f"  Without {others} the limit would be {self.decaying_step:.6g}.")
+                bound = "" if self.decaying_converged else "at most "
+                lines.append(f"  Without {others} the limit would be {bound}{self.decaying_step:.6g}.")
         else:
             lines.append(
                 f"{self.method}: no small step is stable, because λ = {_show(self.limiting_eigenvalue)} "
@@ -122,6 +129,9 @@ class StepLimit:
                 lines.append(f"  N{reason[1:]}")
             else:
                 lines = [f"{self.method}, {steps.size} spectra: {reason}"]
+        open_ended = int((~_plain(self.decaying_converged) & np.ones(steps.shape, dtype=bool)).sum())
+        if unstable and open_ended:
+            lines.append(f"  Without growing modes it is an upper bound in {open_ended}.")
         missing = int((~_plain(self.converged)).sum())
         if missing:
             lines.append(f"  {missing} not converged.")
@@ -176,7 +186,7 @@ def eigenvalue_step_limit(
     """
     tableau = get_tableau(method)
     values, eps = checked_spectrum(eigenvalues)
-    rays = ray_polynomials(tableau, _allowed(growth))
+    rays = ray_polynomials(tableau, allowed_growth(growth))
     shape, n = values.shape[:-1], values.shape[-1]
     given: Complexes = values.reshape(-1, n)
     tau = rounding_of_spectrum(values, eps) if tolerance is None else _plain(tolerance)
@@ -253,7 +263,7 @@ def _exits_of_many(
     return exits, stable
 
 
-def _allowed(growth: tuple[int, float] | None) -> Fraction:
+def allowed_growth(growth: tuple[int, float] | None) -> Fraction:
     """The bound on |R|² that keeps |R|^N ≤ 1 + tol, accurate in its distance from 1."""
     if growth is None:
         return Fraction(1)

@@ -9,7 +9,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -23,6 +23,7 @@ from resode.training.data import Batches
 from resode.training.evaluate import evaluations_of_last_call, score, solving_modules
 from resode.training.files import RunError
 from resode.training.folder import Checkpoint, RunFolder
+from resode.training.monitor import Callback
 from resode.training.progress import Progress
 from resode.training.task import ClassificationTask
 
@@ -54,6 +55,7 @@ class TrainingLoop:
         folder: where checkpoints, metrics and weights go.
         about: what the weights belong to, for their header.
         progress: where progress is reported.
+        callbacks: called after every update and after the run.
     """
 
     def __init__(
@@ -65,7 +67,9 @@ class TrainingLoop:
         folder: RunFolder,
         about: dict[str, Any],
         progress: Progress,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
+        self.callbacks = callbacks
         self.fabric = fabric
         self.recipe = task.recipe
         self.network = task.network
@@ -119,6 +123,8 @@ class TrainingLoop:
                     self.save()
                     if asked and self.update < self.total:
                         self._stop(asked[0])
+            for callback in self.callbacks:
+                callback.after_run(self)
         finally:
             self.progress.close()
 
@@ -161,6 +167,8 @@ class TrainingLoop:
         self.hits += result["correct"]
         self.nfe = self.nfe + evaluations_of_last_call(self.solving)
         self.index += 1
+        for callback in self.callbacks:
+            callback.after_update(self)
 
     def mean_loss(self) -> float:
         """Mean loss of this epoch's updates so far; a RunError where one is not finite."""

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from resode.training.data import Batches, ImageData, load_data
 from resode.training.evaluate import EVALUATION_BATCH, evaluate, load
 from resode.training.files import RunError, replacing
 from resode.training.folder import RunFolder
+from resode.training.monitor import Callback
 from resode.training.plan import (
     Model,
     Plan,
@@ -61,6 +62,8 @@ def train(
     device: str = "auto",
     resume: str | Path | None = None,
     progress: bool = True,
+    callbacks: Sequence[Callback] = (),
+    penalty: Callable[[nn.Module, Tensor], Tensor] | None = None,
     **settings: Any,
 ) -> Run:
     """Train a network on labelled images, and store the run in a folder of its own.
@@ -81,6 +84,10 @@ def train(
         resume: an unfinished run's folder; its stored settings apply, so none of them may be given. A model
             or data set of one's own is given again.
         progress: whether to print what happens.
+        callbacks: called after every update and after the run, such as `resode.training.monitor.StepLimits`;
+            given again to a resumed run.
+        penalty: of the network and the images of a batch, added to the loss, such as
+            `resode.analysis.StepLimitPenalty`; given again to a resumed run.
         **settings: of `Recipe`, over those of `recipe`: epochs=3, lr=0.1, ….
 
     Returns:
@@ -107,11 +114,18 @@ def train(
         plan = Plan.new(model, data, recipe, model_options, data_dir, settings)
         folder = RunFolder.create(run_dir or plan.default_run_dir())
     with folder.locked():
-        return _train(plan, folder, place, download, resume is not None, progress)
+        return _train(plan, folder, place, download, resume is not None, progress, callbacks, penalty)
 
 
 def _train(
-    plan: Plan, folder: RunFolder, device: torch.device, download: bool, resumed: bool, show: bool
+    plan: Plan,
+    folder: RunFolder,
+    device: torch.device,
+    download: bool,
+    resumed: bool,
+    show: bool,
+    callbacks: Sequence[Callback],
+    penalty: Callable[[nn.Module, Tensor], Tensor] | None,
 ) -> Run:
     """Build everything the loop needs, run it, and write what a finished run leaves."""
     from resode.training.loop import TrainingLoop, make_fabric  # Lightning takes seconds to import
@@ -154,12 +168,13 @@ def _train(
         progress = Progress(show, -(-updates // len(training)))
         loop = TrainingLoop(
             make_fabric(device, recipe.precision),
-            ClassificationTask(network, recipe, updates),
+            ClassificationTask(network, recipe, updates, penalty),
             training,
             held_out,
             folder,
             about,
             progress,
+            callbacks,
         )
         for line in _heading(plan, recipe, data, network, device, folder):
             progress.say(line)

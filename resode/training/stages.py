@@ -7,13 +7,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from resode.analysis.linearize import jacobian
-from resode.analysis.matrices import DENSE_LIMIT, all_eigenvalues
-from resode.analysis.max_step import step_limit
-from resode.blocks import ResidualStack
+from resode.analysis.linearize import check_field, jacobian
+from resode.analysis.matrices import all_eigenvalues
+from resode.analysis.matrix_free import BUDGET, outer_spectra
+from resode.analysis.max_step import DENSE_STATE, step_limit
+from resode.analysis.outlook import amplification
+from resode.analysis.stages import stage_states
+from resode.tableaus import get_tableau
 
 
 @dataclass(frozen=True)
@@ -21,13 +23,17 @@ class BlockLimit:
     """The step limit of one block under one solver, over all samples.
 
     Args:
-        block: its number in the stack, from 0.
+        block: its number in the stage, from 0.
         solver: the method's name.
         step: the least step limit of the samples; 0 where a mode grows.
-        growing: the largest number of growing modes, Re λ > 0, that a sample has.
+        growing: the largest number of growing modes, Re λ > 0, that a sample has; of those found.
         decaying_step: the least limit over the other modes.
         limiting_eigenvalue: the λ that sets it.
         inside: whether the network's own step is within it.
+        amplification: largest |R(hλ)| over the eigenvalues and samples, growing modes included.
+        converged: whether `step` rests on converged eigenvalues in every sample.
+        exact: whether `decaying_step` is known; else it is an upper bound.
+        complete: whether all eigenvalues were computed; else more modes than `growing` may grow.
     """
 
     block: int
@@ -37,19 +43,24 @@ class BlockLimit:
     decaying_step: float
     limiting_eigenvalue: complex
     inside: bool
+    amplification: float = float("nan")
+    converged: bool = True
+    exact: bool = True
+    complete: bool = True
 
 
 @dataclass(frozen=True)
 class StageLimits:
-    """The step limits of one `ResidualStack`.
+    """The step limits of one stage.
 
     Args:
-        name: the stack's name in the network.
+        name: the stage's name in the network.
         shape: of a state, without the batch.
-        solver: the stack's own method.
+        solver: the stage's own method.
         steps: the length h of a solver step in each block, η over the substeps.
-        rows: a `BlockLimit` for every block and solver; empty where a state is too large.
-        spectra: eigenvalues times the block's step, hλ, of every block: (samples, n) complex arrays.
+        rows: a `BlockLimit` for every block and solver.
+        spectra: eigenvalues times the block's step, hλ, of every block, of all samples: complex arrays;
+            the outer ones where a state has more than 1,024 entries.
     """
 
     name: str
@@ -60,66 +71,81 @@ class StageLimits:
     spectra: list[np.ndarray]
 
 
-def stage_limits(network: nn.Module, images: Tensor, solvers: Sequence[str]) -> Iterator[StageLimits]:
-    """Step limits of every block of every stack, at the states that images reach there.
+def stage_limits(
+    network: nn.Module,
+    images: Tensor,
+    solvers: Sequence[str],
+    *,
+    blocks: str | None = None,
+    budget: int = BUDGET,
+) -> Iterator[StageLimits]:
+    """Step limits of every block, at the states that images reach there.
 
-    Each field is linearized in float64, in evaluation mode, at the state before its block; all eigenvalues
-    of the Jacobian are computed. Stages whose states have more than 4,096 entries are given without rows.
+    Each field is linearized in evaluation mode at the state before its block: in float64 with all eigenvalues
+    where a state has up to 1,024 entries, else in float32 with the outer ones, sought without the Jacobian.
 
     Args:
-        network: with at least one `ResidualStack` of constant weights; it is not changed.
+        network: any with blocks, see `stage_states`; it is not changed.
         images: normalised, shape (samples, C, H, W).
         solvers: explicit methods' names.
+        blocks: names of the modules that are the blocks, see `stage_states`.
+        budget: products a sample for large states.
 
     Yields:
         The stages, in the network's order, each when it is done.
 
     Raises:
-        ValueError: there is no ResidualStack.
+        ValueError: the network has no blocks, or a block couples samples or changes its input.
     """
-    network = copy.deepcopy(network).double().eval()
-    stacks = {name: module for name, module in network.named_modules() if isinstance(module, ResidualStack)}
-    if not stacks:
-        raise ValueError(
-            "step limits belong to the blocks of a ResidualStack, and this network has none. "
-            "Take an ODE-ResNet, such as odenet20."
-        )
-    inputs = _inputs(network, list(stacks.values()), images.double())
-    for (name, stack), x in zip(stacks.items(), inputs, strict=True):
-        etas = [stack.step_size] * stack.depth if stack.step_sizes is None else stack.step_sizes.tolist()
-        steps = [eta / stack.substeps for eta in etas]
-        shape = tuple(x.shape[1:])
-        if x[0].numel() > DENSE_LIMIT:
-            yield StageLimits(name, shape, stack.solver, steps, [], [])
-            continue
-        with torch.no_grad():
-            _, path = stack(x, return_path=True)
+    network = copy.deepcopy(network).float().eval()
+    for stage in stage_states(network, images.float(), blocks):
         rows, spectra = [], []
-        for block, step in enumerate(steps):
-            eigenvalues = all_eigenvalues(jacobian(stack.block(block), path[block]).numpy())
+        for block, (field, x, step) in enumerate(zip(stage.fields, stage.states, stage.steps, strict=True)):
+            limits, eigenvalues = _block_limits(field, x, solvers, step, block, budget)
+            rows += limits
             spectra.append(step * eigenvalues)
-            rows += [_block_limit(block, solver, eigenvalues, step) for solver in solvers]
-        yield StageLimits(name, shape, stack.solver, steps, rows, spectra)
+        yield StageLimits(stage.name, stage.shape, stage.solver, stage.steps, rows, spectra)
 
 
-def _inputs(network: nn.Module, stacks: list[ResidualStack], images: Tensor) -> list[Tensor]:
-    """The state that comes into each stack."""
-    found: dict[nn.Module, Tensor] = {}
+def _block_limits(
+    field: nn.Module, x: Tensor, solvers: Sequence[str], step: float, block: int, budget: int
+) -> tuple[list[BlockLimit], np.ndarray]:
+    """One block's limits under each solver, and its eigenvalues."""
+    if x[0].numel() <= DENSE_STATE:
+        eigenvalues = all_eigenvalues(jacobian(copy.deepcopy(field).double(), x.double()).numpy())
+        return [_dense_limit(block, solver, eigenvalues, step) for solver in solvers], eigenvalues
+    check_field(field, x)
+    tableaus = [get_tableau(solver) for solver in solvers]
+    spectra = outer_spectra(field, x, tableaus, budget=budget)
+    found = []
+    for number, solver in enumerate(solvers):
+        outlooks = [s.outlooks[number] for s in spectra]
+        worst = min(range(len(outlooks)), key=lambda i: outlooks[i].decaying)
+        o = outlooks[worst]
+        found.append(
+            BlockLimit(
+                block=block,
+                solver=solver,
+                step=min(o.step for o in outlooks),
+                growing=max(len(o.growing) for o in outlooks),
+                decaying_step=o.decaying,
+                limiting_eigenvalue=complex(spectra[worst].ritz.values[o.mode] if o.mode >= 0 else np.nan),
+                inside=step <= o.decaying,
+                amplification=max(_amplification(solver, step * s.ritz.values) for s in spectra),
+                converged=all(o.converged for o in outlooks),
+                exact=all(o.settled for o in outlooks),
+                complete=False,
+            )
+        )
+    return found, np.concatenate([s.trusted for s in spectra])
 
-    def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found[module] = inputs[0].detach()
 
-    hooks = [stack.register_forward_pre_hook(keep) for stack in stacks]
-    try:
-        with torch.no_grad():
-            network(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [found[stack] for stack in stacks]
+def _amplification(solver: str, z: np.ndarray) -> float:
+    """Largest |R(z)|."""
+    return float(amplification(z, get_tableau(solver)).max())
 
 
-def _block_limit(block: int, solver: str, eigenvalues: np.ndarray, step: float) -> BlockLimit:
+def _dense_limit(block: int, solver: str, eigenvalues: np.ndarray, step: float) -> BlockLimit:
     """The least limits over the samples, whose eigenvalues are the rows (samples, n)."""
     limit = step_limit(eigenvalues=eigenvalues, solver=solver)
     worst = int(np.argmin(limit.decaying_step))
@@ -136,4 +162,5 @@ def _block_limit(block: int, solver: str, eigenvalues: np.ndarray, step: float) 
         decaying_step=decaying_step,
         limiting_eigenvalue=complex(limiting),
         inside=step <= decaying_step,
+        amplification=_amplification(solver, step * eigenvalues),
     )

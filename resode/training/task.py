@@ -6,6 +6,7 @@ Fabric adds 0.1 ms: a tenth of an update at 100,000 images/s in batches of 512.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning
@@ -23,13 +24,22 @@ class ClassificationTask(lightning.LightningModule):
         network: from images (B, C, H, W) to logits (B, classes).
         recipe: the settings.
         updates: of the whole run; the learning rate's schedule ends there.
+        penalty: of the network and the images of a batch, added to the loss, such as
+            `resode.analysis.StepLimitPenalty`.
     """
 
-    def __init__(self, network: nn.Module, recipe: Recipe, updates: int) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        recipe: Recipe,
+        updates: int,
+        penalty: Callable[[nn.Module, Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.network = network
         self.recipe = recipe
         self.updates = updates
+        self.penalty = penalty
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of images (B, C, H, W)."""
@@ -40,6 +50,8 @@ class ClassificationTask(lightning.LightningModule):
         images, labels = batch
         logits = self.network(images).float()
         loss = cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
+        if self.penalty is not None:
+            loss = loss + self.penalty(self.network, images)
         with torch.no_grad():
             correct = (logits.argmax(dim=1) == labels).sum()
         return {"loss": loss, "correct": correct}

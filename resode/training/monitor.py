@@ -1,0 +1,192 @@
+"""What training does to the stability of a network's blocks, recorded while it goes on."""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from resode.analysis.linearize import check_field
+from resode.analysis.matrix_free import outer_spectra
+from resode.analysis.outlook import amplification
+from resode.analysis.stages import evaluating, stage_states
+from resode.tableaus import METHODS, get_tableau
+
+
+class Callback(Protocol):
+    """What a training loop calls; `loop` is a `resode.training.loop.TrainingLoop`."""
+
+    def after_update(self, loop: Any) -> None:
+        """After each update of the weights."""
+
+    def after_run(self, loop: Any) -> None:
+        """After the last one."""
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """One stage of a network after one update.
+
+    Args:
+        update: updates done.
+        stage: its name.
+        solver: the method.
+        step: the length h of its steps, the longest of its blocks.
+        growing: the most growing modes that were found in a block.
+        decaying_step: the least limit over the other modes of a block, as far as they were found.
+        amplification: the largest |R(hλ)| of a block, growing modes included: at most 1 inside the region.
+    """
+
+    update: int
+    stage: str
+    solver: str
+    step: float
+    growing: int
+    decaying_step: float
+    amplification: float
+
+
+class StepLimits:
+    """Records each stage's growing modes and step limits while a network trains, and draws them at the end.
+
+    Every block is linearized in evaluation mode at the states that fixed images reach, and the outer
+    eigenvalues of its Jacobian are estimated from a small Krylov space: enough to watch, no converged limits.
+    The network and the random state stay as they were, so that the training is the same to the bit.
+
+    Args:
+        images: to watch the states of, in the network's input format; None for the first test images.
+        every: updates between two records; None for as often as `share` of the time allows.
+        solvers: methods; None for each stage's own.
+        samples: of the images to use.
+        vectors: dimensions of the Krylov space.
+        share: of the training time, with `every=None`.
+
+    Raises:
+        ValueError: a number out of its range, or an implicit or unknown method.
+
+    Example:
+        >>> from resode import ResidualStack
+        >>> stack = ResidualStack([nn.Linear(4, 4)], solver="rk4")
+        >>> watch = StepLimits(torch.ones(2, 4))
+        >>> watch.record(stack, update=0)
+        >>> watch.records[0].solver, watch.records[0].stage
+        ('rk4', '')
+    """
+
+    def __init__(
+        self,
+        images: Tensor | None = None,
+        *,
+        every: int | None = None,
+        solvers: Sequence[str] | None = None,
+        samples: int = 1,
+        vectors: int = 24,
+        share: float = 0.04,
+    ) -> None:
+        if every is not None and (isinstance(every, bool) or every < 1):
+            raise ValueError(f"every must be at least 1 update, got {every}.")
+        if samples < 1 or vectors < 2 or not 0 < share < 1:
+            raise ValueError(
+                "samples must be at least 1, vectors 2, and share between 0 and 1; "
+                f"got {samples}, {vectors} and {share}."
+            )
+        for name in solvers or ():
+            if not get_tableau(name).explicit:
+                valid = ", ".join(n for n, t in METHODS.items() if t.explicit)
+                raise ValueError(f"step limits are watched for explicit methods, got {name}. Valid: {valid}.")
+        self.images = images
+        self.every, self.solvers, self.samples = every, solvers, samples
+        self.vectors, self.share = vectors, share
+        self.records: list[StageRecord] = []
+        self.costs: list[float] = []  # seconds a record
+        self._begun: float | None = None
+
+    def after_update(self, loop: Any) -> None:
+        """Record, where it is time to."""
+        now = time.perf_counter()
+        if self._begun is None:
+            self._begun = now
+        if self.images is None:
+            self.images = next(iter(loop.held_out["test"]))[0][: self.samples]
+        if self.every is not None:
+            due = loop.update % self.every == 0
+        else:  # what the last one took is what the next one will take; the first one may take a second
+            next_one = min(self.costs, default=0.02)
+            due = self.seconds + next_one <= self.share * (now - self._begun)
+        if due:
+            self.record(loop.network, loop.update)
+
+    def after_run(self, loop: Any) -> None:
+        """Write step_limits.csv and the figure into the run folder."""
+        if not self.records:
+            return
+        from resode import plots
+        from resode.training.files import replacing
+
+        loop.folder.write("step_limits.csv", self.to_csv())
+        with replacing(loop.folder.figures / "step_limits.png") as path:
+            plots.step_limits(self.records, path)
+
+    @property
+    def seconds(self) -> float:
+        """What recording took."""
+        return sum(self.costs)
+
+    def record(self, network: nn.Module, update: int) -> None:
+        """Add a record of every stage."""
+        if self.images is None:
+            raise ValueError("there are no images to watch: pass images= to StepLimits.")
+        begun = time.perf_counter()
+        devices = [self.images.device] if self.images.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), evaluating(network):
+            for stage in stage_states(network, self.images[: self.samples]):
+                solvers = self.solvers or [stage.solver]
+                tableaus = [get_tableau(solver) for solver in solvers]
+                found: list[list[tuple[int, float, float]]] = [[] for _ in solvers]
+                for field, x, step in zip(stage.fields, stage.states, stage.steps, strict=True):
+                    if not self.records:
+                        check_field(field, x)
+                    spectra = outer_spectra(field, x, tableaus, budget=self.vectors, verify=False, warn=False)
+                    for number, tableau in enumerate(tableaus):
+                        some = [s.outlooks[number] for s in spectra]
+                        largest = max(
+                            float(amplification(step * s.ritz.values, tableau).max(initial=0.0))
+                            for s in spectra
+                        )
+                        growing = max(len(o.modes) for o in some)
+                        found[number].append((growing, min(o.estimate for o in some), largest))
+                for solver, blocks in zip(solvers, found, strict=True):
+                    growing, limits, sizes = zip(*blocks, strict=True)
+                    self.records.append(
+                        StageRecord(
+                            update,
+                            stage.name,
+                            solver,
+                            max(stage.steps),
+                            max(growing),
+                            min(limits),
+                            max(sizes),
+                        )
+                    )
+        self.costs.append(time.perf_counter() - begun)
+
+    def to_csv(self) -> str:
+        """The records, one row each."""
+        text = io.StringIO()
+        rows = [asdict(record) for record in self.records]
+        table = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+        return text.getvalue()
+
+    def plot(self, path: str | None = None) -> Any:
+        """Draw them over the updates; see `resode.plots.step_limits`."""
+        from resode import plots
+
+        return plots.step_limits(self.records, path)

@@ -1,0 +1,388 @@
+"""Step limits without the Jacobian: against dense eigenvalues, on the step map, and what may go wrong."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from resode import step_limit
+from resode.analysis import jacobian, matrix_free, max_stable_step
+from resode.analysis.krylov import KrylovSchur, outermost
+from resode.analysis.outlook import amplification
+from resode.analysis.products import Products, full_precision
+from resode.fields import ConvField
+from resode.solve.step import rk_step
+from resode.tableaus import METHODS
+
+
+def block(channels: int = 8, damping: float = 0.0, seed: int = 0, dtype=torch.float64):
+    """A random convolutional field, its eigenvalues moved left by `damping`."""
+    torch.manual_seed(seed)
+    field = ConvField(channels).to(dtype).eval()
+    return (lambda x: field(x) - damping * x) if damping else field
+
+
+def state(*shape: int, seed: int = 1, dtype=torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def linear(matrix: torch.Tensor):
+    """F(x) = Ax for every row."""
+    return lambda x: x @ matrix.T
+
+
+# -- against dense eigenvalues -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ["euler", "rk4"])
+@pytest.mark.parametrize("damping", [0.0, 1.3])
+def test_convolutional_blocks(solver, damping):
+    """288 states, more than a Krylov space has: the limit within 1e-6, growing modes or not."""
+    field, x = block(8, damping), state(3, 8, 6, 6)
+    dense = step_limit(field, x, solver=solver)
+    free = step_limit(field, x, solver=solver, matrix_free=True)
+    assert free.converged.all()
+    torch.testing.assert_close(free.step, dense.step, rtol=1e-6, atol=0)
+    torch.testing.assert_close(free.limiting_eigenvalue, dense.limiting_eigenvalue, rtol=1e-3, atol=1e-6)
+    known = free.decaying_converged
+    assert known.all() or (solver == "euler" and damping == 0)
+    torch.testing.assert_close(free.decaying_step[known], dense.decaying_step[known], rtol=1e-6, atol=0)
+    assert (free.decaying_step >= 0.99 * dense.decaying_step).all()  # else a bound
+    assert (free.residual < 1e-3 * free.limiting_eigenvalue.abs()).all()
+    torch.testing.assert_close(free.condition, dense.condition, rtol=0.1, atol=0)
+    torch.testing.assert_close(free.logarithmic_norm, dense.logarithmic_norm, rtol=1e-2, atol=0)
+
+
+def test_far_from_normal():
+    """Channel scales over three decades leave the eigenvalues, and make the condition large."""
+    scale = torch.logspace(0, 3, 8, dtype=torch.float64)[:, None, None]
+    inner = block(8, 1.3)
+    x = state(1, 8, 6, 6)
+    plain = step_limit(inner, x, solver="rk4")
+    free = step_limit(lambda x: scale * inner(x / scale), x * scale, solver="rk4", matrix_free=True)
+    assert free.converged.all()
+    assert float(free.step) == pytest.approx(float(plain.step), rel=1e-6)
+
+
+@pytest.mark.parametrize("width", [1.0, 1e-3, 1e-6])
+def test_clusters(width):
+    """Every eigenvalue within `width` of −2: 2/2 for Euler, as near as the cluster is wide."""
+    inner, x = block(8), state(1, 8, 6, 6)
+    dense = step_limit(lambda x: width * inner(x) - 2 * x, x)
+    free = step_limit(lambda x: width * inner(x) - 2 * x, x, matrix_free=True)
+    assert free.converged.all()
+    assert float(free.step) == pytest.approx(float(dense.step), rel=1e-6)
+
+
+def test_a_contraction_limit():
+    """Where μ₂ < 0: by Lanczos on R(hJ)ᵀR(hJ), against the dense matrix's."""
+    field, x = block(4, 2.0), state(2, 4, 6, 6)
+    for solver in ("euler", "midpoint"):
+        dense = step_limit(field, x, solver=solver)
+        free = step_limit(field, x, solver=solver, matrix_free=True)
+        assert (dense.contraction_step > 0).all()
+        torch.testing.assert_close(free.contraction_step, dense.contraction_step, rtol=1e-3, atol=0)
+
+
+def test_growth_budget():
+    field, x = block(4, 0.0), state(1, 4, 6, 6)
+    given = {"solver": "rk4", "growth": (10, 0.5)}
+    dense, free = (max_stable_step(field, x, matrix_free=m, **given) for m in (False, True))
+    torch.testing.assert_close(free, dense, rtol=1e-6, atol=0)
+
+
+def test_samples_in_parts(monkeypatch):
+    """Memory for one sample at a time gives what memory for all gives."""
+    field, x = block(4, 1.0), state(3, 4, 8, 8)
+    whole = max_stable_step(field, x, matrix_free=True)
+    monkeypatch.setattr(matrix_free, "MEMORY", 200 * x[0].numel() * 8)
+    torch.testing.assert_close(max_stable_step(field, x, matrix_free=True), whole, rtol=1e-6, atol=0)
+
+
+def test_a_small_space_restarts(monkeypatch):
+    """With 40 vectors the space is cut back again and again, and the limit is the same."""
+    field, x = block(8, 1.0), state(2, 8, 6, 6)
+    whole = step_limit(field, x)
+    monkeypatch.setattr(matrix_free, "SPACE", 40)
+    small = step_limit(field, x, matrix_free=True)
+    assert small.converged.all()
+    torch.testing.assert_close(small.step, whole.step, rtol=1e-6, atol=0)
+
+
+def test_large_states_are_sketched():
+    """4,608 entries in float32, where vectors are sketched: λ and its mirror image in the transposed field."""
+    field, x = block(8, 1.0, dtype=torch.float32), state(2, 8, 24, 24, dtype=torch.float32)
+    limit = step_limit(field, x, solver="rk4")
+    assert limit.converged.all() and (limit.error < 1e-4).all()
+    tight = max_stable_step(block(8, 1.0), x.double(), solver="rk4", rtol=1e-7)
+    torch.testing.assert_close(limit.step.double(), tight, rtol=1e-4, atol=0)
+
+
+# -- on the step map -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ["euler", "rk4"])
+def test_decay_below_and_growth_above_on_the_decaying_modes(solver):
+    """Vectors of the decaying modes' invariant subspace, through the solver's own steps of x' = Jx."""
+    field, x = block(4, 0.6), state(1, 4, 6, 6)
+    limit = step_limit(field, x, solver="rk4" if solver == "rk4" else "euler", matrix_free=True)
+    j = jacobian(field, x)[0]
+    values, vectors = torch.linalg.eig(j)
+    decaying = values.real < -1e-9
+    assert not decaying.all() and limit.decaying_converged.all()
+    q, _ = torch.linalg.qr(vectors[:, decaying])
+    start = q @ state(int(decaying.sum()), 1).to(q.dtype)
+
+    def after(factor: float, steps: int = 3000) -> float:
+        v = torch.view_as_real(start).permute(2, 1, 0).reshape(2, -1).clone()  # real and imaginary part
+        h, projector = float(limit.decaying_step) * factor, (q @ q.mH).real
+        complement = (q @ q.mH).imag
+        for _ in range(steps):
+            v = rk_step(METHODS[solver], lambda t, v: v @ j.T, 0.0, v, h)
+            real = v[0] @ projector.T - v[1] @ complement.T  # rounding must not bring growing modes back
+            v = torch.stack([real, v[0] @ complement.T + v[1] @ projector.T])
+        return float(v.norm())
+
+    assert after(0.99) < 1e-3 * float(start.norm())
+    assert after(1.01) > 10 * float(start.norm())
+
+
+def test_a_mode_that_was_missed_is_found_on_the_step_map(monkeypatch):
+    """A first look at twelve vectors has missed the outermost of many modes: the step map shows it."""
+    values = -torch.linspace(1.0, 2.0, 400, dtype=torch.float64)
+    values[0] = -2.02
+    field = linear(torch.diag(values))
+    seen = []
+    others = matrix_free._Part._others
+
+    def spy(self, *arguments):
+        seen.append(others(self, *arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(matrix_free._Part, "_others", spy)
+    limit = step_limit(field, torch.ones(1, 400, dtype=torch.float64), rtol=0.3, matrix_free=True)
+    assert seen and float(limit.step) == pytest.approx(2 / 2.02, rel=0.02)
+
+
+# -- traps ---------------------------------------------------------------------------------------
+
+
+class OneWay(torch.autograd.Function):
+    """tanh without a forward derivative, and with one that cannot be differentiated again."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x.tanh()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        (y,) = ctx.saved_tensors
+        return g * (1 - y * y)
+
+
+class Once(OneWay):
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        (y,) = ctx.saved_tensors
+        return g * (1 - y * y)
+
+
+def test_functions_without_a_forward_derivative():
+    """Jv by a second backward pass; torch.func.jvp refuses this function."""
+    w = state(6, 6)
+    x = state(2, 6)
+    with warnings.catch_warnings(), pytest.raises(RuntimeError):
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch's own first use of jvp
+        torch.func.jvp(OneWay.apply, (x,), (x,))
+    got = Products(lambda x: OneWay.apply(x @ w.T), x).forward(x)
+    want = (1 - torch.tanh(x @ w.T) ** 2) * (x @ w.T)
+    torch.testing.assert_close(got, want)
+
+
+def test_functions_that_can_be_differentiated_once():
+    """Their step limit is found all the same; what needs products with J is not a number."""
+    w = state(300, 300) / 20 - 2 * torch.eye(300, dtype=torch.float64)
+    x = torch.zeros(1, 300, dtype=torch.float64)
+    limit = step_limit(lambda x: Once.apply(x @ w.T), x, matrix_free=True)
+    assert limit.converged.all() and math.isnan(float(limit.logarithmic_norm))
+    assert float(limit.step) == pytest.approx(max_stable_step(w), rel=1e-6)
+
+
+def test_train_mode_batch_norm_is_refused():
+    field = ConvField(4)
+    with pytest.raises(ValueError, match=r"\.eval\(\)"):
+        step_limit(field, state(2, 4, 6, 6).float(), matrix_free=True)
+
+
+def test_in_place_relu():
+    """First it changes the state and is refused; later it is as good as any."""
+    first = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(2, 2, 3, padding=1))
+    with pytest.raises(ValueError, match="inplace=False"):
+        step_limit(first, state(1, 2, 6, 6).float(), matrix_free=True)
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 2, 3, padding=1)]
+    x = state(1, 2, 6, 6).float()
+    plain = max_stable_step(nn.Sequential(*layers), x, solver="rk4", matrix_free=True)
+    layers[1] = nn.ReLU(inplace=True)
+    assert max_stable_step(nn.Sequential(*layers), x, solver="rk4", matrix_free=True) == plain
+
+
+def test_channels_last():
+    field, x = block(4, 1.0), state(2, 4, 8, 8)
+    plain = max_stable_step(field, x, matrix_free=True)
+    last = x.to(memory_format=torch.channels_last)
+    assert not last.is_contiguous()
+    torch.testing.assert_close(max_stable_step(field, last, matrix_free=True), plain, rtol=1e-9, atol=0)
+
+
+def test_nearly_defective():
+    """A Jordan chain with eigenvalue −1 ± 1e-6: ill-conditioned, found, and said so."""
+    n = 300
+    j = -torch.diag(torch.linspace(0.1, 0.5, n, dtype=torch.float64))
+    j[0, 0], j[1, 1], j[0, 1] = -1 - 1e-6, -1 + 1e-6, 1.0
+    limit = step_limit(linear(j), torch.zeros(1, n, dtype=torch.float64), matrix_free=True)
+    assert float(limit.step) == pytest.approx(2.0, rel=1e-4) and float(limit.condition) > 1e4
+
+
+def test_degenerate():
+    """−2 I: one vector spans an invariant space, and the search goes on to the end of its budget's need."""
+    field = lambda x: -2 * x  # noqa: E731
+    for n in (1, 2, 300, 5000):
+        limit = step_limit(field, torch.ones(2, n), matrix_free=True)
+        assert limit.converged.all()
+        np.testing.assert_allclose(limit.step, 1.0, rtol=1e-6)
+        np.testing.assert_allclose(limit.condition, 1.0, rtol=1e-4)
+
+
+def test_zero_and_constant_fields():
+    for field in (lambda x: 0 * x, torch.ones_like):
+        limit = step_limit(field, torch.ones(2, 1500), matrix_free=True)
+        assert torch.isinf(limit.step).all() and limit.converged.all()
+
+
+def test_antisymmetric():
+    """Imaginary eigenvalues: 0 for Euler, 2√2/max|λ| for rk4."""
+    a = state(300, 300) / 20
+    field, x = linear(a - a.T), torch.zeros(1, 300, dtype=torch.float64)
+    assert float(max_stable_step(field, x, matrix_free=True)) == 0
+    largest = float(torch.linalg.eigvals(a - a.T).abs().max())
+    assert float(max_stable_step(field, x, solver="rk4", matrix_free=True)) == pytest.approx(
+        math.sqrt(8) / largest, rel=1e-6
+    )
+
+
+def test_tf32_is_off_within_and_as_before_afterwards():
+    seen = []
+
+    def field(x):
+        seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+        return -x
+
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("medium")
+    try:
+        Products(field, torch.ones(1, 3))
+        assert seen == [("highest", False)]
+        assert torch.get_float32_matmul_precision() == "medium"
+        with pytest.raises(KeyError), full_precision():
+            raise KeyError
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        j = state(50, 50, dtype=torch.float32) / 10 - torch.eye(50)
+        got = max_stable_step(linear(j), torch.zeros(1, 50), solver="rk4", matrix_free=True)
+    assert float(got) == pytest.approx(max_stable_step(j, solver="rk4"), rel=1e-4)
+
+
+# -- bad input -----------------------------------------------------------------------------------
+
+
+def test_bad_input():
+    x = state(2, 4, 6, 6)
+    with pytest.raises(ValueError, match="keep the state's shape"):
+        step_limit(nn.Conv2d(4, 5, 3, padding=1).double(), x, matrix_free=True)
+    with pytest.raises(ValueError, match="random"):
+        step_limit(lambda x: x + torch.randn_like(x), x, matrix_free=True)
+    with pytest.raises(ValueError, match="at least one entry"):
+        step_limit(torch.tanh, x[:0], matrix_free=True)
+    with pytest.raises(ValueError, match=r"radau5 is implicit.*Valid: euler"):
+        step_limit(torch.tanh, x, solver="radau5", matrix_free=True)
+    with pytest.raises(ValueError, match="rtol must"):
+        step_limit(torch.tanh, x, rtol=2.0)
+    with pytest.raises(ValueError, match="budget must"):
+        step_limit(torch.tanh, x, budget=0)
+    with pytest.raises(ValueError, match="go with a field"):
+        step_limit(torch.eye(2), matrix_free=True)
+    with pytest.raises(ValueError, match="up to 4096 entries, got 5000"):
+        step_limit(torch.tanh, torch.ones(1, 5000), matrix_free=False)
+
+
+def test_no_convergence_within_the_budget():
+    """A warning, `converged` False, and an upper bound."""
+    field, x = block(8, 1.0), state(1, 8, 6, 6)
+    with pytest.warns(RuntimeWarning, match="no convergence within 10 products in 1 of 1 samples"):
+        limit = step_limit(field, x, solver="rk4", matrix_free=True, budget=10)
+    assert not limit.converged.any() and "not converged" in str(limit)
+    assert (limit.step >= 0.99 * max_stable_step(field, x, solver="rk4")).all()
+
+
+def test_growing_modes_of_a_large_state_are_a_lower_bound():
+    """What Euler would do beside them is said to be a bound."""
+    field, x = block(8), state(1, 8, 6, 6)
+    free, dense = step_limit(field, x, matrix_free=True), step_limit(field, x)
+    assert not free.decaying_converged.any() and 0 < len(free.growing[0]) <= len(dense.growing[0])
+    assert "upper bound" in str(free)
+
+
+# -- parts ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stride", [1, 4])
+def test_the_krylov_relation(stride):
+    """Ritz values in all of R^n are the eigenvalues; images are J times the basis."""
+    j = state(40, 40)
+    space = KrylovSchur(lambda v: v @ j.T, state(2, 40, seed=3), 40, stride)
+    space.grow(40)
+    torch.testing.assert_close(space.images[1], space.basis[1, :40] @ j.T, rtol=1e-9, atol=1e-9)
+    found = np.sort_complex(space.ritz(0).values.round(8))
+    np.testing.assert_allclose(found, np.sort_complex(np.linalg.eigvals(j.numpy()).round(8)), atol=1e-7)
+
+
+def test_cutting_a_space_keeps_the_wanted_pairs():
+    j = state(60, 60)
+    space = KrylovSchur(lambda v: v @ j.T, state(1, 60, seed=3), 60)
+    space.grow(50)
+    before = space.ritz(0)
+    kept = before.values[outermost(before.values)[:6]]
+    space.cut(20, lambda row, values: outermost(values))
+    after = space.ritz(0).values
+    assert len(after) == 20 and all(np.abs(after - value).min() < 1e-9 for value in kept)
+    space.grow(10)
+    torch.testing.assert_close(space.images[0, :30], space.basis[0, :30] @ j.T, rtol=1e-8, atol=1e-8)
+
+
+def test_amplification_is_the_stability_function():
+    z = np.array([-1.0, 0.5j, -3 + 1j])
+    np.testing.assert_allclose(amplification(z, METHODS["euler"]), np.abs(1 + z))
+    np.testing.assert_allclose(amplification(z, METHODS["implicit_euler"]), np.abs(1 / (1 - z)))
+
+
+def test_the_same_twice():
+    """Random starts are fixed, and the caller's random numbers are untouched."""
+    field, x = block(4, 1.0), state(1, 4, 8, 8)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert max_stable_step(field, x, matrix_free=True) == max_stable_step(field, x, matrix_free=True)
+    assert (torch.get_rng_state() == before).all()

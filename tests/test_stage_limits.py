@@ -1,0 +1,255 @@
+"""Step limits across a network and while it trains: stages, the callback, the penalty, operator norms."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import resode
+from resode import ResidualStack
+from resode.analysis import StepLimitPenalty, bound_operator_norm, jacobian, operator_norm
+from resode.analysis.stages import stage_states
+from resode.networks import build
+from resode.training.monitor import StepLimits
+from resode.training.stages import stage_limits
+
+
+class PreBlock(nn.Module):
+    """Anyone's residual block."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(channels), nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv(torch.relu(self.norm(x)))
+
+
+class Other(nn.Module):
+    """A network that knows nothing of resode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, padding=1)
+        self.layer = nn.Sequential(PreBlock(4), PreBlock(4))
+        self.head = nn.Linear(4, 10)
+
+    def forward(self, x):
+        return self.head(self.layer(self.stem(x)).mean((2, 3)))
+
+
+def images(n: int = 2) -> torch.Tensor:
+    return torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+# -- across a network ----------------------------------------------------------------------------
+
+
+def test_states_of_an_odenet_are_those_of_its_path():
+    torch.manual_seed(0)
+    network = build("odenet20", in_channels=1)
+    network.train()
+    stages = stage_states(network, images())
+    assert [s.shape for s in stages] == [(16, 8, 8), (32, 4, 4), (64, 2, 2)]
+    assert all(module.training for module in network.modules())
+    stage = stages[1]
+    with torch.no_grad():
+        after = stage.states[0] + stage.fields[0].eval()(stage.states[0])
+    torch.testing.assert_close(after, stage.states[1])
+
+
+def test_any_network_through_its_blocks():
+    """x + F(x) is Euler's step of length 1: F's eigenvalues are the block's less 1."""
+    torch.manual_seed(0)
+    network = Other().eval()
+    (stage,) = stage_limits(network, images(), ["euler", "rk4"])
+    assert (stage.name, stage.shape, stage.steps) == ("layer.0", (4, 8, 8), [1.0, 1.0])
+    state = network.stem(images()).detach()
+    j = jacobian(network.layer[0], state).double() - torch.eye(256)
+    want = torch.linalg.eigvals(j).abs().max()
+    assert np.abs(stage.spectra[0]).max() == pytest.approx(float(want), rel=1e-4)
+    euler, rk4 = stage.rows[:2]
+    assert euler.amplification == pytest.approx(float((1 + torch.linalg.eigvals(j)).abs().max()), rel=1e-4)
+    assert euler.complete and rk4.decaying_step > 0
+    (named,) = stage_limits(network, images(), ["euler"], blocks="layer.1")
+    assert len(named.rows) == 1
+    with pytest.raises(ValueError, match="no modules named stem"):
+        list(stage_limits(network, images(), ["euler"], blocks="stem"))
+    with pytest.raises(ValueError, match="BatchNorm2d, Conv2d"):
+        list(stage_limits(nn.Sequential(nn.Conv2d(1, 1, 3), nn.BatchNorm2d(1)), images(), ["euler"]))
+
+
+def test_large_states_without_the_jacobian():
+    """1,058 states: outer eigenvalues, in one search for both methods, against dense ones."""
+    torch.manual_seed(0)
+    field = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 2, 3, padding=1))
+    network = ResidualStack([field], step_size=0.5)
+    x = torch.randn(1, 2, 23, 23)
+    (stage,) = stage_limits(network, x, ["euler", "rk4"])
+    dense = resode.step_limit(field.double(), x.double(), solver="rk4", matrix_free=False)
+    row = stage.rows[1]
+    assert not row.complete and row.converged
+    assert row.step == pytest.approx(float(dense.step.min()), rel=1e-4)
+    if row.exact:
+        assert row.decaying_step == pytest.approx(float(dense.decaying_step.min()), rel=1e-4)
+    assert row.inside == (row.decaying_step >= 0.5)
+
+
+# -- while it trains -----------------------------------------------------------------------------
+
+
+def test_watching_changes_nothing_and_draws(tmp_path):
+    """The same weights to the bit with and without; a table and a figure in the run folder."""
+    runs = []
+    watch = StepLimits(every=2, solvers=["euler", "rk4"])
+    for name, callbacks in (("plain", []), ("watched", [watch])):
+        run = resode.train(
+            "odenet20",
+            "digits",
+            "smoke",
+            updates=4,
+            run_dir=tmp_path / name,
+            progress=False,
+            callbacks=callbacks,
+        )
+        runs.append(run.network.state_dict())
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+    assert [r.update for r in watch.records] == [2] * 6 + [4] * 6
+    lines = (tmp_path / "watched" / "step_limits.csv").read_text().splitlines()
+    assert len(lines) == 13 and lines[0].startswith("update,stage,solver,step,growing")
+    assert (tmp_path / "watched" / "figures" / "step_limits.png").stat().st_size > 1000
+    euler = watch.records[0]
+    assert euler.solver == "euler" and euler.growing > 0 and euler.amplification > 1
+
+
+def test_watching_keeps_to_its_share():
+    """With a share of 1 % and records of 0.1 s, the next one comes after 10 s."""
+    stack = ResidualStack([nn.Linear(4, 4)])
+
+    class Loop:
+        network, update = stack, 1
+
+    watch = StepLimits(torch.ones(1, 4), share=0.01)
+    watch._begun = 0.0
+    watch.after_update(Loop)  # the clock has long passed
+    assert len(watch.records) == 1
+    watch.costs[:] = [1e9]
+    watch.after_update(Loop)
+    assert len(watch.records) == 1
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"every": 0}, {"samples": 0}, {"share": 1.5}, {"solvers": ["radau5"]}, {"solvers": ["rk5"]}]
+)
+def test_wrong_settings_of_the_callback(wrong):
+    with pytest.raises(ValueError, match=r"must|implicit|unknown|explicit"):
+        StepLimits(**wrong)
+
+
+def test_the_penalty_is_zero_inside_and_its_gradient_points_there():
+    """Against finite differences of the largest |R(λ)| of a normal matrix."""
+    a = torch.diag(torch.tensor([-2.5, -1.0, -0.5], dtype=torch.float64)).requires_grad_()
+    penalty = StepLimitPenalty("euler", margin=0.0)
+    x = torch.zeros(1, 3, dtype=torch.float64)
+    value = penalty.of_field(lambda x: x @ a.T, x, 1.0)
+    assert value.item() == pytest.approx(0.5 / 3.5 / 3)  # (|1 − 2.5| − 1)/(1 + 2.5), of three modes
+    value.backward()
+    want = torch.zeros(3, 3, dtype=torch.float64)
+    want[0, 0] = -1 / 3.5 / 3
+    torch.testing.assert_close(a.grad, want, atol=1e-8, rtol=0)
+    assert penalty.of_field(lambda x: x @ a.T, x, 0.5).item() == 0
+    assert penalty.of_field(torch.ones_like, x, 0.5).item() == 0
+    with pytest.raises(ValueError, match="explicit method"):
+        StepLimitPenalty("radau5")
+    with pytest.raises(ValueError, match="margin"):
+        StepLimitPenalty("euler", margin=1.0)
+
+
+def test_the_penalty_brings_a_network_inside():
+    """A stack that is outside for Euler is inside after a few updates of the penalty alone."""
+    torch.manual_seed(0)
+    stack = ResidualStack([nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 6)) for _ in range(2)])
+    with torch.no_grad():
+        for weight in stack.parameters():
+            weight.mul_(3)
+    x = torch.randn(2, 6)
+    before = max(row.amplification for s in stage_limits(stack, x, ["euler"]) for row in s.rows)
+    penalty = StepLimitPenalty("euler", margin=0.2)
+    optimizer = torch.optim.SGD(stack.parameters(), lr=0.1)
+    for _ in range(200):
+        optimizer.zero_grad()
+        penalty(stack, x).backward()
+        optimizer.step()
+    rows = [row for s in stage_limits(stack, x, ["euler"]) for row in s.rows]
+    assert before > 1.5 and all(row.amplification <= 1 + 1e-6 and row.inside for row in rows)
+    assert stack.training
+
+
+# -- operator norms ------------------------------------------------------------------------------
+
+
+def dense_norm(conv: nn.Module, shape: tuple[int, ...]) -> float:
+    """The largest singular value of the convolution as a matrix."""
+    basis = torch.eye(math.prod(shape)).reshape(-1, *shape)
+    with torch.no_grad():
+        bias = conv(torch.zeros(1, *shape))
+        return float(torch.linalg.matrix_norm((conv(basis) - bias).flatten(1), 2))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": 1},
+        {"padding": 1, "stride": 2},
+        {"padding": 2, "dilation": 2},
+        {"padding": 1, "groups": 2},
+        {"padding": 1, "padding_mode": "circular"},
+        {"padding": 1, "padding_mode": "reflect"},
+        {},
+    ],
+)
+def test_operator_norm_is_the_matrix_s(options):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, 3, **options)
+    assert operator_norm(conv, (4, 7, 7)) == pytest.approx(dense_norm(conv, (4, 7, 7)), rel=1e-5)
+    kernel = float(torch.linalg.matrix_norm(conv.weight.detach().flatten(1), 2))
+    assert abs(kernel - operator_norm(conv, (4, 7, 7))) > 0.01  # the reshaped kernel's is another number
+
+
+def test_a_bound_holds_while_an_optimizer_pushes_against_it():
+    torch.manual_seed(0)
+    conv = bound_operator_norm(nn.Conv2d(3, 3, 3, padding=1, stride=2, bias=False), (3, 8, 8), bound=0.7)
+    optimizer = torch.optim.SGD(conv.parameters(), lr=0.1)
+    x = torch.randn(8, 3, 8, 8)
+    for _ in range(30):
+        optimizer.zero_grad()
+        (-conv(x).square().sum()).backward()
+        optimizer.step()
+        assert operator_norm(conv, (3, 8, 8)) <= 0.7 * (1 + 2e-2)
+    conv.eval()
+    assert operator_norm(conv, (3, 8, 8)) == pytest.approx(0.7, rel=1e-2)
+    parametrize.remove_parametrizations(conv, "weight")
+    assert dense_norm(conv, (3, 8, 8)) == pytest.approx(0.7, rel=1e-2)
+
+
+def test_a_bound_leaves_smaller_norms_alone():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, 2, 3, padding=1)
+    weight = conv.weight.detach().clone()
+    bound_operator_norm(conv, (2, 6, 6), bound=100.0)
+    torch.testing.assert_close(conv.weight, weight)
+
+
+def test_wrong_operator_norms():
+    with pytest.raises(TypeError, match="got BatchNorm2d"):
+        operator_norm(nn.BatchNorm2d(3), (3, 4, 4))
+    with pytest.raises(ValueError, match=r"3 of them.*got \(4, 4, 4\)"):
+        operator_norm(nn.Conv2d(3, 3, 3), (4, 4, 4))
+    with pytest.raises(ValueError, match="positive"):
+        bound_operator_norm(nn.Conv2d(3, 3, 3), (3, 4, 4), bound=0.0)
+    assert operator_norm(nn.Linear(5, 3), (5,)) > 0
