@@ -8,6 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from resode import networks
+from resode.analysis.classify import Classification, classify
+from resode.analysis.fixed_points import FixedPoints, find_fixed_points, find_several_fixed_points
 from resode.analysis.max_step import max_stable_step, step_limit
 from resode.analysis.swap import SwapReport, swap_report
 from resode.blocks import ODEBlock, ResidualStack
@@ -45,6 +47,8 @@ _LAZY = {"load": "resode.training.evaluate", "plots": "resode.plots", "train": "
 __all__ = [
     "METHODS",
     "ButcherTableau",
+    "Classification",
+    "FixedPoints",
     "MaxStepsReached",
     "NonFiniteField",
     "NonFiniteState",
@@ -56,6 +60,9 @@ __all__ = [
     "StepLimit",
     "StepSizeUnderflow",
     "SwapReport",
+    "classify",
+    "find_fixed_points",
+    "find_several_fixed_points",
     "imaginary_stability_interval",
     "load",
     "max_stable_step",

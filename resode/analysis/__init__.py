@@ -1,6 +1,8 @@
 """Analyses of fields and networks, one file each: any callable F, any network."""
 
 from resode.analysis.bifurcation import Bifurcation, bifurcation
+from resode.analysis.classify import Classification, classify
+from resode.analysis.fixed_points import FixedPoints, find_fixed_points, find_several_fixed_points
 from resode.analysis.linearize import jacobian
 from resode.analysis.max_step import max_stable_step, step_limit
 from resode.analysis.nonnormal import (
@@ -12,9 +14,14 @@ from resode.analysis.nonnormal import (
 
 __all__ = [
     "Bifurcation",
+    "Classification",
+    "FixedPoints",
     "TransientGrowth",
     "bifurcation",
+    "classify",
     "contraction_step",
+    "find_fixed_points",
+    "find_several_fixed_points",
     "jacobian",
     "logarithmic_norm",
     "max_stable_step",
