@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from resode import networks
 from resode.analysis.classify import Classification, classify
+from resode.analysis.curvature import max_learning_rate
 from resode.analysis.fixed_points import FixedPoints, find_fixed_points, find_several_fixed_points
 from resode.analysis.max_step import max_stable_step, step_limit
 from resode.analysis.swap import SwapReport, swap_report
@@ -65,6 +66,7 @@ __all__ = [
     "find_several_fixed_points",
     "imaginary_stability_interval",
     "load",
+    "max_learning_rate",
     "max_stable_step",
     "networks",
     "odeint",

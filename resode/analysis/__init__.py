@@ -2,6 +2,7 @@
 
 from resode.analysis.bifurcation import Bifurcation, bifurcation
 from resode.analysis.classify import Classification, classify
+from resode.analysis.curvature import largest_hessian_eigenvalue, max_learning_rate
 from resode.analysis.fixed_points import FixedPoints, find_fixed_points, find_several_fixed_points
 from resode.analysis.linearize import jacobian
 from resode.analysis.max_step import max_stable_step, step_limit
@@ -11,20 +12,34 @@ from resode.analysis.nonnormal import (
     logarithmic_norm,
     transient_growth,
 )
+from resode.analysis.scan import (
+    StabilityLoss,
+    cobweb,
+    lyapunov_exponents,
+    phase_portrait,
+    stability_losses,
+)
 
 __all__ = [
     "Bifurcation",
     "Classification",
     "FixedPoints",
+    "StabilityLoss",
     "TransientGrowth",
     "bifurcation",
     "classify",
+    "cobweb",
     "contraction_step",
     "find_fixed_points",
     "find_several_fixed_points",
     "jacobian",
+    "largest_hessian_eigenvalue",
     "logarithmic_norm",
+    "lyapunov_exponents",
+    "max_learning_rate",
     "max_stable_step",
+    "phase_portrait",
+    "stability_losses",
     "step_limit",
     "transient_growth",
 ]

@@ -120,6 +120,7 @@ def classify(
         node, stable for the flow (λ = -1); unstable for euler at η = 2.5 (largest |R(ηλ)| = 1.5)
     """
     value = check_field(field, x)
+    x = x.detach()
     if (solver is None) != (step_size is None):
         raise ValueError("a solver's map needs its step: give solver= and step_size= together, or neither.")
     if step_size is not None and not 0 < step_size < math.inf:
