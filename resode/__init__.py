@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from resode import networks
 from resode.analysis.classify import Classification, classify
 from resode.analysis.curvature import max_learning_rate
+from resode.analysis.depth import DepthProfile, profile_depth
 from resode.analysis.fixed_points import FixedPoints, find_fixed_points, find_several_fixed_points
 from resode.analysis.max_step import max_stable_step, step_limit
 from resode.analysis.swap import SwapReport, swap_report
@@ -49,6 +50,7 @@ __all__ = [
     "METHODS",
     "ButcherTableau",
     "Classification",
+    "DepthProfile",
     "FixedPoints",
     "MaxStepsReached",
     "NonFiniteField",
@@ -73,6 +75,7 @@ __all__ = [
     "odeint_adjoint",
     "odeint_event",
     "plots",
+    "profile_depth",
     "real_stability_interval",
     "solve_ivp",
     "stability_function",

@@ -524,3 +524,65 @@ def phase_portrait(portrait: Any, path: Path = None) -> Figure:
         place: dict[str, Any] = {"xytext": (6, 6), "textcoords": "offset points", "fontsize": 8.5}
         ax.annotate(kind, (point[0], height), **place)
     return _finished(_figure_of(ax), path)
+
+
+def depth_profile(profile: Any, path: Path = None) -> Figure:
+    """Draw a depth profile, a result of `resode.profile_depth`: six panels over the blocks.
+
+    Args:
+        profile: its rows and stages.
+        path: where to write the figure.
+    """
+    rows = profile.rows
+    figure = Figure(figsize=(max(9.6, 0.32 * len(rows) + 4), 8.6), layout="constrained")
+    panels = figure.subplots(3, 2).ravel()
+    x = np.arange(len(rows))
+    effect = ("loss_change", "rise of the loss") if profile.has_target else ("output_change", "output change")
+    drawn: list[tuple[str, bool, list[tuple[str, str]]]] = [
+        ("size of the state and of the branch", True, [("state_norm", "‖x‖"), ("ratio", "‖ηF‖ / ‖x‖")]),
+        (
+            "gradient at the block's input",
+            True,
+            [
+                ("gradient", "whole"),
+                ("identity_gradient", "identity part"),
+                ("residual_gradient", "residual part"),
+            ],
+        ),
+        (
+            "singular values of the block's Jacobian",
+            True,
+            [("sigma_max", "σ max"), ("sigma_min", "σ min"), ("epsilon", "ε = ‖ηJ‖")],
+        ),
+        (
+            "step and its limit",
+            True,
+            [("step_size", "η"), ("decaying_step", "limit, decaying modes"), ("growth", "largest |R(ηλ)|")],
+        ),
+        (
+            "cosines",
+            False,
+            [
+                ("correction", "F with x_L − x"),
+                ("boosting", "F with −g"),
+                ("next_cosine", "gradients of neighbours"),
+                ("gradient_cosine", "identity and residual part"),
+            ],
+        ),
+        ("without the block", False, [(effect[0], effect[1]), ("inactive", "share of dead units")]),
+    ]
+    for ax, (title, logarithmic, series) in zip(panels, drawn, strict=True):
+        for i, (name, label) in enumerate(series):
+            values = np.array([float(getattr(row, name)) for row in rows])
+            values = np.where(np.isfinite(values) & ((values > 0) | (not logarithmic)), values, np.nan)
+            style: dict[str, Any] = {"color": COLOURS[i], "marker": "o", "markersize": 3.6, "linewidth": 1.4}
+            ax.plot(x, values, label=label, linestyle=DASHES[i % len(DASHES)], **style)
+        if logarithmic:
+            ax.set_yscale("log")
+        ax.axhline(0 if not logarithmic else 1, color="0.6", linewidth=0.7)
+        ax.set_title(title, fontsize=11)
+        ax.legend(frameon=False, fontsize=8)
+        every = max(1, math.ceil(len(rows) / 24))
+        labels = [row.name for row in rows][::every]
+        ax.set_xticks(x[::every], labels, rotation=60, ha="right", fontsize=7.5)
+    return _finished(figure, path)

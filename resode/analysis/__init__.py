@@ -3,7 +3,10 @@
 from resode.analysis.bifurcation import Bifurcation, bifurcation
 from resode.analysis.classify import Classification, classify
 from resode.analysis.curvature import largest_hessian_eigenvalue, max_learning_rate
+from resode.analysis.depth import DepthProfile, DepthRow, profile_depth
 from resode.analysis.fixed_points import FixedPoints, find_fixed_points, find_several_fixed_points
+from resode.analysis.gradients import ProductNorm, product_norm
+from resode.analysis.lesion import reordering_study, step_scan
 from resode.analysis.linearize import jacobian
 from resode.analysis.max_step import max_stable_step, step_limit
 from resode.analysis.nonnormal import (
@@ -23,7 +26,10 @@ from resode.analysis.scan import (
 __all__ = [
     "Bifurcation",
     "Classification",
+    "DepthProfile",
+    "DepthRow",
     "FixedPoints",
+    "ProductNorm",
     "StabilityLoss",
     "TransientGrowth",
     "bifurcation",
@@ -39,7 +45,11 @@ __all__ = [
     "max_learning_rate",
     "max_stable_step",
     "phase_portrait",
+    "product_norm",
+    "profile_depth",
+    "reordering_study",
     "stability_losses",
     "step_limit",
+    "step_scan",
     "transient_growth",
 ]

@@ -8,6 +8,7 @@ gives their tensors, their order, and the module that was running.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -115,8 +116,8 @@ def trace(model: nn.Module, x: Any, blocks: str | Sequence[str] | None = None) -
 def call(model: nn.Module, x: Any) -> Any:
     """The model's output for a tensor, a tuple of arguments, or a mapping."""
     if isinstance(x, Mapping):
-        names = model.forward.__code__.co_varnames if hasattr(model.forward, "__code__") else ()
-        return model(**x) if all(name in names for name in x) else model(x)
+        parameters = inspect.signature(model.forward).parameters
+        return model(**x) if any(name in parameters for name in x) else model(x)
     return model(*x) if isinstance(x, tuple | list) else model(x)
 
 
