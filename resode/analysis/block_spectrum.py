@@ -64,8 +64,9 @@ def block_spectrum(
 def _singular(a: Addition, batch: int, result: BlockSpectrum) -> None:
     flat = rows(a.x, batch)
     start = random_start(len(flat), flat.shape[1], a.x)
-    outer, outer_left = _values(block_products(a, batch), start)
-    inner, inner_left = _values(FieldProducts(a, batch), start)
+    rows_out = rows(a.y, batch).shape[1]
+    outer, outer_left = _values(block_products(a, batch), start, rows_out)
+    inner, inner_left = _values(FieldProducts(a, batch), start, rows_out)
     result.values["sigma_max"] = float(outer[:, 0].max())
     result.values["sigma_min"] = float(outer[:, -1].min())
     result.values["epsilon"] = float(inner[:, 0].max())
@@ -74,10 +75,18 @@ def _singular(a: Addition, batch: int, result: BlockSpectrum) -> None:
     result.values["converged"] = settled
 
 
-def _values(products: Any, start: Tensor) -> tuple[Tensor, Tensor]:
-    n = start.shape[1]
-    steps = n if n <= DENSE else _affordable(_SINGULAR_STEPS, start)
-    return singular_values(products.jvp, products.vjp, start, steps)
+def _values(products: Any, start: Tensor, rows_out: int) -> tuple[Tensor, Tensor]:
+    """Singular values, descending, and their residuals: of a small Jacobian all, else the outermost."""
+    if max(start.shape[1], rows_out) <= DENSE:
+        values = torch.linalg.svdvals(_matrix(products.vjp, start, rows_out).double())
+        return values, torch.zeros_like(values)
+    return singular_values(products.jvp, products.vjp, start, _affordable(_SINGULAR_STEPS, start))
+
+
+def _matrix(vjp: Any, like: Tensor, rows_out: int) -> Tensor:
+    """The Jacobian (batch, m, n), row by row."""
+    one = torch.eye(rows_out, dtype=like.dtype, device=like.device)
+    return torch.stack([vjp(e.expand(len(like), rows_out)) for e in one], 1)
 
 
 def _affordable(steps: int, start: Tensor) -> int:
@@ -109,9 +118,7 @@ def _eigenvalues(
     flat = rows(a.x, batch)
     n = flat.shape[1]
     if n <= DENSE:
-        one = torch.eye(n, dtype=flat.dtype, device=flat.device)
-        matrix = torch.stack([product(e.expand(len(flat), n)) for e in one], 1)
-        spectra = torch.linalg.eigvals(matrix.double()).cpu().numpy()
+        spectra = torch.linalg.eigvals(_matrix(product, flat, n).double()).cpu().numpy()
         errors = np.full(spectra.shape, 0.0)
         settled = True
     else:

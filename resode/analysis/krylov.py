@@ -172,43 +172,48 @@ def singular_values(
         >>> values
         tensor([[3.0000, 0.5000]])
     """
-    v = start / start.norm(dim=1, keepdim=True)
-    right: list[Tensor] = [v]
+    right: list[Tensor] = [start / start.norm(dim=1, keepdim=True)]
     left: list[Tensor] = []
     alphas: list[Tensor] = []
     betas: list[Tensor] = []
     for _ in range(min(steps, start.shape[1])):
-        u = product(right[-1])
-        u, alpha = _orthogonal(u, left)
-        if left and bool((alpha == 0).all()):
-            alphas.append(alpha)
-            left.append(u)
-            betas.append(torch.zeros_like(alpha))
-            break
+        u, alpha = _orthogonal(product(right[-1]), left)
         left.append(u)
         alphas.append(alpha)
-        w, beta = _orthogonal(transposed(u), right)
+        v, beta = _orthogonal(transposed(u), right)
+        right.append(v)
         betas.append(beta)
-        right.append(w)
-        if bool((beta == 0).all()) or len(left) >= u.shape[1]:
+        if len(left) >= u.shape[1]:
             break
     bidiagonal = torch.diag_embed(torch.stack(alphas, 1))
     if len(betas) > 1:
         bidiagonal = bidiagonal + torch.diag_embed(torch.stack(betas[:-1], 1), offset=1)
-    u, values, _ = torch.linalg.svd(bidiagonal)
-    return values, betas[-1][:, None].abs() * u[:, -1].abs()
+    vectors, values, _ = torch.linalg.svd(bidiagonal)
+    return values, betas[-1][:, None].abs() * vectors[:, -1].abs()
 
 
 def _orthogonal(w: Tensor, basis: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The vectors w freed of the basis and normalized, and its length; zero where nothing is left."""
+    """The vectors w freed of the basis and normalized, and their lengths.
+
+    Where nothing is left, the basis spans an invariant space: another vector goes on from there, length 0.
+    """
     size = w.norm(dim=1)
+    w = _freed(w, basis)
+    norm = w.norm(dim=1)
+    norm = torch.where(norm > 32 * torch.finfo(w.dtype).eps * size, norm, 0.0)
+    ended = (norm == 0)[:, None]
+    if bool(ended.any()):
+        w = torch.where(ended, _freed(random_start(*w.shape, like=w, seed=len(basis) + 1), basis), w)
+    length = w.norm(dim=1, keepdim=True)
+    return w / torch.where(length > 0, length, 1.0), norm
+
+
+def _freed(w: Tensor, basis: list[Tensor]) -> Tensor:
     if basis:
         old = torch.stack(basis, 1)
         for _ in range(2):
             w = w - ((old @ w[..., None]).transpose(1, 2) @ old)[:, 0]
-    norm = w.norm(dim=1)
-    norm = torch.where(norm > 8 * torch.finfo(w.dtype).eps * size, norm, 0.0)
-    return w / torch.where(norm > 0, norm, 1.0)[:, None], norm
+    return w
 
 
 def random_start(batch: int, n: int, like: Tensor, seed: int = 0) -> Tensor:
