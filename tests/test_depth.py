@@ -136,6 +136,42 @@ def test_modules_by_name_where_nothing_is_traced():
         profile_depth(wide, x, blocks="0")
 
 
+def test_forms_of_addition():
+    """x − f, alpha=, in place, a learned factor of one entry, F before x: y, η and F's sign are right."""
+
+    class Forms(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = nn.ModuleList([nn.Linear(3, 3) for _ in range(6)])
+            self.alpha = nn.Parameter(torch.tensor([0.3]))
+
+        def forward(self, x):
+            x = x - 0.5 * self.f[0](x)
+            x = torch.add(x, self.f[1](x), alpha=0.25)
+            y = self.f[2](x)
+            y.add_(x)
+            y = y + self.alpha * self.f[3](y)
+            y = self.f[4](y) + y
+            return sum([y, -2 * self.f[5](y)])
+
+    model, x = Forms().double().eval(), torch.randn(4, 3, dtype=F64)
+    traced = trace(model, x)
+    assert [round(a.step_size, 6) for a in traced.additions] == [0.5, 0.25, 1, 0.3, 1, 2]
+    signs = [-1, 1, 1, 1, 1, -1]
+    profile = profile_depth(model, x)
+    for a, row, f, sign in zip(traced.additions, profile.rows, model.f, signs, strict=True):
+        assert a.kind == "identity" and row.split_error < 1e-14
+        torch.testing.assert_close(a.increment, sign * a.step_size * f(a.x).detach())
+        largest = torch.linalg.eigvals(sign * f.weight.detach()).real.max()
+        assert complex(row.rightmost).real == pytest.approx(float(largest), rel=1e-9)
+        assert row.epsilon == pytest.approx(
+            a.step_size * float(torch.linalg.matrix_norm(f.weight.detach(), 2))
+        )
+    with torch.inference_mode():
+        again = profile_depth(model, x)
+    assert again.rows[0].gradient == profile.rows[0].gradient
+
+
 # -- values --------------------------------------------------------------------------------------------
 
 
@@ -403,6 +439,8 @@ def test_bad_input():
         profile_depth(model, images(), torch.zeros(2, 2, dtype=torch.long))
     with pytest.raises(ValueError, match="output's shape"):
         profile_depth(model, images(), torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="dopri5 takes steps of its own in layer1"):
+        profile_depth(build("odenet20", solver="dopri5").eval(), images())
     with pytest.raises(ValueError, match="batch_size"):
         profile_depth(model, images(), batch_size=0)
     with pytest.raises(ValueError, match="at least one tensor"):

@@ -330,7 +330,7 @@ def test_singular_values_where_one_sample_ends_early():
     """The identity's Krylov space has one dimension; its neighbour goes on, and neither sees a 0."""
     a = torch.stack([torch.eye(6, dtype=F64), torch.diag(torch.arange(1.0, 7, dtype=F64))])
     product = lambda v: (a @ v[..., None])[..., 0]  # noqa: E731
-    sigma, residual = singular_values(product, product, torch.ones(2, 6, dtype=F64), 6)
+    sigma, _ = singular_values(product, product, torch.ones(2, 6, dtype=F64), 6)
     torch.testing.assert_close(sigma[0], torch.ones(6, dtype=F64))
     torch.testing.assert_close(sigma[1], torch.arange(6.0, 0, -1, dtype=F64))
 

@@ -52,10 +52,10 @@ def block_spectrum(
     result.values["solver"] = tableau.name
     try:
         _singular(a, batch, result)
-        if a.keeps_shape and a.kind in ("identity", "gated"):
+        if a.keeps_shape:
             _eigenvalues(a, model, batch, tableau, place, result)
         else:
-            result.note = "changes shape: no eigenvalues" if not a.keeps_shape else "no identity shortcut"
+            result.note = "changes shape: no eigenvalues"
     except RuntimeError as error:  # of autograd: no second derivative
         result.note = f"not measured: {str(error).splitlines()[0]}"
     return result
@@ -97,7 +97,7 @@ def _eigenvalues(
     a: Addition, model: nn.Module, batch: int, tableau: ButcherTableau, place: int, result: BlockSpectrum
 ) -> None:
     eta, vjp = a.step_size, _field_vjp(a, model, batch, place)
-    if a.kind == "gated":  # the shortcut carries a part of x only, so what is added to x is y − x
+    if a.kind != "identity":  # what is added to x is y − x
         block = block_products(a, batch)
 
         def product(u: Tensor) -> Tensor:

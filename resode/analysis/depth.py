@@ -54,7 +54,7 @@ class DepthRow:
         class_correction: the same with the mean of x_L over the other samples of the class.
         boosting: cosine of F(x) with −g.
         solver: the method that the limits are of.
-        rightmost: of F's Jacobian J, the eigenvalue of largest real part in any sample (1/time).
+        rightmost: of F's Jacobian J (of y − x where the shortcut is not the identity), the eigenvalue of largest real part in any sample (1/time).
         leftmost: of smallest real part.
         largest: of largest modulus.
         step_limit: largest stable step of the solver, the least over the samples; 0 where a mode grows.
@@ -279,21 +279,24 @@ def profile_depth(
         True
     """
     tableau = None if solver is None else get_tableau(solver)
+    model = getattr(model, "_orig_mod", model)  # of torch.compile, which no mode sees into
     _check_mode(model)
     batch = batch_of(x)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
-    pieces = [
-        _profile_part(model, some, wanted, size, blocks, loss_fn, lesions=lesions)
-        for some, wanted, size in parts(x, target, batch_size)
-    ]
     spectra_found: list[BlockSpectrum] = []
     stages: list[StageGradient] = []
-    if spectra > 0:
-        count = min(spectra, batch)
-        traced = trace(model, part(x, 0, count, batch), blocks)
-        spectra_found = [block_spectrum(a, model, count, tableau, i) for i, a in _numbered(traced.additions)]
-        stages = _stages(traced, spectra_found, count)
+    with torch.inference_mode(False):
+        pieces = [
+            _profile_part(model, some, wanted, size, blocks, loss_fn, lesions=lesions)
+            for some, wanted, size in parts(x, target, batch_size)
+        ]
+        if spectra > 0:
+            count = min(spectra, batch)
+            traced = trace(model, part(x, 0, count, batch), blocks)
+            places = _numbered(traced.additions)
+            spectra_found = [block_spectrum(a, model, count, tableau, i) for i, a in places]
+            stages = _stages(traced, spectra_found, count)
     merged = _merged(pieces)
     found = []
     for i, measures in enumerate(merged.rows):

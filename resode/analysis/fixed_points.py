@@ -27,6 +27,7 @@ SMALL = 128
 _HALVINGS = 12
 _PICARD = 20  # steps
 _EPISODES = 9
+_FACTORS = 8  # samples whose large Jacobian stays factorized
 _SAME = 1e-6  # distance, relative to 1 + ‖x‖, at which two points are one
 
 
@@ -285,6 +286,7 @@ class _Search:
         self.converged = torch.zeros(batch, dtype=torch.bool, device=x0.device)
         self.stuck = ~torch.isfinite(self.f).all(1)
         self.iterations = torch.zeros(batch, dtype=torch.long, device=x0.device)
+        self.factors: dict[int, tuple[Tensor, Tensor]] = {}
         self.episodes, self.creeping = torch.zeros_like(self.iterations), torch.zeros_like(self.iterations)
 
     def run(self, max_iter: int) -> None:
@@ -335,7 +337,7 @@ class _Search:
     def _step(self, which: Tensor) -> None:
         x, f = self.x[which], self.f[which]
         self.iterations[which] += 1
-        direction = newton_direction(self.residual, x, f)
+        direction = self._direction(which)
         log_m, slope = self._deflation(x)
         if self.known is not None:
             along = (slope * direction).sum(1, keepdim=True)
@@ -362,6 +364,33 @@ class _Search:
         lost = torch.nonzero(~moved | (self.creeping[which] >= 3)).flatten()
         if len(lost):
             self._escape(which[lost], direction[lost])
+
+    def _direction(self, which: Tensor) -> Tensor:
+        """Newton's direction; a factorization that GMRES once needed serves it from then on."""
+        x, f = self.x[which], self.f[which]
+        if f.shape[1] <= SMALL:
+            return newton_direction(self.residual, x, f)
+        keys = which.tolist()
+
+        def prepared(v: Tensor) -> Tensor:
+            if not any(key in self.factors for key in keys):
+                return v
+            rows = [
+                torch.linalg.lu_solve(*self.factors[key], r[:, None])[:, 0] if key in self.factors else r
+                for key, r in zip(keys, v, strict=True)
+            ]
+            return torch.stack(rows)
+
+        products = Products(self.residual, x)
+        direction, left = gmres(lambda v: products.jvp(prepared(v)), -f, tol=1e-3)
+        direction = prepared(direction)
+        for i in torch.nonzero(~(left <= 0.1)).flatten().tolist() if f.shape[1] <= DENSE_LIMIT else []:
+            matrix = dense_jacobian(self.residual, x[i : i + 1])
+            direction[i] = -solve_dense(matrix, f[i : i + 1])[0]
+            lu, pivots, info = torch.linalg.lu_factor_ex(matrix[0])
+            if int(info) == 0 and (keys[i] in self.factors or len(self.factors) < _FACTORS):
+                self.factors[keys[i]] = lu, pivots
+        return direction
 
     def _escape(self, which: Tensor, direction: Tensor) -> None:
         """Where Newton's method is stuck: along the flow, against it, or Newton's whole step, in turn.
@@ -397,7 +426,7 @@ class _Search:
         if not len(done):
             return
         x, f = self.x[done], self.f[done]
-        trial = (x.flatten(1) + newton_direction(self.residual, x, f)).reshape(x.shape)
+        trial = (x.flatten(1) + self._direction(done)).reshape(x.shape)
         value = self._evaluate(trial)
         closer = torch.isfinite(value).all(1) & (value.norm(dim=1) < f.norm(dim=1))
         apart = (trial - x).flatten(1).norm(dim=1) <= 1e-3 * (1 + x.flatten(1).norm(dim=1))
@@ -406,13 +435,8 @@ class _Search:
 
 
 def newton_direction(residual: Field, x: Tensor, f: Tensor) -> Tensor:
-    """−J⁻¹f (batch, n); the least-squares one of least norm where J is singular."""
-    n = f.shape[1]
-    if n <= SMALL:
-        return -solve_dense(dense_jacobian(residual, x), f)
-    products = Products(residual, x)
-    direction, left = gmres(products.jvp, -f, tol=1e-3)
-    return _or_dense(residual, x, -f, direction, left > 0.1, transposed=False)
+    """−J⁻¹f (batch, n) with the Jacobian formed; the least-squares one of least norm where J is singular."""
+    return -solve_dense(dense_jacobian(residual, x), f)
 
 
 def solve_dense(matrix: Tensor, right: Tensor) -> Tensor:
@@ -425,18 +449,6 @@ def solve_dense(matrix: Tensor, right: Tensor) -> Tensor:
         solution[bad] = torch.nan
         if len(rows):
             solution[rows] = (torch.linalg.pinv(matrix[rows]) @ right[rows][..., None])[..., 0]
-    return solution
-
-
-def _or_dense(
-    residual: Field, x: Tensor, right: Tensor, solution: Tensor, failed: Tensor, *, transposed: bool
-) -> Tensor:
-    """With a factorized Jacobian, one sample at a time, where GMRES failed and the state is not too large."""
-    if right.shape[1] > DENSE_LIMIT:
-        return solution
-    for i in torch.nonzero(failed).flatten().tolist():
-        matrix = dense_jacobian(residual, x[i : i + 1])
-        solution[i] = solve_dense(matrix.mT if transposed else matrix, right[i : i + 1])[0]
     return solution
 
 
@@ -482,7 +494,10 @@ def _implicit(residual: Callable[[Tensor], Tensor], x: Tensor, converged: Tensor
     else:
         products = Products(residual, x)
         solution, relative = gmres(products.vjp, flat, tol=tol, restarts=10)
-        solution = _or_dense(residual, x, flat, solution, relative > 100 * tol, transposed=True)
+        for i in (
+            torch.nonzero(relative > 100 * tol).flatten().tolist() if flat.shape[1] <= DENSE_LIMIT else []
+        ):
+            solution[i] = solve_dense(dense_jacobian(residual, x[i : i + 1]).mT, flat[i : i + 1])[0]
         left = (flat - products.vjp(solution)).norm(dim=1)
     size = flat.norm(dim=1)
     bad = (left > 1e4 * tol * size) & (size > 0)

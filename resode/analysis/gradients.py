@@ -100,7 +100,7 @@ def split_gradient(a: Addition, g: Tensor) -> tuple[Tensor, Tensor]:
     """
     identity = EdgeProducts(a.at_shortcut, a.at_x, a.shortcut, a.x, 1).vjp_like(_sum_to(g, a.shortcut))
     if a.at_field is not None:
-        field = EdgeProducts(a.at_field, a.at_x, a.increment, a.x, 1, a.step_size)
+        field = EdgeProducts(a.at_field, a.at_x, a.increment, a.x, 1, a.factor)
         return identity, field.vjp_like(_sum_to(g, a.increment))
     return identity, block_products(a, 1).vjp_like(g) - identity
 
@@ -118,7 +118,7 @@ class FieldProducts:
         self.shortcut = EdgeProducts(a.at_shortcut, a.at_x, a.shortcut, a.x, batch)
         self.field = None
         if a.at_field is not None and a.increment.shape == a.y.shape:
-            self.field = EdgeProducts(a.at_field, a.at_x, a.increment, a.x, batch, a.step_size)
+            self.field = EdgeProducts(a.at_field, a.at_x, a.increment, a.x, batch, a.factor)
 
     def vjp(self, u: Tensor) -> Tensor:
         """ηJᵀu for u (batch, m)."""

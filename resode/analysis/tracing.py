@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from resode.blocks import ResidualStack
+from resode.tableaus import METHODS
 
 _ADD = {"add": 1, "__add__": 1, "__radd__": 1, "add_": 1, "__iadd__": 1}
 _SUBTRACT = {"sub": -1, "__sub__": -1, "subtract": -1, "sub_": -1, "__isub__": -1}
@@ -42,7 +43,8 @@ class Addition:
         name: the module in which it happens, numbered where there are several.
         module: the module's own name.
         kind: of the shortcut S: "identity", "parameter-free", "projection" or "gated".
-        step_size: η, where F's output is multiplied by a number; else 1.
+        step_size: η ≥ 0, where F's output is multiplied by a number; else 1.
+        factor: η with the sign that the graph's branch at at_field has in the sum.
         after: the operation that follows, or "".
         number: which addition of the forward pass it is.
         leaf: (number, operand) of the addition in which S(x) is an operand.
@@ -56,6 +58,7 @@ class Addition:
     module: str
     kind: str
     step_size: float
+    factor: float
     after: str
     number: int
     leaf: tuple[int, int]
@@ -98,6 +101,7 @@ def trace(model: nn.Module, x: Any, blocks: str | Sequence[str] | None = None) -
         ValueError: nothing in the output depends on a floating-point input or an embedding; `blocks` names
             no module, or one that changes the shape.
     """
+    _refuse_adaptive(model)
     inputs: list[Tensor] = []
     given = _with_gradients(x, inputs)
     with _watched(model, inputs, blocks) as recorder:
@@ -111,6 +115,16 @@ def trace(model: nn.Module, x: Any, blocks: str | Sequence[str] | None = None) -
     graph = _Graph([t.grad_fn for t in outputs], recorder)
     found = _named(graph.module_blocks() if blocks is not None else graph.additions())
     return Trace(output, inputs, found)
+
+
+def _refuse_adaptive(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        adaptive = module.solver if isinstance(module, ResidualStack) else ""
+        if adaptive and METHODS[adaptive].adaptive:
+            raise ValueError(
+                f"{adaptive} takes steps of its own in {name or 'the stack'}, so its blocks are no "
+                "additions: set a fixed-step solver for the profile, for example stack.solver = 'rk4'."
+            )
 
 
 def call(model: nn.Module, x: Any) -> Any:
@@ -310,12 +324,12 @@ def _alpha(kwargs: Any) -> float:
 
 
 def _number(args: Any) -> float | None:
-    """The number that a tensor is multiplied by, where one operand is a number or a 0-D tensor."""
-    for operand in args[:2]:
+    """The number that a tensor is multiplied by, where one operand is a number or has one entry."""
+    for operand, other in ((args[0], args[-1]), (args[-1], args[0])):
         if isinstance(operand, int | float):
             return float(operand)
-        if isinstance(operand, Tensor) and operand.ndim == 0:
-            return float(operand.detach())
+        if isinstance(operand, Tensor) and operand.numel() == 1 and operand.ndim <= 1:
+            return float(operand.detach()) if isinstance(other, Tensor) and other.numel() > 1 else None
     return None
 
 
@@ -487,12 +501,14 @@ class _Graph:
         shortcut = record.operands[side]
         if kind == "identity" and x.shape != shortcut.shape:
             kind = "parameter-free"
-        if side == 1 and record.sign < 0:
+        elif kind == "parameter-free" and x.shape == shortcut.shape and torch.equal(x, shortcut):
+            kind = "identity"  # a view, a copy, 0 + x
+        if side == 1 and record.sign != 1:
             return None  # F(x) − x is no residual step
         sign = record.sign if side == 0 else 1.0
-        increment, at_field, eta, leaf = sign * record.operands[1 - side], edges[1 - side], sign, None
-        if sign == 1.0:
-            increment = record.operands[1 - side]
+        increment, at_field, eta, leaf = record.operands[1 - side], edges[1 - side], sign, None
+        if sign != 1:
+            increment = sign * increment
         if merged is not None:
             shortcut, leaf, at_field, eta = merged.shortcut, merged.leaf, None, 1.0
             increment = record.result - shortcut
@@ -504,7 +520,8 @@ class _Graph:
             name=record.module,
             module=record.module,
             kind=kind,
-            step_size=eta,
+            step_size=abs(eta),
+            factor=eta,
             after=re.sub(r"Backward\d*$", "", follows[0].name()) if len(follows) == 1 else "",
             number=record.number,
             leaf=leaf or (record.number, side),
@@ -521,7 +538,7 @@ class _Graph:
 
     def _unscaled(self, edge: GradientEdge, eta: float) -> tuple[GradientEdge, float]:
         """F's own edge, before multiplications by numbers other than 0."""
-        while self.recorder.scales.get(edge.node, 0.0) != 0:
+        while self.recorder.scales.get(edge.node, 0.0) != 0 and len(self._before(edge.node)) == 1:
             [before] = self._before(edge.node)
             eta, edge = eta * self.recorder.scales[edge.node], GradientEdge(*before)
         return edge, eta
@@ -559,6 +576,7 @@ class _Graph:
                 module=m.name,
                 kind="identity",
                 step_size=1.0,
+                factor=1.0,
                 after="",
                 number=-1 - i,
                 leaf=(-1, 0),

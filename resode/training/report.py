@@ -33,7 +33,7 @@ _STYLE = """
 * { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 62rem; padding: 1rem; }
 h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
+img { width: 100%; min-width: 46rem; height: auto; background: white; border-radius: 4px; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
 th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
@@ -105,11 +105,11 @@ def _page(title: str, run: str, body: str) -> str:
 
 
 def _figure(figure: Any, alt: str) -> str:
-    """A figure as a picture within the page."""
+    """A figure as a picture within the page; on a narrow screen it keeps its size and scrolls."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     code = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img src="data:image/png;base64,{code}" alt="{escape(alt)}">'
+    return f'<div class="wide"><img src="data:image/png;base64,{code}" alt="{escape(alt)}"></div>'
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
