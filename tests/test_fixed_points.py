@@ -102,6 +102,22 @@ def test_a_batch_is_as_its_samples_alone():
     assert torch.equal(torch.cat([a.iterations for a in alone]), found.iterations[::16])
 
 
+def test_many_states_are_taken_in_parts(monkeypatch):
+    """As when their Jacobians together would not fit into memory; forwards and backwards."""
+    x0 = 3 * torch.randn(50, 2, generator=generator(), dtype=F64)
+    a = torch.tensor(1.0, dtype=F64, requires_grad=True)
+
+    def field(x):
+        return van_der_pol(x) - a
+
+    whole = find_fixed_points(field, x0)
+    (expected,) = torch.autograd.grad(whole.points.sum(), a)
+    monkeypatch.setattr("resode.analysis.fixed_points._ENTRIES", 4 * 7)
+    some = find_fixed_points(field, x0)
+    assert torch.equal(whole.points, some.points)
+    torch.testing.assert_close(torch.autograd.grad(some.points.sum(), a)[0], expected)
+
+
 def test_a_sample_that_has_no_fixed_point_leaves_the_others_alone():
     """x² + c: no zero for c = 1, zeros ±1 for c = −1. A non-converged sample is no exception."""
 
@@ -275,6 +291,18 @@ def test_a_spurious_points_own_stability():
     assert found.spurious.item() and not found.stable.item()
     assert float(found.growth) == pytest.approx(factor, rel=1e-12)
     assert found.solver_stable.item() == (factor < 1) and "spurious" in str(found)
+
+
+def test_a_networks_stored_patterns_by_deflation():
+    """Two orthogonal patterns ±p, ±q: each is found, from one start near the middle, and 0 beside them."""
+    patterns = torch.ones(2, 32, dtype=F64)
+    patterns[0, 16:] = -1
+    patterns[1, ::2] = -1
+    start = (0.3 * patterns[0] + 0.1 * patterns[1])[None]
+    found = find_several_fixed_points(hopfield(patterns), start, max_points=24, attempts=4)
+    signs = {tuple(p.sign().tolist()) for p in found.points if float(p.abs().min()) > 0.9}
+    assert all(tuple((s * p).tolist()) in signs for p in patterns for s in (1, -1))
+    assert float(found.points.abs().amax(1).min()) < 1e-9 and float(found.residual.max()) <= 1e-10
 
 
 def test_classes_without_forming_the_jacobian():

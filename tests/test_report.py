@@ -141,7 +141,14 @@ def test_report_is_one_file_with_everything(page):
         "Settings",
     ):
         assert heading in parsed.text
-    for word in ("layer1.0[0]", "dopri5", "decaying limit", "<b>&demo", "<img src=x onerror=alert(1)>"):
+    for word in (
+        "layer1.0[0]",
+        "dopri5",
+        "decaying limit",
+        "Largest step that keeps",
+        "<b>&demo",
+        "<img src=x onerror=alert(1)>",
+    ):
         assert word in parsed.text, word
     assert "<b>&demo" not in text and "onerror=alert(1)>" not in text, "names are escaped"
 

@@ -54,7 +54,8 @@ class DepthRow:
         class_correction: the same with the mean of x_L over the other samples of the class.
         boosting: cosine of F(x) with −g.
         solver: the method that the limits are of.
-        rightmost: of F's Jacobian J (of y − x where the shortcut is not the identity), the eigenvalue of largest real part in any sample (1/time).
+        rightmost: of F's Jacobian J, the eigenvalue of largest real part in any sample (1/time). Where the
+            shortcut is not the identity, y − x takes F's place.
         leftmost: of smallest real part.
         largest: of largest modulus.
         step_limit: largest stable step of the solver, the least over the samples; 0 where a mode grows.

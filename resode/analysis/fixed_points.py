@@ -27,6 +27,7 @@ SMALL = 128
 _HALVINGS = 12
 _PICARD = 20  # steps
 _EPISODES = 9
+_ENTRIES = 2**26  # of Jacobians or Krylov bases at once
 _FACTORS = 8  # samples whose large Jacobian stays factorized
 _SAME = 1e-6  # distance, relative to 1 + ‖x‖, at which two points are one
 
@@ -366,6 +367,10 @@ class _Search:
             self._escape(which[lost], direction[lost])
 
     def _direction(self, which: Tensor) -> Tensor:
+        """Newton's direction, some samples at a time where all of them would take too much memory."""
+        return torch.cat([self._direction_of(part) for part in which.split(_at_once(self.f.shape[1]))])
+
+    def _direction_of(self, which: Tensor) -> Tensor:
         """Newton's direction; a factorization that GMRES once needed serves it from then on."""
         x, f = self.x[which], self.f[which]
         if f.shape[1] <= SMALL:
@@ -434,6 +439,11 @@ class _Search:
         self.x[done[take]], self.f[done[take]] = trial[take], value[take]
 
 
+def _at_once(n: int) -> int:
+    """Samples whose Jacobians, or Krylov bases, are held together."""
+    return max(1, _ENTRIES // (n * (n if n <= SMALL else 61)))
+
+
 def newton_direction(residual: Field, x: Tensor, f: Tensor) -> Tensor:
     """−J⁻¹f (batch, n) with the Jacobian formed; the least-squares one of least norm where J is singular."""
     return -solve_dense(dense_jacobian(residual, x), f)
@@ -486,19 +496,10 @@ def _implicit(residual: Callable[[Tensor], Tensor], x: Tensor, converged: Tensor
     """−J⁻ᵀg, with a warning where it is not to be had."""
     flat = g.reshape(len(g), -1)
     tol = torch.finfo(flat.dtype).eps ** 0.75
-    if flat.shape[1] <= SMALL:
-        matrix = dense_jacobian(residual, x).mT
-        solution = solve_dense(matrix, flat)
-        solution = torch.nan_to_num(solution)
-        left = (flat - (matrix @ solution[..., None])[..., 0]).norm(dim=1)
-    else:
-        products = Products(residual, x)
-        solution, relative = gmres(products.vjp, flat, tol=tol, restarts=10)
-        for i in (
-            torch.nonzero(relative > 100 * tol).flatten().tolist() if flat.shape[1] <= DENSE_LIMIT else []
-        ):
-            solution[i] = solve_dense(dense_jacobian(residual, x[i : i + 1]).mT, flat[i : i + 1])[0]
-        left = (flat - products.vjp(solution)).norm(dim=1)
+    at_once = _at_once(flat.shape[1])
+    pieces = zip(x.split(at_once), flat.split(at_once), strict=True)
+    parts = [_transposed_solve(residual, some, right, tol) for some, right in pieces]
+    solution, left = (torch.cat(values) for values in zip(*parts, strict=True))
     size = flat.norm(dim=1)
     bad = (left > 1e4 * tol * size) & (size > 0)
     lost = ~converged & (size > 0)
@@ -512,3 +513,21 @@ def _implicit(residual: Callable[[Tensor], Tensor], x: Tensor, converged: Tensor
             stacklevel=2,
         )
     return -solution.reshape(g.shape)
+
+
+def _transposed_solve(residual: Field, x: Tensor, flat: Tensor, tol: float) -> tuple[Tensor, Tensor]:
+    """J⁻ᵀg of each sample, and ‖g − Jᵀw‖ of what was found."""
+    if flat.shape[1] <= SMALL:
+        matrix = dense_jacobian(residual, x).mT
+        solution = solve_dense(matrix, flat)
+        solution = torch.nan_to_num(solution)
+        left = (flat - (matrix @ solution[..., None])[..., 0]).norm(dim=1)
+    else:
+        products = Products(residual, x)
+        solution, relative = gmres(products.vjp, flat, tol=tol, restarts=10)
+        for i in (
+            torch.nonzero(relative > 100 * tol).flatten().tolist() if flat.shape[1] <= DENSE_LIMIT else []
+        ):
+            solution[i] = solve_dense(dense_jacobian(residual, x[i : i + 1]).mT, flat[i : i + 1])[0]
+        left = (flat - products.vjp(solution)).norm(dim=1)
+    return solution, left

@@ -179,6 +179,18 @@ def _swap(report: SwapReport) -> str:
         "learnt its own solver's steps does not.</p>"
         + _figure(plots.swap_accuracy(report), "accuracy and drift over the step size")
         + _table(columns, rows)
+        + _critical(report)
+    )
+
+
+def _critical(report: SwapReport) -> str:
+    try:
+        steps = report.critical_steps()
+    except ValueError:  # trained with other substeps than these
+        return ""
+    shown = ", ".join(f"{solver} {step:g}" if step else f"{solver} none" for solver, step in steps.items())
+    return (
+        f"<p>Largest step that keeps the accuracy within a point, as all finer ones do: {escape(shown)}.</p>"
     )
 
 
