@@ -129,6 +129,10 @@ def test_modules_by_name_where_nothing_is_traced():
     assert profile.rows[1].epsilon == pytest.approx(
         float(torch.linalg.matrix_norm(weight - torch.eye(4), 2)), rel=1e-4
     )
+    with torch.no_grad():
+        z, without = model(x), model.layers[2](model.layers[0](x))
+    assert profile.rows[1].output_change == pytest.approx(float((without - z).norm() / z.norm()), rel=1e-5)
+    assert profile.rows[1].split_error < 1e-6
     with pytest.raises(ValueError, match="names no module"):
         profile_depth(model, x, blocks="layer.*")
     wide = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2)).eval()
@@ -278,6 +282,20 @@ def test_an_unstable_block_is_diagnosed():
     assert "η ≤ 0.4 (set by λ = -5)" in text and text in str(profile)
     row = profile.rows[2]
     assert (row.growth, row.decaying_step) == (pytest.approx(3.5), pytest.approx(0.4))
+
+
+def test_a_hugging_face_resnet():
+    """From its public package, where that is installed, with random weights: 2 blocks a stage."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 12], depths=[2, 2], layer_type="basic", num_labels=3
+    )
+    model = transformers.ResNetForImageClassification(config).eval()
+    profile = profile_depth(model, {"pixel_values": images(2, 32)}, torch.tensor([0, 1]), spectra=1)
+    assert [r.name.removeprefix("resnet.encoder.") for r in profile.rows] == [
+        f"stages.{i}.layers.{j}" for i in range(2) for j in range(2)
+    ]
+    assert max(r.split_error for r in profile.rows) < 1e-5
 
 
 # -- whole networks, and parts -----------------------------------------------------------------------

@@ -182,12 +182,11 @@ def test_eulers_fixed_points_are_the_fields():
     assert ordered(found.points) == [(0.0,), (1.0,)] and not found.spurious.any()
 
 
-def test_a_true_fixed_point_of_multiplicity_two_is_not_called_spurious():
-    """Converged to |x| ≈ 1e-5 only, where F = x² is as small as asked."""
-    found = find_fixed_points(
-        lambda x: 3 * x * x, torch.tensor([[0.5]], dtype=F64), solver="rk4", step_size=0.1
-    )
-    assert found.converged.all() and not found.spurious.any()
+def test_a_true_fixed_point_where_a_spurious_one_meets_it():
+    """At η = 2 midpoint's 2/η is 1: its map has a double zero there, so x is right to 1e-5 only, and |F| with it."""
+    found = find_fixed_points(logistic, torch.tensor([[1.3]], dtype=F64), solver="midpoint", step_size=2.0)
+    assert found.converged.all() and float(found.points) == pytest.approx(1, abs=2e-5)
+    assert abs(float(logistic(found.points))) > 1e-9 and not found.spurious.any()
 
 
 # -- the gradient -----------------------------------------------------------------------------------
