@@ -11,7 +11,7 @@ import torch
 from foreign_networks import GPT, HFResNet, ResNet50
 from torch import nn
 
-from resode import ResidualStack, profile_depth
+from resode import ODEBlock, ResidualStack, profile_depth
 from resode.analysis import product_norm, reordering_study, step_scan
 from resode.analysis.alignment import class_means
 from resode.analysis.gradients import split_gradient
@@ -74,6 +74,26 @@ def test_substeps_are_additions_of_their_own():
     ).additions
     assert len(found) == 2 * 7 + 2
     assert {round(a.step_size, 6) for a in found if a.module.startswith("layer1")} == {0.25}
+
+
+def test_a_solvers_steps_are_blocks_and_its_stages_none():
+    """An ODEBlock of three steps under rk4, whose stages add too: three blocks x + ηΦ(x)."""
+
+    class Field(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, t, x):
+            return torch.tanh(self.linear(x))
+
+    block = ODEBlock(Field(), solver="rk4", n_steps=3).double().eval()
+    x = torch.randn(2, 4, dtype=F64)
+    profile = profile_depth(block, x)
+    assert [r.name for r in profile.rows] == ["model[0]", "model[1]", "model[2]"]
+    torch.testing.assert_close(trace(block, x).additions[-1].y, block(x).detach())
+    with pytest.raises(ValueError, match="n_steps="):
+        profile_depth(ODEBlock(Field(), solver="dopri5").eval(), x)
 
 
 def test_hugging_face_style_and_mappings():

@@ -10,6 +10,8 @@ import pytest
 import scipy.linalg
 import scipy.optimize
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from resode import classify, find_fixed_points, find_several_fixed_points
@@ -100,6 +102,27 @@ def test_a_batch_is_as_its_samples_alone():
     alone = [find_fixed_points(van_der_pol, x0[i : i + 1]) for i in range(0, 256, 16)]
     assert torch.equal(torch.cat([a.points for a in alone]), found.points[::16])
     assert torch.equal(torch.cat([a.iterations for a in alone]), found.iterations[::16])
+
+
+@settings(deadline=None, max_examples=30, derandomize=True)
+@given(st.integers(0, 10**6), st.integers(1, 5))
+def test_a_zero_is_one_for_scipy_too(seed, n):
+    """Smooth fields A x + tanh(B x) + c with A well-conditioned: scipy's root from the same start."""
+    g = torch.Generator().manual_seed(seed)
+    a = 3 * torch.eye(n, dtype=F64) + 0.3 * torch.randn(n, n, generator=g, dtype=F64)
+    b, c = torch.randn(n, n, generator=g, dtype=F64) / n, torch.randn(n, generator=g, dtype=F64)
+
+    def field(x):
+        return x @ a.T + torch.tanh(x @ b.T) + c
+
+    x0 = torch.randn(3, n, generator=g, dtype=F64)
+    found = find_fixed_points(field, x0)
+    assert found.converged.all() and float(field(found.points).abs().max()) <= 1e-10
+    for start, point in zip(x0, found.points, strict=True):
+        oracle = scipy.optimize.root(lambda x: field(torch.tensor(x[None]))[0].numpy(), start.numpy())
+        if oracle.success:
+            assert float(field(torch.tensor(oracle.x[None])).abs().max()) < 1e-6
+            np.testing.assert_allclose(point.numpy(), oracle.x, atol=1e-6)
 
 
 def test_many_states_are_taken_in_parts(monkeypatch):

@@ -21,9 +21,10 @@ from torch.autograd.graph import GradientEdge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from resode.blocks import ResidualStack
+from resode.blocks import ODEBlock, ResidualStack
 from resode.tableaus import METHODS
 
+_SOLVING = (ResidualStack, ODEBlock)
 _ADD = {"add": 1, "__add__": 1, "__radd__": 1, "add_": 1, "__iadd__": 1}
 _SUBTRACT = {"sub": -1, "__sub__": -1, "subtract": -1, "sub_": -1, "__isub__": -1}
 _ADDITIONS = _ADD | _SUBTRACT
@@ -119,11 +120,13 @@ def trace(model: nn.Module, x: Any, blocks: str | Sequence[str] | None = None) -
 
 def _refuse_adaptive(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        adaptive = module.solver if isinstance(module, ResidualStack) else ""
-        if adaptive and METHODS[adaptive].adaptive:
+        if not isinstance(module, _SOLVING):
+            continue
+        if METHODS[module.solver].adaptive and (isinstance(module, ResidualStack) or module.n_steps is None):
+            instead = "n_steps=" if isinstance(module, ODEBlock) else "stack.solver = 'rk4'"
             raise ValueError(
-                f"{adaptive} takes steps of its own in {name or 'the stack'}, so its blocks are no "
-                "additions: set a fixed-step solver for the profile, for example stack.solver = 'rk4'."
+                f"{module.solver} takes steps of its own in {name or 'the model'}, so its blocks are no "
+                f"additions: choose fixed steps for the profile, with {instead}."
             )
 
 
@@ -484,7 +487,7 @@ class _Graph:
         side = 0 if weights[0] <= weights[1] else 1
         short, long = weights[side], weights[1 - side]
         x = self.recorder.values[fork][0]
-        within_stack = isinstance(self._module(record.module), ResidualStack)
+        within_stack = isinstance(self._module(record.module), _SOLVING)
         merged = found.get(edges[side].node)
         if merged is not None and merged.at_x.node is fork and long[0] >= 1 - within_stack:
             kind = merged.kind
@@ -560,12 +563,12 @@ class _Graph:
         """Without the stages' states within a solver's step, which add to the same x as the step's end."""
         last: dict[Any, int] = {}
         for a in found.values():
-            if isinstance(self._module(a.module), ResidualStack):
+            if isinstance(self._module(a.module), _SOLVING):
                 last[a.at_x.node] = max(last.get(a.at_x.node, -1), a.number)
         return [
             a
             for a in found.values()
-            if not isinstance(self._module(a.module), ResidualStack) or last[a.at_x.node] == a.number
+            if not isinstance(self._module(a.module), _SOLVING) or last[a.at_x.node] == a.number
         ]
 
     def module_blocks(self) -> list[Addition]:
