@@ -103,6 +103,22 @@ def test_attention_has_second_derivatives_here():
     assert largest_hessian_eigenvalue(layer, nn.MSELoss(), (x, torch.zeros_like(x)), tol=1e-4) > 0
 
 
+def test_float32_does_as_well_as_it_can():
+    """The default tolerance is finer than float32 resolves; that is no reason to warn."""
+    model, loss_fn, (x, target) = small_net(), nn.CrossEntropyLoss(), data()
+    expected = largest_hessian_eigenvalue(model, loss_fn, (x, target))
+    found = largest_hessian_eigenvalue(model.float(), loss_fn, (x.float(), target))
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_basis_that_starts_again(monkeypatch):
+    """Eight vectors of memory, 63 parameters: the same eigenvalue after some restarts."""
+    model, loss_fn, pair = small_net(), nn.CrossEntropyLoss(), data()
+    expected = largest_hessian_eigenvalue(model, loss_fn, pair)
+    monkeypatch.setattr("resode.analysis.curvature._BASIS_BYTES", 1)
+    assert largest_hessian_eigenvalue(model, loss_fn, pair) == pytest.approx(expected, rel=1e-8)
+
+
 def test_too_few_products_warn():
     with pytest.warns(RuntimeWarning, match="raise max_iter"):
         largest_hessian_eigenvalue(small_net(), nn.CrossEntropyLoss(), data(), max_iter=3)

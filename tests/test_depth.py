@@ -101,6 +101,19 @@ def test_hugging_face_style_and_mappings():
     assert found == [(f"layers.{i}", "projection" if i == 2 else "identity") for i in range(4)]
 
 
+def test_a_forward_that_takes_one_dictionary():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = nn.Linear(4, 4)
+
+        def forward(self, batch):
+            return {"out": batch["image"] + self.f(batch["image"]).tanh()}
+
+    profile = profile_depth(Net().eval(), {"image": torch.randn(5, 4), "id": torch.arange(5)}, batch_size=2)
+    assert [r.name for r in profile.rows] == ["model"] and profile.samples == 5
+
+
 def test_transformers_have_two_additions_a_block_or_one():
     """Masks, position embeddings and a GELU written by hand add too, and are no blocks."""
     ids = torch.randint(11, (2, 6), generator=torch.Generator().manual_seed(0))

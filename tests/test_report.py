@@ -14,11 +14,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch import nn
 from typer.testing import CliRunner, Result
 
+from resode import ResidualStack
 from resode.cli import app
 from resode.networks import build
 from resode.training.folder import RunFolder
+from resode.training.report import _profile
 
 
 def resode(*arguments: object) -> Result:
@@ -151,6 +154,21 @@ def test_report_is_one_file_with_everything(page):
     ):
         assert word in parsed.text, word
     assert "<b>&demo" not in text and "onerror=alert(1)>" not in text, "names are escaped"
+
+
+def test_report_names_the_block_whose_step_is_too_large():
+    """λ = −4: one half is safe, the middle block takes 0.8 and multiplies by |1 − 3.2|."""
+    field = nn.Linear(3, 3, bias=False)
+    stack = ResidualStack(field, depth=3, step_size=0.2, learn_step=True).eval()
+    with torch.no_grad():
+        field.weight.copy_(-4 * torch.eye(3))
+        stack.step_sizes[1] = 0.8
+    text = Page(_profile(nn.Sequential(stack), torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))).text
+    assert "0[1]: η = 0.8 is too large for euler: λ = -4 grows by 2.2 a step" in text and "η ≤ 0.5" in text
+    calm = ResidualStack(field, depth=3, step_size=0.2).eval()
+    assert "No block's step is beyond its limit" in _profile(
+        calm, torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    )
 
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")

@@ -45,7 +45,7 @@ def max_learning_rate(
         momentum: β of heavy-ball momentum as in torch.optim.SGD, 0 ≤ β < 1.
         nesterov: Nesterov's momentum, as torch's.
         batch_size: samples at once, for a loss that is a mean over samples; None takes all.
-        tol: relative residual of the eigenvalue.
+        tol: residual of the eigenvalue relative to the largest; at least 64 ε of the parameters' dtype.
         max_iter: Hessian-vector products.
 
     Returns:
@@ -102,8 +102,10 @@ def largest_hessian_eigenvalue(
         raise ValueError("no parameter of the model requires a gradient: there is no Hessian to look at.")
     with _kept(model), sdpa_kernel(SDPBackend.MATH):
         hessian = _Hessian(model, loss_fn, data, parameters, batch_size)
-        value, residual = _lanczos(hessian.product, hessian.start(), tol, max_iter)
-    if residual > tol * max(abs(value), hessian.rounding):
+        start = hessian.start()
+        goal = max(tol, 64 * torch.finfo(start.dtype).eps)
+        value, residual, size = _lanczos(hessian.product, start, goal, max_iter)
+    if residual > goal * size:
         warnings.warn(
             f"the largest Hessian eigenvalue {value:.6g} has a residual of {residual:.1e} after {max_iter} "
             "products; raise max_iter.",
@@ -132,7 +134,6 @@ class _Hessian:
             pieces = zip(x.split(size), target.split(size), strict=True)
             self.parts = [(a, b, len(a) / len(x)) for a, b in pieces]
         self.gradient = self._gradient(*self.parts[0][:2]) if len(self.parts) == 1 else None
-        self.rounding = 0.0
 
     def start(self) -> Tensor:
         n = sum(p.numel() for p in self.parameters)
@@ -175,18 +176,19 @@ class _Hessian:
                 for h, p in zip(found, self.parameters, strict=True)
             ]
             total += weight * torch.cat(flat)
-        self.rounding = max(self.rounding, float(total.norm()) * 1e-3)
         return total
 
 
 def _lanczos(
-    product: Callable[[Tensor], Tensor], v: Tensor, tol: float, max_iter: int
-) -> tuple[float, float]:
-    """The largest eigenvalue of a symmetric operator and its residual, restarted where memory asks for it."""
+    product: Callable[[Tensor], Tensor], v: Tensor, goal: float, max_iter: int
+) -> tuple[float, float, float]:
+    """The largest eigenvalue of a symmetric operator, its residual, and the largest modulus seen.
+
+    It starts again from the best vector where the basis fills its room in memory.
+    """
     n = len(v)
     room = max(8, min(max_iter, n, _BASIS_BYTES // (n * v.element_size())))
-    done, value, residual = 0, 0.0, math.inf
-    goal = max(tol, 4 * torch.finfo(v.dtype).eps)
+    done, value, residual, size = 0, 0.0, math.inf, 0.0
     while done < max_iter:
         basis: list[Tensor] = []
         alphas: list[float] = []
@@ -219,9 +221,9 @@ def _lanczos(
             betas.append(beta)
             q = w / beta
         v = weights.to(q.dtype).to(q.device) @ torch.stack(basis)
-        if residual <= goal * abs(value) or len(basis) < room or room == n:
+        if residual <= goal * size or len(basis) < room or room == n:
             break
-    return value, residual
+    return value, residual, size
 
 
 def _check_modes(model: nn.Module, batch_size: int | None) -> None:
