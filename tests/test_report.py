@@ -163,7 +163,7 @@ def test_report_names_the_block_whose_step_is_too_large():
     with torch.no_grad():
         field.weight.copy_(-4 * torch.eye(3))
         stack.step_sizes[1] = 0.8
-    text = Page(_profile(nn.Sequential(stack), torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))).text
+    text = Page(_profile(nn.Sequential(stack).eval(), torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))).text
     assert "0[1]: η = 0.8 is too large for euler: λ = -4 grows by 2.2 a step" in text and "η ≤ 0.5" in text
     calm = ResidualStack(field, depth=3, step_size=0.2).eval()
     assert "No block's step is beyond its limit" in _profile(
