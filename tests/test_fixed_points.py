@@ -294,6 +294,19 @@ def test_a_thousand_linear_systems():
     assert not wrong
 
 
+def test_an_improper_node_is_no_spiral():
+    """One eigenvector to −1 twice: rounding of a random basis splits it into −1 ± 1e-8 i or so."""
+    rng = np.random.default_rng(1)
+    split = 0
+    for _ in range(30):
+        basis = rng.normal(size=(2, 2))
+        matrix = basis @ np.array([[-1.0, 1.0], [0.0, -1.0]]) @ np.linalg.inv(basis)
+        split += bool(np.linalg.eigvals(matrix).imag.any())
+        j = torch.tensor(matrix)
+        assert classify(lambda x, j=j: x @ j.T, torch.zeros(1, 2, dtype=F64)).kind == ["node"]
+    assert split > 5
+
+
 def test_stable_for_the_flow_but_not_for_euler():
     """λ = −1: |1 − 2.5| > 1; and rk4 stands up to 2.785."""
     x = torch.tensor([[1.0]], dtype=F64)
