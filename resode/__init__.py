@@ -8,6 +8,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from resode import networks
+from resode.analysis.classify import Classification, classify
+from resode.analysis.curvature import max_learning_rate
+from resode.analysis.depth import DepthProfile, profile_depth
+from resode.analysis.fixed_points import FixedPoints, find_fixed_points, find_several_fixed_points
 from resode.analysis.max_step import max_stable_step, step_limit
 from resode.analysis.penalty import StepLimitPenalty
 from resode.analysis.swap import SwapReport, swap_report
@@ -46,6 +50,9 @@ _LAZY = {"load": "resode.training.evaluate", "plots": "resode.plots", "train": "
 __all__ = [
     "METHODS",
     "ButcherTableau",
+    "Classification",
+    "DepthProfile",
+    "FixedPoints",
     "MaxStepsReached",
     "NonFiniteField",
     "NonFiniteState",
@@ -58,14 +65,19 @@ __all__ = [
     "StepLimitPenalty",
     "StepSizeUnderflow",
     "SwapReport",
+    "classify",
+    "find_fixed_points",
+    "find_several_fixed_points",
     "imaginary_stability_interval",
     "load",
+    "max_learning_rate",
     "max_stable_step",
     "networks",
     "odeint",
     "odeint_adjoint",
     "odeint_event",
     "plots",
+    "profile_depth",
     "real_stability_interval",
     "solve_ivp",
     "stability_function",

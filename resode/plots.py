@@ -506,3 +506,118 @@ def _finished(figure: Figure, path: Path) -> Figure:
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
+
+
+def cobweb(web: Any, path: Path = None) -> Figure:
+    """Draw a scalar map, the diagonal, and the staircase of an orbit: `resode.analysis.scan.cobweb`.
+
+    Example:
+        >>> from resode.analysis.scan import cobweb as measure
+        >>> cobweb(measure(lambda x: x * (1 - x), 0.1, 2.5)).axes[0].get_ylabel()
+        'next x'
+    """
+    ax = _axes((5.0, 4.6))
+    x, y, orbit = (np.asarray(_plain(values)) for values in (web.x, web.y, web.orbit))
+    ax.plot(x, y, color=COLOURS[0], linewidth=1.8, label=f"{web.solver}'s step, η = {web.step_size:g}")
+    ax.plot(x, x, color="0.5", linewidth=0.9, label="x")
+    stairs = np.repeat(orbit, 2)
+    ax.plot(stairs[:-1], np.r_[stairs[0], stairs[2:]], color=UNSTABLE, linewidth=0.9, label="orbit")
+    ax.set(xlabel="x", ylabel="next x", xlim=(x.min(), x.max()))
+    ax.legend(frameon=False, fontsize=8.5)
+    return _finished(_figure_of(ax), path)
+
+
+def phase_portrait(portrait: Any, path: Path = None) -> Figure:
+    """Draw the flow of a one- or two-dimensional field and its fixed points, filled where stable.
+
+    Example:
+        >>> from resode.analysis.scan import phase_portrait as measure
+        >>> phase_portrait(measure(lambda x: x * (1 - x), (-0.5, 1.5))).axes[0].get_ylabel()
+        'F(x)'
+    """
+    ax = _axes((5.6, 4.6))
+    if len(portrait.axes) == 1:
+        x, slope = portrait.axes[0], portrait.slopes[:, 0]
+        ax.plot(x, slope, color=COLOURS[0], linewidth=1.8)
+        ax.axhline(0, color="0.5", linewidth=0.8)
+        shown = slice(2, None, 4)
+        ax.quiver(x[shown], 0 * x[shown], np.sign(slope[shown]), 0 * x[shown], scale=28, width=0.006)
+        ax.set(xlabel="x", ylabel="F(x)")
+        heights = np.zeros(len(portrait.points))
+    else:
+        x, y = portrait.axes
+        speed = np.log1p(np.linalg.norm(portrait.slopes, axis=-1)).T
+        u, v = portrait.slopes[..., 0].T, portrait.slopes[..., 1].T
+        ax.streamplot(x, y, u, v, color=speed, cmap="Blues", linewidth=0.9, density=1.3, arrowsize=0.8)
+        for part, colour in ((u, COLOURS[1]), (v, COLOURS[2])):
+            ax.contour(x, y, part, levels=[0.0], colors=[colour], linewidths=1.1, linestyles="--")
+        ax.set(xlabel="x₁", ylabel="x₂")
+        heights = portrait.points[:, 1]
+    for point, height, kind in zip(portrait.points, heights, portrait.kinds, strict=True):
+        face = STABLE if kind.startswith("stable") else "white"
+        ax.plot([point[0]], [height], "o", markersize=7, color=STABLE, markerfacecolor=face, zorder=5)
+        place: dict[str, Any] = {"xytext": (6, 6), "textcoords": "offset points", "fontsize": 8.5}
+        ax.annotate(kind, (point[0], height), **place)
+    return _finished(_figure_of(ax), path)
+
+
+def depth_profile(profile: Any, path: Path = None) -> Figure:
+    """Draw a depth profile, a result of `resode.profile_depth`: six panels over the blocks.
+
+    Args:
+        profile: its rows and stages.
+        path: where to write the figure.
+    """
+    rows = profile.rows
+    figure = Figure(figsize=(max(9.6, 0.32 * len(rows) + 4), 8.6), layout="constrained")
+    panels = figure.subplots(3, 2).ravel()
+    x = np.arange(len(rows))
+    effect = ("loss_change", "rise of the loss") if profile.has_target else ("output_change", "output change")
+    drawn: list[tuple[str, bool, list[tuple[str, str]]]] = [
+        ("size of the state and of the branch", True, [("state_norm", "‖x‖"), ("ratio", "‖ηF‖ / ‖x‖")]),
+        (
+            "gradient at the block's input",
+            True,
+            [
+                ("gradient", "whole"),
+                ("identity_gradient", "identity part"),
+                ("residual_gradient", "residual part"),
+            ],
+        ),
+        (
+            "singular values of the block's Jacobian",
+            True,
+            [("sigma_max", "σ max"), ("sigma_min", "σ min"), ("epsilon", "ε = ‖ηJ‖")],
+        ),
+        (
+            "step and its limit",
+            True,
+            [("step_size", "η"), ("decaying_step", "limit, decaying modes"), ("growth", "largest |R(ηλ)|")],
+        ),
+        (
+            "cosines",
+            False,
+            [
+                ("correction", "F with x_L − x"),
+                ("boosting", "F with −g"),
+                ("next_cosine", "gradients of neighbours"),
+                ("gradient_cosine", "identity and residual part"),
+            ],
+        ),
+        ("without the block", False, [(effect[0], effect[1]), ("inactive", "share of dead units")]),
+    ]
+    for ax, (title, logarithmic, series) in zip(panels, drawn, strict=True):
+        for i, (name, label) in enumerate(series):
+            values = np.array([float(getattr(row, name)) for row in rows])
+            values = np.where(np.isfinite(values) & ((values > 0) | (not logarithmic)), values, np.nan)
+            style: dict[str, Any] = {"color": COLOURS[i], "marker": "o", "markersize": 3.6, "linewidth": 1.4}
+            ax.plot(x, values, label=label, linestyle=DASHES[i % len(DASHES)], **style)
+        if logarithmic:
+            ax.set_yscale("log")
+        ax.axhline(0 if not logarithmic else 1, color="0.6", linewidth=0.7)
+        ax.set_title(title, fontsize=11)
+        ax.legend(frameon=False, fontsize=8)
+        every = max(1, math.ceil(len(rows) / 24))
+        labels = [row.name for row in rows][::every]
+        ax.set_xticks(x[::every], labels, rotation=60, ha="right", fontsize=7.5)
+    return _finished(figure, path)

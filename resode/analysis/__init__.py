@@ -1,7 +1,13 @@
 """Analyses of fields and networks, one file each: any callable F, any network."""
 
 from resode.analysis.bifurcation import Bifurcation, bifurcation
+from resode.analysis.classify import Classification, classify
 from resode.analysis.cost import count
+from resode.analysis.curvature import largest_hessian_eigenvalue, max_learning_rate
+from resode.analysis.depth import DepthProfile, DepthRow, profile_depth
+from resode.analysis.fixed_points import FixedPoints, find_fixed_points, find_several_fixed_points
+from resode.analysis.gradients import ProductNorm, product_norm
+from resode.analysis.lesion import reordering_study, step_scan
 from resode.analysis.linearize import jacobian
 from resode.analysis.max_step import max_stable_step, step_limit
 from resode.analysis.nonnormal import (
@@ -12,19 +18,45 @@ from resode.analysis.nonnormal import (
 )
 from resode.analysis.operator_norm import bound_operator_norm, operator_norm
 from resode.analysis.penalty import StepLimitPenalty
+from resode.analysis.scan import (
+    StabilityLoss,
+    cobweb,
+    lyapunov_exponents,
+    phase_portrait,
+    stability_losses,
+)
 
 __all__ = [
     "Bifurcation",
+    "Classification",
+    "DepthProfile",
+    "DepthRow",
+    "FixedPoints",
+    "ProductNorm",
+    "StabilityLoss",
     "StepLimitPenalty",
     "TransientGrowth",
     "bifurcation",
     "bound_operator_norm",
+    "classify",
+    "cobweb",
     "contraction_step",
     "count",
+    "find_fixed_points",
+    "find_several_fixed_points",
     "jacobian",
+    "largest_hessian_eigenvalue",
     "logarithmic_norm",
+    "lyapunov_exponents",
+    "max_learning_rate",
     "max_stable_step",
     "operator_norm",
+    "phase_portrait",
+    "product_norm",
+    "profile_depth",
+    "reordering_study",
+    "stability_losses",
     "step_limit",
+    "step_scan",
     "transient_growth",
 ]

@@ -56,6 +56,40 @@ class SwapReport:
             writer.writeheader()
             writer.writerows(asdict(row) for row in self.rows)
 
+    def critical_steps(self, drop: float = 0.01) -> dict[str, float]:
+        """For each fixed-step solver the largest step that, as all finer ones, keeps the trained accuracy.
+
+        Args:
+            drop: how much less accuracy still counts as kept, as a fraction of all samples.
+
+        Returns:
+            The step by solver; 0 where the finest one loses more: the network is no ODE under that solver.
+
+        Raises:
+            ValueError: the report has no row for the solver and step that the network came with.
+
+        Example:
+            >>> trained = SwapRow("euler", 1, 1.0, 0.90, None, 0.0, 1.0, True)
+            >>> coarse = SwapRow("rk4", 1, 1.0, 0.70, None, 0.5, 4.0, False)
+            >>> fine = SwapRow("rk4", 2, 0.5, 0.90, None, 0.1, 8.0, False)
+            >>> SwapReport([trained, coarse, fine]).critical_steps()
+            {'euler': 1.0, 'rk4': 0.5}
+        """
+        trained = [row.accuracy for row in self.rows if row.as_trained]
+        if not trained:
+            raise ValueError(
+                "the report has no row of the network as it was trained; add its solver and substeps to it."
+            )
+        found: dict[str, float] = {}
+        broken: set[str] = set()
+        fixed = [row for row in self.rows if row.step_size is not None]
+        for row in sorted(fixed, key=lambda row: row.step_size or 0.0):
+            if row.accuracy < trained[0] - drop:
+                broken.add(row.solver)
+            if row.solver not in broken:
+                found[row.solver] = float(row.step_size or 0.0)
+        return {row.solver: found.get(row.solver, 0.0) for row in fixed}
+
     def plot(self, path: str | Path | None = None):
         """Accuracy against step size, one line a solver; the matplotlib figure, saved where `path` says."""
         from resode import plots

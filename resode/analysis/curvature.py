@@ -1,0 +1,255 @@
+r"""The Hessian of a loss: its largest eigenvalue, and the learning rate that it allows.
+
+Gradient descent x ← x − η∇L(x) is a residual step with F = −∇L: it is stable where η < 2/λ_max.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+Loss = Callable[[Any, Any], Tensor]
+
+_BASIS_BYTES = 2**30
+
+
+def max_learning_rate(
+    model: nn.Module,
+    loss_fn: Loss,
+    data: tuple[Any, Any],
+    momentum: float = 0.0,
+    *,
+    nesterov: bool = False,
+    batch_size: int | None = None,
+    tol: float = 1e-8,
+    max_iter: int = 300,
+) -> float:
+    r"""Largest stable learning rate of gradient descent on a quadratic with this Hessian.
+
+    2/λ_max; with momentum β 2(1 + β)/λ_max, with Nesterov's 2(1 + β)/((1 + 2β)λ_max). Above it the steepest
+    direction grows; below it that is so for a quadratic loss, and for others near a minimum.
+
+    Args:
+        model: its parameters that require gradients are the variables; in the mode in which it is trained.
+        loss_fn: `loss_fn(model(x), target)`, a scalar.
+        data: (x, target).
+        momentum: β of heavy-ball momentum as in torch.optim.SGD, 0 ≤ β < 1.
+        nesterov: Nesterov's momentum, as torch's.
+        batch_size: samples at once, for a loss that is a mean over samples; None takes all.
+        tol: residual of the eigenvalue relative to the largest; at least 64 ε of the parameters' dtype.
+        max_iter: Hessian-vector products.
+
+    Returns:
+        η; inf where the Hessian has no positive eigenvalue.
+
+    Raises:
+        ValueError: momentum out of range, a loss that is no scalar, nothing to train, dropout that is active,
+            or train-mode batch norm together with batch_size.
+
+    Source:
+        Polyak, USSR Comput. Math. 4 (1964); Cohen et al., Gradient Descent on Neural Networks Typically
+        Occurs at the Edge of Stability (2021).
+
+    Example:
+        >>> model = nn.Linear(1, 1, bias=False).double()
+        >>> x = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
+        >>> max_learning_rate(model, nn.MSELoss(), (x, x))  # L = 5/2 (w − 1)², L'' = 5
+        0.4
+    """
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}.")
+    largest = largest_hessian_eigenvalue(
+        model, loss_fn, data, batch_size=batch_size, tol=tol, max_iter=max_iter
+    )
+    if largest <= 0:
+        return math.inf
+    factor = 2 * (1 + momentum) / ((1 + 2 * momentum) if nesterov else 1)
+    return factor / largest
+
+
+def largest_hessian_eigenvalue(
+    model: nn.Module,
+    loss_fn: Loss,
+    data: tuple[Any, Any],
+    *,
+    batch_size: int | None = None,
+    tol: float = 1e-8,
+    max_iter: int = 300,
+) -> float:
+    """λ_max of the loss's Hessian in the trainable parameters, by Lanczos on Hessian-vector products.
+
+    Arguments and errors as `max_learning_rate`; warns where the residual is above `tol` after `max_iter`
+    products.
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False).double()
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 3.0]], dtype=torch.float64)
+        >>> largest_hessian_eigenvalue(model, nn.MSELoss(), (x, torch.zeros(2, 1).double()))
+        9.0
+    """
+    _check_modes(model, batch_size)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("no parameter of the model requires a gradient: there is no Hessian to look at.")
+    with _kept(model), sdpa_kernel(SDPBackend.MATH):
+        hessian = _Hessian(model, loss_fn, data, parameters, batch_size)
+        start = hessian.start()
+        goal = max(tol, 64 * torch.finfo(start.dtype).eps)
+        value, residual, size = _lanczos(hessian.product, start, goal, max_iter)
+    if residual > goal * size:
+        warnings.warn(
+            f"the largest Hessian eigenvalue {value:.6g} has a residual of {residual:.1e} after {max_iter} "
+            "products; raise max_iter.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return value
+
+
+class _Hessian:
+    """Hessian-vector products of a loss over the whole data, in parts where asked for."""
+
+    def __init__(
+        self, model: nn.Module, loss_fn: Loss, data: Any, parameters: list[Any], size: int | None
+    ) -> None:
+        if not isinstance(data, tuple | list) or len(data) != 2:
+            raise ValueError("data must be the pair (x, target).")
+        self.model, self.loss_fn, self.parameters = model, loss_fn, parameters
+        x, target = data
+        self.parts: list[tuple[Any, Any, float]] = [(x, target, 1.0)]
+        if size is not None:
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"batch_size must be an integer of at least 1, got {size!r}.")
+            if not isinstance(x, Tensor) or not isinstance(target, Tensor):
+                raise ValueError("only tensors x and target can be taken in parts.")
+            pieces = zip(x.split(size), target.split(size), strict=True)
+            self.parts = [(a, b, len(a) / len(x)) for a, b in pieces]
+        self.gradient = self._gradient(*self.parts[0][:2]) if len(self.parts) == 1 else None
+
+    def start(self) -> Tensor:
+        n = sum(p.numel() for p in self.parameters)
+        first = self.parameters[0]
+        generator = torch.Generator().manual_seed(0)
+        v = torch.randn(n, generator=generator, dtype=torch.float64)
+        return v.to(dtype=first.dtype, device=first.device)
+
+    def _gradient(self, x: Any, target: Any) -> list[Tensor]:
+        with torch.inference_mode(False), torch.enable_grad():
+            loss = self.loss_fn(self.model(x), target)
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                came = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+                raise ValueError(f"loss_fn(model(x), target) must be a scalar tensor, got {came}.")
+            found = torch.autograd.grad(
+                loss.reshape(()), self.parameters, create_graph=True, allow_unused=True
+            )
+        return [torch.zeros_like(p) if g is None else g for g, p in zip(found, self.parameters, strict=True)]
+
+    def product(self, v: Tensor) -> Tensor:
+        total = torch.zeros_like(v)
+        pieces = [
+            piece.reshape(p.shape)
+            for piece, p in zip(v.split([p.numel() for p in self.parameters]), self.parameters, strict=True)
+        ]
+        for x, target, weight in self.parts:
+            gradient = self.gradient or self._gradient(x, target)
+            curved = [(g, piece) for g, piece in zip(gradient, pieces, strict=True) if g.requires_grad]
+            if not curved:
+                continue
+            found = torch.autograd.grad(
+                [g for g, _ in curved],
+                self.parameters,
+                [piece for _, piece in curved],
+                retain_graph=self.gradient is not None,
+                allow_unused=True,
+            )
+            flat = [
+                (torch.zeros_like(p) if h is None else h).flatten()
+                for h, p in zip(found, self.parameters, strict=True)
+            ]
+            total += weight * torch.cat(flat)
+        return total
+
+
+def _lanczos(
+    product: Callable[[Tensor], Tensor], v: Tensor, goal: float, max_iter: int
+) -> tuple[float, float, float]:
+    """The largest eigenvalue of a symmetric operator, its residual, and the largest modulus seen.
+
+    It starts again from the best vector where the basis fills its room in memory.
+    """
+    n = len(v)
+    room = max(8, min(max_iter, n, _BASIS_BYTES // (n * v.element_size())))
+    done, value, residual, size = 0, 0.0, math.inf, 0.0
+    while done < max_iter:
+        basis: list[Tensor] = []
+        alphas: list[float] = []
+        betas: list[float] = []
+        q = v / v.norm()
+        weights = torch.ones(1, dtype=torch.float64)
+        for _ in range(room):
+            basis.append(q)
+            w = product(q)
+            done += 1
+            alphas.append(float(q @ w))
+            old = torch.stack(basis)
+            for _ in range(2):
+                w = w - (old @ w) @ old
+            beta = float(w.norm())
+            matrix = torch.diag(torch.tensor(alphas, dtype=torch.float64))
+            if betas:
+                off = torch.tensor(betas, dtype=torch.float64)
+                matrix += torch.diag(off, 1) + torch.diag(off, -1)
+            values, vectors = torch.linalg.eigh(matrix)
+            value, weights = float(values[-1]), vectors[:, -1]
+            residual = beta * abs(float(weights[-1]))
+            size = float(values.abs().max())
+            if (
+                residual <= goal * abs(value)
+                or beta <= 8 * torch.finfo(v.dtype).eps * size
+                or done >= max_iter
+            ):
+                break
+            betas.append(beta)
+            q = w / beta
+        v = weights.to(q.dtype).to(q.device) @ torch.stack(basis)
+        if residual <= goal * size or len(basis) < room or room == n:
+            break
+    return value, residual, size
+
+
+def _check_modes(model: nn.Module, batch_size: int | None) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, _DropoutNd) and module.training and module.p > 0:
+            raise ValueError(
+                f"a Hessian needs a loss that is not random: {type(module).__name__} ({name}) is active. "
+                "Call .eval(), or set its p to 0."
+            )
+        if batch_size is not None and isinstance(module, _BatchNorm) and module.training:
+            raise ValueError(
+                f"{type(module).__name__} ({name}) takes statistics of the whole batch, so it can't be taken "
+                "in parts: leave out batch_size, or call .eval()."
+            )
+
+
+@contextmanager
+def _kept(model: nn.Module) -> Any:
+    """Buffers, such as running statistics, are put back."""
+    saved = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in saved:
+                buffer.copy_(value)
+
+
+__all__: Sequence[str] = ["largest_hessian_eigenvalue", "max_learning_rate"]

@@ -1,0 +1,239 @@
+r"""How gradients travel through residual blocks: the two parts at each block, and products of Jacobians.
+
+With y = S(x) + F(x) and g the loss gradient at y, the gradient at x is Sᵀg + Jᵀg: the identity part, which
+no depth can take away where S is the identity, and the residual part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from resode.analysis.arnoldi import random_start, ritz_values, singular_values
+from resode.analysis.jacobian_products import Field, Products
+from resode.analysis.linearize import check_field
+from resode.analysis.tracing import Addition
+from resode.blocks import ResidualStack
+
+
+def rows(t: Tensor, batch: int) -> Tensor:
+    """A tensor as one row a sample, shape (batch, n); a single row where no dimension is the batch.
+
+    Example:
+        >>> rows(torch.zeros(4, 2, 3), 2).shape
+        torch.Size([2, 12])
+    """
+    for dim in range(min(2, t.ndim)):
+        if t.shape[dim] == batch:
+            return t.movedim(dim, 0).reshape(batch, -1)
+    return t.reshape(1, -1)
+
+
+class EdgeProducts:
+    """J v and Jᵀu between two edges of an autograd graph that is kept, for every sample.
+
+    Args:
+        at_y: where J leads to; several edges with their factors are summed.
+        at_x: where it comes from.
+        y: a tensor of y's shape.
+        x: a tensor of x's shape.
+        batch: samples.
+        factor: what J is multiplied by.
+    """
+
+    def __init__(
+        self, at_y: GradientEdge, at_x: GradientEdge, y: Tensor, x: Tensor, batch: int, factor: float = 1.0
+    ) -> None:
+        self.at_y, self.at_x, self.factor = at_y, at_x, factor
+        self.y, self.x, self.batch = y, x, batch
+        self._forward: tuple[Tensor, Tensor] | None = None
+
+    def vjp_like(self, u: Tensor) -> Tensor:
+        """Jᵀu for u of y's shape, of x's shape."""
+        if self.at_y == self.at_x:
+            return self.factor * u
+        (product,) = torch.autograd.grad(self.at_y, self.at_x, u, retain_graph=True, allow_unused=True)
+        return torch.zeros_like(self.x) if product is None else self.factor * product
+
+    def vjp(self, u: Tensor) -> Tensor:
+        """Jᵀu for u (batch, m), shape (batch, n)."""
+        return rows(self.vjp_like(self._back(u, self.y)), self.batch)
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """J v for v (batch, n), shape (batch, m)."""
+        if self.at_y == self.at_x:
+            return self.factor * v
+        if self._forward is None:
+            with torch.enable_grad():
+                u = torch.zeros_like(self.y).requires_grad_()
+                (h,) = torch.autograd.grad(self.at_y, self.at_x, u, create_graph=True, allow_unused=True)
+            self._forward = u, torch.zeros_like(self.x) if h is None else h
+        u, h = self._forward
+        if not h.requires_grad:
+            return rows(torch.zeros_like(self.y), self.batch)
+        (product,) = torch.autograd.grad(h, u, self._back(v, self.x), retain_graph=True, allow_unused=True)
+        return rows(torch.zeros_like(self.y) if product is None else self.factor * product, self.batch)
+
+    def _back(self, flat: Tensor, like: Tensor) -> Tensor:
+        """Rows (batch, n) in the shape of a tensor."""
+        for dim in range(min(2, like.ndim)):
+            if like.shape[dim] == self.batch:
+                return flat.reshape(like.movedim(dim, 0).shape).movedim(0, dim)
+        return flat.reshape(like.shape)
+
+
+def block_products(a: Addition, batch: int) -> EdgeProducts:
+    """Products with the block's Jacobian S' + ηJ."""
+    return EdgeProducts(a.at_y, a.at_x, a.y, a.x, batch)
+
+
+def split_gradient(a: Addition, g: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The identity part Sᵀg and the residual part ηJᵀg of the gradient at x, each of x's shape.
+
+    Args:
+        a: a residual addition of `resode.analysis.tracing.trace`, its graph kept.
+        g: the gradient at y, of y's shape.
+    """
+    identity = EdgeProducts(a.at_shortcut, a.at_x, a.shortcut, a.x, 1).vjp_like(_sum_to(g, a.shortcut))
+    if a.at_field is not None:
+        field = EdgeProducts(a.at_field, a.at_x, a.increment, a.x, 1, a.factor)
+        return identity, field.vjp_like(_sum_to(g, a.increment))
+    return identity, block_products(a, 1).vjp_like(g) - identity
+
+
+def _sum_to(g: Tensor, addend: Tensor) -> Tensor:
+    """The gradient of an addend that was broadcast."""
+    return g if g.shape == addend.shape else g.sum_to_size(addend.shape)
+
+
+class FieldProducts:
+    """Products with ηJ, the Jacobian of a block's increment, also where it has no edge of its own."""
+
+    def __init__(self, a: Addition, batch: int) -> None:
+        self.block = block_products(a, batch)
+        self.shortcut = EdgeProducts(a.at_shortcut, a.at_x, a.shortcut, a.x, batch)
+        self.field = None
+        if a.at_field is not None and a.increment.shape == a.y.shape:
+            self.field = EdgeProducts(a.at_field, a.at_x, a.increment, a.x, batch, a.factor)
+
+    def vjp(self, u: Tensor) -> Tensor:
+        """ηJᵀu for u (batch, m)."""
+        if self.field is not None:
+            return self.field.vjp(u)
+        return self.block.vjp(u) - self.shortcut.vjp(u)
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """ηJ v for v (batch, n)."""
+        if self.field is not None:
+            return self.field.jvp(v)
+        return self.block.jvp(v) - self.shortcut.jvp(v)
+
+
+@dataclass(frozen=True, eq=False)
+class ProductNorm:
+    r"""The gradient's gain through a whole stack, against what single blocks tell.
+
+    Args:
+        norm: ‖∏(I + ηJ_l)‖₂ of each sample, shape (batch,).
+        smallest: σ_min of the product, likewise (an estimate from above).
+        upper: ∏(1 + ‖ηJ_l‖₂), which norm never exceeds.
+        lower: ∏ max(0, 1 − ‖ηJ_l‖₂), which smallest never falls below.
+        uniform: (1 + r)^L with r = max ‖ηJ_l‖₂.
+        plain: ‖∏ ηJ_l‖₂, the same blocks without their shortcuts.
+        plain_bound: ∏ ‖ηJ_l‖₂.
+        block_norms: ‖ηJ_l‖₂, shape (batch, L).
+        radii: ρ(ηJ_l), estimated, shape (batch, L). (1 + ρ)^L bounds the norm for normal J_l only.
+        residual: of the norm's singular vectors, relative to it.
+    """
+
+    norm: Tensor
+    smallest: Tensor
+    upper: Tensor
+    lower: Tensor
+    uniform: Tensor
+    plain: Tensor
+    plain_bound: Tensor
+    block_norms: Tensor
+    radii: Tensor
+    residual: Tensor
+
+
+def product_norm(
+    fields: ResidualStack | Sequence[Field], x: Tensor, *, step_size: float = 1.0, steps: int = 60
+) -> ProductNorm:
+    r"""‖∏(I + ηJ_l)‖₂ along the states x ← x + ηF_l(x), by singular values from a random start, unformed.
+
+    Args:
+        fields: F_0 … F_{L−1}, callables in eval mode that keep the shape; or a ResidualStack under Euler,
+            whose step sizes are taken.
+        x: states before the first block, shape (batch, *state).
+        step_size: η, for callables.
+        steps: products with the Jacobian and with its transpose, for each norm.
+
+    Raises:
+        TypeError, ValueError: as `resode.analysis.linearize.check_field`; a stack whose blocks are no Euler
+            steps.
+
+    Source:
+        Golub & Kahan (1965); Halko, Martinsson & Tropp, SIAM Review 53 (2011) on random starts.
+
+    Example:
+        >>> found = product_norm([lambda x: 0.05 * x] * 100, torch.ones(1, 3, dtype=torch.float64))
+        >>> round(float(found.norm), 3), f"{float(found.plain):.1e}"  # 1.05^100 and 0.05^100
+        (131.501, '7.9e-131')
+    """
+    etas = [step_size] * len(fields) if not isinstance(fields, ResidualStack) else []
+    if isinstance(fields, ResidualStack):
+        if fields.solver != "euler" or fields.substeps != 1 or fields.weights != "constant":
+            raise ValueError(
+                "a product of I + ηJ belongs to Euler steps with one field a block: set solver='euler' and "
+                f"substeps=1, got {fields.solver}, {fields.substeps}, weights={fields.weights!r}."
+            )
+        sizes = fields.step_sizes
+        etas = [fields.step_size] * fields.depth if sizes is None else sizes.detach().tolist()
+        fields = [fields.block(i) for i in range(fields.depth)]
+    if not len(fields):
+        raise ValueError("fields must hold at least one block.")
+    batch, n = len(x), x[0].numel()
+    products: list[Products] = []
+    state = x.detach()
+    for f, eta in zip(fields, etas, strict=True):
+        check_field(f, state)
+        products.append(Products(f, state))
+        state = (state + eta * products[-1].value.reshape(state.shape)).detach()
+
+    def through(v: Tensor, shortcut: float, *, transposed: bool) -> Tensor:
+        pairs = list(zip(products, etas, strict=True))
+        for p, eta in reversed(pairs) if transposed else pairs:
+            v = shortcut * v + eta * (p.vjp(v) if transposed else p.jvp(v))
+        return v
+
+    start = random_start(batch, n, x)
+    sigma, left = _singular(lambda v, t: through(v, 1.0, transposed=t), start, steps)
+    plain, _ = _singular(lambda v, t: through(v, 0.0, transposed=t), start, min(steps, 20))
+    norms, radii = [], []
+    for p, eta in zip(products, etas, strict=True):
+        own, _ = _singular(lambda v, t, p=p, eta=eta: eta * (p.vjp(v) if t else p.jvp(v)), start, steps)
+        norms.append(own[:, 0])
+        radii.append(abs(eta) * ritz_values(p.vjp, start, steps)[0].abs().nan_to_num().amax(1))
+    sizes = torch.stack(norms, 1)
+    return ProductNorm(
+        norm=sigma[:, 0],
+        smallest=sigma[:, -1],
+        upper=(1 + sizes).prod(1),
+        lower=(1 - sizes).clamp_min(0).prod(1),
+        uniform=(1 + sizes.amax(1)) ** len(norms),
+        plain=plain[:, 0],
+        plain_bound=sizes.prod(1),
+        block_norms=sizes,
+        radii=torch.stack(radii, 1),
+        residual=left[:, 0] / sigma[:, 0].clamp_min(torch.finfo(x.dtype).tiny),
+    )
+
+
+def _singular(product: Callable[[Tensor, bool], Tensor], start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    return singular_values(lambda v: product(v, False), lambda u: product(u, True), start, steps)

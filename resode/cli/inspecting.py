@@ -1,0 +1,163 @@
+"""Look inside: the depth profile of any residual network, and a report of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from resode.cli.terminal import command, flag, say, separated, table
+from resode.cli.train import own_model
+from resode.cli.trained import _methods
+
+
+@command(
+    "resode profile runs/demo",
+    "resode profile runs/demo --samples 64 --spectra 4",
+    "resode profile --model my.module:network --weights my.safetensors --shape 3,224,224",
+    "resode profile --model resnet50 --shape 3,64,64 --blocks 'layer?.*'",
+)
+def profile(
+    run: Annotated[Path | None, typer.Argument(help="Run folder or weights file.", metavar="[RUN]")] = None,
+    model: Annotated[str | None, flag("A network's name, or package.module:function.")] = None,
+    weights: Annotated[Path | None, flag("Its weights (.safetensors); fresh ones without.")] = None,
+    data: Annotated[str | None, flag("Data set whose test images are taken.")] = None,
+    data_dir: Annotated[Path | None, flag("Where its data lies.")] = None,
+    shape: Annotated[str | None, flag("Random inputs of this shape instead, with commas.")] = None,
+    samples: Annotated[int, typer.Option(help="Inputs to look at.", min=1)] = 16,
+    spectra: Annotated[int, typer.Option(help="Of them, with eigenvalues.", min=0)] = 2,
+    solver: Annotated[str | None, flag("Method of the step limits instead of each block's own.")] = None,
+    blocks: Annotated[str | None, flag("Names of the modules that are blocks, with * and ?.")] = None,
+    lesions: Annotated[bool, typer.Option(help="Also run without each block.")] = True,
+    output: Annotated[Path | None, flag("Folder for profile.csv and profile.png.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+) -> None:
+    """Profile the depth of any residual network.
+
+    Finds every residual addition by tracing, and reports how features, gradients and eigenvalues travel
+    through it, and which block's step is too large.
+    """
+    from resode.analysis.depth import profile_depth
+    from resode.training.files import replacing
+    from resode.training.plan import choose_device
+
+    if solver is not None:
+        _methods([solver])
+    if run is not None and weights is not None:
+        raise ValueError("give RUN or --weights, not both: a run has weights of its own.")
+    if run is None and model is None:
+        raise ValueError(
+            "give a run, or a network with --model NAME or --model package.module:function (and --weights)."
+        )
+    place = choose_device(device)
+    network = _network(run or weights, model).to(place).eval()
+    x, target = _inputs(run or weights, data, data_dir, shape, samples, place)
+    found = profile_depth(network, x, target, blocks=blocks, solver=solver, spectra=spectra, lesions=lesions)
+    _show(found)
+    folder = output or _beside(run or weights)
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "profile.csv") as path:
+        found.to_csv(path)
+    with replacing(folder / "profile.png") as path:
+        found.plot(path)
+    say(f"\nfigure {folder / 'profile.png'}\ntable  {folder / 'profile.csv'}")
+
+
+def _network(source: Path | None, model: str | None) -> Any:
+    """A trained network, or a fresh one."""
+    from resode.training.evaluate import load
+    from resode.training.plan import make_network
+
+    chosen = own_model(model)
+    return make_network(chosen, {}) if source is None else load(source, model=chosen)
+
+
+def _inputs(
+    source: Path | None, data: str | None, data_dir: Path | None, shape: str | None, samples: int, place: Any
+) -> tuple[Any, Any]:
+    """Test images with their classes, or random inputs without."""
+    import torch
+
+    from resode.training.data import load_data
+    from resode.training.evaluate import images_of, plain_batches
+    from resode.training.plan import check_data_name
+
+    if shape is not None:
+        sizes = separated(shape, int, "--shape")
+        if not sizes or min(sizes) < 1:
+            raise ValueError(f"--shape takes sizes without the batch, such as 3,32,32: got {shape!r}.")
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(samples, *sizes, generator=generator).to(place), None
+    if source is None and data is None:
+        raise ValueError("a network without a run needs inputs: give --data NAME or --shape 3,32,32.")
+    if source is None:
+        check_data_name(str(data))
+        images = load_data(str(data), data_dir)
+    else:
+        images = images_of(source, data, data_dir)
+    return next(iter(plain_batches(images, device=place, limit=samples)))
+
+
+def _beside(source: Path | None) -> Path:
+    if source is None:
+        return Path()
+    return (source if source.is_dir() else source.parent) / "figures"
+
+
+def _show(found: Any) -> None:
+    from resode.analysis.depth import show
+
+    def number(value: float) -> str:
+        return "-" if value != value else "∞" if value == float("inf") else f"{value:.3g}"
+
+    effect = "loss_change" if found.has_target else "output_change"
+    names = {
+        "η": "step_size",
+        "|x|": "state_norm",
+        "|F|/|x|": "ratio",
+        "dead": "inactive",
+        "grad": "gradient",
+        "limit": "step_limit",
+        "decaying": "decaying_step",
+        "|R|": "growth",
+        "σ min": "sigma_min",
+        "σ max": "sigma_max",
+        "effect": effect,
+    }
+    table(
+        ["block", *names, "max Re λ"],
+        [
+            [r.name, *(number(getattr(r, field)) for field in names.values()), show(r.rightmost)]
+            for r in found.rows
+        ],
+    )
+    say()
+    say("limit     the largest stable step at the worst sample; 0 where a mode grows (Re λ > 0)")
+    say("decaying  the limit of all other modes;  |R|  their largest growth in a step, above 1 too large")
+    say(f"effect    of removing the block on the {'loss' if found.has_target else 'output, relative'}")
+    for stage in found.stages:
+        bound = f"at most {stage.upper:.4g}" if stage.exact else "activations between"
+        say(f"{stage.first} … {stage.last}: the gradient's gain {stage.norm:.4g}, {bound}")
+    for text in found.diagnosis()[:5]:
+        say(text, "bold")
+
+
+@command("resode report runs/demo", "resode report runs/demo --output demo.html")
+def report(
+    run: Annotated[Path, typer.Argument(help="Run folder.", metavar="RUN", show_default=False)],
+    output: Annotated[Path | None, flag("The file; RUN/report.html without.")] = None,
+    samples: Annotated[int, typer.Option(help="Test images for the profile.", min=1)] = 16,
+    model: Annotated[str | None, flag("For a network of your own: package.module:function.")] = None,
+    data: Annotated[str | None, flag("Another data set than the run's.")] = None,
+    data_dir: Annotated[Path | None, flag("Where its data lies, where that changed.")] = None,
+) -> None:
+    """Write a run as one HTML file.
+
+    Training curves, solver swap, stability and depth profile, with nothing to fetch: it can be sent, and
+    read on a phone.
+    """
+    from resode.training.report import write_report
+
+    path = write_report(run, output, samples=samples, model=own_model(model), data=data, data_dir=data_dir)
+    say(f"report {path}")
