@@ -9,7 +9,7 @@ from torch import nn
 
 from resode import METHODS, ODEBlock, ResidualStack
 from resode.blocks import StochasticDepth
-from resode.fields import Autonomous, ConvField
+from resode.fields import AntisymmetricField, Autonomous, ConvField, HamiltonianField
 
 EXPLICIT = [name for name, tableau in METHODS.items() if tableau.explicit]
 
@@ -167,6 +167,14 @@ def test_linear_weights_need_the_same_layers():
         ResidualStack([field(nn.Tanh()), field(nn.ReLU())], weights="linear")
     with pytest.raises(ValueError, match=r"negative_slope=0.3"):
         ResidualStack([field(nn.LeakyReLU(0.1)), field(nn.LeakyReLU(0.3))], weights="linear")
+    with pytest.raises(ValueError, match=r"block 1 has Sigmoid\(\) where block 0 has nothing \(2\)"):
+        ResidualStack([field(nn.Tanh()), field(nn.Tanh()).append(nn.Sigmoid())], weights="linear")
+    with pytest.raises(ValueError, match=r"block 1 has nothing where block 0 has Sigmoid\(\) \(2\)"):
+        ResidualStack([field(nn.Tanh()).append(nn.Sigmoid()), field(nn.Tanh())], weights="linear")
+    with pytest.raises(ValueError, match=r"gamma=0.9\) where block 0 has .*gamma=0.1"):
+        ResidualStack([AntisymmetricField(4, gamma=gamma) for gamma in (0.1, 0.9)], weights="linear")
+    with pytest.raises(ValueError, match=r"leapfrog=1\) where block 0 has .*leapfrog=0"):
+        ResidualStack([HamiltonianField(4, leapfrog=eta) for eta in (0.0, 1.0)], weights="linear")
 
 
 # Stochastic depth.
@@ -328,6 +336,45 @@ def test_a_step_is_checked_when_it_is_set_too(eta, error):
         ResidualStack(smooth(), depth=2, step_size=eta)
     stack.step_size = 0.25
     assert stack.step_size == 0.25
+
+
+def test_learnt_steps_are_not_set_by_the_number_they_started_from():
+    stack = ResidualStack(smooth(), depth=2, step_size=0.5, learn_step=True)
+    with pytest.raises(ValueError, match="set the parameter step_sizes"):
+        stack.step_size = 0.25
+    assert stack.step_size == 0.5 and stack.step_sizes.tolist() == [0.5, 0.5]
+
+
+def test_steps_that_were_frozen_stay_so():
+    stack = ResidualStack(smooth(), depth=2, learn_step=True)
+    for frozen in (False, True):
+        stack.step_sizes.requires_grad_(not frozen)
+        assert stack.refine(2).step_sizes.requires_grad is not frozen
+        assert stack.coarsen(2).step_sizes.requires_grad is not frozen
+
+
+class InPlace(nn.Module):
+    """Changes its input by a function, which no attribute of a module tells."""
+
+    def forward(self, x):
+        return -x.relu_()
+
+
+def test_a_function_that_changes_the_state_is_seen_in_inference_mode():
+    with torch.inference_mode(), pytest.raises(ValueError, match="InPlace of block 0 does"):
+        ResidualStack(InPlace(), depth=2)(torch.ones(1, 2))
+
+
+@pytest.mark.parametrize("solver", ["euler", "rk4"])
+def test_a_compiled_graph_gives_a_field_that_writes_a_copy(solver):
+    """It can't look at versions. By hand, η = 1, F(x) = −relu(x): −1 stays −1, and 2 becomes R(−1)² · 2."""
+    stack = ResidualStack(InPlace(), depth=2, solver=solver)
+    x = torch.tensor([[-1.0, 2.0]])
+    with torch.no_grad():
+        y = torch.compile(stack, fullgraph=True, backend="eager")(x)
+    growth = {"euler": 0.0, "rk4": 1 - 1 + 1 / 2 - 1 / 6 + 1 / 24}[solver]
+    torch.testing.assert_close(y, torch.tensor([[-1.0, 2 * growth**2]]))
+    assert x.tolist() == [[-1.0, 2.0]]
 
 
 def test_an_empty_batch_is_refused_where_each_sample_has_its_steps():

@@ -126,32 +126,29 @@ def evaluate(field: nn.Module, y: Tensor, index: int, values: dict[str, Tensor] 
     """F(y), with other parameters where `values` has them.
 
     Raises:
-        ValueError: it changes y in place. A compiled graph does not look.
+        ValueError: it changes y in place. A compiled graph can't tell, and lets F change a copy.
     """
 
-    def call() -> Any:
+    def call(y: Tensor) -> Any:
         return field(y) if values is None else torch.func.functional_call(field, values, (y,))
 
     if torch.compiler.is_compiling():
-        return call()
+        return call(y.clone())  # which Inductor removes where F does not write to it
     error = (
         f"a field must not change the state in place; {type(field).__name__} of block {index} does. "
         "Its first operation is probably ReLU(inplace=True): use inplace=False there."
     )
     if y.is_inference():  # which keeps no version
-        before = y.clone() if any(getattr(m, "inplace", False) for m in field.modules()) else None
-        dy = call()
-        changed = before is not None and not torch.allclose(before, y, rtol=0, atol=0, equal_nan=True)
-    else:
-        version = y._version
-        try:
-            dy = call()
-        except RuntimeError as raised:
-            if "leaf Variable that requires grad is being used in an in-place" in str(raised):
-                raise ValueError(error) from raised
-            raise
-        changed = y._version != version
-    if changed:
+        with torch.inference_mode(False):
+            y = y.clone()
+    version = y._version
+    try:
+        dy = call(y)
+    except RuntimeError as raised:
+        if "leaf Variable that requires grad is being used in an in-place" in str(raised):
+            raise ValueError(error) from raised
+        raise
+    if y._version != version:
         raise ValueError(error)
     return dy
 
