@@ -317,6 +317,57 @@ def test_in_place_fields_are_refused_with_and_without_gradients(solver, weights)
     fine(torch.ones(1, 2, requires_grad=True))
 
 
+def test_attentions_own_dropout_is_refused_too():
+    class Field(nn.Module):
+        def __init__(self, p):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, dropout=p, batch_first=True)
+
+        def forward(self, x):
+            return self.attention(x, x, x)[0]
+
+    with pytest.raises(ValueError, match=r"MultiheadAttention \(attention\) draws a new mask"):
+        ResidualStack([Field(0.5)], solver="rk4")(torch.ones(1, 2, 4))
+    for stack in (
+        ResidualStack([Field(0.5)], solver="rk4").eval(),
+        ResidualStack([Field(0.0)], solver="rk4"),
+    ):
+        assert stack(torch.ones(1, 2, 4)).shape == (1, 2, 4)
+
+
+def test_masks_have_the_states_precision():
+    """What is kept is scaled by 1 / (1 − p) to float64's rounding: F = 1 gives 0 or 1 / 0.7."""
+    one = nn.Linear(1, 1).double()
+    nn.init.zeros_(one.weight)
+    nn.init.ones_(one.bias)
+    stack = ResidualStack([one], solver="rk4", stochastic_depth=0.3)
+    torch.manual_seed(0)
+    kept = {round(v, 14) for v in stack(torch.zeros(50, 1, dtype=torch.float64)).flatten().tolist()}
+    assert kept == {0.0, round(1 / 0.7, 14)}
+
+
+@pytest.mark.parametrize("weights", ["constant", "linear"])
+def test_checkpointed_graphs_can_be_kept_and_differentiated_twice(weights):
+    """Each backward pass computes the blocks again, with the same masks and without moving statistics."""
+
+    def derivatives(gradient):
+        torch.manual_seed(0)
+        field = [
+            nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Tanh(), StochasticDepth(0.4)) for _ in "ab"
+        ]
+        stack = ResidualStack(field, solver="rk4", weights=weights, gradient=gradient, step_size=0.2).double()
+        x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+        loss = stack(x).square().sum()
+        (again,) = torch.autograd.grad(loss, x, retain_graph=True)
+        (first,) = torch.autograd.grad(loss, x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x)
+        assert torch.equal(first, again)
+        return [first, second, *stack.buffers()]
+
+    for a, b in zip(derivatives("autograd"), derivatives("checkpoint"), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("eta", "error"),
     [

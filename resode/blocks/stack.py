@@ -15,11 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from resode.blocks.held import (
+    FrozenStatistics,
     Held,
     checkpoints,
     draw_scale,
     evaluate,
-    frozen_statistics,
     moving_norms,
     probability,
     refuse_dropout,
@@ -420,7 +420,7 @@ class ResidualStack(Checked):
 
         norms = moving_norms(self.block(index))
         return checkpoint(
-            advance, x, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics(norms))
+            advance, x, use_reentrant=False, context_fn=lambda: (nullcontext(), FrozenStatistics(norms))
         )
 
     def _field(self, index: int, several: bool, scale: Tensor | None) -> Callable[[Any, Tensor], Any]:
