@@ -114,7 +114,8 @@ class ResidualStack(Checked):
     ):
         super().__init__()
         shared = isinstance(fields, nn.Module) and not isinstance(fields, nn.ModuleList)
-        modules: list[Any] = [fields] if shared else list(fields)  # type: ignore[arg-type]
+        listed = not shared and isinstance(fields, Iterable)
+        modules: list[Any] = list(fields) if listed else [fields]  # type: ignore[arg-type]
         if not modules or not all(isinstance(m, nn.Module) for m in modules):
             kinds = ", ".join(sorted({type(m).__name__ for m in modules})) or "an empty sequence"
             raise TypeError(f"fields must be an nn.Module or a non-empty sequence of them, got {kinds}.")
