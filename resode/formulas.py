@@ -77,7 +77,8 @@ def cost_of(module: nn.Module, shape: Shape) -> Cost:
     """The cost of a module by formula.
 
     Args:
-        module: a module of resode, or one of torch's layers; their sequences.
+        module: a module of resode, or one of torch's layers; their sequences. Layers that several of
+            its modules have in common count in each; the fields of a ResidualStack may be the same.
         shape: of one sample of its input, without the batch: (channels, height, width) or (features,).
 
     Raises:
@@ -124,26 +125,28 @@ def chain(shape: Shape, *modules: nn.Module) -> Cost:
 def _convolution(conv: nn.Conv2d, shape: Shape) -> Cost:
     size = math.prod(conv.kernel_size)
     weights = conv.in_channels // conv.groups * conv.out_channels * size
-    padding = cast("tuple[int, int]", conv.padding)
-    out = [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, p, d, k, s in zip(
-            shape[1:], padding, conv.dilation, conv.kernel_size, conv.stride, strict=True
-        )
-    ]
+    same, padding = conv.padding == "same", (0, 0) if conv.padding == "valid" else conv.padding
+    out = shape[1:] if same else _windows(shape[1:], conv.kernel_size, conv.stride, padding, conv.dilation)
     bias = 0 if conv.bias is None else conv.out_channels
     return Cost(weights + bias, weights * math.prod(out), (conv.out_channels, *out))
 
 
 def _pooled(pool: nn.MaxPool2d | nn.AvgPool2d, sizes: Shape) -> Shape:
+    dilation = getattr(pool, "dilation", 1)
+    return _windows(sizes, pool.kernel_size, pool.stride, pool.padding, dilation, pool.ceil_mode)
+
+
+def _windows(
+    sizes: Shape, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool = False
+) -> Shape:
     """Windows that fit; in ceil mode also one that only begins inside."""
 
     def pair(value: Any) -> Shape:
-        return tuple(value) if isinstance(value, tuple) else (value, value)
+        return tuple(value) if isinstance(value, tuple | list) else (value, value)
 
     out = []
-    for n, k, s, p in zip(sizes, *map(pair, (pool.kernel_size, pool.stride, pool.padding)), strict=True):
-        room = n + 2 * p - k
-        count = (-(-room // s) if pool.ceil_mode else room // s) + 1
-        out.append(count - (pool.ceil_mode and (count - 1) * s >= n + p))
+    for n, k, s, p, d in zip(sizes, *map(pair, (kernel, stride, padding, dilation)), strict=True):
+        room = n + 2 * p - d * (k - 1) - 1
+        count = (-(-room // s) if ceil_mode else room // s) + 1
+        out.append(count - (ceil_mode and (count - 1) * s >= n + p))
     return tuple(out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 SHOWN = 20
 """How many names of a kind a message lists; the shortest come first and say the most."""
@@ -52,11 +52,11 @@ def mismatch(module: nn.Module, state_dict: Mapping[str, Any], strict: bool = Tr
             for name in own
             if name not in state_dict and name.rpartition(".")[2] != "num_batches_tracked"
         ]
-        wrong["Unexpected"] = [name for name in state_dict if name not in own]
+        wrong["Unexpected"] = [str(name) for name in state_dict if name not in own]
     shapes = {
-        name: (tuple(getattr(state_dict[name], "shape", ("no tensor",))), tuple(getattr(value, "shape", ())))
+        name: (_shape(state_dict[name], value.is_meta), tuple(value.shape))
         for name, value in own.items()
-        if name in state_dict
+        if name in state_dict and isinstance(value, Tensor)
     }
     wrong["Of another shape"] = [name for name, (got, wanted) in shapes.items() if got != wanted]
     if not any(wrong.values()):
@@ -73,3 +73,10 @@ def mismatch(module: nn.Module, state_dict: Mapping[str, Any], strict: bool = Tr
                 shown.append(f"… and {len(names) - SHOWN} more")
             message += f" {kind} ({len(names)}): {('; ' if 'shape' in kind else ', ').join(shown)}."
     return message + " Build it with the options that the weights belong to."
+
+
+def _shape(value: Any, meta: bool) -> tuple[int | str, ...]:
+    """The shape of what is to be copied into a tensor, or in words why it can't be."""
+    if not isinstance(value, Tensor):
+        return ("no tensor",)
+    return ("on the meta device, without values",) if value.is_meta and not meta else tuple(value.shape)

@@ -271,6 +271,8 @@ def test_channels_last_goes_through():
         (lambda: ResidualStack(nn.Linear(2, 2)), ValueError, "shared field needs depth"),
         (lambda: ResidualStack([nn.Linear(2, 2)] * 2, depth=3), ValueError, "depth=3 and 2 fields disagree"),
         (lambda: ResidualStack([]), TypeError, "got an empty sequence"),
+        (lambda: ResidualStack(None), TypeError, "non-empty sequence of them, got NoneType"),
+        (lambda: ResidualStack(3, depth=3), TypeError, "got int"),
         (lambda: ResidualStack([torch.tanh]), TypeError, "got builtin_function"),
         (lambda: ResidualStack(nn.Linear(2, 2), depth=0), ValueError, "at least 1, got 0"),
         (lambda: ResidualStack(nn.Linear(2, 2), depth=1, solver="rk5"), ValueError, "solver must be one of euler"),

@@ -384,6 +384,13 @@ def test_checkpoint_has_the_same_gradients_and_statistics(name):
         assert not isinstance(m, nn.BatchNorm2d) or m.momentum == 0.1
 
 
+def test_checkpointed_networks_graphs_can_be_kept():
+    model = build("resnet8", gradient="checkpoint")
+    loss = model(torch.randn(2, 3, 8, 8)).square().sum()
+    first, again = (torch.autograd.grad(loss, model.conv1.weight, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, again) and model.bn1.num_batches_tracked == 1
+
+
 @pytest.mark.parametrize("name", ["resnet8", "preact8", "odenet14", "highway19", "resnet18"])
 def test_group_norm_keeps_samples_apart(name):
     options = {"dropout": 0.0} if name == "highway19" else {}

@@ -9,7 +9,7 @@ from torch import nn
 
 from resode import METHODS, ODEBlock, ResidualStack
 from resode.blocks import StochasticDepth
-from resode.fields import Autonomous, ConvField
+from resode.fields import AntisymmetricField, Autonomous, ConvField, HamiltonianField
 
 EXPLICIT = [name for name, tableau in METHODS.items() if tableau.explicit]
 
@@ -167,6 +167,14 @@ def test_linear_weights_need_the_same_layers():
         ResidualStack([field(nn.Tanh()), field(nn.ReLU())], weights="linear")
     with pytest.raises(ValueError, match=r"negative_slope=0.3"):
         ResidualStack([field(nn.LeakyReLU(0.1)), field(nn.LeakyReLU(0.3))], weights="linear")
+    with pytest.raises(ValueError, match=r"block 1 has Sigmoid\(\) where block 0 has nothing \(2\)"):
+        ResidualStack([field(nn.Tanh()), field(nn.Tanh()).append(nn.Sigmoid())], weights="linear")
+    with pytest.raises(ValueError, match=r"block 1 has nothing where block 0 has Sigmoid\(\) \(2\)"):
+        ResidualStack([field(nn.Tanh()).append(nn.Sigmoid()), field(nn.Tanh())], weights="linear")
+    with pytest.raises(ValueError, match=r"gamma=0.9\) where block 0 has .*gamma=0.1"):
+        ResidualStack([AntisymmetricField(4, gamma=gamma) for gamma in (0.1, 0.9)], weights="linear")
+    with pytest.raises(ValueError, match=r"leapfrog=1\) where block 0 has .*leapfrog=0"):
+        ResidualStack([HamiltonianField(4, leapfrog=eta) for eta in (0.0, 1.0)], weights="linear")
 
 
 # Stochastic depth.
@@ -309,6 +317,57 @@ def test_in_place_fields_are_refused_with_and_without_gradients(solver, weights)
     fine(torch.ones(1, 2, requires_grad=True))
 
 
+def test_attentions_own_dropout_is_refused_too():
+    class Field(nn.Module):
+        def __init__(self, p):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, dropout=p, batch_first=True)
+
+        def forward(self, x):
+            return self.attention(x, x, x)[0]
+
+    with pytest.raises(ValueError, match=r"MultiheadAttention \(attention\) draws a new mask"):
+        ResidualStack([Field(0.5)], solver="rk4")(torch.ones(1, 2, 4))
+    for stack in (
+        ResidualStack([Field(0.5)], solver="rk4").eval(),
+        ResidualStack([Field(0.0)], solver="rk4"),
+    ):
+        assert stack(torch.ones(1, 2, 4)).shape == (1, 2, 4)
+
+
+def test_masks_have_the_states_precision():
+    """What is kept is scaled by 1 / (1 − p) to float64's rounding: F = 1 gives 0 or 1 / 0.7."""
+    one = nn.Linear(1, 1).double()
+    nn.init.zeros_(one.weight)
+    nn.init.ones_(one.bias)
+    stack = ResidualStack([one], solver="rk4", stochastic_depth=0.3)
+    torch.manual_seed(0)
+    kept = {round(v, 14) for v in stack(torch.zeros(50, 1, dtype=torch.float64)).flatten().tolist()}
+    assert kept == {0.0, round(1 / 0.7, 14)}
+
+
+@pytest.mark.parametrize("weights", ["constant", "linear"])
+def test_checkpointed_graphs_can_be_kept_and_differentiated_twice(weights):
+    """Each backward pass computes the blocks again, with the same masks and without moving statistics."""
+
+    def derivatives(gradient):
+        torch.manual_seed(0)
+        field = [
+            nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Tanh(), StochasticDepth(0.4)) for _ in "ab"
+        ]
+        stack = ResidualStack(field, solver="rk4", weights=weights, gradient=gradient, step_size=0.2).double()
+        x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+        loss = stack(x).square().sum()
+        (again,) = torch.autograd.grad(loss, x, retain_graph=True)
+        (first,) = torch.autograd.grad(loss, x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x)
+        assert torch.equal(first, again)
+        return [first, second, *stack.buffers()]
+
+    for a, b in zip(derivatives("autograd"), derivatives("checkpoint"), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("eta", "error"),
     [
@@ -328,6 +387,45 @@ def test_a_step_is_checked_when_it_is_set_too(eta, error):
         ResidualStack(smooth(), depth=2, step_size=eta)
     stack.step_size = 0.25
     assert stack.step_size == 0.25
+
+
+def test_learnt_steps_are_not_set_by_the_number_they_started_from():
+    stack = ResidualStack(smooth(), depth=2, step_size=0.5, learn_step=True)
+    with pytest.raises(ValueError, match="set the parameter step_sizes"):
+        stack.step_size = 0.25
+    assert stack.step_size == 0.5 and stack.step_sizes.tolist() == [0.5, 0.5]
+
+
+def test_steps_that_were_frozen_stay_so():
+    stack = ResidualStack(smooth(), depth=2, learn_step=True)
+    for frozen in (False, True):
+        stack.step_sizes.requires_grad_(not frozen)
+        assert stack.refine(2).step_sizes.requires_grad is not frozen
+        assert stack.coarsen(2).step_sizes.requires_grad is not frozen
+
+
+class InPlace(nn.Module):
+    """Changes its input by a function, which no attribute of a module tells."""
+
+    def forward(self, x):
+        return -x.relu_()
+
+
+def test_a_function_that_changes_the_state_is_seen_in_inference_mode():
+    with torch.inference_mode(), pytest.raises(ValueError, match="InPlace of block 0 does"):
+        ResidualStack(InPlace(), depth=2)(torch.ones(1, 2))
+
+
+@pytest.mark.parametrize("solver", ["euler", "rk4"])
+def test_a_compiled_graph_gives_a_field_that_writes_a_copy(solver):
+    """It can't look at versions. By hand, η = 1, F(x) = −relu(x): −1 stays −1, and 2 becomes R(−1)² · 2."""
+    stack = ResidualStack(InPlace(), depth=2, solver=solver)
+    x = torch.tensor([[-1.0, 2.0]])
+    with torch.no_grad():
+        y = torch.compile(stack, fullgraph=True, backend="eager")(x)
+    growth = {"euler": 0.0, "rk4": 1 - 1 + 1 / 2 - 1 / 6 + 1 / 24}[solver]
+    torch.testing.assert_close(y, torch.tensor([[-1.0, 2 * growth**2]]))
+    assert x.tolist() == [[-1.0, 2.0]]
 
 
 def test_an_empty_batch_is_refused_where_each_sample_has_its_steps():

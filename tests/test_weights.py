@@ -104,6 +104,62 @@ def test_a_compiled_models_names_are_taken():
     assert torch.equal(model.linear.weight, source.linear.weight)
 
 
+@pytest.mark.parametrize(
+    "prefix", ["model.", "module.model.", "model.module.", "_orig_mod.module.", "module.module."]
+)
+def test_prefixes_are_taken_off_in_any_order(prefix):
+    source = build("resnet8")
+    weights = {f"{prefix}{name}": value for name, value in source.state_dict().items()}
+    assert torch.equal(load_weights(build("resnet8"), weights).linear.weight, source.linear.weight)
+
+
+@pytest.mark.parametrize("name", ["module", "model"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_prefix_that_is_a_networks_own_stays(name, prefix):
+    def network():
+        return nn.ModuleDict({name: build("resnet8")})
+
+    source = network().state_dict()
+    model = load_weights(network(), {f"{prefix}{key}": value for key, value in source.items()})
+    assert torch.equal(model[name].linear.weight, source[f"{name}.linear.weight"])
+
+
+def test_averaged_weights_and_wrapped_wrappers():
+    """AveragedModel counts its updates beside the weights; without averages the weights themselves count."""
+    source = build("resnet8")
+    averaged = torch.optim.swa_utils.AveragedModel(source).state_dict()
+    assert "n_averaged" in averaged
+    zeros = {name: torch.zeros_like(value) for name, value in source.state_dict().items()}
+    for content in (
+        averaged,
+        {"model_ema": averaged, "epoch": 3},
+        {"state_dict": source.state_dict(), "state_dict_ema": zeros},
+        {"net": {"state_dict": source.state_dict()}, "acc": 95.0},
+    ):
+        assert torch.equal(load_weights(build("resnet8"), content).linear.weight, source.linear.weight)
+
+
+def test_what_is_no_tensor_or_without_memory_does_not_fit():
+    """Nothing is changed, also where a numpy array or a tensor on the meta device has the right shape."""
+    model = build("resnet8")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    other = build("resnet8").state_dict()
+    for wrong, reason in ((other["linear.bias"].numpy(), "no tensor"), (torch.zeros(10).to("meta"), "meta")):
+        with pytest.raises(
+            WeightsMismatch, match=rf"Of another shape \(1\): linear.bias .*{reason}.*not \(10,\)"
+        ):
+            load_weights(model, {**other, "linear.bias": wrong})
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="CifarResNet is on the meta device"):
+        load_weights(build("resnet8").to("meta"), other)
+
+
+def test_names_that_are_no_text_are_unexpected():
+    model = build("resnet8")
+    with pytest.raises(WeightsMismatch, match=r"Unexpected \(1\): 3\."):
+        model.load_state_dict({**model.state_dict(), 3: torch.zeros(1)})
+
+
 @pytest.mark.parametrize("module", [lambda: build("resnet8"), lambda: ResidualStack([nn.Linear(2, 2)] * 2)])
 @pytest.mark.parametrize("load", [load_weights, lambda module, weights: module.load_state_dict(weights)])
 def test_weights_that_do_not_fit_are_listed_shortest_name_first(module, load):

@@ -21,7 +21,8 @@ def probability(what: str, value: object) -> float:
 
 def draw_scale(p: float, x: Tensor) -> Tensor:
     """1 / (1 − p) with probability 1 − p, else 0, for each sample of x: shape (B, 1, …, 1), mean 1."""
-    keep = torch.empty(x.shape[0], *[1] * (x.ndim - 1), device=x.device)
+    precise = torch.promote_types(x.dtype, torch.float32)
+    keep = torch.empty(x.shape[0], *[1] * (x.ndim - 1), device=x.device, dtype=precise)
     return (keep.bernoulli_(1 - p) / (1 - p)).to(x.dtype)
 
 
@@ -88,7 +89,7 @@ class Held:
                 self.first = False
                 yield
             else:
-                with frozen_statistics(self.norms):
+                with FrozenStatistics(self.norms):
                     yield
         finally:
             for drop in self.drops:
@@ -105,20 +106,24 @@ def moving_norms(module: nn.Module) -> list[_BatchNorm]:
     return [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
 
 
-@contextmanager
-def frozen_statistics(norms: list[_BatchNorm]) -> Iterator[None]:
+class FrozenStatistics:
     """Within it, batch norms use the batch's statistics and leave the running ones alone.
 
     By momentum 0 rather than without running statistics, so that a recomputation for checkpointing
-    saves the same tensors as the first evaluation did.
+    saves the same tensors as the first evaluation did. It can be entered again, as each backward pass
+    through a graph that is kept recomputes.
     """
-    saved = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, saved, strict=True):
+
+    def __init__(self, norms: list[_BatchNorm]):
+        self.norms = norms
+
+    def __enter__(self) -> None:
+        self.saved = [(norm.momentum, norm.num_batches_tracked) for norm in self.norms]
+        for norm in self.norms:
+            norm.momentum, norm.num_batches_tracked = 0.0, None
+
+    def __exit__(self, *error: object) -> None:
+        for norm, (momentum, count) in zip(self.norms, self.saved, strict=True):
             norm.momentum, norm.num_batches_tracked = momentum, count
 
 
@@ -126,32 +131,29 @@ def evaluate(field: nn.Module, y: Tensor, index: int, values: dict[str, Tensor] 
     """F(y), with other parameters where `values` has them.
 
     Raises:
-        ValueError: it changes y in place. A compiled graph does not look.
+        ValueError: it changes y in place. A compiled graph can't tell, and lets F change a copy.
     """
 
-    def call() -> Any:
+    def call(y: Tensor) -> Any:
         return field(y) if values is None else torch.func.functional_call(field, values, (y,))
 
     if torch.compiler.is_compiling():
-        return call()
+        return call(y.clone())  # which Inductor removes where F does not write to it
     error = (
         f"a field must not change the state in place; {type(field).__name__} of block {index} does. "
         "Its first operation is probably ReLU(inplace=True): use inplace=False there."
     )
     if y.is_inference():  # which keeps no version
-        before = y.clone() if any(getattr(m, "inplace", False) for m in field.modules()) else None
-        dy = call()
-        changed = before is not None and not torch.allclose(before, y, rtol=0, atol=0, equal_nan=True)
-    else:
-        version = y._version
-        try:
-            dy = call()
-        except RuntimeError as raised:
-            if "leaf Variable that requires grad is being used in an in-place" in str(raised):
-                raise ValueError(error) from raised
-            raise
-        changed = y._version != version
-    if changed:
+        with torch.inference_mode(False):
+            y = y.clone()
+    version = y._version
+    try:
+        dy = call(y)
+    except RuntimeError as raised:
+        if "leaf Variable that requires grad is being used in an in-place" in str(raised):
+            raise ValueError(error) from raised
+        raise
+    if y._version != version:
         raise ValueError(error)
     return dy
 
@@ -168,7 +170,8 @@ def refuse_low_precision(solver: str, dtype: torch.dtype) -> None:
 def refuse_dropout(module: nn.Module, solver: str) -> None:
     """Raise a ValueError where a field in training holds a Dropout of torch's."""
     for name, m in module.named_modules():
-        if isinstance(m, _DropoutNd) and m.training and m.p > 0:
+        attention = isinstance(m, nn.MultiheadAttention) and m.dropout > 0
+        if m.training and (attention or (isinstance(m, _DropoutNd) and m.p > 0)):
             raise ValueError(
                 f"{type(m).__name__} ({name or 'the field itself'}) draws a new mask at every stage, so "
                 f"{solver} would solve no equation in training. Use stochastic depth, put Dropout between "

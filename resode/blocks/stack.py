@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -14,11 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from resode.blocks.held import (
+    FrozenStatistics,
     Held,
     checkpoints,
     draw_scale,
     evaluate,
-    frozen_statistics,
     moving_norms,
     probability,
     refuse_dropout,
@@ -113,7 +114,8 @@ class ResidualStack(Checked):
     ):
         super().__init__()
         shared = isinstance(fields, nn.Module) and not isinstance(fields, nn.ModuleList)
-        modules: list[Any] = [fields] if shared else list(fields)  # type: ignore[arg-type]
+        listed = not shared and isinstance(fields, Iterable)
+        modules: list[Any] = list(fields) if listed else [fields]  # type: ignore[arg-type]
         if not modules or not all(isinstance(m, nn.Module) for m in modules):
             kinds = ", ".join(sorted({type(m).__name__ for m in modules})) or "an empty sequence"
             raise TypeError(f"fields must be an nn.Module or a non-empty sequence of them, got {kinds}.")
@@ -144,8 +146,8 @@ class ResidualStack(Checked):
         self.shared = shared
         self.depth: int = depth if shared else len(modules)  # type: ignore[assignment]
         self.learn_step = "block" if learn_step is True else learn_step
-        self.step_size = step_size
         self.step_sizes = None
+        self.step_size = step_size
         if learn_step:
             each = () if self.learn_step == "block" else (_channels(modules[0], channels),)
             self.step_sizes = nn.Parameter(torch.full((self.depth, *each), self.step_size))
@@ -172,11 +174,13 @@ class ResidualStack(Checked):
 
     @property
     def step_size(self) -> float:
-        """η, the depth time of a block; where it is learnt, where it started from."""
+        """η, the depth time of a block; where it is learnt, where it started from, and then not to be set."""
         return self._step_size
 
     @step_size.setter
     def step_size(self, eta: float) -> None:
+        if self.step_sizes is not None:
+            raise ValueError("this stack learns its steps: set the parameter step_sizes, or build it anew.")
         if isinstance(eta, bool | str) or not hasattr(eta, "__float__"):
             raise TypeError(f"step_size must be a number, got {eta!r}.")
         if not math.isfinite(eta) or (eta <= 0 and not self.learn_step):
@@ -254,7 +258,8 @@ class ResidualStack(Checked):
         origins = [index for index in range(self.depth) for _ in range(k)]
         finer = self._rebuilt(origins, self.step_size / k)
         if self.step_sizes is not None:
-            finer.step_sizes = nn.Parameter((self.step_sizes.detach() / k).repeat_interleave(k, 0))
+            steps = (self.step_sizes.detach() / k).repeat_interleave(k, 0)
+            finer.step_sizes = nn.Parameter(steps, self.step_sizes.requires_grad)
         if self.weights == "linear" and not self.shared:
             with torch.no_grad():
                 for index, field in enumerate(finer.fields):
@@ -265,10 +270,11 @@ class ResidualStack(Checked):
         return finer
 
     def coarsen(self, k: int) -> ResidualStack:
-        """A stack of every k-th block with step kη, over the same depth time: the inverse of `refine(k)`.
+        """A stack of every k-th block with step kη, over the same depth time; it undoes `refine(k)`.
 
         Each new block has the weights, and batch-norm statistics, of the first of the k that it stands
-        for; learnt steps are added up.
+        for; learnt steps are added up. After `refine(k)` the weights are the old ones to the bit, the step
+        sizes to rounding.
 
         Args:
             k: how many blocks become one; it divides the depth.
@@ -287,7 +293,9 @@ class ResidualStack(Checked):
         coarser = self._rebuilt(list(range(0, self.depth, k)), self.step_size * k)
         if self.step_sizes is not None:
             sizes = self.step_sizes.detach()
-            coarser.step_sizes = nn.Parameter(sizes.unflatten(0, (-1, k)).sum(1))
+            coarser.step_sizes = nn.Parameter(
+                sizes.unflatten(0, (-1, k)).sum(1), self.step_sizes.requires_grad
+            )
         return coarser
 
     def cost(self, shape: Shape) -> Cost:
@@ -328,7 +336,7 @@ class ResidualStack(Checked):
         fields = nn.ModuleList(copy.deepcopy(self.fields[i]) for i in ([0] if self.shared else origins))
         other = copy.deepcopy(self, {id(self.fields): fields})  # which takes these for the fields' copies
         other.stats = other.evaluations = None
-        other.depth, other.step_size = len(origins), step_size
+        other.depth, other._step_size = len(origins), step_size
         other.stochastic_depth = tuple(self.stochastic_depth[index] for index in origins)
         return other
 
@@ -424,7 +432,7 @@ class ResidualStack(Checked):
 
         norms = [norm for index in blocks for norm in moving_norms(self.block(index))]
         return checkpoint(
-            through, x, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics(norms))
+            through, x, use_reentrant=False, context_fn=lambda: (nullcontext(), FrozenStatistics(norms))
         )
 
     def _field(self, index: int, several: bool, scale: Tensor | None) -> Callable[[Any, Tensor], Any]:
@@ -541,9 +549,14 @@ def _check_same_structure(modules: Sequence[nn.Module]) -> None:
                 "weights='linear' draws lines between the fields' parameters, so all must have the same: "
                 f"block {index} and block 0 differ in {odd[0]} {odd[1]}."
             )
-        for (name, one), (_, other) in zip(modules[0].named_modules(), module.named_modules(), strict=False):
-            kinds = [f"{type(m).__name__}({m.extra_repr()})" for m in (one, other)]
+        pairs = zip_longest(modules[0].named_modules(), module.named_modules())
+        for one, other in pairs:
+            kinds = [
+                "nothing" if m is None else f"{type(m[1]).__name__}({m[1].extra_repr()})"
+                for m in (one, other)
+            ]
             if kinds[0] != kinds[1]:
+                name = (one or other)[0]
                 raise ValueError(
                     "weights='linear' takes one field with parameters that change in depth, so all must have "
                     f"the same layers: block {index} has {kinds[1]} where block 0 has {kinds[0]}"

@@ -37,6 +37,10 @@ class StableField(nn.Module):
         positions = math.prod(shape[:-1] if self.kernel_size is None else shape[1:])
         return Cost(count * (weights + size), applied * weights * positions, shape)
 
+    def extra_repr(self) -> str:
+        """Size and kernel, for print, and for what asks whether two fields are alike."""
+        return f"{self.size}" if self.kernel_size is None else f"{self.size}, kernel_size={self.kernel_size}"
+
     def _check(self, x: Tensor) -> None:
         if self.kernel_size is None:
             right, shape = x.ndim >= 1 and x.shape[-1] == self.size, f"(*batch, {self.size})"
@@ -104,6 +108,10 @@ class AntisymmetricField(StableField):
         z = _apply(self.weight - _transpose(self.weight), x, self.bias)
         return self.act(z - self.gamma * x if self.gamma else z)
 
+    def extra_repr(self) -> str:
+        """Size and damping, for print."""
+        return f"{super().extra_repr()}, gamma={self.gamma:g}"
+
     def cost(self, shape: Shape) -> Cost:
         """Parameters and multiply-adds for samples of this shape, by formula."""
         return self._cost(shape, self.size, 1)
@@ -150,7 +158,9 @@ class HamiltonianField(StableField):
     eigenvalue of −AB, real and ≤ 0. No step of Euler's is stable; rk4 is up to |ηλ| = 2.83.
 
     With leapfrog=η the second half is K₂ᵀσ(K₂(p + ηṗ) + b₂) and x + ηF(x) the symplectic leapfrog block
-    (p first, then q at the new p), stable up to |ηλ| = 2 at one F a block. F itself then depends on η.
+    (p first, then q at the new p), stable up to |ηλ| = 2 at one F a block. F itself then depends on η: a
+    stack with another step or solver, such as a refined one, is leapfrog no more until its fields'
+    `leapfrog` is set anew (to 0 for Runge-Kutta methods).
 
     Args:
         size: features or channels of the whole state, even; each half has size / 2.
@@ -192,6 +202,10 @@ class HamiltonianField(StableField):
             p = p + self.leapfrog * dp
         dq = -_apply(_transpose(self.weight2), self.act(_apply(self.weight2, p, self.bias2)))
         return torch.cat((dp, dq), dim)
+
+    def extra_repr(self) -> str:
+        """Size and the leapfrog's step, for print."""
+        return f"{super().extra_repr()}, leapfrog={self.leapfrog:g}"
 
     def cost(self, shape: Shape) -> Cost:
         """Parameters and multiply-adds for samples of this shape, by formula."""

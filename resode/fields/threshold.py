@@ -58,6 +58,10 @@ class SoftThresholdField(nn.Module):
 
     @torch.no_grad()
     def active_share(self, x: Tensor) -> Tensor:
-        """Share of each sample's units outside the dead zone, |G(x)| > τ, shape (batch,)."""
+        """Share of each sample's units outside the dead zone, |G(x)| > τ, shape (batch,).
+
+        It calls G once, so take it after `.eval()` where G holds batch norms: in training they would
+        count the batch.
+        """
         z = self.branch(x)
         return (z.abs() > self._tau(z)).flatten(1).double().mean(1).to(x.dtype)

@@ -11,7 +11,7 @@ from functools import partial
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from resode.blocks.held import StochasticDepth, checkpoints, frozen_statistics, moving_norms, probability
+from resode.blocks.held import FrozenStatistics, StochasticDepth, checkpoints, moving_norms, probability
 from resode.fields import (
     ACTIVATIONS,
     NORMS,
@@ -141,7 +141,7 @@ def head(images: Cost, linear: nn.Linear) -> Cost:
 def _contexts(
     segment: nn.Module,
 ) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-    return contextlib.nullcontext(), frozen_statistics(moving_norms(segment))
+    return contextlib.nullcontext(), FrozenStatistics(moving_norms(segment))
 
 
 def make_stem(in_channels: int, width: int, style: Style) -> tuple[nn.Conv2d, nn.Module]:

@@ -20,7 +20,7 @@ from resode.state_dicts import WeightsMismatch, mismatch
 
 Module = TypeVar("Module", bound=nn.Module)
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "state_dict_ema", "model_ema")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
@@ -30,17 +30,20 @@ def load_weights(model: Module, source: str | Path | Mapping[str, Any]) -> Modul
     Args:
         model: the network, changed in place; nothing is changed where the weights do not fit.
         source: a safetensors or torch file, or a state dict. It may be wrapped as
-            {"state_dict": …} beside other entries, and every name may begin with `module.` (DataParallel)
-            or `_orig_mod.` (torch.compile). `num_batches_tracked`, which old files lack, may be missing:
-            those counters stay as they are. Projections called `shortcut` are the `downsample` of here.
+            {"state_dict": …} beside other entries (or "model", "net", …; averaged weights, as in
+            "model_ema", are taken where there are no others), and every name may begin with `module.`
+            (DataParallel, AveragedModel), `_orig_mod.` (torch.compile) and `model.`, in any order.
+            `num_batches_tracked`, which old files lack, may be missing: those counters stay as they
+            are. Projections called `shortcut` are the `downsample` of here.
 
     Returns:
         The network.
 
     Raises:
-        WeightsMismatch: a ValueError that lists the missing, the unexpected and the mis-shaped names.
-        ValueError: the file is neither format, is damaged, or holds other objects than weights; they are
-            not unpickled.
+        WeightsMismatch: a ValueError that lists the missing, the unexpected and the mis-shaped names,
+            among these what is no tensor or has no memory (on the meta device).
+        ValueError: the network is on the meta device; or the file is neither format, is damaged, or holds
+            other objects than weights; they are not unpickled.
         FileNotFoundError: there is no such file.
         ImportError: a safetensors file, and the package safetensors is not installed.
 
@@ -51,8 +54,13 @@ def load_weights(model: Module, source: str | Path | Mapping[str, Any]) -> Modul
         >>> torch.equal(model.linear.weight, trained["module.linear.weight"])
         True
     """
-    weights = _unwrapped(source if isinstance(source, Mapping) else read_weights(source))
     own = model.state_dict()
+    if any(value.is_meta for value in own.values() if isinstance(value, Tensor)):
+        raise ValueError(
+            f"this {type(model).__name__} is on the meta device and has no memory for weights: give it some "
+            "first, as by model.to_empty(device='cpu')."
+        )
+    weights = _unwrapped(source if isinstance(source, Mapping) else read_weights(source), own)
     weights = _renamed(weights, own)
     for name, value in own.items():
         if name.endswith(".num_batches_tracked"):
@@ -109,16 +117,18 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is no sound safetensors file: {error}.") from error
 
 
-def _unwrapped(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict, out of a checkpoint and without a prefix that all names share."""
-    for wrapper in _WRAPPERS:
-        if isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
+def _unwrapped(content: Mapping[str, Any], own: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The state dict, out of a checkpoint and without prefixes that all names share and `own` has not."""
+    while wrapper := next((w for w in _WRAPPERS if isinstance(content.get(w), Mapping)), None):
+        content = content[wrapper]
+    weights = {str(name): value for name, value in content.items()}
+    if any(name.startswith("module.") for name in weights):
+        weights.pop("n_averaged", None)  # AveragedModel's counter
+    while weights and not any(name in own for name in weights):
+        prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in weights)), None)
+        if prefix is None:
             break
-    weights = dict(content)
-    for prefix in _PREFIXES:
-        if weights and all(isinstance(name, str) and name.startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
     return weights
 
 
@@ -129,4 +139,4 @@ def _renamed(weights: dict[str, Any], own: Mapping[str, Tensor]) -> dict[str, An
         other = name.replace(".shortcut.", ".downsample.")
         return other if name not in own and other in own else name
 
-    return {name_here(str(name)): value for name, value in weights.items()}
+    return {name_here(name): value for name, value in weights.items()}
