@@ -268,7 +268,10 @@ def _between(solve: Adaptive, passed: list[_Attempt], outputs: np.ndarray) -> tu
     # One row for each attempt and sample; a state that is no batch is one row.
     rows = coefficients.reshape(len(coefficients), len(passed) * len(start), -1)
     pick = (index.T * len(start) + torch.arange(len(start), device=x.device)).reshape(-1)
-    theta, path = theta.reshape(-1, 1), rows[-1].index_select(0, pick)
+    path = rows[-1].index_select(0, pick)
+    theta = (
+        theta.reshape(-1, 1).expand_as(path).contiguous()
+    )  # kernels are slow where short rows share a number
     for row in rows.unbind(0)[-2::-1]:
         path = torch.addcmul(row.index_select(0, pick), path, theta)
     return list(path.reshape(len(outputs), *x.shape)), 0

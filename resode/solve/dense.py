@@ -61,22 +61,26 @@ def interpolate(
     # A sample that did not take the step has size 0; only an output at its start can fall there.
     theta = (outputs - start).T / np.where(size == 0, 1.0, size)
     column = (outputs.shape[1],) + ((len(like),) + (1,) * (like.ndim - 1) if per_sample else (1,) * like.ndim)
-    pick = torch.from_numpy(index.T).to(device)
-    where = (pick, torch.arange(pick.shape[1], device=device)) if per_sample else (pick[:, 0],)
+    # Rows of one sample's state at one step; a state that is no batch is one row.
+    pick = torch.from_numpy((index.T * len(end) + np.arange(len(end))).reshape(-1)).to(device)
 
     def as_factor(numbers: np.ndarray) -> Tensor:
         return torch.from_numpy(numbers).to(device, real).view(column)
 
     def at_step(entries: list[Tensor]) -> Tensor:
         """Of one entry a step, the one at each output's step: (T, *x.shape)."""
-        return torch.stack(entries)[where]
+        rows = torch.stack(entries).reshape(len(steps) * len(end), -1)
+        return rows.index_select(0, pick).reshape(index.shape[1], *like.shape)
 
     x = at_step([s.x for s in steps])
     if tableau.interpolant is not None:
+        powers = [size * theta]
+        while len(powers) < len(tableau.interpolant[0]):
+            powers.append(powers[-1] * theta)
         for i, row in enumerate(tableau.interpolant):
             if any(row):
-                weight = sum(float(c) * theta ** (j + 1) for j, c in enumerate(row))
-                x = x + as_factor(size * weight) * at_step([s.k[i] for s in steps])
+                weight = sum(float(c) * p for c, p in zip(row, powers, strict=True) if c)
+                x = torch.addcmul(x, as_factor(weight), at_step([s.k[i] for s in steps]))  # type: ignore[arg-type]
         return list(x), 0
     k0, h = at_step([s.k[0] for s in steps]), as_factor(size)
     if tableau.order <= 3:
