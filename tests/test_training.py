@@ -693,7 +693,7 @@ def test_states_too_large_for_a_dense_spectrum_go_without_the_jacobian():
     (stage,) = stage_limits(network, torch.ones(1, 5000), ["euler"])
     (row,) = stage.rows
     assert stage.shape == (5000,) and row.step == 0 and row.growing > 0 and not row.complete
-    with pytest.raises(ValueError, match=r"this network has none"):
+    with pytest.raises(ValueError, match=r"this network has no ResidualStack"):
         next(stage_limits(nn.Sequential(nn.ReLU()), torch.ones(1, 2), ["euler"]))
 
 

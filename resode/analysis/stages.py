@@ -115,10 +115,10 @@ def _blocks_of(network: nn.Module, images: Tensor, pattern: str | None) -> list[
         stages[-1].states.append(x)
     if stages:
         return stages
-    which = f"modules named {pattern}" if pattern else "a ResidualStack, nor modules whose class is a block,"
+    which = f"module named {pattern}" if pattern else "ResidualStack and no module whose class is a block"
     classes = sorted({type(module).__name__ for module in network.modules()})
     raise ValueError(
-        f"step limits belong to blocks that keep the state's shape: this network has no {which} that do. "
+        f"step limits belong to blocks that keep the state's shape: this network has no {which} that does. "
         f"Name them with blocks=, such as 'layer*.*'; its modules are {', '.join(classes)}."
     )
 
