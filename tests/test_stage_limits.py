@@ -78,7 +78,7 @@ def test_any_network_through_its_blocks():
     assert euler.complete and rk4.decaying_step > 0
     (named,) = stage_limits(network, images(), ["euler"], blocks="layer.1")
     assert len(named.rows) == 1
-    with pytest.raises(ValueError, match="no modules named stem"):
+    with pytest.raises(ValueError, match="no module named stem"):
         list(stage_limits(network, images(), ["euler"], blocks="stem"))
     with pytest.raises(ValueError, match="BatchNorm2d, Conv2d"):
         list(stage_limits(nn.Sequential(nn.Conv2d(1, 1, 3), nn.BatchNorm2d(1)), images(), ["euler"]))

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,15 +51,15 @@ def check_times(t: Any, is_event: bool = False) -> None:
         raise ValueError(
             f"with event_fn, t must hold two times, the start and one for the direction; got {len(t)}."
         )
-    if not torch.isfinite(t.detach()).all():
+    times = t.detach().double().cpu().numpy()
+    if not np.isfinite(times).all():
         raise ValueError("t must be finite; it holds an infinity or NaN.")
-    t = t.detach()
-    steps = t.diff()
+    steps = np.diff(times)
     if not ((steps > 0).all() or (steps < 0).all()):
-        bad = int(((steps <= 0) if steps[0] > 0 else (steps >= 0)).nonzero()[0])
+        bad = int(((steps <= 0) if steps[0] > 0 else (steps >= 0)).nonzero()[0][0])
         raise ValueError(
-            f"t must be strictly increasing or strictly decreasing; t[{bad}]={float(t[bad]):g} is followed "
-            f"by t[{bad + 1}]={float(t[bad + 1]):g}."
+            f"t must be strictly increasing or strictly decreasing; t[{bad}]={times[bad]:g} is followed "
+            f"by t[{bad + 1}]={times[bad + 1]:g}."
         )
 
 

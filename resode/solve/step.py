@@ -7,6 +7,7 @@ With a tableau (A, b, c), a step of size h on x' = f(t, x) is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -148,4 +149,4 @@ def all_finite(x: Tensor) -> bool:
     if x.numel() == 0:
         return True
     low, high = torch.aminmax(torch.view_as_real(x.detach()) if x.is_complex() else x.detach())
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    return math.isfinite(low.item()) and math.isfinite(high.item())
