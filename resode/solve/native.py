@@ -121,7 +121,7 @@ def _fixed(
     how: How,
     callbacks: Callbacks | None,
 ) -> tuple[Tensor, Stats]:
-    low, high = sorted(t.detach()[[0, -1]].tolist())
+    low, high = _ends(t)
     field = fixed_field(counted, y0, low, high, how.per_sample)
     callback = None if callbacks is None else callbacks.step
     grid = how.grid()
@@ -159,7 +159,7 @@ def _equal(
 ) -> tuple[list[Tensor], int]:
     """As `fixed_solve`: with compiled steps, or in pieces that run again, or both, or neither."""
     if how.compile_for is None:
-        low, high = sorted(t.detach()[[0, -1]].tolist())
+        low, high = _ends(t)
         field = fixed_field(counted, y0, low, high, how.per_sample)
         advance = equal_steps if t.requires_grad else steps_at(counted, y0, low, high, how.per_sample)
     else:
@@ -168,7 +168,7 @@ def _equal(
             return as_stage(counted.f(t, x), x)
 
         # As tensors they are inputs of the graph; as floats each choice of times would be another one.
-        ends = torch.sort(t.detach()[[0, -1]].to(y0.device, torch.float64)).values
+        ends = torch.tensor(_ends(t), dtype=torch.float64, device=y0.device)
         field = fixed_field(func, y0, ends[0], ends[1], how.per_sample)
         advance = compiled_steps(how.compile_for)
     if again is not None:
@@ -177,6 +177,12 @@ def _equal(
     if how.compile_for is not None:
         counted.calls += n * (tableau.b_row[-1][0] + 1)  # they were not counted on the way
     return path, n
+
+
+def _ends(t: Tensor) -> tuple[float, float]:
+    """The least and the largest of monotone times."""
+    first, last = t[0].item(), t[-1].item()
+    return min(first, last), max(first, last)
 
 
 def steps_at(
