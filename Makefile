@@ -22,7 +22,7 @@ bench: $(STAMP) .bench/.installed
 	PYTHONPATH=.bench/peers $(BIN)/python -m tests.benchmarks.speed --growth --diffrax .bench/diffrax/bin/python \
 	  --json .bench/speed.json --figure .bench/work_precision.png
 
-.bench/.installed: tests/benchmarks/peers.txt
+.bench/.installed: tests/benchmarks/peers.txt | $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .bench/peers --requirement tests/benchmarks/peers.txt
 	$(PYTHON) -m venv .bench/diffrax
 	.bench/diffrax/bin/python -m pip install --quiet diffrax==0.7.2
