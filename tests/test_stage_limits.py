@@ -253,3 +253,13 @@ def test_wrong_operator_norms():
     with pytest.raises(ValueError, match="positive"):
         bound_operator_norm(nn.Conv2d(3, 3, 3), (3, 4, 4), bound=0.0)
     assert operator_norm(nn.Linear(5, 3), (5,)) > 0
+
+
+def test_a_resumed_run_keeps_its_penalty(tmp_path):
+    """Without it, the run would end with other weights than it would have had."""
+    penalty = StepLimitPenalty("euler", 0.2, samples=1, vectors=4)
+    options = dict(recipe="smoke", updates=1, progress=False, run_dir=tmp_path / "run")
+    resode.train("odenet8", "digits", penalty=penalty, **options)
+    for other, got in [(None, "none"), (StepLimitPenalty("euler", 0.1, samples=1, vectors=4), "euler', 0.1")]:
+        with pytest.raises(ValueError, match=rf"StepLimitPenalty\('euler', 0.2.*got .*{got}"):
+            resode.train(resume=tmp_path / "run", penalty=other, progress=False)

@@ -60,6 +60,14 @@ class StepLimitPenalty:
             raise ValueError(f"samples and vectors must be at least 1, got {samples} and {vectors}.")
         self.margin, self.weight, self.samples, self.vectors = margin, weight, samples, vectors
 
+    def __repr__(self) -> str:
+        """As it was made; a run's config.yaml keeps it."""
+        solver = None if self.tableau is None else self.tableau.name
+        return (
+            f"StepLimitPenalty({solver!r}, {self.margin:g}, weight={self.weight:g}, samples={self.samples}, "
+            f"vectors={self.vectors})"
+        )
+
     def of_field(
         self, field: Field, x: Tensor, step: float | Tensor, solver: str | ButcherTableau | None = None
     ) -> Tensor:

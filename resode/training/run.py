@@ -110,6 +110,7 @@ def train(
         given = {"recipe": recipe, "model_options": model_options, "run_dir": run_dir, **settings}
         folder = RunFolder.open(resume)
         plan = Plan.stored(folder.read_config(), model, data, data_dir, given)
+        _check_same_penalty((plan.record or {}).get("penalty"), _penalty_name(penalty))
     else:
         plan = Plan.new(model, data, recipe, model_options, data_dir, settings)
         folder = RunFolder.create(run_dir or plan.default_run_dir())
@@ -186,12 +187,29 @@ def _train(
                 loop.restore(checkpoint)
             progress.say(f"resuming after update {loop.update} of {updates}")
         else:
-            folder.write_config(make_config(plan, recipe, data, network, device))
+            config = make_config(plan, recipe, data, network, device)
+            config["record"]["penalty"] = _penalty_name(penalty)
+            folder.write_config(config)
         progress.heading()
         for row in loop.rows:
             progress.epoch(row)
         loop.run()
     return _finish(folder, plan, recipe, data, network.eval(), loop.rows, progress, device)
+
+
+def _penalty_name(penalty: Any) -> str | None:
+    """What config.yaml calls a penalty: its repr where it has one of its own, else its name."""
+    if penalty is None or type(penalty).__repr__ is not object.__repr__:
+        return None if penalty is None else getattr(penalty, "__qualname__", repr(penalty))
+    return type(penalty).__qualname__
+
+
+def _check_same_penalty(stored: str | None, given: str | None) -> None:
+    if stored != given:
+        raise ValueError(
+            f"a resumed run keeps its penalty: it has {stored or 'none'}, got {given or 'none'}. "
+            "Pass the same one as penalty=."
+        )
 
 
 def _batches(data: ImageData, recipe: Recipe, device: torch.device) -> tuple[Batches, dict[str, Batches]]:
