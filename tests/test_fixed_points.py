@@ -247,6 +247,29 @@ def test_a_singular_jacobian_warns_in_the_backward_pass():
         nowhere.points.sum().backward()
 
 
+def test_a_double_zero_warns_in_the_backward_pass():
+    """x² − a at a = 0 has no derivative of x* = √a; Newton's method stops at 4e-6, where J is not quite 0."""
+    a = torch.tensor(0.0, dtype=torch.float64, requires_grad=True)
+    found = find_fixed_points(lambda x: x**2 - a, torch.tensor([[0.5]], dtype=torch.float64))
+    assert found.converged.all()
+    with pytest.warns(RuntimeWarning, match="1 of 1 solves did not converge"):
+        found.points.sum().backward()
+
+
+@pytest.mark.parametrize("n", [20, 160])
+def test_a_field_that_saturates(n):
+    """tanh(Ax) + 0.1, A stable: Newton's steps run away where tanh is flat, and the flow leads back."""
+    generator = torch.Generator().manual_seed(3)
+    matrix = torch.randn(n, n, generator=generator, dtype=torch.float64) / n**0.5
+    matrix = matrix - 2 * torch.eye(n, dtype=torch.float64)
+    start = torch.randn(4, n, generator=generator, dtype=torch.float64)
+    found = find_fixed_points(lambda x: torch.tanh(x @ matrix.T) + 0.1, start)
+    assert found.converged.all()
+    value = torch.full((n,), -math.atanh(0.1), dtype=torch.float64)
+    expected = torch.linalg.solve(matrix, value).expand(4, n)
+    torch.testing.assert_close(found.points, expected, rtol=0, atol=1e-9)
+
+
 def test_no_warning_where_all_is_well():
     a = torch.tensor(2.0, dtype=F64, requires_grad=True)
     found = find_fixed_points(lambda x: a - x**3, torch.ones(1, 1, dtype=F64))
