@@ -126,6 +126,20 @@ def test_transformers_have_two_additions_a_block_or_one():
     assert len(found) == 6 and {a.after for a in found} == {"NativeLayerNorm"}
 
 
+def test_a_decoders_cross_attention_is_a_block():
+    """It adds to the decoder's state what it reads from the encoder: 2 additions an encoder layer, 3 a decoder
+    layer, and F's part of the gradient is that through the decoder's state."""
+    torch.manual_seed(0)
+    model = nn.Transformer(8, 2, 1, 2, 16, batch_first=True).double().eval()
+    x = torch.randn(2, 4, 8, dtype=F64), torch.randn(2, 3, 8, dtype=F64)
+    profile = profile_depth(model, x)
+    found = [row.name for row in profile.rows]
+    assert found == [f"encoder.layers.0[{i}]" for i in range(2)] + [
+        f"decoder.layers.{layer}[{i}]" for layer in range(2) for i in range(3)
+    ]
+    assert all(row.kind == "identity" and row.split_error < 1e-14 for row in profile.rows)
+
+
 def test_a_skip_around_other_blocks_is_found_beside_them():
     class Outer(nn.Module):
         def __init__(self):
@@ -179,7 +193,7 @@ def test_forms_of_addition():
     class Forms(nn.Module):
         def __init__(self):
             super().__init__()
-            self.f = nn.ModuleList([nn.Linear(3, 3) for _ in range(6)])
+            self.f = nn.ModuleList([nn.Linear(3, 3) for _ in range(7)])
             self.alpha = nn.Parameter(torch.tensor([0.3]))
 
         def forward(self, x):
@@ -189,12 +203,13 @@ def test_forms_of_addition():
             y.add_(x)
             y = y + self.alpha * self.f[3](y)
             y = self.f[4](y) + y
-            return sum([y, -2 * self.f[5](y)])
+            y = y + self.f[5](y) / 4
+            return sum([y, -2 * self.f[6](y)])
 
     model, x = Forms().double().eval(), torch.randn(4, 3, dtype=F64)
     traced = trace(model, x)
-    assert [round(a.step_size, 6) for a in traced.additions] == [0.5, 0.25, 1, 0.3, 1, 2]
-    signs = [-1, 1, 1, 1, 1, -1]
+    assert [round(a.step_size, 6) for a in traced.additions] == [0.5, 0.25, 1, 0.3, 1, 0.25, 2]
+    signs = [-1, 1, 1, 1, 1, 1, -1]
     profile = profile_depth(model, x)
     for a, row, f, sign in zip(traced.additions, profile.rows, model.f, signs, strict=True):
         assert a.kind == "identity" and row.split_error < 1e-14
