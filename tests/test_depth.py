@@ -507,12 +507,59 @@ def test_bad_input():
         profile_depth(model, images(), torch.zeros(2, 3))
     with pytest.raises(ValueError, match="dopri5 takes steps of its own in layer1"):
         profile_depth(build("odenet20", solver="dopri5").eval(), images())
+    with pytest.raises(ValueError, match="spectra must be"):
+        profile_depth(model, images(), spectra=-1)
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
+        profile_depth(lambda x: x, images())
     with pytest.raises(ValueError, match="batch_size"):
         profile_depth(model, images(), batch_size=0)
     with pytest.raises(ValueError, match="at least one tensor"):
         profile_depth(model, {})
     with pytest.raises(ValueError, match="one number a sample"):
         profile_depth(model, images(), torch.tensor([0, 1]), loss_fn=lambda z, t: z)
+
+
+def test_a_head_that_reads_the_last_state_is_no_activation():
+    """x + W x, then a linear head: an Euler step. With a ReLU after the addition it is none."""
+    torch.manual_seed(0)
+
+    class Block(nn.Module):
+        def __init__(self, after):
+            super().__init__()
+            self.f, self.after = nn.Linear(3, 3), after
+
+        def forward(self, x):
+            return self.after(x + self.f(x))
+
+    for after, expected in ((nn.Identity(), ""), (nn.ReLU(), "Relu")):
+        model = nn.Sequential(Block(after), nn.Linear(3, 2)).eval()
+        profile = profile_depth(model, torch.randn(2, 3), spectra=0)
+        assert [row.after for row in profile.rows] == [expected]
+    pooled = nn.Sequential(Block(nn.Identity()), nn.AdaptiveAvgPool1d(1)).eval()
+    assert profile_depth(pooled, torch.randn(2, 3), spectra=0).rows[0].after == ""
+
+
+def test_random_masks_of_ones_own_are_refused():
+    """A hand-written stochastic depth left in training mode inside an eval model; without it all is well."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = nn.Linear(3, 3)
+
+        def forward(self, x):
+            y = self.f(x)
+            if self.training:
+                y = y * torch.empty(len(x), 1).bernoulli_(0.5) / 0.5
+            return x + y
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block() for _ in range(12))).eval()
+    assert len(profile_depth(model, torch.randn(4, 3), spectra=0).rows) == 12
+    for block in model:
+        block.train()
+    with pytest.raises(ValueError, match=r"another output each time.*eval.*; 0 is in training mode"):
+        profile_depth(model, torch.randn(4, 3))
 
 
 def test_ones_own_loss():

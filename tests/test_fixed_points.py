@@ -340,6 +340,17 @@ def test_stable_for_the_flow_but_not_for_euler():
     assert classify(logistic, x, solver="implicit_euler", step_size=100.0).solver_stable.item()
 
 
+def test_what_a_classification_says_at_the_edge():
+    """|R(−2)| = 1 for Euler: neither stable nor unstable; and a point where F is 1/4 is no fixed point."""
+    at_edge = classify(lambda x: -x, torch.zeros(1, 1, dtype=torch.float64), solver="euler", step_size=2.0)
+    assert not at_edge.solver_stable.any() and "neutral for euler" in str(at_edge)
+    above = classify(lambda x: -x, torch.zeros(1, 1, dtype=torch.float64), solver="euler", step_size=2.001)
+    assert "unstable for euler" in str(above)
+    moving = classify(lambda x: x * (1 - x), torch.tensor([[0.5], [1.0]], dtype=torch.float64))
+    first, second = str(moving).splitlines()
+    assert "max|F| = 0.25), so it is no fixed point" in first and "no fixed point" not in second
+
+
 def test_a_spurious_points_own_stability():
     """Midpoint's map at 2/η: its derivative 1 + ηΦ' by hand, Φ' = (1 − 2m)(1 + (η/2)(1 − 2x)), m = 1."""
     eta = 2.2

@@ -35,6 +35,10 @@ _DIVISIONS = ("div", "__truediv__", "div_", "__itruediv__", "divide", "true_divi
 _DEAD_ZONE = re.compile(
     r"^_?(relu6?_?|threshold_?|hardtanh_?|hardswish_?|softshrink|hardshrink|clamp(_min)?_?)$"
 )
+_READS = re.compile(  # the state as it is: the next layer, or a head
+    r"Conv|[Aa]ddmm|Mm|[Bb]mm|Mv|Linear|View|Reshape|Transpose|Permute|Mean|Sum|Pool|Select|Slice|Clone|Cat"
+    r"|^T$|queeze|Expand|Unbind|Index|ToCopy"
+)
 _WEIGHTED = re.compile(r"Conv(?!ert)|[Aa]ddmm|Mm|[Bb]mm|Mv|Linear|ScaledDot|Rnn|Attention")
 
 
@@ -48,7 +52,7 @@ class Addition:
         kind: of the shortcut S: "identity", "parameter-free", "projection" or "gated".
         step_size: η ≥ 0, where F's output is multiplied by a number; else 1.
         factor: η with the sign that the graph's branch at at_field has in the sum.
-        after: the operation that follows, or "".
+        after: the operation on y that follows, such as an activation; "" where y is read as it is.
         number: which addition of the forward pass it is.
         leaf: (number, operand) of the addition in which S(x) is an operand.
         x: the state that both branches start from; `shortcut` S(x), `increment` ηF(x), `y` their sum.
@@ -495,8 +499,10 @@ class _Graph:
         return sorted(self._last_of_steps(found), key=lambda a: a.number)
 
     def _joined(self, node: Any) -> Any:
-        """The addend that the other one is computed from, where F reads something else too, as a decoder's
-        attention reads the encoder: no node then dominates the addition."""
+        """The addend that the other one is computed from, though no node dominates the addition.
+
+        So it is where F reads something else too, as a decoder's attention reads the encoder.
+        """
         for short, long in itertools.permutations(n for n, _ in node.next_functions):
             if short in self.recorder.values and self._weights(short, long)[0] >= 1:
                 return short
@@ -539,14 +545,14 @@ class _Graph:
             found.pop(edges[side].node)
         elif at_field is not None:
             at_field, eta = self._unscaled(at_field, eta)
-        follows = self.consumers.get(node, [])
+        follows = [re.sub(r"Backward\d*$", "", n.name()) for n in self.consumers.get(node, [])]
         return Addition(
             name=record.module,
             module=record.module,
             kind=kind,
             step_size=abs(eta),
             factor=eta,
-            after=re.sub(r"Backward\d*$", "", follows[0].name()) if len(follows) == 1 else "",
+            after=follows[0] if len(follows) == 1 and not _READS.search(follows[0]) else "",
             number=record.number,
             leaf=leaf or (record.number, side),
             x=shortcut if kind == "identity" else x,
