@@ -247,6 +247,15 @@ def test_a_singular_jacobian_warns_in_the_backward_pass():
         nowhere.points.sum().backward()
 
 
+def test_second_derivatives_are_not_lost_in_silence():
+    """x* = √a at a = 4: x*' = 1/4, and no second derivative, which is said."""
+    a = torch.tensor(4.0, dtype=torch.float64, requires_grad=True)
+    found = find_fixed_points(lambda x: x**2 - a, torch.tensor([[1.5]], dtype=torch.float64))
+    with pytest.warns(RuntimeWarning, match="differentiable once"):
+        (g,) = torch.autograd.grad(found.points.sum(), a, create_graph=True)
+    assert float(g) == pytest.approx(0.25, abs=1e-12)
+
+
 def test_a_double_zero_warns_in_the_backward_pass():
     """x² − a at a = 0 has no derivative of x* = √a; Newton's method stops at 4e-6, where J is not quite 0."""
     a = torch.tensor(0.0, dtype=torch.float64, requires_grad=True)

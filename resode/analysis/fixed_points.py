@@ -103,7 +103,8 @@ def find_fixed_points(
 
     Returns:
         FixedPoints. A sample that does not converge is no exception; see `converged`. The gradient of
-        `points` solves with the transposed Jacobian in the backward pass, and warns where that fails.
+        `points` solves with the transposed Jacobian in the backward pass, and warns where that fails; it is
+        itself a constant: for second derivatives (create_graph=True) it warns too.
 
     Raises:
         TypeError, ValueError: as `resode.analysis.linearize.check_field`; a dtype other than float32 and
@@ -490,7 +491,15 @@ def _differentiable(residual: Field, points: Tensor, converged: Tensor) -> Tenso
         return points
 
     def backward(g: Tensor) -> Tensor:
-        return _implicit(residual, points, converged, g)
+        if torch.is_grad_enabled():  # under create_graph=True
+            warnings.warn(
+                "the gradient of a fixed point is differentiable once: with create_graph=True what it "
+                "depends on is left out of second derivatives.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        with torch.no_grad():
+            return _implicit(residual, points, converged, g)
 
     change = value - value.detach()  # 0, with the graph of F's parameters
     change.register_hook(backward)
