@@ -124,6 +124,18 @@ def test_too_few_products_warn():
         largest_hessian_eigenvalue(small_net(), nn.CrossEntropyLoss(), data(), max_iter=3)
 
 
+def test_what_would_give_a_wrong_rate_is_refused():
+    """A sum taken in parts would be off by the number of parts; nan has no eigenvalue; 0 products say nothing."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 2).double(), torch.randn(12, 3).double(), torch.randn(12, 2).double()
+    with pytest.raises(ValueError, match="a mean over samples, and this one is not"):
+        max_learning_rate(model, nn.MSELoss(reduction="sum"), (x, y), batch_size=5)
+    with pytest.raises(ValueError, match="holds inf or nan"):
+        max_learning_rate(model, nn.MSELoss(), (x * math.nan, y))
+    with pytest.raises(ValueError, match="max_iter must be"):
+        max_learning_rate(model, nn.MSELoss(), (x, y), max_iter=0)
+
+
 def test_bad_input():
     model, pair = small_net(), data()
     with pytest.raises(ValueError, match="momentum"):

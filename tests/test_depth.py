@@ -126,6 +126,20 @@ def test_transformers_have_two_additions_a_block_or_one():
     assert len(found) == 6 and {a.after for a in found} == {"NativeLayerNorm"}
 
 
+def test_a_decoders_cross_attention_is_a_block():
+    """It adds to the decoder's state what it reads from the encoder: 2 additions an encoder layer, 3 a decoder
+    layer, and F's part of the gradient is that through the decoder's state."""
+    torch.manual_seed(0)
+    model = nn.Transformer(8, 2, 1, 2, 16, batch_first=True).double().eval()
+    x = torch.randn(2, 4, 8, dtype=F64), torch.randn(2, 3, 8, dtype=F64)
+    profile = profile_depth(model, x)
+    found = [row.name for row in profile.rows]
+    assert found == [f"encoder.layers.0[{i}]" for i in range(2)] + [
+        f"decoder.layers.{layer}[{i}]" for layer in range(2) for i in range(3)
+    ]
+    assert all(row.kind == "identity" and row.split_error < 1e-14 for row in profile.rows)
+
+
 def test_a_skip_around_other_blocks_is_found_beside_them():
     class Outer(nn.Module):
         def __init__(self):
@@ -179,7 +193,7 @@ def test_forms_of_addition():
     class Forms(nn.Module):
         def __init__(self):
             super().__init__()
-            self.f = nn.ModuleList([nn.Linear(3, 3) for _ in range(6)])
+            self.f = nn.ModuleList([nn.Linear(3, 3) for _ in range(7)])
             self.alpha = nn.Parameter(torch.tensor([0.3]))
 
         def forward(self, x):
@@ -189,12 +203,13 @@ def test_forms_of_addition():
             y.add_(x)
             y = y + self.alpha * self.f[3](y)
             y = self.f[4](y) + y
-            return sum([y, -2 * self.f[5](y)])
+            y = y + self.f[5](y) / 4
+            return sum([y, -2 * self.f[6](y)])
 
     model, x = Forms().double().eval(), torch.randn(4, 3, dtype=F64)
     traced = trace(model, x)
-    assert [round(a.step_size, 6) for a in traced.additions] == [0.5, 0.25, 1, 0.3, 1, 2]
-    signs = [-1, 1, 1, 1, 1, -1]
+    assert [round(a.step_size, 6) for a in traced.additions] == [0.5, 0.25, 1, 0.3, 1, 0.25, 2]
+    signs = [-1, 1, 1, 1, 1, 1, -1]
     profile = profile_depth(model, x)
     for a, row, f, sign in zip(traced.additions, profile.rows, model.f, signs, strict=True):
         assert a.kind == "identity" and row.split_error < 1e-14
@@ -492,12 +507,59 @@ def test_bad_input():
         profile_depth(model, images(), torch.zeros(2, 3))
     with pytest.raises(ValueError, match="dopri5 takes steps of its own in layer1"):
         profile_depth(build("odenet20", solver="dopri5").eval(), images())
+    with pytest.raises(ValueError, match="spectra must be"):
+        profile_depth(model, images(), spectra=-1)
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
+        profile_depth(lambda x: x, images())
     with pytest.raises(ValueError, match="batch_size"):
         profile_depth(model, images(), batch_size=0)
     with pytest.raises(ValueError, match="at least one tensor"):
         profile_depth(model, {})
     with pytest.raises(ValueError, match="one number a sample"):
         profile_depth(model, images(), torch.tensor([0, 1]), loss_fn=lambda z, t: z)
+
+
+def test_a_head_that_reads_the_last_state_is_no_activation():
+    """x + W x, then a linear head: an Euler step. With a ReLU after the addition it is none."""
+    torch.manual_seed(0)
+
+    class Block(nn.Module):
+        def __init__(self, after):
+            super().__init__()
+            self.f, self.after = nn.Linear(3, 3), after
+
+        def forward(self, x):
+            return self.after(x + self.f(x))
+
+    for after, expected in ((nn.Identity(), ""), (nn.ReLU(), "Relu")):
+        model = nn.Sequential(Block(after), nn.Linear(3, 2)).eval()
+        profile = profile_depth(model, torch.randn(2, 3), spectra=0)
+        assert [row.after for row in profile.rows] == [expected]
+    pooled = nn.Sequential(Block(nn.Identity()), nn.AdaptiveAvgPool1d(1)).eval()
+    assert profile_depth(pooled, torch.randn(2, 3), spectra=0).rows[0].after == ""
+
+
+def test_random_masks_of_ones_own_are_refused():
+    """A hand-written stochastic depth left in training mode inside an eval model; without it all is well."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = nn.Linear(3, 3)
+
+        def forward(self, x):
+            y = self.f(x)
+            if self.training:
+                y = y * torch.empty(len(x), 1).bernoulli_(0.5) / 0.5
+            return x + y
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block() for _ in range(12))).eval()
+    assert len(profile_depth(model, torch.randn(4, 3), spectra=0).rows) == 12
+    for block in model:
+        block.train()
+    with pytest.raises(ValueError, match=r"another output each time.*eval.*; 0 is in training mode"):
+        profile_depth(model, torch.randn(4, 3))
 
 
 def test_ones_own_loss():

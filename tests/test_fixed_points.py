@@ -247,6 +247,38 @@ def test_a_singular_jacobian_warns_in_the_backward_pass():
         nowhere.points.sum().backward()
 
 
+def test_second_derivatives_are_not_lost_in_silence():
+    """x* = √a at a = 4: x*' = 1/4, and no second derivative, which is said."""
+    a = torch.tensor(4.0, dtype=torch.float64, requires_grad=True)
+    found = find_fixed_points(lambda x: x**2 - a, torch.tensor([[1.5]], dtype=torch.float64))
+    with pytest.warns(RuntimeWarning, match="differentiable once"):
+        (g,) = torch.autograd.grad(found.points.sum(), a, create_graph=True)
+    assert float(g) == pytest.approx(0.25, abs=1e-12)
+
+
+def test_a_double_zero_warns_in_the_backward_pass():
+    """x² − a at a = 0 has no derivative of x* = √a; Newton's method stops at 4e-6, where J is not quite 0."""
+    a = torch.tensor(0.0, dtype=torch.float64, requires_grad=True)
+    found = find_fixed_points(lambda x: x**2 - a, torch.tensor([[0.5]], dtype=torch.float64))
+    assert found.converged.all()
+    with pytest.warns(RuntimeWarning, match="1 of 1 solves did not converge"):
+        found.points.sum().backward()
+
+
+@pytest.mark.parametrize("n", [20, 160])
+def test_a_field_that_saturates(n):
+    """tanh(Ax) + 0.1, A stable: Newton's steps run away where tanh is flat, and the flow leads back."""
+    generator = torch.Generator().manual_seed(3)
+    matrix = torch.randn(n, n, generator=generator, dtype=torch.float64) / n**0.5
+    matrix = matrix - 2 * torch.eye(n, dtype=torch.float64)
+    start = torch.randn(4, n, generator=generator, dtype=torch.float64)
+    found = find_fixed_points(lambda x: torch.tanh(x @ matrix.T) + 0.1, start)
+    assert found.converged.all()
+    value = torch.full((n,), -math.atanh(0.1), dtype=torch.float64)
+    expected = torch.linalg.solve(matrix, value).expand(4, n)
+    torch.testing.assert_close(found.points, expected, rtol=0, atol=1e-9)
+
+
 def test_no_warning_where_all_is_well():
     a = torch.tensor(2.0, dtype=F64, requires_grad=True)
     found = find_fixed_points(lambda x: a - x**3, torch.ones(1, 1, dtype=F64))
@@ -315,6 +347,17 @@ def test_stable_for_the_flow_but_not_for_euler():
     assert "node, stable for the flow" in str(found) and "unstable for euler at η = 2.5" in str(found)
     assert classify(logistic, x, solver="rk4", step_size=2.5).solver_stable.item()
     assert classify(logistic, x, solver="implicit_euler", step_size=100.0).solver_stable.item()
+
+
+def test_what_a_classification_says_at_the_edge():
+    """|R(−2)| = 1 for Euler: neither stable nor unstable; and a point where F is 1/4 is no fixed point."""
+    at_edge = classify(lambda x: -x, torch.zeros(1, 1, dtype=torch.float64), solver="euler", step_size=2.0)
+    assert not at_edge.solver_stable.any() and "neutral for euler" in str(at_edge)
+    above = classify(lambda x: -x, torch.zeros(1, 1, dtype=torch.float64), solver="euler", step_size=2.001)
+    assert "unstable for euler" in str(above)
+    moving = classify(lambda x: x * (1 - x), torch.tensor([[0.5], [1.0]], dtype=torch.float64))
+    first, second = str(moving).splitlines()
+    assert "max|F| = 0.25), so it is no fixed point" in first and "no fixed point" not in second
 
 
 def test_a_spurious_points_own_stability():

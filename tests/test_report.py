@@ -156,6 +156,19 @@ def test_report_is_one_file_with_everything(page):
     assert "<b>&demo" not in text and "onerror=alert(1)>" not in text, "names are escaped"
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("metrics.csv", "epoch,lr\n1,oops\n"), ("metrics.csv", "epoch\n1,2\n"), ("summary.json", '{"a": 1')],
+)
+def test_report_of_a_damaged_run_names_the_file(run, tmp_path, name, content):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(run, damaged)
+    (damaged / name).write_text(content)
+    result = resode("report", damaged)
+    assert result.exit_code == 1 and "Traceback" not in result.output
+    assert f"{name} is no sound" in " ".join(result.output.split())
+
+
 def test_report_names_the_block_whose_step_is_too_large():
     """λ = −4: one half is safe, the middle block takes 0.8 and multiplies by |1 − 3.2|."""
     field = nn.Linear(3, 3, bias=False)

@@ -23,6 +23,7 @@ DENSE = 1024
 
 KINDS = ("node", "spiral", "saddle", "centre", "degenerate")
 
+_NEUTRAL = 1e-12  # distance of |R(ηλ)| from 1
 _STEPS = 240  # products with the Jacobian where it is not formed
 
 
@@ -73,12 +74,23 @@ class Classification:
                 line = f"spurious, no fixed point of the flow (max|F| = {float(self.residual[i]):.3g})"
             if self.solver_stable is not None and self.growth is not None:
                 word = "stable" if self.solver_stable[i] else "unstable"
+                if abs(float(self.growth[i]) - 1) <= _NEUTRAL:
+                    word = "neutral"
                 line += f"; {word} for {self.solver} at η = {self.step_size:g} "
                 line += f"(largest |R(ηλ)| = {float(self.growth[i]):.6g})"
+            if self.residual[i] > _rest(self.residual.dtype) and not (
+                self.spurious is not None and self.spurious[i]
+            ):
+                line += f"; F is not 0 here (max|F| = {float(self.residual[i]):.3g}), so it is no fixed point"
             if not self.converged[i]:
                 line += "; eigenvalues not converged"
             lines.append(line)
         return "\n".join(lines)
+
+
+def _rest(dtype: torch.dtype) -> float:
+    """max|F| up to which a point counts as a fixed point."""
+    return 1e-6 if dtype == torch.float64 else 1e-3
 
 
 def _show(value: complex) -> str:
@@ -136,7 +148,7 @@ def classify(
     if tableau is not None and step_size is not None:
         size, spurious = _growth(field, x, residual, spectra, tableau, step_size)
         growth = torch.as_tensor(size, device=x.device)
-        solver_stable = growth < 1 - 1e-12
+        solver_stable = growth < 1 - _NEUTRAL
     return Classification(
         kind=[s.kind() for s in spectra],
         stable=stable if spurious is None else stable & ~spurious,
@@ -232,7 +244,7 @@ def _growth(
     field: Field, x: Tensor, residual: Tensor, spectra: list[_Spectrum], tableau: ButcherTableau, h: float
 ) -> tuple[np.ndarray, Tensor]:
     """The largest growth factor of the map at each sample, and whether the point is spurious."""
-    small = 1e-6 if x.dtype == torch.float64 else 1e-3
+    small = _rest(x.dtype)
     spurious = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     slope: Any = None
     if tableau.explicit and tableau.b_row[-1][0] > 0 and bool((residual > small).any()):

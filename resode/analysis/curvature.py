@@ -53,7 +53,8 @@ def max_learning_rate(
 
     Raises:
         ValueError: momentum out of range, a loss that is no scalar, nothing to train, dropout that is active,
-            or train-mode batch norm together with batch_size.
+            train-mode batch norm or a loss that is no mean together with batch_size, or a Hessian that is not
+            finite.
 
     Source:
         Polyak, USSR Comput. Math. 4 (1964); Cohen et al., Gradient Descent on Neural Networks Typically
@@ -96,6 +97,8 @@ def largest_hessian_eigenvalue(
         >>> largest_hessian_eigenvalue(model, nn.MSELoss(), (x, torch.zeros(2, 1).double()))
         9.0
     """
+    if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 1:
+        raise ValueError(f"max_iter must be an integer of at least 1, got {max_iter!r}.")
     _check_modes(model, batch_size)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
@@ -133,7 +136,25 @@ class _Hessian:
                 raise ValueError("only tensors x and target can be taken in parts.")
             pieces = zip(x.split(size), target.split(size), strict=True)
             self.parts = [(a, b, len(a) / len(x)) for a, b in pieces]
+            if len(self.parts) > 1 and size > 1:
+                self._check_mean(*self.parts[0][:2])
         self.gradient = self._gradient(*self.parts[0][:2]) if len(self.parts) == 1 else None
+
+    def _check_mean(self, x: Tensor, target: Tensor) -> None:
+        """Parts add up to the whole only for a loss that is a mean over samples."""
+        half = len(x) // 2
+        with torch.no_grad():
+            whole, first, rest = (
+                float(self.loss_fn(self.model(x[rows]), target[rows]))
+                for rows in (slice(None), slice(half), slice(half, None))
+            )
+        mean = (half * first + (len(x) - half) * rest) / len(x)
+        if abs(whole - mean) > 1e-3 * max(abs(whole), abs(first), abs(rest)):
+            raise ValueError(
+                "batch_size needs a loss that is a mean over samples, and this one is not: it is "
+                f"{whole:.6g} on {len(x)} samples, and its mean over their halves is {mean:.6g}. "
+                "Leave out batch_size, or take reduction='mean'."
+            )
 
     def start(self) -> Tensor:
         n = sum(p.numel() for p in self.parameters)
@@ -198,6 +219,10 @@ def _lanczos(
         for _ in range(room):
             basis.append(q)
             w = product(q)
+            if not bool(torch.isfinite(w).all()):
+                raise ValueError(
+                    "the Hessian holds inf or nan: look for them in x, target, the weights and the loss."
+                )
             done += 1
             alphas.append(float(q @ w))
             old = torch.stack(basis)

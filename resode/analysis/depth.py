@@ -21,7 +21,7 @@ from resode.analysis.block_spectrum import BlockSpectrum, block_spectrum
 from resode.analysis.gradients import EdgeProducts, rows, split_gradient
 from resode.analysis.lesion import run_edited
 from resode.analysis.losses import LossFunction, batch_of, part, parts, prediction, sample_losses
-from resode.analysis.tracing import Addition, Trace, trace
+from resode.analysis.tracing import Addition, Trace, call, tensors_in, trace
 from resode.tableaus import ButcherTableau, get_tableau
 
 NAN = math.nan
@@ -40,7 +40,8 @@ class DepthRow:
         kind: of the shortcut: "identity", "parameter-free", "projection" or "gated".
         shape: of y, without the batch.
         step_size: η.
-        after: the operation that follows, such as "Relu"; a block with one is no Euler step.
+        after: the operation that follows, such as "Relu"; a block with one is no Euler step. "" where the
+            next layer, a pooling or several operations read y.
         state_norm: ‖x‖.
         ratio: ‖ηF(x)‖ / ‖x‖.
         inactive: share of units at exactly 0 behind F's activations with a dead zone.
@@ -266,8 +267,8 @@ def profile_depth(
         DepthProfile; print it, `.to_csv(path)`, `.plot(path)`, `.diagnosis()`.
 
     Raises:
-        ValueError: training mode, no residual block found, shapes that do not fit.
-        TypeError: complex inputs.
+        ValueError: training mode, a random output, no residual block found, shapes that do not fit.
+        TypeError: complex inputs; a model that is no module.
 
     Example:
         >>> from resode.networks import build
@@ -280,6 +281,10 @@ def profile_depth(
         True
     """
     tableau = None if solver is None else get_tableau(solver)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    if isinstance(spectra, bool) or not isinstance(spectra, int) or spectra < 0:
+        raise ValueError(f"spectra must be a number of samples, at least 0, got {spectra!r}.")
     model = getattr(model, "_orig_mod", model)  # of torch.compile, which no mode sees into
     _check_mode(model)
     batch = batch_of(x)
@@ -292,6 +297,7 @@ def profile_depth(
             _profile_part(model, some, wanted, size, blocks, loss_fn, lesions=lesions)
             for some, wanted, size in parts(x, target, batch_size)
         ]
+        _check_random(model, part(x, 0, min(2, batch), batch))
         if spectra > 0:
             count = min(spectra, batch)
             traced = trace(model, part(x, 0, count, batch), blocks)
@@ -326,6 +332,24 @@ def _check_mode(model: nn.Module) -> None:
                 "a profile is of the network as it predicts, and this one is in training mode"
                 f"{f' ({type(module).__name__} {name})' if name else ''}: call .eval() on it."
             )
+
+
+def _check_random(model: nn.Module, x: Any) -> None:
+    """Refuse a model whose output is random, as with a custom module in training mode."""
+    with torch.no_grad():
+        state = torch.get_rng_state()
+        z = call(model, x)
+        if torch.equal(state, torch.get_rng_state()):
+            return
+        again = call(model, x)
+    if not all(
+        torch.allclose(a, b, equal_nan=True) for a, b in zip(tensors_in(z), tensors_in(again), strict=True)
+    ):
+        training = [name for name, module in model.named_modules() if module.training]
+        raise ValueError(
+            "a profile is of the network as it predicts, and this one gives another output each time: call "
+            f".eval() on it{f'; {training[0]} is in training mode' if training else ''}."
+        )
 
 
 @dataclass

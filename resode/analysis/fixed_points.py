@@ -103,7 +103,8 @@ def find_fixed_points(
 
     Returns:
         FixedPoints. A sample that does not converge is no exception; see `converged`. The gradient of
-        `points` solves with the transposed Jacobian in the backward pass, and warns where that fails.
+        `points` solves with the transposed Jacobian in the backward pass, and warns where that fails; it is
+        itself a constant: for second derivatives (create_graph=True) it warns too.
 
     Raises:
         TypeError, ValueError: as `resode.analysis.linearize.check_field`; a dtype other than float32 and
@@ -284,6 +285,7 @@ class _Search:
             self._leave_known()
         batch = len(x0)
         self.f = self._evaluate(self.x)
+        self.start = self.x.flatten(1).clone(), self.f
         self.converged = torch.zeros(batch, dtype=torch.bool, device=x0.device)
         self.stuck = ~torch.isfinite(self.f).all(1)
         self.iterations = torch.zeros(batch, dtype=torch.long, device=x0.device)
@@ -400,12 +402,16 @@ class _Search:
     def _escape(self, which: Tensor, direction: Tensor) -> None:
         """Where Newton's method is stuck: along the flow, against it, or Newton's whole step, in turn.
 
-        The flow leads to what attracts it, its reverse to what repels it.
+        The flow leads to what attracts it, its reverse to what repels it. It is followed from the start where
+        Newton's steps went far away, as they do where F saturates.
         """
         turn = self.episodes[which] % 3
         self.episodes[which] += 1
         self.creeping[which] = 0
         x, f = self.x[which].flatten(1), self.f[which]
+        start, at_start = (value[which] for value in self.start)
+        far = (x.norm(dim=1) > 10 * (1 + start.norm(dim=1)))[:, None] & (turn < 2)[:, None]
+        x, f = torch.where(far, start, x), torch.where(far, at_start, f)
         reach = 10 * (1 + x.norm(dim=1))
         length = torch.nan_to_num(direction).norm(dim=1)
         leap = torch.nan_to_num(direction) * (reach / length.clamp_min(1e-30)).clamp_max(1.0)[:, None]
@@ -485,7 +491,15 @@ def _differentiable(residual: Field, points: Tensor, converged: Tensor) -> Tenso
         return points
 
     def backward(g: Tensor) -> Tensor:
-        return _implicit(residual, points, converged, g)
+        if torch.is_grad_enabled():  # under create_graph=True
+            warnings.warn(
+                "the gradient of a fixed point is differentiable once: with create_graph=True what it "
+                "depends on is left out of second derivatives.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        with torch.no_grad():
+            return _implicit(residual, points, converged, g)
 
     change = value - value.detach()  # 0, with the graph of F's parameters
     change.register_hook(backward)
@@ -515,13 +529,26 @@ def _implicit(residual: Callable[[Tensor], Tensor], x: Tensor, converged: Tensor
     return -solution.reshape(g.shape)
 
 
+def _unsettled(residual: Field, x: Tensor, matrix: Tensor, flat: Tensor, w: Tensor) -> Tensor:
+    """‖g − Jᵀw‖ one Newton step further, where that is over a tenth of ‖g‖: x is next to a singular J.
+
+    At a double zero F is within its tolerance long before x is the zero, and J there is not yet singular.
+    """
+    with torch.no_grad():
+        value = residual(x).reshape(len(x), -1)
+    step = torch.nan_to_num(solve_dense(matrix.mT, value))
+    other = dense_jacobian(residual, x - step.reshape(x.shape)).mT
+    left = torch.nan_to_num((flat - (other @ w[..., None])[..., 0]).norm(dim=1), nan=torch.inf)
+    return torch.where(left > 0.1 * flat.norm(dim=1), left, 0.0)
+
+
 def _transposed_solve(residual: Field, x: Tensor, flat: Tensor, tol: float) -> tuple[Tensor, Tensor]:
     """J⁻ᵀg of each sample, and ‖g − Jᵀw‖ of what was found."""
     if flat.shape[1] <= SMALL:
         matrix = dense_jacobian(residual, x).mT
-        solution = solve_dense(matrix, flat)
-        solution = torch.nan_to_num(solution)
+        solution = torch.nan_to_num(solve_dense(matrix, flat))
         left = (flat - (matrix @ solution[..., None])[..., 0]).norm(dim=1)
+        left = torch.maximum(left, _unsettled(residual, x, matrix, flat, solution))
     else:
         products = Products(residual, x)
         solution, relative = gmres(products.vjp, flat, tol=tol, restarts=10)

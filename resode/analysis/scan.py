@@ -44,6 +44,8 @@ class StabilityLoss:
 
 
 def _map(field: Field, tableau: ButcherTableau, h: float) -> Field:
+    if not 0 < h < math.inf:
+        raise ValueError(f"step_size must be positive and finite, got {h}.")
     return lambda x: rk_step(tableau, lambda t, x: field(x), 0.0, x, h)
 
 
@@ -69,7 +71,8 @@ def stability_losses(
 
     Args:
         field: F, as in `find_fixed_points`, smooth.
-        x0: a start near a fixed point that is stable for the flow, shape (1, *state), best in float64.
+        x0: a start near a fixed point that is stable for the flow, shape (1, *state), float64: a cycle's
+            multiplier needs its digits.
         max_step: the largest η to look at.
         solver: an explicit method's name, or its tableau.
         max_period: the longest cycle to follow, a power of 2.
@@ -95,6 +98,8 @@ def stability_losses(
         raise ValueError(
             f"one fixed point is followed: x0 must have shape (1, *state), got {tuple(x0.shape)}."
         )
+    if isinstance(x0, Tensor) and x0.dtype == torch.float32:
+        raise TypeError("cycles are followed in float64, got x0 of torch.float32: give x0.double().")
     if not 0 < max_step < math.inf:
         raise ValueError(f"max_step must be positive and finite, got {max_step}.")
     found = find_fixed_points(field, x0)

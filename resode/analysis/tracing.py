@@ -9,6 +9,7 @@ gives their tensors, their order, and the module that was running.
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,8 +31,13 @@ _SUBTRACT = {"sub": -1, "__sub__": -1, "subtract": -1, "sub_": -1, "__isub__": -
 _ADDITIONS = _ADD | _SUBTRACT
 _IN_PLACE = ("add_", "__iadd__", "sub_", "__isub__")
 _SCALINGS = ("mul", "__mul__", "__rmul__", "mul_", "__imul__", "multiply")
+_DIVISIONS = ("div", "__truediv__", "div_", "__itruediv__", "divide", "true_divide")
 _DEAD_ZONE = re.compile(
     r"^_?(relu6?_?|threshold_?|hardtanh_?|hardswish_?|softshrink|hardshrink|clamp(_min)?_?)$"
+)
+_READS = re.compile(  # the state as it is: the next layer, or a head
+    r"Conv|[Aa]ddmm|Mm|[Bb]mm|Mv|Linear|View|Reshape|Transpose|Permute|Mean|Sum|Pool|Select|Slice|Clone|Cat"
+    r"|^T$|queeze|Expand|Unbind|Index|ToCopy"
 )
 _WEIGHTED = re.compile(r"Conv(?!ert)|[Aa]ddmm|Mm|[Bb]mm|Mv|Linear|ScaledDot|Rnn|Attention")
 
@@ -46,7 +52,7 @@ class Addition:
         kind: of the shortcut S: "identity", "parameter-free", "projection" or "gated".
         step_size: η ≥ 0, where F's output is multiplied by a number; else 1.
         factor: η with the sign that the graph's branch at at_field has in the sum.
-        after: the operation that follows, or "".
+        after: the operation on y that follows, such as an activation; "" where y is read as it is.
         number: which addition of the forward pass it is.
         leaf: (number, operand) of the addition in which S(x) is an operand.
         x: the state that both branches start from; `shortcut` S(x), `increment` ηF(x), `y` their sum.
@@ -290,6 +296,8 @@ class _Recorder(TorchFunctionMode):
                 continue
             if name in _SCALINGS and (scale := _number(args)) is not None:
                 self.scales[node] = scale
+            elif name in _DIVISIONS and (divisor := _divisor(args, kwargs)):
+                self.scales[node] = 1 / divisor
             elif _DEAD_ZONE.match(name):
                 self.inactive[node] = float((tensor.detach() == 0).double().mean())
             elif name == "embedding":
@@ -334,6 +342,13 @@ def _number(args: Any) -> float | None:
         if isinstance(operand, Tensor) and operand.numel() == 1 and operand.ndim <= 1:
             return float(operand.detach()) if isinstance(other, Tensor) and other.numel() > 1 else None
     return None
+
+
+def _divisor(args: Any, kwargs: Any) -> float | None:
+    """The number that a tensor is divided by, exactly: no rounding mode, and not a number over a tensor."""
+    if len(args) != 2 or kwargs or not isinstance(args[0], Tensor) or args[0].numel() < 2:
+        return None
+    return _number((args[1], args[0]))
 
 
 class Edited(TorchFunctionMode):
@@ -443,7 +458,7 @@ class _Graph:
         return int(learned and name.startswith("MulBackward") and node not in self.recorder.scales)
 
     def _weights(self, start: Any, end: Any) -> tuple[int, int]:
-        """The fewest and the most weighted operations on a path from `start` to `end`."""
+        """The fewest and the most weighted operations on a path from `start` to `end`; 0 without a path."""
         if end is start:
             return 0, 0
         first = self.place[start]
@@ -457,8 +472,9 @@ class _Graph:
         for node in sorted(region, key=self.place.__getitem__):
             own = self._weight(node)
             before = [found[n] for n, _ in self._before(node) if n in found]
-            found[node] = (own + min(b[0] for b in before), own + max(b[1] for b in before))
-        return found[end]
+            if before:
+                found[node] = (own + min(b[0] for b in before), own + max(b[1] for b in before))
+        return found.get(end, (0, 0))
 
     def _fork(self, node: Any) -> Any:
         """The dominator whose value was seen."""
@@ -475,11 +491,22 @@ class _Graph:
             if record is None or len(self._before(node)) != 2:
                 continue
             fork = self._fork(node)
-            if fork is not None:
-                addition = self._addition(node, record, fork, found)
-                if addition is not None:
-                    found[node] = addition
+            addition = None if fork is None else self._addition(node, record, fork, found)
+            if addition is None and (state := self._joined(node)) is not None:
+                addition = self._addition(node, record, state, found)
+            if addition is not None:
+                found[node] = addition
         return sorted(self._last_of_steps(found), key=lambda a: a.number)
+
+    def _joined(self, node: Any) -> Any:
+        """The addend that the other one is computed from, though no node dominates the addition.
+
+        So it is where F reads something else too, as a decoder's attention reads the encoder.
+        """
+        for short, long in itertools.permutations(n for n, _ in node.next_functions):
+            if short in self.recorder.values and self._weights(short, long)[0] >= 1:
+                return short
+        return None
 
     def _addition(self, node: Any, record: _Call, fork: Any, found: dict[Any, Addition]) -> Addition | None:
         edges = [GradientEdge(n, i) for n, i in node.next_functions]
@@ -518,14 +545,14 @@ class _Graph:
             found.pop(edges[side].node)
         elif at_field is not None:
             at_field, eta = self._unscaled(at_field, eta)
-        follows = self.consumers.get(node, [])
+        follows = [re.sub(r"Backward\d*$", "", n.name()) for n in self.consumers.get(node, [])]
         return Addition(
             name=record.module,
             module=record.module,
             kind=kind,
             step_size=abs(eta),
             factor=eta,
-            after=re.sub(r"Backward\d*$", "", follows[0].name()) if len(follows) == 1 else "",
+            after=follows[0] if len(follows) == 1 and not _READS.search(follows[0]) else "",
             number=record.number,
             leaf=leaf or (record.number, side),
             x=shortcut if kind == "identity" else x,

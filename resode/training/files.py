@@ -36,7 +36,7 @@ class SettingsError(RunError):
 
 
 class DamagedFile(RunError):
-    """A tensor file is cut short, was changed, or is none."""
+    """A file of a run is cut short, was changed, or is none of its kind."""
 
 
 def write_atomically(path: Path, content: bytes | str) -> Path:

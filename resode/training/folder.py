@@ -210,7 +210,12 @@ class RunFolder:
         """The stored columns; an empty cell is NaN."""
         with (self.path / "metrics.csv").open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        return {name: [float(row[name] or "nan") for row in rows] for name in (rows[0] if rows else [])}
+        try:
+            return {name: [float(row[name] or "nan") for row in rows] for name in (rows[0] if rows else [])}
+        except (TypeError, ValueError) as error:
+            raise DamagedFile(
+                f"{self.path / 'metrics.csv'} is no sound table of numbers: {error}."
+            ) from error
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Store the run's figures; one that is not finite, which JSON has no number for, as null."""
@@ -223,7 +228,10 @@ class RunFolder:
     def read_summary(self) -> dict[str, Any] | None:
         """The run's figures, or None while it has not finished."""
         path = self.path / "summary.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        except ValueError as error:
+            raise DamagedFile(f"{path} is no sound JSON file: {error}.") from error
 
     def write_weights(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         """Store a state_dict and what it belongs to."""
