@@ -31,9 +31,11 @@ def traced(monkeypatch):
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(
-        torch, "compile", lambda f, fullgraph, options: real(f, fullgraph=fullgraph, backend=backend)
-    )
+    def compile(f, fullgraph, options):
+        options = {"guard_filter_fn": options["guard_filter_fn"]}  # the others are the code generator's
+        return real(f, fullgraph=fullgraph, backend=backend, options=options)
+
+    monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(compiled, "_KEPT", type(compiled._KEPT)())
     torch._dynamo.reset()
     return graphs
@@ -106,6 +108,31 @@ def test_graphs_are_kept_across_calls_times_tolerances_and_batch_sizes(traced):
     assert len(traced) == 2
     assert solve(5, T.float(), 1e-4, torch.float32).dtype == torch.float32
     assert len(traced) == 3
+
+
+class Controlled(nn.Module):
+    """With attributes that are called as the solver's own constants are."""
+
+    def __init__(self):
+        super().__init__()
+        self.control, self.tableau = True, nn.Linear(2, 2).double()
+
+    def forward(self, t, y):
+        return (-y if self.control else 0.5 * y) + torch.tanh(self.tableau(y))
+
+
+@pytest.mark.parametrize("options", [dict(per_sample=True), dict(method="rk4", n_steps=3)])
+def test_a_field_that_changes_is_compiled_anew(traced, options):
+    """Whatever its attributes are called: a graph of the field as it was would be wrong without a word."""
+    field, y0 = Controlled(), start()
+    for value in (True, False):
+        field.control = value
+        expected = odeint(field, y0, T[:3], **options)
+        assert torch.allclose(odeint(field, y0, T[:3], compile=True, **options), expected, rtol=1e-9)
+    with torch.no_grad():
+        field.tableau.weight.mul_(2)
+    expected = odeint(field, y0, T[:3], **options)
+    assert torch.allclose(odeint(field, y0, T[:3], compile=True, **options), expected, rtol=1e-9)
 
 
 def test_several_attempts_between_two_looks_of_the_host(traced, monkeypatch):

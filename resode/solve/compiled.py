@@ -7,6 +7,7 @@ for rounding.
 
 from __future__ import annotations
 
+import re
 import types
 import warnings
 import weakref
@@ -340,8 +341,8 @@ def _compiled(
 
 
 def _guards_of_the_field(guards: Sequence[Any]) -> list[bool]:
-    """Which guards to check at a call: not those of the method and the control, which can't change."""
-    return [not any(name in guard.name for name in ("tableau", "control")) for guard in guards]
+    """Which guards to check at a call: not those of our own method and control, which can't change."""
+    return [re.match(r"(tableau|control)(\W|$)", guard.name) is None for guard in guards]
 
 
 def _attempt_of(
