@@ -65,7 +65,10 @@ def test_adjoint_gradients_are_autograds_at_tight_tolerance(method, per_sample, 
 def test_gradcheck_of_state_and_times(method):
     field, (y0, t) = Field(), inputs(0.0, 0.5, 0.8)
     y0 = y0[:2].detach().requires_grad_()
-    solve = lambda y0, t: odeint_adjoint(field, y0, t, method=method, rtol=1e-9, atol=1e-9)  # noqa: E731
+
+    def solve(y0, t):
+        return odeint_adjoint(field, y0, t, method=method, rtol=1e-9, atol=1e-9)
+
     assert torch.autograd.gradcheck(solve, (y0, t), eps=1e-4, atol=1e-5)
 
 
@@ -159,7 +162,10 @@ def test_the_way_back_has_its_own_method_tolerance_options_and_norm():
     assert 0 < calls["seminorm"] <= calls["default"]
     # A tuple state: y and a come as the tuple's tensors each.
     seen.clear()
-    func = lambda t, y: (-y[0], y[1])  # noqa: E731
+
+    def func(t, y):
+        return (-y[0], y[1])
+
     pair = (torch.ones(2, requires_grad=True), torch.ones((), requires_grad=True))
     y = odeint_adjoint(
         func, pair, torch.tensor([0.0, 1.0]), adjoint_params=(), adjoint_options={"norm": norm}

@@ -115,7 +115,10 @@ def test_random_numbers_are_drawn_again_as_they_were():
 )
 def test_a_field_with_random_state_of_its_own_is_refused(options):
     generator = torch.Generator().manual_seed(0)
-    noisy = lambda t, y: y + torch.randn(y.shape, generator=generator, dtype=y.dtype)  # noqa: E731
+
+    def noisy(t, y):
+        return y + torch.randn(y.shape, generator=generator, dtype=y.dtype)
+
     with pytest.raises(ValueError, match="random or other state of its own"):
         odeint(
             noisy, torch.ones(2, 2, dtype=DOUBLE), torch.tensor([0.0, 1.0]), gradient="checkpoint", **options

@@ -153,7 +153,10 @@ def test_attempts_that_passed_no_output_are_dropped(traced, monkeypatch):
 
 def test_a_sample_that_fails_shrinks_alone_and_spoils_no_gradient(traced):
     """sqrt(1 − y²) is not finite beyond 1, where first attempts land."""
-    field = lambda t, y: torch.sqrt(1 - y * y) * 0.9 - 0.5 * y  # noqa: E731
+
+    def field(t, y):
+        return torch.sqrt(1 - y * y) * 0.9 - 0.5 * y
+
     found = []
     for compile in (False, True):
         y0 = torch.tensor([[0.0], [0.86]], dtype=DOUBLE, requires_grad=True)

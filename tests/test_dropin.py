@@ -112,7 +112,9 @@ def test_step_size_in_options_is_torchdiffeqs_grid(interp, t, perturb):
 
 
 def test_a_grid_constructor_and_what_it_must_return():
-    grid = lambda f, y, t: torch.cat([t[:1], t[0] + (t[-1] - t[0]) * times(0.1, 0.2, 0.5), t[-1:]])  # noqa: E731
+    def grid(f, y, t):
+        return torch.cat([t[:1], t[0] + (t[-1] - t[0]) * times(0.1, 0.2, 0.5), t[-1:]])
+
     for t in (times(0.0, 0.7, 2.0), times(2.0, 0.7, 0.0)):
         a = odeint(van_der_pol, Y0, t, method="midpoint", options={"grid_constructor": grid})
         b = torchdiffeq.odeint(van_der_pol, Y0, t, method="midpoint", options={"grid_constructor": grid})
@@ -129,7 +131,10 @@ def test_a_grid_constructor_and_what_it_must_return():
 
 def test_perturb_keeps_to_one_side_of_a_jump():
     """y' = 0 before t = 1 and 1 from then on; with a step ending at 1 every stage must be on one side."""
-    field = lambda t, y: torch.where(t < 1, 0.0, 1.0) + 0 * y  # noqa: E731
+
+    def field(t, y):
+        return torch.where(t < 1, 0.0, 1.0) + 0 * y
+
     for steps in (
         {"options": {"perturb": True, "step_size": 0.5}},
         {"options": {"perturb": True}, "step_size": 0.5},
@@ -149,7 +154,10 @@ def test_jump_t_ends_a_step_and_is_approached_from_either_side(back):
         return torch.sign(t - 1) + torch.sign(t - 1.7) + 0 * y
 
     t = times(0.0, 0.5, 2.0) if not back else times(2.0, 0.5, 0.0)
-    exact = lambda s: abs(s - 1) + abs(s - 1.7)  # noqa: E731
+
+    def exact(s):
+        return abs(s - 1) + abs(s - 1.7)
+
     costs = []
     for options in ({"jump_t": times(1.0, 1.7)}, {}):
         seen = []
@@ -216,7 +224,9 @@ def test_max_num_steps_counts_between_two_outputs():
 
 def test_a_norm_of_ones_own_and_the_norm_of_tuples():
     """A norm that sees the first entry only lets the second be wrong."""
-    field = lambda t, y: torch.stack([-y[0], 60 * torch.cos(60 * t) + 0 * y[1]])  # noqa: E731
+
+    def field(t, y):
+        return torch.stack([-y[0], 60 * torch.cos(60 * t) + 0 * y[1]])
 
     def run(**o):
         return odeint(field, times(1.0, 0.0), times(0.0, 3.0), rtol=1e-8, atol=1e-8, return_stats=True, **o)
@@ -246,14 +256,20 @@ def test_per_sample_norm_and_tolerances():
 
 def test_tolerances_per_entry_and_per_tensor():
     """A loose tolerance on the fast entry saves steps and costs accuracy there only."""
-    field = lambda t, y: torch.stack([torch.cos(40 * t) + 0 * y[0], -y[1]])  # noqa: E731
+
+    def field(t, y):
+        return torch.stack([torch.cos(40 * t) + 0 * y[0], -y[1]])
+
     y0, t = times(0.0, 1.0), times(0.0, 2.0)
     tight, n = odeint(field, y0, t, rtol=1e-9, atol=1e-9, return_stats=True)
     loose, m = odeint(field, y0, t, rtol=1e-9, atol=times(10.0, 1e-9), return_stats=True)
     assert m.n_steps < n.n_steps / 2
     assert tight[-1].tolist() == pytest.approx([math.sin(80) / 40, math.exp(-2)], abs=1e-8)
     assert loose[-1, 1].item() == pytest.approx(math.exp(-2), abs=1e-8)
-    pair = lambda t, y: (torch.cos(40 * t) + 0 * y[0], -y[1])  # noqa: E731
+
+    def pair(t, y):
+        return (torch.cos(40 * t) + 0 * y[0], -y[1])
+
     both, p = odeint(pair, (y0[:1], y0[1:]), t, rtol=(1e-9, 1e-9), atol=(10.0, 1e-9), return_stats=True)
     assert p.n_steps < n.n_steps / 2 and both[1][-1].item() == pytest.approx(math.exp(-2), abs=1e-8)
 
@@ -341,7 +357,10 @@ def test_wrong_options_say_the_rule(change, error, message):
 def test_what_steers_nothing_warns_and_callbacks_need_one_step_for_all():
     with pytest.warns(UserWarning, match="no norm steers"):
         odeint(riccati, Y0, times(0.0, 1.0), method="rk4", n_steps=2, options={"norm": torch.max})
-    field = lambda t, y: -y  # noqa: E731
+
+    def field(t, y):
+        return -y
+
     field.callback_accept_step = print
     with pytest.warns(UserWarning, match="callback_accept_step.*not called"):
         odeint(field, Y0, times(0.0, 1.0), method="rk4", n_steps=2)

@@ -38,7 +38,9 @@ def test_a_stiff_field_is_called_so_and_the_step_it_needs_is_the_stability_limit
 
 
 def test_the_advice_for_a_stiff_field_works():
-    field = lambda t, y: -1e6 * (y - torch.cos(t))  # noqa: E731
+    def field(t, y):
+        return -1e6 * (y - torch.cos(t))
+
     y = odeint(field, ONE, SPAN, method="scipy_solver", options={"solver": "Radau"}, rtol=1e-6, atol=1e-6)
     assert y[-1].item() == pytest.approx(0.5403023, abs=1e-4)
 
@@ -59,7 +61,10 @@ def test_accuracy_is_not_mistaken_for_stiffness_nor_the_reverse(errors):
 @pytest.mark.parametrize("method", ["euler", "midpoint", "rk4"])
 def test_fixed_steps_outside_the_region_are_told_the_limit_and_inside_they_work(method):
     limit = resode.real_stability_interval(method) / 100
-    field = lambda t, y: -100 * y  # noqa: E731
+
+    def field(t, y):
+        return -100 * y
+
     with pytest.raises(resode.NonFiniteState, match=f"stiff: λ ≈ −100; {method} needs steps below") as raised:
         odeint(field, ONE, SPAN * 200, method=method, step_size=limit * 1.5)
     assert float(str(raised.value).split("below ")[1].split(". ")[0]) == pytest.approx(limit, rel=5e-3)
@@ -68,7 +73,10 @@ def test_fixed_steps_outside_the_region_are_told_the_limit_and_inside_they_work(
 
 def test_the_spectrum_of_one_sample_of_complex_and_of_constant_fields():
     matrix = torch.tensor([[0.0, 2.0], [-2.0, -1.0]], dtype=DOUBLE)
-    field = lambda t, y: torch.stack([y[0] @ matrix.T, 5 * y[1]])  # noqa: E731
+
+    def field(t, y):
+        return torch.stack([y[0] @ matrix.T, 5 * y[1]])
+
     x, t = torch.ones(2, 2, dtype=DOUBLE), torch.zeros(2, 1, dtype=DOUBLE)
     assert sorted(spectrum(field, t, x, 0).imag.tolist()) == pytest.approx([-(3.75**0.5), 3.75**0.5])
     assert spectrum(field, t, x, 1).real.tolist() == pytest.approx([5.0, 5.0])

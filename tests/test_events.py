@@ -66,7 +66,9 @@ def test_gradients_of_the_events_time_and_state(method, interface):
 
 def test_gradcheck_of_the_whole_event():
     def run(y0, t0, level, rate):
-        func = lambda t, y: torch.stack([y[1], -rate * torch.sin(y[0]) - 0.1 * torch.cos(t)])  # noqa: E731
+        def func(t, y):
+            return torch.stack([y[1], -rate * torch.sin(y[0]) - 0.1 * torch.cos(t)])
+
         return odeint_event(
             func, y0, t0, event_fn=lambda t, y: y[0] ** 2 - level * (1 + 0.1 * t), rtol=1e-10, atol=1e-10
         )
@@ -86,8 +88,13 @@ def test_back_in_time(options):
 
 def test_tuples_and_several_events_the_first_of_which_counts():
     y0 = (scalar([0.0]), scalar([1.0]))
-    func = lambda t, y: (y[1], -y[0])  # noqa: E731
-    event = lambda t, y: torch.cat([y[1], y[0] - 0.5])  # cos t = 0 at π/2, sin t = 1/2 at π/6  # noqa: E731
+
+    def func(t, y):
+        return (y[1], -y[0])
+
+    def event(t, y):
+        return torch.cat([y[1], y[0] - 0.5])  # cos t = 0 at π/2, sin t = 1/2 at π/6
+
     t, (s, c) = odeint_event(func, y0, scalar(0.0), event_fn=event)
     assert t.item() == pytest.approx(math.pi / 6, abs=1e-8)
     assert s.shape == c.shape == (2, 1)

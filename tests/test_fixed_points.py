@@ -222,7 +222,10 @@ def test_implicit_gradient_equals_autograds_through_a_converged_solve(n):
     with torch.no_grad():
         for p, values in zip(field.parameters(), torch.randn(4, n * n, generator=generator()), strict=True):
             p.copy_(0.3 / n**0.5 * values[: p.numel()].reshape(p.shape))
-    total = lambda x: field(x) - x  # noqa: E731
+
+    def total(x):
+        return field(x) - x
+
     x0 = torch.zeros(2, n, dtype=F64)
     weight = torch.randn(2, n, generator=generator(3), dtype=F64)
     found = find_fixed_points(total, x0)
@@ -422,8 +425,13 @@ def test_gmres_stops_each_sample_by_itself():
 def test_ritz_and_singular_values_against_dense_ones():
     a = torch.randn(2, 8, 12, 12, generator=generator(), dtype=F64)[0]
     start = torch.randn(8, 12, generator=generator(2), dtype=F64)
-    forward = lambda v: (a @ v[..., None])[..., 0]  # noqa: E731
-    backward = lambda v: (a.mT @ v[..., None])[..., 0]  # noqa: E731
+
+    def forward(v):
+        return (a @ v[..., None])[..., 0]
+
+    def backward(v):
+        return (a.mT @ v[..., None])[..., 0]
+
     values, residual = ritz_values(forward, start, 12)
     assert float(residual.max()) < 1e-9
     for mine, theirs in zip(values, torch.linalg.eigvals(a), strict=True):
@@ -435,7 +443,10 @@ def test_ritz_and_singular_values_against_dense_ones():
 def test_singular_values_where_one_sample_ends_early():
     """The identity's Krylov space has one dimension; its neighbour goes on, and neither sees a 0."""
     a = torch.stack([torch.eye(6, dtype=F64), torch.diag(torch.arange(1.0, 7, dtype=F64))])
-    product = lambda v: (a @ v[..., None])[..., 0]  # noqa: E731
+
+    def product(v):
+        return (a @ v[..., None])[..., 0]
+
     sigma, _ = singular_values(product, product, torch.ones(2, 6, dtype=F64), 6)
     torch.testing.assert_close(sigma[0], torch.ones(6, dtype=F64))
     torch.testing.assert_close(sigma[1], torch.arange(6.0, 0, -1, dtype=F64))

@@ -254,7 +254,10 @@ def test_nearly_defective():
 
 def test_degenerate():
     """−2 I: one vector spans an invariant space, and the search goes on to the end of its budget's need."""
-    field = lambda x: -2 * x  # noqa: E731
+
+    def field(x):
+        return -2 * x
+
     for n in (1, 2, 300, 5000):
         limit = step_limit(field, torch.ones(2, n), matrix_free=True)
         assert limit.converged.all()

@@ -129,7 +129,10 @@ def test_a_field_that_changes_the_state_in_place_is_refused(options):
     for y0 in (torch.ones(2, 1), (torch.ones(2), torch.ones(1))):
         if isinstance(y0, tuple) and "per_sample" in options:
             continue
-        field = lambda t, y: y.mul_(-1) if isinstance(y, torch.Tensor) else tuple(p.mul_(-1) for p in y)  # noqa: E731
+
+        def field(t, y):
+            return y.mul_(-1) if isinstance(y, torch.Tensor) else tuple(p.mul_(-1) for p in y)
+
         with pytest.raises(ValueError, match="changed y in place"):
             odeint(field, y0, torch.tensor([0.0, 1.0]), **options)
 

@@ -89,7 +89,7 @@ def test_epochs_and_updates_replace_each_other():
 
 def test_a_recipe_is_frozen():
     with pytest.raises(FrozenInstanceError):
-        RECIPES["fast"].lr = 1.0  # type: ignore[misc]
+        RECIPES["fast"].lr = 1.0
 
 
 @pytest.mark.parametrize(

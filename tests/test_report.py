@@ -73,7 +73,7 @@ def test_profile_of_anyones_network(tmp_path, monkeypatch):
     result = resode("profile", "--model", "mine:net", "--shape", "5", "--output", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert len((tmp_path / "out" / "profile.csv").read_text().splitlines()) == 4
-    import mine  # type: ignore[import-not-found]
+    import mine
 
     save_file(mine.net().state_dict(), tmp_path / "w.safetensors")
     arguments = ("profile", "--model", "mine:net", "--weights", tmp_path / "w.safetensors", "--shape", "5")

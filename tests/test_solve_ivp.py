@@ -59,9 +59,14 @@ def test_a_scipy_users_call():
 
 @pytest.mark.parametrize("method", ["dopri5", "tsit5", "bosh3", "dopri8", "rk4"])
 def test_events_as_scipys(method):
-    rising = lambda t, y: y[0]  # noqa: E731
+    def rising(t, y):
+        return y[0]
+
     rising.direction = 1
-    slow = lambda t, y: y[1] - 0.3  # noqa: E731
+
+    def slow(t, y):
+        return y[1] - 0.3
+
     slow.terminal, slow.direction = 2, -1
     kw = dict(n_steps=2000) if method == "rk4" else dict(rtol=1e-8, atol=1e-8)
     s = solve_ivp(pendulum, (0.0, 30.0), START, method, events=[rising, slow], **kw)

@@ -42,7 +42,10 @@ def test_a_batch_of_256_equals_its_samples_one_by_one():
 
 def test_a_hard_neighbour_neither_steers_nor_stops_an_easy_sample():
     rates = torch.tensor([[1.0], [3000.0]], dtype=DOUBLE)
-    field = lambda t, y: -rates[: len(y)] * (y - torch.cos(t))  # noqa: E731
+
+    def field(t, y):
+        return -rates[: len(y)] * (y - torch.cos(t))
+
     y0, t = torch.zeros(2, 1, dtype=DOUBLE), times(0.0, 1.0)
     both, stats = odeint(field, y0, t, per_sample=True, rtol=1e-6, atol=1e-6, return_stats=True)
     alone, one = odeint(field, y0[:1], t, per_sample=True, rtol=1e-6, atol=1e-6, return_stats=True)
@@ -99,7 +102,10 @@ def test_a_kink_is_passed_with_short_steps_and_a_right_answer(method):
 
 def test_a_relu_field_is_solved_near_the_tolerance():
     """Its error estimate is blind to a kink that falls between two stages: a hundred times the tolerance."""
-    field = lambda t, y: torch.relu(torch.sin(5 * t) - y)  # noqa: E731
+
+    def field(t, y):
+        return torch.relu(torch.sin(5 * t) - y)
+
     fine = odeint(field, times(-1.0, 0.0), times(0.0, 3.0), rtol=1e-11, atol=1e-11)
     got = odeint(field, times(-1.0, 0.0), times(0.0, 3.0), rtol=1e-6, atol=1e-6)
     assert (fine - got).abs().max() < 2e-4

@@ -82,8 +82,13 @@ def test_augmented_states_may_cross():
 
 def test_known_plus_learned_starts_at_the_known_and_learns_the_rest():
     """A pendulum whose damping −0.3 v is missing: the linear part finds it from one trajectory."""
-    known = lambda t, y: torch.stack([y[..., 1], -torch.sin(y[..., 0])], -1)  # noqa: E731
-    truth = lambda t, y: known(t, y) - 0.3 * torch.stack([0 * y[..., 1], y[..., 1]], -1)  # noqa: E731
+
+    def known(t, y):
+        return torch.stack([y[..., 1], -torch.sin(y[..., 0])], -1)
+
+    def truth(t, y):
+        return known(t, y) - 0.3 * torch.stack([0 * y[..., 1], y[..., 1]], -1)
+
     y0, t = torch.tensor([1.0, 0.5], dtype=DOUBLE), torch.linspace(0, 4, 21, dtype=DOUBLE)
     target = odeint(truth, y0, t)
     rest = nn.Linear(2, 2, bias=False).double()

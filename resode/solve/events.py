@@ -171,10 +171,11 @@ def _fixed(
                 step_size=float(size),
             )
         if value <= 0:
-            if grid is None:
-                at = _step_to(tableau, field, begin, y, k0)
-            else:
-                at = lambda s: grid.between(field, s, begin, y, k0, end, y1)  # noqa: B023, E731
+            at = (
+                _step_to(tableau, field, begin, y, k0)
+                if grid is None
+                else _along(grid, field, begin, y, k0, end, y1)
+            )
             time = root(event, at, begin, end)
             return time, y1 if time == end else at(time), (n, n, 0)
         y = y1
@@ -184,6 +185,13 @@ def _fixed(
         time=begin + h,
         step_size=float(size),
     )
+
+
+def _along(
+    grid: Grid, f: Field, begin: float, x: Tensor, k0: Tensor, end: float, x1: Tensor
+) -> Callable[[float], Tensor]:
+    """The state at a time within a step of a grid: as the grid interpolates."""
+    return lambda time: grid.between(f, time, begin, x, k0, end, x1)
 
 
 def _step_to(
@@ -222,7 +230,10 @@ def root(event: Event, at: Callable[[float], Tensor], begin: float, end: float) 
         if ends[begin] <= 0:
             return begin
         tiny = 4 * 2.0**-52 * max(abs(begin), abs(end))
-        value = lambda s: ends.get(s) if s in ends else value_of(event, s, at(s))  # noqa: E731
+
+        def value(s: float) -> float:
+            return ends[s] if s in ends else value_of(event, s, at(s))
+
         return float(brentq(value, begin, end, xtol=tiny, rtol=4 * 2.0**-52))  # type: ignore[arg-type]
 
 

@@ -168,7 +168,12 @@ def one_step(
     if perturb:
         first, last = (float(torch.as_tensor(s).detach()) for s in (start, start + h))
         low, high = opened(first, last, x.dtype.to_real())
-        g = lambda s, y: f(within(s, low, high), y)  # noqa: E731
+
+        def inside(s: Time, y: Tensor) -> Tensor:
+            return f(within(s, low, high), y)
+
+        g = inside
+
     k = stages(tableau, g, [start + c * h if c else start for c in tableau.stage_times], x, h)
     return combine(x, h, tableau.b_row, k), k[0]
 

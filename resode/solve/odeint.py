@@ -314,7 +314,12 @@ def _odeint(
         how = _norm_on_tuples(how, split)
         if event is not None:
             whole = event
-            event = lambda t, y: whole(t, split(y))  # noqa: E731
+
+            def on_parts(t: Tensor, y: Tensor) -> Tensor:
+                return whole(t, split(y))
+
+            event = on_parts
+
     if adjoint is None:
         if event is None:
             event_t, (path, stats) = None, solve(field, state, t, how, callbacks)

@@ -166,7 +166,10 @@ class _Positive:
 
 def _measured(norm: Callable[[Tensor], Any], per_sample: bool) -> Callable[[Tensor], Tensor]:
     """A user's norm of one state as a tensor: of each sample (B,), or 0-D."""
-    one = lambda x: torch.as_tensor(norm(x), device=x.device).abs()  # noqa: E731
+
+    def one(x: Tensor) -> Tensor:
+        return torch.as_tensor(norm(x), device=x.device).abs()
+
     return (lambda x: torch.stack([one(row) for row in x])) if per_sample else one
 
 

@@ -198,7 +198,7 @@ def through(model: nn.Module, seed: int = 0) -> dict[str, tuple[float, float]]:
 @torch.no_grad()
 def euler_limit(gamma: float, blocks: Sequence[nn.Module]) -> float:
     """η < 2γ / (γ² + ‖K − Kᵀ‖²) for every block: |1 + ηd(−γ ± iω)| < 1 for all slopes 0 < d ≤ 1."""
-    norms = [torch.linalg.matrix_norm(m.weight - m.weight.T, 2) for m in blocks]  # type: ignore[operator]
+    norms = [torch.linalg.matrix_norm(m.weight - m.weight.T, 2) for m in blocks]
     return min(2 * gamma / (gamma**2 + float(norm) ** 2) for norm in norms)
 
 
@@ -265,7 +265,7 @@ def tables() -> str:
         with torch.device("meta"):
             model = build(name)
             cost = count(model, torch.zeros(1, 3, size, size))
-            assert model.cost((3, size, size)) == cost  # type: ignore[operator]
+            assert model.cost((3, size, size)) == cost
         lines.append(f"| {name} | {size}×{size} | {cost.parameters:,} | {cost.macs / 1e6:,.2f} |")
     seconds, peak = deep_step()
     lines += [

@@ -137,7 +137,10 @@ def solve(library: str, method: str, name: str, tol: float, atol: float | None =
 
     with torch.no_grad():
         if library == "scipy":
-            outside = lambda t, y: counted(torch.tensor(t, dtype=D), torch.from_numpy(y)).numpy()  # noqa: E731
+
+            def outside(t, y):
+                return counted(torch.tensor(t, dtype=D), torch.from_numpy(y)).numpy()
+
             result = solve_ivp(outside, (0, 20), start, method, TIMES.numpy(), rtol=tol, atol=atol)
             return torch.from_numpy(result.y.T), calls
         solver = odeint if library == "resode" else torchdiffeq.odeint

@@ -230,7 +230,7 @@ def convolutions(rounds: int) -> list[Row]:
     torch.manual_seed(0)
     field = Conv(ConvField(16, norm="group"))
     y0, t = torch.randn(32, 16, 32, 32), torch.tensor([0.0, 1.0])
-    last = Conv(ConvField(16, norm="group")).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    last = Conv(ConvField(16, norm="group")).to(memory_format=torch.channels_last)
     last.load_state_dict(field.state_dict())
     y0_last = y0.to(memory_format=torch.channels_last)
     ways = {
