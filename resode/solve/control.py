@@ -113,9 +113,8 @@ def next_step(
     beta = 0.2 / order  # 0.04 for order 5, as α is 0.17
     alpha = 1 / order - 0.75 * beta
     error = xp.clip(error, 1e-10, None)
-    log = xp.log(error)
     # A rejected step shrinks by its own error alone, and its successor must not grow.
-    factor = xp.exp(xp.where(keep, beta * xp.log(previous) - alpha * log, -log / order))
+    factor = xp.where(keep, error**-alpha * previous**beta, error ** (-1 / order))
     factor = xp.clip(control.safety * factor, control.shrink, control.grow)
     factor = xp.where(rejected | ~keep, xp.clip(factor, None, 1.0), factor)
     # A step cut short by the end says little about the one that the tolerance allows.
