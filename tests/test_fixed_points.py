@@ -16,7 +16,8 @@ from torch import nn
 
 from resode import classify, find_fixed_points, find_several_fixed_points
 from resode.analysis.arnoldi import gmres, ritz_values, singular_values
-from resode.analysis.jacobian_products import Products, dense_jacobian
+from resode.analysis.jacobian_products import Products
+from resode.analysis.linearize import dense_jacobian
 
 F64 = torch.float64
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from resode.analysis.arnoldi import random_start, ritz_values
 from resode.analysis.fixed_points import SMALL, newton_direction, solver_slope
-from resode.analysis.jacobian_products import Field, Products, dense_jacobian
-from resode.analysis.linearize import check_field
+from resode.analysis.jacobian_products import Field, Products
+from resode.analysis.linearize import check_field, dense_jacobian
 from resode.stability import stability_function
 from resode.stability.rays import Complexes, Floats
 from resode.tableaus import ButcherTableau, get_tableau

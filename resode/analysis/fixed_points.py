@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from resode.analysis.arnoldi import gmres, random_start
-from resode.analysis.jacobian_products import Field, Products, dense_jacobian
-from resode.analysis.linearize import check_field
+from resode.analysis.jacobian_products import Field, Products
+from resode.analysis.linearize import check_field, dense_jacobian
 from resode.analysis.matrices import DENSE_LIMIT
 from resode.solve.step import combine, stages
 from resode.tableaus import ButcherTableau, get_tableau

@@ -9,8 +9,6 @@ from torch import Tensor
 
 Field = Callable[[Tensor], Tensor]
 
-_ENTRIES = 2**22  # of a replicated batch, so that a dense Jacobian's graph stays in memory
-
 
 class Products:
     """J v and Jᵀ v at states x, from one evaluation of the field.
@@ -81,24 +79,3 @@ class Products:
                 self.field((x + s * step * v).reshape(self.shape)).reshape(v.shape) for s in (1, -1)
             )
         return (ahead - behind) / (2 * step)
-
-
-def dense_jacobian(field: Field, x: Tensor) -> Tensor:
-    """J (batch, n, n) of a field that has been checked; rows in the order of `x[0].flatten()`.
-
-    Example:
-        >>> dense_jacobian(lambda x: x * x.flip(1), torch.tensor([[1.0, 2.0]]))
-        tensor([[[2., 1.],
-                 [2., 1.]]])
-    """
-    batch, n = len(x), x[0].numel()
-    result = torch.zeros(batch, n, n, dtype=x.dtype, device=x.device)
-    copies = max(1, min(n, _ENTRIES // (batch * n)))
-    one = torch.eye(n, dtype=x.dtype, device=x.device)
-    for first in range(0, n, copies):
-        rows = one[first : first + copies]
-        products = Products(field, x.detach().repeat(len(rows), *(1,) * (x.ndim - 1)))
-        result[:, first : first + copies] = (
-            products.vjp(rows.repeat_interleave(batch, dim=0)).reshape(len(rows), batch, n).transpose(0, 1)
-        )
-    return result

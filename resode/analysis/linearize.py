@@ -41,6 +41,11 @@ def jacobian(field: Field, x: Tensor) -> Tensor:
                  [4., 3.]]])
     """
     check_field(field, x)
+    return dense_jacobian(field, x)
+
+
+def dense_jacobian(field: Field, x: Tensor) -> Tensor:
+    """As `jacobian`, of a field that has been checked: J, shape (batch, n, n)."""
     batch, n = len(x), x[0].numel()
     result = torch.zeros(batch, n, n, dtype=x.dtype, device=x.device)
     copies = max(1, min(n, _ENTRIES // (batch * n)))

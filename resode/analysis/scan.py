@@ -14,8 +14,8 @@ from torch import Tensor
 
 from resode.analysis.classify import classify
 from resode.analysis.fixed_points import find_fixed_points, find_several_fixed_points
-from resode.analysis.jacobian_products import Field, dense_jacobian
-from resode.analysis.linearize import check_field
+from resode.analysis.jacobian_products import Field
+from resode.analysis.linearize import check_field, dense_jacobian
 from resode.solve.step import rk_step
 from resode.stability import eigenvalue_step_limit, stability_function
 from resode.tableaus import ButcherTableau, get_tableau
