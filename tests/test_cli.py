@@ -255,6 +255,13 @@ def test_evaluate_prints_the_accuracy_of_the_summary(run):
     assert rows[1][3] == "56"
 
 
+def test_swap_lists_and_takes_explicit_methods_alone(run):
+    for name in ("rk9", "implicit_euler"):
+        result = resode("swap", run, "--solvers", name)
+        assert result.exit_code == 2 and f"no method '{name}'" in result.output and "dopri8" in result.output
+        assert "gauss4" not in result.output
+
+
 def test_swap_table_and_figure(run):
     """The trained solver's row is the run's own accuracy, with no drift and 7 calls of F."""
     result = resode("swap", run, "--solvers", "euler,rk4", "--substeps", "1,2", "--recalibrate")

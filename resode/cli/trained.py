@@ -11,6 +11,7 @@ import typer
 
 from resode.cli.terminal import command, flag, say, separated, table
 from resode.cli.train import own_model
+from resode.solve.options import NATIVE
 from resode.tableaus import METHODS
 from resode.training.recipe import did_you_mean
 
@@ -78,7 +79,7 @@ def swap(
     from resode.training.evaluate import images_of, load, plain_batches
     from resode.training.files import replacing
 
-    methods = _methods(separated(solvers, str, "--solvers"))
+    methods = _methods(separated(solvers, str, "--solvers"), NATIVE)
     counts = separated(substeps, int, "--substeps")
     network = load(run, model=own_model(model), device=device)
     images = images_of(run, data, data_dir)
@@ -120,11 +121,11 @@ def _swap_row(row: Any) -> list[str]:
     ]
 
 
-def _methods(names: list[str]) -> list[str]:
-    """The names, all of which must be methods."""
+def _methods(names: list[str], valid: tuple[str, ...] = tuple(METHODS)) -> list[str]:
+    """The names, all of which must be valid methods."""
     for name in names:
-        if name not in METHODS:
-            raise ValueError(f"no method {name!r}.{did_you_mean(name, METHODS)} Valid: {', '.join(METHODS)}.")
+        if name not in valid:
+            raise ValueError(f"no method {name!r}.{did_you_mean(name, valid)} Valid: {', '.join(valid)}.")
     return names
 
 
