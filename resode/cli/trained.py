@@ -124,6 +124,10 @@ def _swap_row(row: Any) -> list[str]:
 def _methods(names: list[str], valid: tuple[str, ...] = tuple(METHODS)) -> list[str]:
     """The names, all of which must be valid methods."""
     for name in names:
+        if name in METHODS and name not in valid:
+            raise ValueError(
+                f"{name} is an implicit method; a stack takes explicit ones. Valid: {', '.join(valid)}."
+            )
         if name not in valid:
             raise ValueError(f"no method {name!r}.{did_you_mean(name, valid)} Valid: {', '.join(valid)}.")
     return names
