@@ -27,7 +27,7 @@ PAGES = {path.stem.split("_")[1].upper(): path for path in sorted(Path(__file__)
 
 
 def run(path: Path, show: bool) -> tuple[str, float]:
-    """Runs a page: its verdict ("holds", or what went wrong) and its seconds; its figures are closed again."""
+    """Runs a page: "holds" or what went wrong, and its seconds; its figures are closed again."""
     import matplotlib.pyplot as plt
 
     verdict.LINES.clear()
