@@ -293,6 +293,40 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path, finished, sign
     assert columns(tmp_path / "run") == columns(finished.path)
 
 
+def test_the_average_of_the_weights_is_evaluated_kept_and_resumed(tmp_path):
+    """The average starts at the first update's weights w₁ and then is 0.9 of itself and 0.1 of w_t."""
+    seen = []
+
+    class Watch:
+        def after_update(self, loop):
+            seen.append({name: value.clone() for name, value in loop.network.state_dict().items()})
+
+        def after_run(self, loop):
+            pass
+
+    whole = tiny_run(tmp_path / "whole", ema=0.9, callbacks=[Watch()])
+    kept = load_file(whole.path / "weights.safetensors")
+    for name, value in seen[0].items():
+        if value.is_floating_point():
+            for state in seen[1:]:
+                value = 0.9 * value + 0.1 * state[name]
+            torch.testing.assert_close(kept[name], value, rtol=1e-5, atol=1e-6)
+            assert not torch.equal(kept[name], seen[-1][name])
+    assert all(torch.equal(value, kept[name]) for name, value in whole.network.state_dict().items())
+    again = evaluate_run(whole.path, model=Tiny).accuracy
+    assert (
+        again
+        == whole.summary["test_accuracy"]
+        == score(whole.network, plain_batches(load_data("digits"), "test", torch.device("cpu"))).accuracy
+    )
+    checkpoint = load(whole.path / "checkpoints" / "last.safetensors", model=Tiny)
+    assert all(torch.equal(value, kept[name]) for name, value in checkpoint.state_dict().items())
+    with pytest.raises(Interrupted):
+        tiny_run(tmp_path / "run", {31: interrupted(signal.SIGTERM)}, ema=0.9)
+    train(Tiny(), resume=tmp_path / "run", progress=False)
+    assert same_weights(tmp_path / "run", whole.path)
+
+
 @pytest.mark.parametrize("call", [25, 30])
 def test_a_run_that_ends_within_an_epoch_is_resumed_too(tmp_path, call):
     whole = tiny_run(tmp_path / "whole", updates=30)

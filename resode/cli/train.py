@@ -62,6 +62,7 @@ def train(
     warmup_factor: Annotated[float | None, flag("Share of lr that it starts at.", _RECIPE)] = None,
     warmup_shape: Annotated[str | None, flag(f"{', '.join(WARMUPS)}.", _RECIPE)] = None,
     label_smoothing: Annotated[float | None, flag("Share spread over all classes.", _RECIPE)] = None,
+    ema: Annotated[float | None, flag("Decay of the weights' moving average; 0 for none.", _RECIPE)] = None,
     crop_padding: Annotated[int | None, flag("Pixels an image is shifted by; 0 for none.", _RECIPE)] = None,
     flip: Annotated[bool | None, flag("Mirror half the images.", _RECIPE, "--flip/--no-flip")] = None,
     precision: Annotated[str | None, flag(f"{', '.join(PRECISIONS)}.", _RECIPE)] = None,

@@ -273,7 +273,7 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             raise RunError(str(error)) from error
     tensors, about = unpack(path)
     if "rows" in about:  # a checkpoint: the network is one part of it
-        start = "network."
+        start = "average.module." if "average.n_averaged" in tensors else "network."
         tensors = {
             name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)
         }

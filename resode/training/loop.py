@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from resode.solve import SolverError
 from resode.training.data import Batches
@@ -82,6 +83,11 @@ class TrainingLoop:
         self.about = about
         self.progress = progress
         self.solving = solving_modules(task.network)
+        self.average = (
+            AveragedModel(task.network, multi_avg_fn=get_ema_multi_avg_fn(self.recipe.ema), use_buffers=True)
+            if self.recipe.ema
+            else None
+        )
 
         self.total = task.updates
         self.epoch = 0  # epochs done
@@ -97,6 +103,11 @@ class TrainingLoop:
         self.hits = torch.zeros((), dtype=torch.int64, device=self.fabric.device)
         self.nfe = torch.zeros((), dtype=torch.float64)
         self.epoch_seconds = 0.0  # of this epoch's updates
+
+    @property
+    def kept(self) -> nn.Module:
+        """The network that is evaluated and stored: the average where the recipe asks for one."""
+        return self.network if self.average is None else self.average.module
 
     @property
     def update(self) -> int:
@@ -125,6 +136,7 @@ class TrainingLoop:
                         self._stop(asked[0])
             for callback in self.callbacks:
                 callback.after_run(self)
+            self.network.load_state_dict(self.kept.state_dict())
         finally:
             self.progress.close()
 
@@ -163,6 +175,8 @@ class TrainingLoop:
         self.optimizer.zero_grad()
         self.fabric.backward(result["loss"])
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.network)
         self.losses[self.index] = result["loss"].detach()
         self.hits += result["correct"]
         self.nfe = self.nfe + evaluations_of_last_call(self.solving)
@@ -211,7 +225,7 @@ class TrainingLoop:
         }
         begun = time.perf_counter()
         for name, batches in self.held_out.items():
-            result = score(self.network, batches)
+            result = score(self.kept, batches)
             row |= {f"{name}_loss": result.loss, f"{name}_accuracy": result.accuracy}
         self.seconds += self.epoch_seconds + time.perf_counter() - begun
         row |= {
@@ -224,7 +238,7 @@ class TrainingLoop:
         self.epoch += 1
         self._start_tally()
         self.folder.write_metrics(self.rows)
-        self.folder.write_weights(self.network.state_dict(), self.about)
+        self.folder.write_weights(self.kept.state_dict(), self.about)
 
     def _stop(self, signum: int) -> None:
         path = self.folder.path
@@ -237,6 +251,8 @@ class TrainingLoop:
     def save(self) -> None:
         """Write a checkpoint: weights, momentum, random states, counters and metrics."""
         tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        if self.average is not None:
+            tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
         for number, weight in enumerate(self._weights()):
             momentum = self.optimizer.state[weight].get("momentum_buffer")
             if momentum is not None:
@@ -263,6 +279,8 @@ class TrainingLoop:
         """
         try:
             self.network.load_state_dict(checkpoint.part("network"))
+            if self.average is not None:
+                self.average.load_state_dict(checkpoint.part("average"))
         except RuntimeError as error:
             raise RunError(
                 f"the checkpoint in {self.folder.path} belongs to another network than "
