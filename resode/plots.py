@@ -450,6 +450,8 @@ def step_limits(records: Sequence[Any], path: Path = None) -> Figure:
     for ax, title in titles.items():
         ax.set_title(title, fontsize=11)
         ax.set_xlabel("update")
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    growing.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(*sizes.get_legend_handles_labels(), frameon=False, loc="outside right center")
     return _finished(figure, path)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -15,6 +18,8 @@ from resode import ResidualStack
 from resode.analysis import StepLimitPenalty, bound_operator_norm, jacobian, operator_norm
 from resode.analysis.stages import stage_states
 from resode.networks import build
+from resode.training.files import DamagedFile
+from resode.training.folder import RunFolder
 from resode.training.monitor import StepLimits
 from resode.training.stages import stage_limits
 
@@ -127,12 +132,44 @@ def test_watching_changes_nothing_and_draws(tmp_path):
     assert euler.solver == "euler" and euler.growing > 0 and euler.amplification > 1
 
 
-def test_watching_keeps_to_its_share():
+def test_a_resumed_run_goes_on_with_its_records(tmp_path):
+    """Interrupted after update 5: what was recorded at 2 and 4 is kept, and the same figures follow."""
+
+    class Stop:
+        def after_update(self, loop):
+            if loop.update == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def after_run(self, loop):
+            pass
+
+    def network():
+        torch.manual_seed(0)
+        stack = ResidualStack([nn.Linear(8, 8), nn.Linear(8, 8)], solver="rk4")
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), stack, nn.Linear(8, 10))
+
+    settings = {"recipe": "smoke", "updates": 8, "progress": False}
+    whole, first, again = (StepLimits(every=2) for _ in range(3))
+    resode.train(network(), run_dir=tmp_path / "whole", callbacks=[whole], **settings)
+    with pytest.raises(KeyboardInterrupt):
+        resode.train(network(), run_dir=tmp_path / "run", callbacks=[first, Stop()], **settings)
+    resode.train(network(), resume=tmp_path / "run", callbacks=[again], progress=False)
+    assert [r.update for r in first.records] == [2, 4]
+    assert again.records == whole.records
+    one, two = (tmp_path / name / "step_limits.csv" for name in ("whole", "run"))
+    assert one.read_text() == two.read_text()
+    two.write_text(one.read_text() + "10,2,rk4\n")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(DamagedFile, match=r"step_limits.csv is no sound table.*Remove it"):
+        resode.train(network(), resume=tmp_path / "run", callbacks=[StepLimits(every=2)], progress=False)
+
+
+def test_watching_keeps_to_its_share(tmp_path):
     """With a share of 1 % and records of 0.1 s, the next one comes after 10 s."""
     stack = ResidualStack([nn.Linear(4, 4)])
 
     class Loop:
-        network, update = stack, 1
+        network, update, folder = stack, 1, RunFolder(tmp_path)
 
     watch = StepLimits(torch.ones(1, 4), share=0.01)
     watch._begun = 0.0

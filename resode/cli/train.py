@@ -84,9 +84,10 @@ def train(
         flags["download"] = True
     settings = _settings(flags, _model_options(option, solver, substeps), config)
 
-    from resode.training.monitor import StepLimits
+    from resode.training.monitor import FILE, StepLimits
     from resode.training.run import train as train_network
 
+    step_limits = step_limits or (resume is not None and (resume / FILE).exists())
     settings["callbacks"] = [StepLimits()] if step_limits else []
     train_network(resume=resume, run_dir=run_dir, progress=not quiet, **settings)
 

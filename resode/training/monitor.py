@@ -17,6 +17,10 @@ from resode.analysis.matrix_free import outer_spectra
 from resode.analysis.outlook import amplification
 from resode.analysis.stages import evaluating, stage_states
 from resode.tableaus import METHODS, get_tableau
+from resode.training.files import DamagedFile, replacing
+
+FILE = "step_limits.csv"
+"""Where a run folder keeps the records."""
 
 
 class Callback(Protocol):
@@ -112,6 +116,7 @@ class StepLimits:
         now = time.perf_counter()
         if self._begun is None:
             self._begun = now
+            self._take_up(loop)
         if self.images is None:
             self.images = next(iter(loop.held_out["test"]))[0][: self.samples]
         if self.every is not None:
@@ -121,17 +126,30 @@ class StepLimits:
             due = self.seconds + next_one <= self.share * (now - self._begun)
         if due:
             self.record(loop.network, loop.update)
+            loop.folder.write(FILE, self.to_csv())
 
     def after_run(self, loop: Any) -> None:
-        """Write step_limits.csv and the figure into the run folder."""
+        """Draw the figure into the run folder, beside step_limits.csv."""
         if not self.records:
             return
         from resode import plots
-        from resode.training.files import replacing
 
-        loop.folder.write("step_limits.csv", self.to_csv())
         with replacing(loop.folder.figures / "step_limits.png") as path:
             plots.step_limits(self.records, path)
+
+    def _take_up(self, loop: Any) -> None:
+        """Keep the records of a resumed run up to where it goes on."""
+        path = loop.folder.path / FILE
+        if self.records or not path.exists():
+            return
+        kinds = {"stage": str, "solver": str, "update": int, "growing": int}
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        try:
+            found = [StageRecord(**{k: kinds.get(k, float)(v) for k, v in row.items()}) for row in rows]
+        except (TypeError, ValueError) as error:
+            raise DamagedFile(f"{path} is no sound table of step limits: {error}. Remove it.") from error
+        self.records = [record for record in found if record.update < loop.update]
 
     @property
     def seconds(self) -> float:
