@@ -64,9 +64,9 @@ part_error = (gradient_parts(rectified, x, g).total - by_hand).abs().max() / by_
 # %%
 # Measurement: four kinds of block
 # --------------------------------
-# Autograd differentiates the whole block; `gradient_parts` differentiates F alone; and a third way forms F's
-# Jacobian, row by row, and multiplies :math:`g` by it. (In training batch norm couples the samples, so that
-# there is no Jacobian of one sample; the split holds for the batch as a whole.)
+# Autograd differentiates the whole block; ``gradient_parts`` differentiates F alone; and a third way forms
+# F's Jacobian, row by row, and multiplies :math:`g` by it. (In training batch norm couples the samples, so
+# that there is no Jacobian of one sample; the split holds for the batch as a whole.)
 
 image = (batch, channels, pixels, pixels)
 kinds = {
