@@ -184,6 +184,7 @@ right.semilogy(wide_depths, [laws[d][0] / laws[d][1] for d in wide_depths], "k:"
 values, errors = zip(*(ratio(*wide[d]) for d in wide_depths), strict=True)
 right.errorbar(wide_depths, values, [3 * e for e in errors], fmt="o", label=f"stacks of width {width}")
 right.set(xlabel="blocks L", ylabel="gradient², pre- over post-activation", title="wide stacks, s = 1")
+right.set_yscale("log", base=2)
 right.legend()
 
 # %%

@@ -105,6 +105,8 @@ left.text(240, 280000, "16.9 to 1", ha="right")
 left.annotate("", (256, 69632), (64, 73728), arrowprops={"arrowstyle": "<->", "color": "tab:red"})
 left.text(128, 85000, "equal inner width", ha="center", color="tab:red")
 left.set(xlabel="outer channels", ylabel="multiply-adds a position", title="one block")
+left.set_xticks(widths, widths)
+left.minorticks_off()
 left.legend()
 macs = [costs[name].macs / 1e9 for name in costs]
 colours = ["tab:blue" if name in ("resnet18", "resnet34") else "tab:orange" for name in costs]
