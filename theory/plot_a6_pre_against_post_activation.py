@@ -19,7 +19,8 @@ block hands on :math:`x \ge 0`, and for positive x another law holds,
 
 with φ and Φ the normal density and distribution. In wide stacks a pre-activation block multiplies the second
 moment by :math:`1 + s^2/2`, and the first post-activation block by :math:`(1 + s^2)/2`, because half of its
-units are on; in all later blocks far more than half are, and a unit that was on tends to stay so.
+units are on; in all later blocks far more than half are, and a unit that was on tends to stay so. From
+then on both grow alike.
 
 **Source.** The order of activation: He, Zhang, Ren & Sun, *Identity Mappings in Deep Residual Networks*,
 2016, `arXiv:1603.05027 <https://arxiv.org/abs/1603.05027>`_. The moments are integrals of a normal density,
@@ -39,9 +40,8 @@ from resode import ResidualStack
 from resode.analysis import gradient_norms
 from theory.verdict import FAST, agree, at_least, at_most
 
+s_values, depths, wide_depths = (0.1, 0.5, 1.0, 2.0), (1, 2, 4, 6), (1, 2, 4, 8)
 samples, units, width, nets = (50_000, 50_000, 128, 20) if FAST else (2_000_000, 400_000, 512, 20)
-depths, wide_depths = (1, 2, 4, 6), (1, 2, 4, 8)
-sizes = (0.1, 0.5, 1.0, 2.0)
 generator = torch.Generator().manual_seed(0)
 F64 = torch.float64
 
@@ -50,25 +50,28 @@ def normal(*shape):
     return torch.randn(*shape, dtype=F64, generator=generator)
 
 
+def mean(values):
+    """The mean, and its standard error."""
+    return float(values.mean()), float(values.std()) / math.sqrt(len(values))
+
+
+def ratio(a, b):
+    """A quotient of two independent means, and its standard error to first order."""
+    return a[0] / b[0], a[0] / b[0] * math.hypot(a[1] / a[0], b[1] / b[0])
+
+
 # %%
 # Prediction: moments of one layer, for symmetric and for positive x
 # ------------------------------------------------------------------
-
-
-def density(z):
-    return math.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
-
-
-def distribution(z):
-    return (1 + math.erf(z / math.sqrt(2))) / 2
 
 
 def moments(s, inputs):
     """E[(dy_A/dx)²] and E[(dy_B/dx)²]."""
     if inputs == "symmetric":
         return (2 + s**2) / 2, (1 + s**2) / 2
-    a = 1 + s * math.sqrt(2 / math.pi) + s**2 / 2
-    return a, (1 + s**2) * distribution(1 / s) + s * density(1 / s)
+    density = math.exp(-((1 / s) ** 2) / 2) / math.sqrt(2 * math.pi)
+    distribution = (1 + math.erf(1 / s / math.sqrt(2))) / 2
+    return 1 + s * math.sqrt(2 / math.pi) + s**2 / 2, (1 + s**2) * distribution + s * density
 
 
 # %%
@@ -87,19 +90,12 @@ def measured(kind, s, inputs, layers=1):
     """E[(dx_L/dx)²] of a scalar chain with independent weights, and its standard error."""
     x = normal(samples, 1) if inputs == "symmetric" else normal(samples, 1).abs()
     blocks = [LAYERS[kind](s * normal(samples, 1)) for _ in range(layers)]
-    squares = gradient_norms(blocks, x, torch.ones_like(x))[0] ** 2
-    return float(squares.mean()), float(squares.std()) / math.sqrt(samples)
-
-
-def ratio(a, b):
-    """A quotient of two independent means, and its standard error to first order."""
-    value = a[0] / b[0]
-    return value, value * math.hypot(a[1] / a[0], b[1] / b[0])
+    return mean(gradient_norms(blocks, x, torch.ones_like(x))[0] ** 2)
 
 
 ratios = {
     (s, inputs): ratio(measured("A", s, inputs), measured("B", s, inputs))
-    for s in sizes
+    for s in s_values
     for inputs in ("symmetric", "positive")
 }
 pre = {inputs: measured("pre", 1.0, inputs) for inputs in ("symmetric", "positive")}
@@ -109,10 +105,9 @@ pre = {inputs: measured("pre", 1.0, inputs) for inputs in ("symmetric", "positiv
 # -------------------------------
 # After the first block B is positive or dead: its moment is the symmetric one, then powers of the positive.
 
-s = 0.5
-first, later = moments(s, "symmetric")[1], moments(s, "positive")[1]
+first, later = moments(0.5, "symmetric")[1], moments(0.5, "positive")[1]
 chain_law = {depth: first * later ** (depth - 1) for depth in depths}
-chain = {depth: measured("B", s, "symmetric", depth) for depth in depths}
+chain = {depth: measured("B", 0.5, "symmetric", depth) for depth in depths}
 
 # %%
 # Wide stacks by depth, s = 1
@@ -140,29 +135,29 @@ def post_law(depth):
 laws = {depth: (1.5**depth, post_law(depth)) for depth in wide_depths}
 
 
+# %%
+# Measured in real stacks: ``ResidualStack`` is pre-activation; rectified after every block, it is not.
+
+
+def linear():
+    layer = skip_init(nn.Linear, width, width, bias=False, dtype=F64)
+    layer.weight = nn.Parameter(normal(width, width) / math.sqrt(width))
+    return layer
+
+
+def pre_stack(depth):
+    return [ResidualStack([nn.Sequential(nn.ReLU(), linear()) for _ in range(depth)])]
+
+
+def post_stack(depth):
+    return [nn.Sequential(ResidualStack([linear()]), nn.ReLU()) for _ in range(depth)]
+
+
 def gain(make, depth):
-    """Mean of ‖gradient‖² / ‖g‖² over random nets of this depth, and its standard error."""
-    found = torch.empty(nets, dtype=F64)
-    for index in range(nets):
-        linears = [skip_init(nn.Linear, width, width, bias=False, dtype=F64) for _ in range(depth)]
-        for linear in linears:
-            linear.weight = nn.Parameter(normal(width, width) / math.sqrt(width))
-        x, g = normal(2, 8, width)
-        found[index] = (gradient_norms([make(linears)], x, g)[0] ** 2 / g.square().sum(1)).mean()
-    return float(found.mean()), float(found.std()) / math.sqrt(nets)
-
-
-def pre_stack(linears):
-    return ResidualStack([nn.Sequential(nn.ReLU(), linear) for linear in linears])
-
-
-def post_stack(linears):
-    def forward(x):
-        for linear in linears:
-            x = torch.relu(x + linear(x))
-        return x
-
-    return forward
+    """E[‖gradient‖² / ‖g‖²] over random nets of this depth, and its standard error."""
+    inputs = normal(nets, 2, 8, width)
+    squares = [gradient_norms(make(depth), x, g)[0] ** 2 / g.square().sum(1) for x, g in inputs]
+    return mean(torch.stack(squares).mean(1))
 
 
 wide = {depth: (gain(pre_stack, depth), gain(post_stack, depth)) for depth in wide_depths}
@@ -175,8 +170,10 @@ fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
 fine = [0.05 * k for k in range(1, 50)]
 for inputs, mark in (("symmetric", "o"), ("positive", "s")):
     left.plot(fine, [moments(v, inputs)[0] / moments(v, inputs)[1] for v in fine], "k:", lw=1)
-    values, errors = zip(*(ratios[v, inputs] for v in sizes), strict=True)
-    left.errorbar(sizes, values, [3 * e for e in errors], fmt=mark, label=f"{inputs} x, ± 3 standard errors")
+    values, errors = zip(*(ratios[v, inputs] for v in s_values), strict=True)
+    left.errorbar(
+        s_values, values, [3 * e for e in errors], fmt=mark, label=f"{inputs} x, ± 3 standard errors"
+    )
 left.set(xlabel="s", ylabel="E[(dy_A/dx)²] / E[(dy_B/dx)²]", title="one scalar layer")
 left.legend()
 right.semilogy(wide_depths, [1.5**d for d in wide_depths], "k--", label="naive power of one layer's ratio")
@@ -192,16 +189,12 @@ right.legend()
 # -------
 # Three standard errors of each Monte Carlo mean.
 
-for (s_, inputs), (value, error) in ratios.items():
-    a, b = moments(s_, inputs)
-    agree(f"s = {s_}, {inputs} x: ratio of the moments", a / b, value, atol=3 * error)
-agree(
-    "x + w·relu(x), s = 1, symmetric x: as y_A",
-    moments(1, "symmetric")[0],
-    pre["symmetric"][0],
-    atol=3 * pre["symmetric"][1],
-)
-agree("  positive x: 1 + s², y_A has 2.3", 2, pre["positive"][0], atol=3 * pre["positive"][1])
+for (s, inputs), (value, error) in ratios.items():
+    a, b = moments(s, inputs)
+    agree(f"s = {s}, {inputs} x: ratio of the moments", a / b, value, atol=3 * error)
+for inputs, moment, what in (("symmetric", 1.5, "1 + s²/2, as y_A"), ("positive", 2, "1 + s², y_A has 2.3")):
+    value, error = pre[inputs]
+    agree(f"x + w·relu(x), s = 1, {inputs} x: {what}", moment, value, atol=3 * error)
 for depth in depths:
     value, error = chain[depth]
     agree(f"scalar chain of {depth} layers: E[(dx_L/dx)²] of B", chain_law[depth], value, atol=3 * error)

@@ -7,8 +7,8 @@ A8 · Total variation
 .. math:: |1 - V| \le TV(y) \le 1 + V,
 
 and both ends are attained, by :math:`f = cx`: :math:`TV(y) = |1 + c|`, which is :math:`1 + V` for c ≥ 0 and
-:math:`|1 - V|` for c ≤ 0. For piecewise-linear f with slopes :math:`s_i` on pieces of length :math:`\ell_i`, such as a ReLU
-network's, :math:`V = \sum |s_i|\,\ell_i` and :math:`TV(y) = \sum |1 + s_i|\,\ell_i`.
+:math:`|1 - V|` for c ≤ 0. For piecewise-linear f with slopes :math:`s_i` on pieces of length :math:`\ell_i`,
+such as a ReLU network's, :math:`V = \sum |s_i|\,\ell_i` and :math:`TV(y) = \sum |1 + s_i|\,\ell_i`.
 
 **Assumptions.** One real input; f of bounded variation. TV of the identity on [0, 1] is 1.
 
