@@ -6,7 +6,15 @@ from resode.analysis.cost import count
 from resode.analysis.curvature import largest_hessian_eigenvalue, max_learning_rate
 from resode.analysis.depth import DepthProfile, DepthRow, profile_depth
 from resode.analysis.fixed_points import FixedPoints, find_fixed_points, find_several_fixed_points
-from resode.analysis.gradients import ProductNorm, product_norm
+from resode.analysis.gains import BlockGains, block_gains, gradient_norms
+from resode.analysis.gradients import (
+    GradientParts,
+    ProductNorm,
+    gradient_parts,
+    product_norm,
+    shortcut_matrix,
+)
+from resode.analysis.highways import HighwayGradients, highway_gradients
 from resode.analysis.lesion import reordering_study, step_scan
 from resode.analysis.linearize import jacobian
 from resode.analysis.max_step import max_stable_step, step_limit
@@ -25,18 +33,23 @@ from resode.analysis.scan import (
     phase_portrait,
     stability_losses,
 )
+from resode.analysis.variation import total_variation
 
 __all__ = [
     "Bifurcation",
+    "BlockGains",
     "Classification",
     "DepthProfile",
     "DepthRow",
     "FixedPoints",
+    "GradientParts",
+    "HighwayGradients",
     "ProductNorm",
     "StabilityLoss",
     "StepLimitPenalty",
     "TransientGrowth",
     "bifurcation",
+    "block_gains",
     "bound_operator_norm",
     "classify",
     "cobweb",
@@ -44,6 +57,9 @@ __all__ = [
     "count",
     "find_fixed_points",
     "find_several_fixed_points",
+    "gradient_norms",
+    "gradient_parts",
+    "highway_gradients",
     "jacobian",
     "largest_hessian_eigenvalue",
     "logarithmic_norm",
@@ -55,8 +71,10 @@ __all__ = [
     "product_norm",
     "profile_depth",
     "reordering_study",
+    "shortcut_matrix",
     "stability_losses",
     "step_limit",
     "step_scan",
+    "total_variation",
     "transient_growth",
 ]

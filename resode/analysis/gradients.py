@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from resode.analysis.arnoldi import random_start, ritz_values, singular_values
@@ -18,6 +18,7 @@ from resode.analysis.jacobian_products import Field, Products
 from resode.analysis.linearize import check_field
 from resode.analysis.tracing import Addition
 from resode.blocks import ResidualStack
+from resode.blocks.held import FrozenStatistics, moving_norms
 
 
 def rows(t: Tensor, batch: int) -> Tensor:
@@ -103,6 +104,122 @@ def split_gradient(a: Addition, g: Tensor) -> tuple[Tensor, Tensor]:
         field = EdgeProducts(a.at_field, a.at_x, a.increment, a.x, 1, a.factor)
         return identity, field.vjp_like(_sum_to(g, a.increment))
     return identity, block_products(a, 1).vjp_like(g) - identity
+
+
+@dataclass(frozen=True, eq=False)
+class GradientParts:
+    """The gradient at a block's input, by the two ways that it took.
+
+    Args:
+        identity: Sᵀg, along the shortcut, of x's shape; g itself where S is the identity.
+        residual: ηJᵀg, through F, likewise.
+    """
+
+    identity: Tensor
+    residual: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """Sᵀg + ηJᵀg, the gradient at x."""
+        return self.identity + self.residual
+
+
+def gradient_parts(
+    field: Field, x: Tensor, g: Tensor, *, shortcut: Field | None = None, step_size: float = 1.0
+) -> GradientParts:
+    r"""The gradient at the input of y = S(x) + ηF(x), split into Sᵀg and ηJᵀg.
+
+    S and F are differentiated apart, each alone. Nothing may follow the addition: behind an activation g is
+    the gradient at the sum, not at the block's output.
+
+    Args:
+        field: F, any callable; modules in either mode. Train-mode batch norm couples the samples, and the
+            parts are then those of the whole batch; running statistics stay as they are.
+        x: states, shape (batch, *state), floating-point.
+        g: the gradient at y, of y's shape.
+        shortcut: S, any callable; None for the identity.
+        step_size: η.
+
+    Raises:
+        TypeError: x is not a floating-point tensor.
+        ValueError: g has not the shape of F(x) and S(x).
+
+    Source:
+        He, Zhang, Ren & Sun, Identity Mappings in Deep Residual Networks (2016), arXiv:1603.05027, eq. 5.
+
+    Example:
+        >>> x, g = torch.tensor([[1.0, -2.0]]), torch.tensor([[3.0, 5.0]])
+        >>> parts = gradient_parts(torch.relu, x, g)
+        >>> parts.identity.tolist(), parts.residual.tolist(), parts.total.tolist()
+        ([[3.0, 5.0]], [[3.0, 0.0]], [[6.0, 5.0]])
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}.")
+    if shortcut is None and g.shape != x.shape:
+        raise ValueError(
+            f"g is the gradient at x + F(x), so it has x's shape: got x {tuple(x.shape)}, "
+            f"g {tuple(g.shape)}. Where F changes the shape, give the shortcut that does so too."
+        )
+    identity = g.clone() if shortcut is None else _pulled_back("S(x)", shortcut, x, g)
+    return GradientParts(identity, step_size * _pulled_back("F(x)", field, x, g))
+
+
+def _pulled_back(name: str, f: Field, x: Tensor, g: Tensor) -> Tensor:
+    """The gradient at x of f alone, of x's shape."""
+    norms = moving_norms(f) if isinstance(f, nn.Module) else []
+    with torch.inference_mode(False), torch.enable_grad(), FrozenStatistics(norms):
+        state = x.detach().clone().requires_grad_()
+        y = f(state)
+        if y.shape != g.shape:
+            raise ValueError(
+                f"g is the gradient at S(x) + F(x), so it has their shape: got {name} {tuple(y.shape)}, "
+                f"g {tuple(g.shape)}."
+            )
+        if not y.requires_grad:
+            return torch.zeros_like(x)
+        (product,) = torch.autograd.grad(y, state, g, allow_unused=True)
+    return torch.zeros_like(x) if product is None else product
+
+
+def shortcut_matrix(shortcut: Field, x: Tensor) -> Tensor:
+    r"""A linear shortcut as a matrix: S(x) = S x, found by evaluating it on every unit state.
+
+    No derivative is taken, so Sᵀg is there to compare a gradient with. A constant that is added (of a norm
+    in evaluation mode) is left out.
+
+    Args:
+        shortcut: S, a callable on states (batch, *state); modules in eval mode.
+        x: states at which S must agree with its matrix, shape (batch, *state), not 0.
+
+    Returns:
+        S, shape (m, n) for states of n entries, in the order of `x[0].flatten()`; dtype and device of x.
+
+    Raises:
+        TypeError, ValueError: x is no batch of floating-point states, or S is not linear (a gate that
+            depends on x).
+
+    Example:
+        >>> shortcut_matrix(lambda x: x[:, ::2], torch.ones(1, 4))  # every second entry
+        tensor([[1., 0., 0., 0.],
+                [0., 0., 1., 0.]])
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}.")
+    if x.ndim < 2 or x.numel() == 0:
+        raise ValueError(f"x must have shape (batch, *state) with at least one entry, got {tuple(x.shape)}.")
+    n = x[0].numel()
+    with torch.no_grad():
+        constant = shortcut(torch.zeros_like(x[:1])).flatten(1)
+        units = torch.eye(n, dtype=x.dtype, device=x.device).reshape(n, *x.shape[1:])
+        matrix = (shortcut(units).flatten(1) - constant).T.contiguous()
+        y = shortcut(x).flatten(1) - constant
+        error = (y - x.flatten(1) @ matrix.T).abs().amax()
+        if not error <= torch.finfo(x.dtype).eps ** 0.5 * y.abs().amax():
+            raise ValueError(
+                f"a shortcut has a matrix only where it is linear: S(x) is off by {float(error):.2g} from "
+                "the matrix of the unit states. Call .eval() on it; a gate that depends on x has none."
+            )
+    return matrix
 
 
 def _sum_to(g: Tensor, addend: Tensor) -> Tensor:
