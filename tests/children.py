@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import socket
 import sys
 import traceback
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from resode.training.folder import RunFolder
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
@@ -58,6 +61,49 @@ def impatient_command(*arguments: object) -> None:
 
     terminal.ALONE = 0.0
     command(*arguments)
+
+
+def kill_until(
+    kills: int, folder: Path, arguments: tuple, resume: tuple, longest: float, seed: int
+) -> list[tuple[Path, list[str]]]:
+    """Train into folder/0, folder/1, …, killing the process after random times, until so many were killed.
+
+    Args:
+        kills: how many.
+        folder: where the runs go.
+        arguments: of a new run, without --run-dir.
+        resume: of one that goes on, without --resume.
+        longest: seconds that a process lives at most; uniformly distributed, from its start.
+        seed: of those times.
+
+    Returns:
+        Every run with where it was killed: "update 44" of the checkpoint at that time, or "before the start".
+    """
+    delays = random.Random(seed)
+    runs: list[tuple[Path, list[str]]] = []
+    done = 0
+    finished = True
+    while done < kills or not finished:
+        if finished:
+            runs.append((folder / str(len(runs)), []))
+        path, where = runs[-1]
+        begun = (path / "config.yaml").exists()
+        process = start(
+            command,
+            *((*resume, "--resume", path) if begun else (*arguments, "--run-dir", path)),
+            said=folder / f"{path.name}.txt",
+        )
+        process.join(delays.uniform(0, longest) if done < kills else 120)
+        finished = process.exitcode is not None
+        if finished:
+            assert process.exitcode == 0, (folder / f"{path.name}.txt").read_text()
+            continue
+        process.kill()
+        process.join()
+        done += 1
+        last, _ = RunFolder(path).read_checkpoint() if begun else (None, None)
+        where.append("before its first epoch" if last is None else f"after epoch {last.state['epoch']}")
+    return runs
 
 
 def start(target: Callable[..., None], *arguments: Any, said: Path | None = None, **environment: str) -> Any:
