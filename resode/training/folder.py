@@ -4,7 +4,9 @@
         metrics.csv            one row an epoch; train_loss is what was minimised, label smoothing included
         weights.safetensors    the network's state_dict, with its name and options in the header
         summary.json           the figures of the finished run
-        checkpoints/           last and previous: everything a resumed run needs
+        checkpoints/           last and previous: everything a resumed run needs; with a validation split,
+                               best: the weights of the epoch with the highest validation accuracy, the first
+                               of equals; after a divergence, diverged: the state that failed
         figures/
 
 The files themselves are read and written by `resode.training.files`.
@@ -186,6 +188,16 @@ class RunFolder:
         """The network's weights."""
         return self.path / "weights.safetensors"
 
+    @property
+    def best(self) -> Path:
+        """The weights that did best on the validation images."""
+        return self.path / "checkpoints" / "best.safetensors"
+
+    @property
+    def diverged(self) -> Path:
+        """The state in which a run failed."""
+        return self.path / "checkpoints" / "diverged.safetensors"
+
     def write(self, name: str, content: bytes | str) -> Path:
         """Write a file of the folder, or leave the one that stood there."""
         try:
@@ -203,7 +215,7 @@ class RunFolder:
     def read_config(self) -> dict[str, Any]:
         """The stored settings."""
         config = read_yaml(self.path / "config.yaml")
-        _check_format(self.path / "config.yaml", config.get("format"))
+        check_format(self.path / "config.yaml", config.get("format"))
         return config
 
     def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -269,7 +281,7 @@ class RunFolder:
             except DamagedFile as error:
                 damaged = str(error)
                 continue
-            _check_format(path, state.get("format"))
+            check_format(path, state.get("format"))
             return Checkpoint(tensors, state), damaged
         if damaged is not None:
             raise RunError(f"no sound checkpoint is left to go on from: {damaged} Train again.")
@@ -280,7 +292,8 @@ def _unfinished(path: Path) -> bool:
     return _UNFINISHED.fullmatch(path.name) is not None
 
 
-def _check_format(path: Path, found: Any) -> None:
+def check_format(path: Path, found: Any) -> None:
+    """A RunError where a file has another format than this resode's."""
     if found != FORMAT:
         raise RunError(
             f"{path} has format {found}, and this resode reads format {FORMAT}. "

@@ -23,9 +23,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from resode.solve import SolverError
 from resode.training.data import Batches
+from resode.training.divergence import find_overstep
 from resode.training.evaluate import evaluations_of_last_call, score, solving_modules
-from resode.training.files import RunError
-from resode.training.folder import Checkpoint, RunFolder
+from resode.training.files import RunError, pack
+from resode.training.folder import FORMAT, Checkpoint, RunFolder
 from resode.training.monitor import Callback
 from resode.training.processes import LostProcess, Processes, losing
 from resode.training.progress import Progress
@@ -102,6 +103,7 @@ class TrainingLoop:
         self.rows: list[dict[str, Any]] = []  # a row of metrics for every epoch done
         self.losses = torch.zeros(len(batches), device=fabric.device)  # of this epoch's updates
         self._checked = False  # whether every parameter gets a gradient
+        self._good: dict[str, Tensor] = {}  # the network when this epoch began, or was resumed
         self._start_tally()
 
     def _start_tally(self) -> None:
@@ -153,6 +155,8 @@ class TrainingLoop:
         """The updates of an epoch, from where it stands."""
         self.batches.set_epoch(self.epoch)
         self.module.train()
+        if self.solving:
+            self._good = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
         done_before, seconds_before = self.index, self.epoch_seconds
         begun = looked = time.perf_counter()
         for batch in islice(self.batches, self.index, self.steps):
@@ -240,10 +244,27 @@ class TrainingLoop:
             else "No epoch was finished, so there is no checkpoint."
         )
         lower = "" if self.recipe.precision == "32" else " or --precision 32"
+        if self.processes.first:
+            kept += self._keep_evidence(what)
         return RunError(
             f"{what} in epoch {self.epoch + 1}, update {update + 1} of {self.total}, at learning rate "
             f"{self.recipe.learning_rate(update, self.total):.3g}. Try a tenth of that --lr{lower}. {kept}"
         )
+
+    def _keep_evidence(self, what: str) -> str:
+        """Store the state that failed, and look for a block whose step is the cause; sentences about both."""
+        state = {**self.about, "epoch": self.epoch, "index": self.index, "rows": self.rows, "what": what}
+        path = self.folder.diverged
+        try:
+            self.folder.write(f"checkpoints/{path.name}", pack(self._tensors(), {"format": FORMAT, **state}))
+            said = f" The state that failed is in {path}."
+        except RunError:
+            said = ""
+        if self._good:
+            images = next(iter(self.held_out["test"]))[0]
+            overstep = find_overstep(self.network, self._good, images)
+            said += f" {overstep}" if overstep else ""
+        return said
 
     def _end_epoch(self) -> None:
         """Evaluate, and write the epoch's row of metrics."""
@@ -281,6 +302,13 @@ class TrainingLoop:
     def _write_epoch(self) -> None:
         self.folder.write_metrics(self.rows)
         self.folder.write_weights(self.kept.state_dict(), self.about)
+        accuracies = [row.get("validation_accuracy", -1.0) for row in self.rows]
+        if accuracies[-1] > max(accuracies[:-1], default=-1.0):
+            about = {**self.about, "best_epoch": len(self.rows), "validation_accuracy": accuracies[-1]}
+            self.folder.write(
+                f"checkpoints/{self.folder.best.name}",
+                pack(self.kept.state_dict(), {"format": FORMAT, **about}),
+            )
 
     def _stop(self, signum: int) -> None:
         path = self.folder.path
@@ -292,13 +320,7 @@ class TrainingLoop:
 
     def save(self) -> None:
         """Write a checkpoint: weights, momentum, random states, counters and metrics."""
-        tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
-        if self.average is not None:
-            tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
-        for number, weight in enumerate(self._weights()):
-            momentum = self.optimizer.state[weight].get("momentum_buffer")
-            if momentum is not None:
-                tensors[f"momentum.{number}"] = momentum
+        tensors = self._tensors()
         for rank, states in enumerate(self.processes.gathered(self._random_state())):
             tensors |= {f"random.{_of_rank(name, rank)}": value for name, value in states.items()}
         tensors |= {
@@ -315,6 +337,17 @@ class TrainingLoop:
             "rows": self.rows,
         }
         self.processes.from_first(lambda: self.folder.write_checkpoint(Checkpoint(tensors, state)))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Weights, their average, and momentum."""
+        tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        if self.average is not None:
+            tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
+        for number, weight in enumerate(self._weights()):
+            momentum = self.optimizer.state[weight].get("momentum_buffer")
+            if momentum is not None:
+                tensors[f"momentum.{number}"] = momentum
+        return tensors
 
     def _random_state(self) -> dict[str, Tensor]:
         """Of the generators that this process's networks draw from."""

@@ -353,6 +353,12 @@ def _check_same_data(record: Mapping[str, Any] | None, data: ImageData) -> None:
             f"the run was started on {then[0]} with {then[1]:,} training and {then[2]:,} test images, and "
             f"finds {now[0]} with {now[1]:,} and {now[2]:,}. Point --data-dir at the data it was started on."
         )
+    was, found = record.get("images_checksum"), data.checksum()
+    if was not in (None, found):
+        raise RunError(
+            f"the images or labels of {data.title} are not those that the run was started on: their checksum "
+            f"was {was} and is {found}. Point --data-dir at the data it was started on, or train again."
+        )
 
 
 @contextmanager
@@ -424,8 +430,13 @@ def _finish(
         "precision": recipe.precision,
         "seed": recipe.seed,
     }
+    best = None
     if recipe.validation:
+        best = max(rows, key=lambda row: row["validation_accuracy"])  # the first of equals
         summary["validation_accuracy"] = last["validation_accuracy"]
+        summary["best_epoch"] = best["epoch"]
+        summary["best_validation_accuracy"] = best["validation_accuracy"]
+        summary["best_test_accuracy"] = best["test_accuracy"]
     folder.write_summary(summary)
     metrics = folder.read_metrics()
     from resode import plots
@@ -439,6 +450,12 @@ def _finish(
         f"{summary['images_per_second']:,.0f} images/s"
         + (f", {last['nfe']:g} F evaluations" if last["nfe"] else "")
     )
+    if best is not None:
+        progress.say(
+            f"best on validation: epoch {best['epoch']}, {100 * best['validation_accuracy']:.2f} %; its test "
+            f"accuracy {100 * best['test_accuracy']:.2f} %"
+        )
+        progress.say(f"best    {folder.best}")
     progress.say(f"weights {folder.weights}")
     progress.say(f"curves  {figure}")
     return summary, metrics
