@@ -459,7 +459,7 @@ def test_weights_that_overflow_in_the_last_update_are_no_checkpoint(tmp_path):
 
     with pytest.raises(RunError, match=r"weights are no longer finite .* in epoch 1, update 22 of 44"):
         tiny_run(tmp_path / "run", {22: overflow})
-    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["diverged.safetensors"]
 
     def overflow_and_interrupt(logits):
         return overflow(interrupted(signal.SIGINT)(logits))

@@ -16,7 +16,7 @@ from resode import networks
 from resode.blocks import ODEBlock, ResidualStack
 from resode.training.data import Batches, ImageData, load_data
 from resode.training.files import RunError, unpack
-from resode.training.folder import NoSuchRun, RunFolder
+from resode.training.folder import NoSuchRun, RunFolder, check_format
 from resode.training.plan import Model, check_data_name, choose_device, make_network, model_name
 
 EVALUATION_BATCH = 500
@@ -132,8 +132,8 @@ def images_of(
         about, config = {}, {}
     else:
         _, about = read_weights(Path(run))
-        folder = Path(run) if Path(run).is_dir() else Path(run).parent
-        config = RunFolder(folder).read_config() if (folder / "config.yaml").exists() else {}
+        places = [place for place in (Path(run), *Path(run).parents[:2]) if (place / "config.yaml").is_file()]
+        config = RunFolder(places[0]).read_config() if places else {}
     name = data or about.get("data")
     if name is None:
         raise RunError(f"{run} does not say which data set it was trained on. Pass its name as data.")
@@ -272,6 +272,8 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         except ValueError as error:
             raise RunError(str(error)) from error
     tensors, about = unpack(path)
+    if about:
+        check_format(path, about.get("format"))
     if "rows" in about:  # a checkpoint: the network is one part of it
         start = "average.module." if "average.n_averaged" in tensors else "network."
         tensors = {

@@ -4,7 +4,9 @@
         metrics.csv            one row an epoch; train_loss is what was minimised, label smoothing included
         weights.safetensors    the network's state_dict, with its name and options in the header
         summary.json           the figures of the finished run
-        checkpoints/           last and previous: everything a resumed run needs
+        checkpoints/           last and previous: everything a resumed run needs; with a validation split,
+                               best: the weights of the epoch with the highest validation accuracy, the first
+                               of equals; after a divergence, diverged: the state that failed
         figures/
 
 The files themselves are read and written by `resode.training.files`.
@@ -17,6 +19,7 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,6 +41,10 @@ FORMAT = 1
 
 LOCK = ".lock"
 """Held by the process that writes into a run folder."""
+
+
+_UNFINISHED = re.compile(r"\.[\w-]+\.(yaml|csv|json|safetensors)\.\w{8}|\.[\w-]+-\d+\.(png|csv)")
+"""Names of files that were being written when their process was killed; see `resode.training.files`."""
 
 
 class NoSuchRun(RunError):
@@ -109,8 +116,8 @@ class RunFolder:
                 raise FolderTaken(
                     f"a run needs a folder of its own: {path} is a file. Give another --run-dir."
                 )
-            # Empty folders and the lock are what a run leaves that was killed before it began.
-            if any(file.is_file() and file.name != LOCK for file in folder.path.rglob("*")):
+            # Empty folders, the lock and half a file are what a run leaves that was killed before it began.
+            if any(f.is_file() and f.name != LOCK and not _unfinished(f) for f in folder.path.rglob("*")):
                 known = (folder.path / "config.yaml").exists()
                 raise FolderTaken(
                     f"a run is never overwritten: {path} is not empty. Give another --run-dir, "
@@ -153,6 +160,9 @@ class RunFolder:
                 raise RunError(
                     f"{self.path} is in use by another process. Wait for it, or stop it."
                 ) from error
+            for left in filter(_unfinished, self.path.rglob(".*")):
+                with suppress(OSError):
+                    left.unlink()
             try:
                 yield
             finally:
@@ -178,6 +188,16 @@ class RunFolder:
         """The network's weights."""
         return self.path / "weights.safetensors"
 
+    @property
+    def best(self) -> Path:
+        """The weights that did best on the validation images."""
+        return self.path / "checkpoints" / "best.safetensors"
+
+    @property
+    def diverged(self) -> Path:
+        """The state in which a run failed."""
+        return self.path / "checkpoints" / "diverged.safetensors"
+
     def write(self, name: str, content: bytes | str) -> Path:
         """Write a file of the folder, or leave the one that stood there."""
         try:
@@ -195,7 +215,7 @@ class RunFolder:
     def read_config(self) -> dict[str, Any]:
         """The stored settings."""
         config = read_yaml(self.path / "config.yaml")
-        _check_format(self.path / "config.yaml", config.get("format"))
+        check_format(self.path / "config.yaml", config.get("format"))
         return config
 
     def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -261,14 +281,19 @@ class RunFolder:
             except DamagedFile as error:
                 damaged = str(error)
                 continue
-            _check_format(path, state.get("format"))
+            check_format(path, state.get("format"))
             return Checkpoint(tensors, state), damaged
         if damaged is not None:
             raise RunError(f"no sound checkpoint is left to go on from: {damaged} Train again.")
         return None, None
 
 
-def _check_format(path: Path, found: Any) -> None:
+def _unfinished(path: Path) -> bool:
+    return _UNFINISHED.fullmatch(path.name) is not None
+
+
+def check_format(path: Path, found: Any) -> None:
+    """A RunError where a file has another format than this resode's."""
     if found != FORMAT:
         raise RunError(
             f"{path} has format {found}, and this resode reads format {FORMAT}. "

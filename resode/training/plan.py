@@ -228,6 +228,7 @@ def make_config(
             "title": data.title,
             "train_images": len(data.train_labels),
             "test_images": len(data.test_labels),
+            "images_checksum": data.checksum(),
             "parameters": count_parameters(network),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
             "cores": os.cpu_count(),

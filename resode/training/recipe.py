@@ -103,6 +103,7 @@ class Recipe:
         precision: "32", "bf16" (F under bfloat16 autocast; states, norms and weights in float32) or "auto"
             (whichever the device computes faster).
         channels_last: store images and kernels with channels innermost.
+        sync_batch_norm: take batch statistics over the whole batch where several GPUs have a part each.
         seed: of the initial weights, the order of the images and their augmentation.
         validation: training images held out and reported after every epoch.
 
@@ -139,6 +140,7 @@ class Recipe:
     flip: bool | None = None
     precision: str = "auto"
     channels_last: bool = True
+    sync_batch_norm: bool = False
     seed: int = 0
     validation: int = 0
 
