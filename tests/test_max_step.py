@@ -457,4 +457,3 @@ def test_periods_of_orbits():
         brief.periods(0.0)
     with pytest.raises(ValueError, match="two states or more"):
         bifurcation(torch.tanh, eta, 0.1, keep=1).periods()
-
