@@ -2,6 +2,7 @@
 
 from resode.analysis.bifurcation import Bifurcation, bifurcation
 from resode.analysis.classify import Classification, classify
+from resode.analysis.convergence import DepthConvergence, depth_convergence
 from resode.analysis.cost import count
 from resode.analysis.curvature import largest_hessian_eigenvalue, max_learning_rate
 from resode.analysis.depth import DepthProfile, DepthRow, profile_depth
@@ -29,6 +30,7 @@ from resode.analysis.scan import (
 __all__ = [
     "Bifurcation",
     "Classification",
+    "DepthConvergence",
     "DepthProfile",
     "DepthRow",
     "FixedPoints",
@@ -42,6 +44,7 @@ __all__ = [
     "cobweb",
     "contraction_step",
     "count",
+    "depth_convergence",
     "find_fixed_points",
     "find_several_fixed_points",
     "jacobian",
