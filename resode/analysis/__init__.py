@@ -4,7 +4,7 @@ from resode.analysis.bifurcation import Bifurcation, bifurcation
 from resode.analysis.classify import Classification, classify
 from resode.analysis.convergence import DepthConvergence, depth_convergence
 from resode.analysis.cost import count
-from resode.analysis.curvature import largest_hessian_eigenvalue, max_learning_rate
+from resode.analysis.curvature import QuadraticModel, largest_hessian_eigenvalue, max_learning_rate
 from resode.analysis.depth import DepthProfile, DepthRow, profile_depth
 from resode.analysis.fixed_points import FixedPoints, find_fixed_points, find_several_fixed_points
 from resode.analysis.gradients import ProductNorm, product_norm
@@ -35,6 +35,7 @@ __all__ = [
     "DepthRow",
     "FixedPoints",
     "ProductNorm",
+    "QuadraticModel",
     "StabilityLoss",
     "StepLimitPenalty",
     "TransientGrowth",
