@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 from resode import max_learning_rate
-from resode.analysis import largest_hessian_eigenvalue
+from resode.analysis import QuadraticModel, largest_hessian_eigenvalue
 
 F64 = torch.float64
 
@@ -152,3 +152,34 @@ def test_bad_input():
         max_learning_rate(small_net().requires_grad_(False), nn.CrossEntropyLoss(), pair)
     with pytest.raises(ValueError, match="pair"):
         max_learning_rate(model, nn.CrossEntropyLoss(), pair[0])
+
+
+def test_a_quadratic_model_is_the_taylor_polynomial():
+    """Value and gradient against the dense Hessian; third derivatives make the rest, at most ‖d‖³."""
+    model, loss_fn, (x, target) = small_net(), nn.CrossEntropyLoss(), data()
+    before = [p.detach().clone() for p in model.parameters()]
+    hessian = dense_hessian(model, loss_fn, x, target)
+    quadratic = QuadraticModel(model, loss_fn, (x, target))
+    assert [name for name, _ in quadratic.named_parameters()] == ["displacement"]
+    loss = loss_fn(model(x), target)
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+    assert quadratic.loss == pytest.approx(float(loss.detach()), rel=1e-15)
+    assert float(quadratic().detach()) == quadratic.loss
+    d = torch.randn(len(gradient), dtype=F64, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        quadratic.displacement.copy_(d)
+    value = quadratic()
+    value.backward()
+    expected = float(loss.detach()) + float(gradient @ d) + float(d @ hessian @ d) / 2
+    assert float(value.detach()) == pytest.approx(expected, rel=1e-12)
+    torch.testing.assert_close(quadratic.displacement.grad, gradient + hessian @ d, rtol=1e-10, atol=1e-12)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_quadratic_model_says_what_it_needs():
+    frozen = small_net().requires_grad_(False)
+    with pytest.raises(ValueError, match="requires a gradient"):
+        QuadraticModel(frozen, nn.CrossEntropyLoss(), data())
+    with pytest.raises(ValueError, match="scalar"):
+        QuadraticModel(small_net(), nn.CrossEntropyLoss(reduction="none"), data())

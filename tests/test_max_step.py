@@ -443,3 +443,17 @@ def test_bifurcation_of_the_logistic_family(tmp_path):
         bifurcation(torch.tanh, -eta, 0.1)
     with pytest.raises(ValueError, match="transient"):
         bifurcation(torch.tanh, eta, 0.1, keep=0)
+
+
+def test_periods_of_orbits():
+    """Logistic at r = 1 + η: 1, 2, 4, the window of 3 and chaos; a cycle must fit twice; none at infinity."""
+    eta = torch.tensor([1.5, 2.2, 2.5, 2.835, 3.0, 4.0], dtype=torch.float64)
+    settled = bifurcation(lambda x: x * (1 - x), eta, x0=0.1, transient=2000, keep=16)
+    assert settled.periods().tolist() == [1, 2, 4, 3, 0, 0]
+    brief = bifurcation(lambda x: x * (1 - x), eta, x0=0.1, transient=2000, keep=7)
+    assert brief.periods().tolist() == [1, 2, 0, 3, 0, 0]
+    assert brief.periods(tol=1.0).tolist() == [1, 1, 1, 1, 1, 0]
+    with pytest.raises(ValueError, match="tol must be positive"):
+        brief.periods(0.0)
+    with pytest.raises(ValueError, match="two states or more"):
+        bifurcation(torch.tanh, eta, 0.1, keep=1).periods()

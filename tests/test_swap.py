@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from resode import ResidualStack
-from resode.analysis.swap import swap_report
+from resode.analysis.swap import SwapReport, SwapRow, swap_report
 
 
 def classifier(solver="euler", norm=False):
@@ -110,3 +110,30 @@ def test_a_generator_is_read_once_and_a_table_and_csv_hold_every_row(tmp_path):
 def test_wrong_arguments_say_the_rule(model, data, options, message):
     with pytest.raises(ValueError, match=message):
         swap_report(model, data, **options)
+
+
+def test_a_table_comes_back_as_it_was_written(tmp_path):
+    """None, adaptive rows and every digit."""
+    rows = [
+        SwapRow("euler", 1, 1 / 3, 0.1 + 0.2, 0.9, 0.0, 7.0, True),
+        SwapRow("dopri5", None, None, 0.25, None, 1e-17, 32.1, False),
+    ]
+    SwapReport(rows).to_csv(tmp_path / "swap.csv")
+    assert SwapReport.from_csv(tmp_path / "swap.csv").rows == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has none"),
+        ("solver,accuracy\neuler,0.5\n", "has solver, accuracy"),
+        ("HEAD\neuler,1,1.0,high,,0.0,7.0,True\n", "row 1 of"),
+        ("HEAD\neuler,1,1.0,0.5,,0.0,7.0,yes\n", "row 1 of"),
+        ("HEAD\neuler,1,1.0\n", "row 1 of"),
+    ],
+)
+def test_another_table_is_refused(tmp_path, text, message):
+    head = "solver,substeps,step_size,accuracy,accuracy_recalibrated,logit_drift,nfe,as_trained"
+    (tmp_path / "t.csv").write_text(text.replace("HEAD", head))
+    with pytest.raises(ValueError, match=message):
+        SwapReport.from_csv(tmp_path / "t.csv")

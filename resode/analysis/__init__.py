@@ -2,8 +2,9 @@
 
 from resode.analysis.bifurcation import Bifurcation, bifurcation
 from resode.analysis.classify import Classification, classify
+from resode.analysis.convergence import DepthConvergence, depth_convergence
 from resode.analysis.cost import count
-from resode.analysis.curvature import largest_hessian_eigenvalue, max_learning_rate
+from resode.analysis.curvature import QuadraticModel, largest_hessian_eigenvalue, max_learning_rate
 from resode.analysis.depth import DepthProfile, DepthRow, profile_depth
 from resode.analysis.fixed_points import FixedPoints, find_fixed_points, find_several_fixed_points
 from resode.analysis.gains import BlockGains, block_gains, gradient_norms
@@ -39,12 +40,14 @@ __all__ = [
     "Bifurcation",
     "BlockGains",
     "Classification",
+    "DepthConvergence",
     "DepthProfile",
     "DepthRow",
     "FixedPoints",
     "GradientParts",
     "HighwayGradients",
     "ProductNorm",
+    "QuadraticModel",
     "StabilityLoss",
     "StepLimitPenalty",
     "TransientGrowth",
@@ -55,6 +58,7 @@ __all__ = [
     "cobweb",
     "contraction_step",
     "count",
+    "depth_convergence",
     "find_fixed_points",
     "find_several_fixed_points",
     "gradient_norms",

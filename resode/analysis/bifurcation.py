@@ -27,6 +27,35 @@ class Bifurcation:
     step_sizes: Tensor
     orbits: Tensor
 
+    def periods(self, tol: float = 1e-6) -> Tensor:
+        """The period that each orbit has settled to, int64, shape (m,); 0 where it has none that fits twice.
+
+        It is the smallest p with |x_{n+p} − x_n| ≤ tol·(1 + max|x|) throughout the kept states: 1 at a fixed
+        point, 0 in chaos, where an orbit diverges, and where the transient was too short.
+
+        Args:
+            tol: positive; a cycle whose points lie closer together counts as one of a shorter period.
+
+        Raises:
+            ValueError: tol is not positive, or one state alone was kept.
+
+        Example:
+            >>> eta = torch.tensor([1.9, 2.2, 2.5, 2.84, 3.0], dtype=torch.float64)
+            >>> bifurcation(lambda x: x * (1 - x), eta, x0=0.1).periods().tolist()
+            [1, 2, 4, 3, 0]
+        """
+        keep = self.orbits.shape[1]
+        if not tol > 0:
+            raise ValueError(f"tol must be positive, got {tol}.")
+        if keep < 2:
+            raise ValueError("a period shows in two states or more: keep=1 was asked of the orbits.")
+        bound = tol * (1 + self.orbits.abs().amax(1))
+        found = torch.zeros(len(self.orbits), dtype=torch.int64, device=self.orbits.device)
+        for p in range(keep // 2, 0, -1):
+            apart = (self.orbits[:, p:] - self.orbits[:, :-p]).abs().amax(1)
+            found[apart <= bound] = p  # nan is never
+        return found
+
     def plot(self, path: str | None = None) -> Any:
         """Draw the diagram; see `resode.plots.bifurcation`."""
         from resode import plots

@@ -56,6 +56,36 @@ class SwapReport:
             writer.writeheader()
             writer.writerows(asdict(row) for row in self.rows)
 
+    @classmethod
+    def from_csv(cls, path: str | Path) -> SwapReport:
+        """The report that `to_csv`, or `resode swap`, wrote.
+
+        Args:
+            path: the table; values come back to the last digit.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it has other columns, or an entry that is none of its column.
+
+        Example:
+            >>> import tempfile
+            >>> report = SwapReport([SwapRow("euler", 1, 1.0, 0.9, None, 0.0, 3.0, True)])
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     report.to_csv(folder + "/swap.csv")
+            ...     SwapReport.from_csv(folder + "/swap.csv") == report
+            True
+        """
+        names = [f.name for f in fields(SwapRow)]
+        with open(path, newline="") as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames is None or list(reader.fieldnames) != names:
+                raise ValueError(
+                    f"a swap table has the columns {', '.join(names)}: {path} has "
+                    f"{', '.join(reader.fieldnames or []) or 'none'}. `resode swap RUN` writes one."
+                )
+            rows = list(reader)
+        return cls([_row_of(path, number, row) for number, row in enumerate(rows, 1)])
+
     def critical_steps(self, drop: float = 0.01) -> dict[str, float]:
         """For each fixed-step solver the largest step that, as all finer ones, keeps the trained accuracy.
 
@@ -194,6 +224,23 @@ def swap_report(
         for stack, (name, n) in zip(stacks, came_with, strict=True):
             stack.solver, stack.substeps = name, n
     return SwapReport(rows)
+
+
+def _row_of(path: str | Path, number: int, entries: dict[str, str]) -> SwapRow:
+    """A line of a table as `SwapReport.to_csv` writes it."""
+    try:
+        return SwapRow(
+            solver=entries["solver"],
+            substeps=int(entries["substeps"]) if entries["substeps"] else None,
+            step_size=float(entries["step_size"]) if entries["step_size"] else None,
+            accuracy=float(entries["accuracy"]),
+            accuracy_recalibrated=float(text) if (text := entries["accuracy_recalibrated"]) else None,
+            logit_drift=float(entries["logit_drift"]),
+            nfe=float(entries["nfe"]),
+            as_trained={"True": True, "False": False}[entries["as_trained"]],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"row {number} of {path} is no row of a swap table: {entries} ({error}).") from None
 
 
 def _reusable(batches: Batches) -> Batches:
