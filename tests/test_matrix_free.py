@@ -208,12 +208,24 @@ def test_functions_without_a_forward_derivative():
 
 
 def test_functions_that_can_be_differentiated_once():
-    """Their step limit is found all the same; what needs products with J is not a number."""
+    """Their step limit is found by Jᵀ alone; what needs products with J, by central differences."""
     w = state(300, 300) / 20 - 2 * torch.eye(300, dtype=torch.float64)
     x = torch.zeros(1, 300, dtype=torch.float64)
     limit = step_limit(lambda x: Once.apply(x @ w.T), x, matrix_free=True)
-    assert limit.converged.all() and math.isnan(float(limit.logarithmic_norm))
-    assert float(limit.step) == pytest.approx(max_stable_step(w), rel=1e-6)
+    dense = step_limit(w)
+    assert limit.converged.all()
+    assert float(limit.step) == pytest.approx(dense.step, rel=1e-6)
+    assert float(limit.condition) == pytest.approx(dense.condition, rel=1e-2)
+    assert float(limit.logarithmic_norm) == pytest.approx(dense.logarithmic_norm, rel=1e-2)
+
+
+def test_differences_stand_in_for_forward_products():
+    x = state(2, 6).float()
+    w = state(6, 6).float()
+    products = Products(lambda x: Once.apply(x @ w.T), x)
+    want = (1 - torch.tanh(x @ w.T) ** 2) * (1e-3 * x @ w.T)
+    torch.testing.assert_close(products.forward(1e-3 * x), want, rtol=1e-3, atol=1e-7)
+    assert not products.forward(torch.zeros_like(x)).any()
 
 
 def test_train_mode_batch_norm_is_refused():
