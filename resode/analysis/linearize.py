@@ -121,8 +121,8 @@ def check_field(field: Field, x: Tensor) -> Tensor:
             )
         if not y.is_floating_point():
             raise ValueError(
-                f"a field must return floating-point numbers, as x is ({x.dtype}): got {y.dtype}. View complex "
-                "numbers as pairs of real ones (torch.view_as_real)."
+                f"a field must return floating-point numbers, as x is ({x.dtype}): got {y.dtype}. "
+                "View complex numbers as pairs of real ones (torch.view_as_real)."
             )
         if not torch.isfinite(y).all():
             raise ValueError("F(x) must be finite where it is linearized; it holds inf or nan.")

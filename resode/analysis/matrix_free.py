@@ -214,8 +214,8 @@ class _Part:
             bad = [active[row] for row in torch.nonzero(~finite).flatten().tolist()]
             raise ValueError(
                 f"a Jacobian must be finite: products with that of sample {self.first + bad[0]} are not "
-                f"({len(bad)} such samples here). F may have a kink of infinite slope there, as sqrt at 0, or "
-                "overflow backwards."
+                f"({len(bad)} such samples here). F may have an infinite slope there, as sqrt at 0, or its "
+                "derivative may overflow."
             )
 
     @staticmethod

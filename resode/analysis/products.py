@@ -18,7 +18,8 @@ class Products:
     F is evaluated once, on all rows, and its graph is kept: `transposed` is one backward pass over it,
     `forward` a backward pass through that pass, because forward derivatives are missing from many custom
     functions; where that is missing it is a forward derivative, and where that is missing too a central
-    difference, right to about five digits in float32 and ten in float64. Products run in x's dtype, in full float32 on devices that would round it (TF32).
+    difference, right to about five digits in float32 and ten in float64. Products run in x's dtype, in full
+    float32 on devices that would round it (TF32).
 
     Args:
         field: as `resode.analysis.linearize.check_field` demands; it is not checked again.

@@ -123,8 +123,10 @@ def stage_states(network: nn.Module, images: Tensor, blocks: str | None = None) 
         blocks: names of the modules to take instead, such as "layer*.*" (as a shell matches names).
 
     Raises:
-        ValueError: there are no such blocks, or one takes a second tensor for every sample.
+        ValueError: no images; there are no such blocks, or one takes a second tensor for every sample.
     """
+    if not len(images):
+        raise ValueError(f"step limits belong to states: give at least one image, got {tuple(images.shape)}.")
     with evaluating(network), torch.no_grad(), full_precision():
         stacks = {n: m for n, m in network.named_modules() if isinstance(m, ResidualStack)}
         if not stacks or blocks is not None:
