@@ -151,6 +151,45 @@ def test_parts_of_a_block_are_no_blocks():
     assert stage.name == "0.0" and len(stage.fields) == 2
 
 
+def test_a_pattern_takes_the_blocks_that_it_matches_and_not_their_layers():
+    """torchvision's layout: activations after the addition, in place; a pattern that matches every layer."""
+
+    class BasicBlock(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.conv2 = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
+            self.relu = nn.ReLU(inplace=True)
+
+        def forward(self, x):
+            out = self.conv2(self.relu(self.conv1(x)))
+            out += x
+            return self.relu(out)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer1 = nn.Sequential(BasicBlock(), BasicBlock())
+
+        def forward(self, x):
+            return self.layer1(x)
+
+    x = torch.randn(2, 4, 5, 5)
+    for pattern in (None, "layer*.*", "layer1*"):
+        (stage,) = stage_states(Net(), x, pattern)
+        assert stage.name == "layer1.0" and len(stage.fields) == 2
+        assert isinstance(stage.fields[1].block, BasicBlock)
+
+
+def test_states_are_those_before_a_block_writes_into_them():
+    class InPlaceBlock(nn.Module):
+        def forward(self, x):
+            return x.relu_() * 1.0
+
+    x = torch.randn(2, 4, 5, 5)
+    (stage,) = stage_states(nn.Sequential(nn.Identity(), InPlaceBlock()), x.clone())
+    assert torch.equal(stage.states[0], x)
+
+
 def test_what_a_block_takes_besides_its_state_is_kept():
     """x − 3x: one eigenvalue, −3, and Euler's limit 2/3; not so where it differs from sample to sample."""
     x = torch.randn(2, 4, 5, 5)

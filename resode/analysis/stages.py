@@ -44,15 +44,26 @@ class Stage:
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a module: its name, what came in, and what came out, x and y if they are tensors."""
+    """One call of a module: its name, what came in, and what came out.
+
+    Args:
+        name, module: which one.
+        x: a copy of its first argument, where that is a floating-point tensor.
+        arguments, options: what else it was called with.
+        y: the tensor that it returned, or the first of several.
+        entry, exit: which tensors x and y were, in which version.
+        held: those tensors, so that none takes their place.
+    """
 
     name: str
     module: nn.Module
     x: Tensor | None
-    kept: Tensor | None
     arguments: tuple[Any, ...]
     options: dict[str, Any]
     y: Tensor | None
+    entry: tuple[int, int]
+    exit: tuple[int, int]
+    held: tuple[Any, Any]
 
 
 class Increment(nn.Module):
@@ -115,7 +126,8 @@ def stage_states(network: nn.Module, images: Tensor, blocks: str | None = None) 
     Those are the blocks of its `ResidualStack`s; where it has none, the modules that keep their input's shape
     and whose class is named a block or a bottleneck, each taken for an Euler step of length 1. A block within
     a block is part of its F, unless the outer one only calls blocks one after the other. A module that is
-    called several times is a block each time.
+    called several times is a block each time. So `blocks="layer*.*"` takes a ResNet's blocks, although it
+    matches their convolutions too.
 
     Args:
         network: evaluated in evaluation mode, and left as it was.
@@ -168,7 +180,7 @@ def _blocks_of(network: nn.Module, images: Tensor, pattern: str | None) -> list[
         if call.x is not None and call.y is not None and call.y.shape == call.x.shape
     ]
     stages: list[Stage] = []
-    for call in calls if pattern else _outermost(calls):
+    for call in _outermost(calls):
         assert call.x is not None
         _check_arguments(call, len(call.x))
         if not stages or stages[-1].shape != tuple(call.x.shape[1:]):
@@ -194,7 +206,11 @@ def _outermost(calls: list[_Call]) -> list[_Call]:
 
     def chains(outer: _Call) -> bool:
         parts = [call for call in calls if within(call, outer)]
-        return any(p.kept is outer.kept for p in parts) and any(p.y is outer.y for p in parts)
+        reached, before = {outer.entry}, 0
+        while len(reached) > before:
+            before = len(reached)
+            reached |= {part.exit for part in parts if part.entry in reached}
+        return bool(parts) and outer.exit in reached
 
     blocks = [call for call in calls if not chains(call)]
     return [call for call in blocks if not any(within(call, other) for other in blocks)]
@@ -214,28 +230,34 @@ def _calls(network: nn.Module, images: Tensor, modules: dict[str, Any]) -> list[
     """Every call of the modules at the images, in the order in which they return."""
     found: list[_Call] = []
     names = {module: name for name, module in modules.items()}
+    open_calls: list[tuple[Tensor | None, tuple[int, int]]] = []  # a module may write into what came in
 
-    def keep(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
-        options = dict(options)
-        first, *others = inputs or (options.pop(next(iter(options), ""), None),)
+    def first_of(inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        return inputs[0] if inputs else next(iter(options.values()), None)
+
+    def enter(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+        x = first_of(inputs, options)
+        state = x.detach().clone() if isinstance(x, Tensor) and x.is_floating_point() else None
+        open_calls.append((state, _version(x)))
+
+    def leave(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
+        x, entry = open_calls.pop()
+        others = dict(list(options.items())[0 if inputs else 1 :])
         y = output[0] if isinstance(output, tuple) else output
-        is_state = isinstance(first, Tensor) and first.is_floating_point()
-        found.append(
-            _Call(
-                names[module],
-                module,
-                first.detach().clone() if is_state else None,
-                first if is_state else None,
-                tuple(others),
-                options,
-                y if isinstance(y, Tensor) else None,
-            )
-        )
+        y = y if isinstance(y, Tensor) else None
+        held = first_of(inputs, options), y
+        found.append(_Call(names[module], module, x, inputs[1:], others, y, entry, _version(y), held))
 
-    hooks = [module.register_forward_hook(keep, with_kwargs=True) for module in modules.values()]
+    hooks = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in modules.values()]
+    hooks += [module.register_forward_hook(leave, with_kwargs=True) for module in modules.values()]
     try:
         network(images)
     finally:
         for hook in hooks:
             hook.remove()
     return found
+
+
+def _version(x: Any) -> tuple[int, int]:
+    """Which tensor it is, as long as it is held, and how often it was written into."""
+    return id(x), x._version if isinstance(x, Tensor) and not x.is_inference() else 0
