@@ -76,6 +76,7 @@ def columns(text: str) -> list[list[str]]:
         (["stability", "rk5"], ["neither a run nor a method", "Did you mean rk4", "dopri5"]),
         (["stability", "rk4", "rk5"], ["no method 'rk5'", "rk4"]),
         (["stability", "rk4", "--samples", "0"], ["--samples"]),
+        (["stability", "rk4", "--blocks", "layer*"], ["--blocks", "for a run", "rk4 are methods"]),
     ],
 )
 def test_wrong_usage_lists_what_is_right(arguments, words, tmp_path, monkeypatch):
@@ -99,6 +100,8 @@ def test_wrong_usage_lists_what_is_right(arguments, words, tmp_path, monkeypatch
         (["swap", "RUN", "--substeps", "1,x"], ["--substeps takes whole numbers"]),
         (["swap", "RUN", "--limit", "0"], ["limit must be at least 1"]),
         (["stability", "RUN", "--solvers", "rk5"], ["no method 'rk5'"]),
+        (["stability", "RUN", "--solvers", ""], ["--solvers needs at least one"]),
+        (["stability", "RUN", "rk4"], ["one run at a time"]),
         (["train", "--run-dir", "RUN"], ["is never overwritten", "--resume"]),
         (["train", "--resume", "RUN", "--lr", "0.1"], ["keeps the settings", "lr"]),
         (["train", "--config", "RUN/config.yaml", "--recipe", "paper"], ["--recipe changes nothing"]),

@@ -13,7 +13,7 @@ from torch import nn
 from resode import step_limit
 from resode.analysis import jacobian, matrix_free, max_stable_step
 from resode.analysis.krylov import KrylovSchur, outermost
-from resode.analysis.outlook import amplification
+from resode.analysis.outlook import amplification, rough_exits
 from resode.analysis.products import Products, full_precision
 from resode.fields import ConvField
 from resode.solve.step import rk_step
@@ -81,7 +81,7 @@ def test_clusters(width):
 
 def test_a_contraction_limit():
     """Where μ₂ < 0: by Lanczos on R(hJ)ᵀR(hJ), against the dense matrix's."""
-    field, x = block(4, 2.0), state(2, 4, 6, 6)
+    field, x = block(4, 2.0), state(1, 4, 6, 6)
     for solver in ("euler", "midpoint"):
         dense = step_limit(field, x, solver=solver)
         free = step_limit(field, x, solver=solver, matrix_free=True)
@@ -121,6 +121,30 @@ def test_large_states_are_sketched():
     assert limit.converged.all() and (limit.error < 1e-4).all()
     tight = max_stable_step(block(8, 1.0), x.double(), solver="rk4", rtol=1e-7)
     torch.testing.assert_close(limit.step.double(), tight, rtol=1e-4, atol=0)
+
+
+def test_the_nearest_of_many_exits_that_lie_close():
+    """A circular convolution's spectrum fills a plane region: dozens of exits within a hundredth."""
+    generator = torch.Generator().manual_seed(1)
+    kernel = torch.randn(3, 3, dtype=torch.float64, generator=generator)
+    kernel[1, 1] -= 4
+    conv = nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular", bias=False).double()
+    conv.weight.data[0, 0] = kernel
+    pulse = torch.zeros(1, 1, 40, 40, dtype=torch.float64)
+    pulse[..., 0, 0] = 1
+    eigenvalues = torch.fft.fft2(conv(pulse).detach()).flatten()
+    want = step_limit(eigenvalues=eigenvalues)
+    spectrum = matrix_free.outer_spectra(conv, 0 * pulse, [METHODS["euler"]])[0].outlooks[0]
+    assert want.step > 0 and spectrum.converged
+    assert spectrum.step == pytest.approx(want.step, rel=1e-6)
+
+
+def test_rough_exits_are_close_to_the_exact_ones():
+    """They choose which exits are computed, so that a tie between them would lose the nearest."""
+    values = -torch.rand(200, dtype=torch.float64).numpy() + 1j * np.linspace(0, 3, 200)
+    for name in ("euler", "rk4"):
+        exact = step_limit(eigenvalues=values[:, None], solver=name).step
+        np.testing.assert_allclose(rough_exits(values, METHODS[name]), exact, rtol=2e-5)
 
 
 # -- on the step map -----------------------------------------------------------------------------
@@ -208,12 +232,24 @@ def test_functions_without_a_forward_derivative():
 
 
 def test_functions_that_can_be_differentiated_once():
-    """Their step limit is found all the same; what needs products with J is not a number."""
+    """Their step limit is found by Jᵀ alone; what needs products with J, by central differences."""
     w = state(300, 300) / 20 - 2 * torch.eye(300, dtype=torch.float64)
     x = torch.zeros(1, 300, dtype=torch.float64)
     limit = step_limit(lambda x: Once.apply(x @ w.T), x, matrix_free=True)
-    assert limit.converged.all() and math.isnan(float(limit.logarithmic_norm))
-    assert float(limit.step) == pytest.approx(max_stable_step(w), rel=1e-6)
+    dense = step_limit(w)
+    assert limit.converged.all()
+    assert float(limit.step) == pytest.approx(dense.step, rel=1e-6)
+    assert float(limit.condition) == pytest.approx(dense.condition, rel=1e-2)
+    assert float(limit.logarithmic_norm) == pytest.approx(dense.logarithmic_norm, rel=1e-2)
+
+
+def test_differences_stand_in_for_forward_products():
+    x = state(2, 6).float()
+    w = state(6, 6).float()
+    products = Products(lambda x: Once.apply(x @ w.T), x)
+    want = (1 - torch.tanh(x @ w.T) ** 2) * (1e-3 * x @ w.T)
+    torch.testing.assert_close(products.forward(1e-3 * x), want, rtol=1e-3, atol=1e-7)
+    assert not products.forward(torch.zeros_like(x)).any()
 
 
 def test_train_mode_batch_norm_is_refused():
@@ -328,6 +364,46 @@ def test_bad_input():
         step_limit(torch.eye(2), matrix_free=True)
     with pytest.raises(ValueError, match="up to 4096 entries, got 5000"):
         step_limit(torch.tanh, torch.ones(1, 5000), matrix_free=False)
+
+
+def kinked(x):
+    """A field of infinite slope at 10."""
+    return torch.where(x > 5, -(x - 10).abs().sqrt(), -x)
+
+
+def test_what_has_no_limit_is_refused():
+    """Infinite slopes, numbers that are none, and dtypes in which every eigenvalue would count as 0."""
+    x = torch.ones(3, 300)
+    x[1] = 10.0
+    with pytest.raises(ValueError, match=r"a Jacobian must be finite: .* sample 1 are not \(1 such"):
+        step_limit(kinked, x, matrix_free=True)
+    with pytest.raises(ValueError, match=r"floating-point numbers.*complex64"):
+        step_limit(lambda x: x * 1j, x)
+    with pytest.raises(ValueError, match=r"floating-point numbers.*int32"):
+        step_limit(lambda x: x.int(), x)
+    for matrix_free_ in (True, False):
+        with pytest.raises(ValueError, match=r"Use float32: \.float\(\)"):
+            step_limit(torch.neg, x.bfloat16(), matrix_free=matrix_free_)
+    with pytest.raises(ValueError, match="Use float32"):
+        step_limit(-torch.eye(40, dtype=torch.bfloat16))
+    assert step_limit(torch.neg, x[:, :4].bfloat16()).step.tolist() == [2.0, 2.0, 2.0]
+    with pytest.raises(ValueError, match="matrix_free must be"):
+        step_limit(torch.neg, x, matrix_free="yes")
+    with pytest.raises(ValueError, match="rtol must be a number"):
+        step_limit(torch.neg, x, rtol="tight")
+
+
+def test_a_contraction_limit_where_no_eigenvalue_converges():
+    """A Jordan chain: its eigenvalue −1 is not to be found, its singular values are."""
+    j = -torch.eye(50, dtype=torch.float64) + torch.diag(torch.full((49,), 0.5, dtype=torch.float64), 1)
+    x = torch.zeros(1, 50, dtype=torch.float64)
+    with pytest.warns(RuntimeWarning, match="no convergence") as seen:
+        limit = step_limit(linear(j), x, solver="rk4", matrix_free=True)
+    assert seen[0].filename == __file__
+    assert not limit.converged and float(limit.step) >= max_stable_step(j, solver="rk4")
+    assert float(limit.contraction_step) == pytest.approx(
+        step_limit(j, solver="rk4").contraction_step, rel=1e-3
+    )
 
 
 def test_no_convergence_within_the_budget():

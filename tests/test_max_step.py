@@ -110,7 +110,14 @@ def test_batches_of_limits():
     limit = step_limit(j)
     torch.testing.assert_close(limit.step, torch.tensor([0.4, 0.0, 2 / 3]))
     torch.testing.assert_close(limit.contraction_step, torch.tensor([0.4, 0.0, 0.0]))
-    for field in ("residual", "condition", "logarithmic_norm", "decaying_step", "converged"):
+    for field in (
+        "residual",
+        "condition",
+        "logarithmic_norm",
+        "decaying_step",
+        "converged",
+        "decaying_converged",
+    ):
         assert getattr(limit, field).shape == (3,)
     assert limit.limiting_eigenvalue.dtype == torch.complex64
     assert [len(g) for g in limit.growing] == [0, 2, 0]

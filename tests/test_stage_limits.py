@@ -89,6 +89,139 @@ def test_any_network_through_its_blocks():
         list(stage_limits(nn.Sequential(nn.Conv2d(1, 1, 3), nn.BatchNorm2d(1)), images(), ["euler"]))
 
 
+class Tied(nn.Module):
+    """One block, called three times."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        for _ in range(3):
+            x = self.block(x)
+        return x.mean((1, 2, 3))
+
+
+class OuterBlock(nn.Module):
+    """A residual block, part of whose F keeps the state's shape and is called a block."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return x + torch.tanh(self.inner(x))
+
+
+class ScaledBlock(nn.Module):
+    """A block that takes more than its state, by keyword, and returns more."""
+
+    def forward(self, x, scale=1.0, shift=None):
+        return (x - scale * x if shift is None else x - scale * x + shift), scale
+
+
+class Calling(nn.Module):
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.block, self.options = ScaledBlock(), options
+
+    def forward(self, x):
+        return self.block(x=x, **self.options)[0]
+
+
+def test_a_block_that_is_used_again_is_a_block_again():
+    """Each call has the state that came to it."""
+    torch.manual_seed(0)
+    network, x = Tied(PreBlock(4)).eval(), torch.randn(2, 4, 5, 5)
+    (stage,) = stage_states(network, x)
+    assert len(stage.fields) == 3 and torch.equal(stage.states[0], x)
+    torch.testing.assert_close(stage.states[2], network.block(network.block(x)).detach())
+
+
+def test_parts_of_a_block_are_no_blocks():
+    """F of the outer block holds them; what only calls blocks one after the other is none itself."""
+    inner, x = PreBlock(4), torch.randn(2, 4, 5, 5)
+    (stage,) = stage_states(nn.Sequential(OuterBlock(inner)), x)
+    assert stage.name == "0" and len(stage.fields) == 1
+
+    class BlockGroup(nn.Sequential):
+        pass
+
+    (stage,) = stage_states(nn.Sequential(BlockGroup(PreBlock(4), PreBlock(4))), x)
+    assert stage.name == "0.0" and len(stage.fields) == 2
+
+
+def test_a_pattern_takes_the_blocks_that_it_matches_and_not_their_layers():
+    """torchvision's layout: activations after the addition, in place; a pattern that matches every layer."""
+
+    class BasicBlock(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.conv2 = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
+            self.relu = nn.ReLU(inplace=True)
+
+        def forward(self, x):
+            out = self.conv2(self.relu(self.conv1(x)))
+            out += x
+            return self.relu(out)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer1 = nn.Sequential(BasicBlock(), BasicBlock())
+
+        def forward(self, x):
+            return self.layer1(x)
+
+    x = torch.randn(2, 4, 5, 5)
+    for pattern in (None, "layer*.*", "layer1*"):
+        (stage,) = stage_states(Net(), x, pattern)
+        assert stage.name == "layer1.0" and len(stage.fields) == 2
+        assert isinstance(stage.fields[1].block, BasicBlock)
+
+
+def test_states_are_those_before_a_block_writes_into_them():
+    class InPlaceBlock(nn.Module):
+        def forward(self, x):
+            return x.relu_() * 1.0
+
+    x = torch.randn(2, 4, 5, 5)
+    (stage,) = stage_states(nn.Sequential(nn.Identity(), InPlaceBlock()), x.clone())
+    assert torch.equal(stage.states[0], x)
+
+
+def test_what_a_block_takes_besides_its_state_is_kept():
+    """x − 3x: one eigenvalue, −3, and Euler's limit 2/3; not so where it differs from sample to sample."""
+    x = torch.randn(2, 4, 5, 5)
+    (stage,) = stage_limits(Calling(scale=3.0), x, ["euler"])
+    assert stage.rows[0].step == pytest.approx(2 / 3)
+    with pytest.raises(ValueError, match=r"block takes a second tensor, of shape \(2, 4, 5, 5\)"):
+        stage_states(Calling(shift=x), x)
+    with pytest.raises(ValueError, match="at least one image"):
+        stage_states(Calling(), x[:0])
+
+
+def test_learned_steps_of_channels_and_of_either_sign():
+    """F = −x with η = 0.5, 1.5 and 3 a channel: R = 0.5, −0.5, −2; with η = −1 each mode grows twofold."""
+
+    class Decay(nn.Module):
+        def forward(self, x):
+            return -x
+
+    x = torch.ones(1, 3, 2, 2)
+    stack = ResidualStack([Decay()], learn_step="channel", channels=3)
+    stack.step_sizes.data[:] = torch.tensor([0.5, 1.5, 3.0])
+    (stage,) = stage_limits(stack, x, ["euler"])
+    row = stage.rows[0]
+    assert stage.steps == [1.0] and row.amplification == pytest.approx(2.0) and not row.inside
+    assert row.decaying_step == pytest.approx(2 / 3)
+    stack = ResidualStack([Decay()], learn_step=True, step_size=-1.0)
+    (stage,) = stage_limits(stack, x, ["euler"])
+    assert stage.steps == [1.0] and stage.rows[0].growing == 12
+    assert stage.rows[0].amplification == pytest.approx(2.0)
+    torch.testing.assert_close(stack(x), 2 * x)
+
+
 def test_large_states_without_the_jacobian():
     """1,058 states: outer eigenvalues, in one search for both methods, against dense ones."""
     torch.manual_seed(0)
@@ -181,11 +314,42 @@ def test_watching_keeps_to_its_share(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"every": 0}, {"samples": 0}, {"share": 1.5}, {"solvers": ["radau5"]}, {"solvers": ["rk5"]}]
+    "wrong",
+    [
+        {"every": 0},
+        {"every": 2.5},
+        {"samples": 0},
+        {"samples": 1.5},
+        {"share": 1.5},
+        {"solvers": ["radau5"]},
+        {"solvers": ["rk5"]},
+        {"solvers": "rk4"},
+    ],
 )
 def test_wrong_settings_of_the_callback(wrong):
-    with pytest.raises(ValueError, match=r"must|implicit|unknown|explicit"):
+    with pytest.raises((ValueError, TypeError), match=r"must|implicit|unknown|explicit"):
         StepLimits(**wrong)
+
+
+def test_no_records_are_a_table_without_rows():
+    assert StepLimits(images()).to_csv() == ("update,stage,solver,step,growing,decaying_step,amplification\n")
+    StepLimits(images()).plot()
+
+
+def test_watching_and_penalizing_under_autocast():
+    """The same figures as without: states and products are float32's."""
+    torch.manual_seed(0)
+    network = Other()
+    values = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            watch = StepLimits(images())
+            watch.record(network, 0)
+            penalty = StepLimitPenalty("euler", samples=1, vectors=8)(network, images())
+        values.append((watch.records, penalty.item()))
+    assert values[0] == values[1] and values[0][1] > 0
+    with pytest.raises(TypeError, match="keep the network in float32"):
+        StepLimitPenalty("euler")(network.bfloat16(), images().bfloat16())
 
 
 def test_the_penalty_is_zero_inside_and_its_gradient_points_there():
@@ -203,8 +367,9 @@ def test_the_penalty_is_zero_inside_and_its_gradient_points_there():
     assert penalty.of_field(torch.ones_like, x, 0.5).item() == 0
     with pytest.raises(ValueError, match="explicit method"):
         StepLimitPenalty("radau5")
-    with pytest.raises(ValueError, match="margin"):
-        StepLimitPenalty("euler", margin=1.0)
+    for wrong in ({"margin": 1.0}, {"samples": 1.5}, {"vectors": 0}, {"weight": -1.0}, {"weight": math.nan}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            StepLimitPenalty("euler", **wrong)
 
 
 def test_the_penalty_brings_a_network_inside():

@@ -79,8 +79,8 @@ def check_field(field: Field, x: Tensor) -> Tensor:
     Raises:
         TypeError: the field is not callable, or x is not a floating-point tensor.
         ValueError: x has no batch dimension, no entries, or infinite ones; train-mode BatchNorm or dropout;
-            F changes the shape, writes into its input, is random, lets rows interact, returns infinite
-            numbers, or is detached from x. The message says which, and what to do.
+            F changes the shape, is not floating-point, writes into its input, is random, lets rows interact,
+            returns infinite numbers, or is detached from x. The message says which, and what to do.
 
     Example:
         >>> check_field(torch.nn.ReLU(inplace=True), torch.ones(1, 2))
@@ -118,6 +118,11 @@ def check_field(field: Field, x: Tensor) -> Tensor:
             raise ValueError(
                 f"a field must keep the state's shape: got x {tuple(x.shape)}, F(x) {came}. "
                 "Change width or resolution between stages (resode.shortcuts), not inside F."
+            )
+        if not y.is_floating_point():
+            raise ValueError(
+                f"a field must return floating-point numbers, as x is ({x.dtype}): got {y.dtype}. "
+                "View complex numbers as pairs of real ones (torch.view_as_real)."
             )
         if not torch.isfinite(y).all():
             raise ValueError("F(x) must be finite where it is linearized; it holds inf or nan.")

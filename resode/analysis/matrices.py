@@ -60,6 +60,24 @@ def checked_matrices(jacobian: Any) -> tuple[Matrices, float]:
     return values, eps
 
 
+def check_precision(rounding: float, n: int, eps: float) -> None:
+    """Refuse a dtype so coarse that eigenvalues could not be told from 0.
+
+    Args:
+        rounding: share of ‖J‖₂ up to which eigenvalues count as 0.
+        n: rows of J.
+        eps: spacing of its dtype.
+
+    Raises:
+        ValueError: the share is a tenth or more, as with bfloat16 and more than a few entries.
+    """
+    if rounding >= 0.1:
+        raise ValueError(
+            f"a step limit needs eigenvalues beyond rounding: with {n} rows in a dtype of spacing {eps:.2g} "
+            f"all up to {rounding:.2g} ‖J‖ count as 0. Use float32: .float() on the field and on x, or on J."
+        )
+
+
 def _too_large(size: int) -> str:
     return (
         f"eigenvalues of all of a matrix are computed up to {DENSE_LIMIT} rows, got {size}. "

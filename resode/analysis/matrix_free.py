@@ -12,7 +12,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -21,8 +20,8 @@ from torch import Tensor
 from resode.analysis.contraction import apply, contraction_steps_of, logarithmic_norms_of
 from resode.analysis.krylov import KrylovSchur, Ritz, outermost
 from resode.analysis.linearize import Field
-from resode.analysis.matrices import DENSE_LIMIT
-from resode.analysis.outlook import DEFLATED, Judge, Outlook, rough_exits
+from resode.analysis.matrices import DENSE_LIMIT, check_precision
+from resode.analysis.outlook import DEFLATED, Judge, Outlook, rough_exits, rounding
 from resode.analysis.products import Products, full_precision
 from resode.stability import eigenvalue_step_limit
 from resode.stability.limits import StepLimit, like
@@ -44,6 +43,7 @@ _STRIDE = 4
 _MARGIN = 1e-2  # relative distance from the limit at which the step map is checked
 _POWERS = 16  # of the step map, before its own Ritz values are looked at
 _STEPS = 8
+_AMPLE = 100.0  # times 1/‖J‖: more than any method's contraction limit
 _RIGHT = 40  # products for a right eigenvector
 
 
@@ -99,7 +99,7 @@ def outer_spectra(
         warn: whether to warn of samples that did not converge.
 
     Raises:
-        ValueError: a method is implicit.
+        ValueError: a method is implicit, x's dtype too coarse, or J not finite.
     """
     for tableau in tableaus:
         if not tableau.explicit:
@@ -113,6 +113,8 @@ def outer_spectra(
         rtol = 1e-6 if x.dtype == torch.float64 else 1e-4
     wide = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
     n = x[0].numel()
+    eps = torch.finfo(x.dtype).eps
+    check_precision(rounding(n, eps), n, eps)
     size_of = 8 if wide == torch.float64 else 4
     space = max(24, min(SPACE, budget, n, MEMORY // (n * size_of)))
     rows = max(1, MEMORY // ((space + 24) * n * size_of))
@@ -120,7 +122,7 @@ def outer_spectra(
     with full_precision():
         for first in range(0, len(x), rows):
             here = x[first : first + rows]
-            part = _Part(field, here, tableaus, space, wide, k, rtol, growth, conditions, verify)
+            part = _Part(field, here, first, tableaus, space, wide, k, rtol, growth, conditions, verify)
             found += part.solve(budget)
     lost = sum(not all(o.converged for o in s.outlooks) for s in found)
     if lost and warn:
@@ -128,7 +130,7 @@ def outer_spectra(
             f"no convergence within {budget} products in {lost} of {len(found)} samples: their step limits "
             "are upper bounds, from the eigenvalues found. Raise budget= or rtol=.",
             RuntimeWarning,
-            stacklevel=5,
+            stacklevel=6,  # of max_stable_step or step_limit
         )
     return found
 
@@ -140,6 +142,7 @@ class _Part:
         self,
         field: Field,
         x: Tensor,
+        first: int,
         tableaus: Sequence[ButcherTableau],
         space: int,
         wide: torch.dtype,
@@ -149,6 +152,7 @@ class _Part:
         conditions: bool,
         verify: bool,
     ) -> None:
+        self.first = first  # its first sample's number in the batch
         self.conditions, self.verify = conditions, verify
         self.pairs: dict[int, list[tuple[Tensor, Tensor] | None]] = {}
         self.field, self.x, self.tableaus = field, x, tableaus
@@ -175,6 +179,7 @@ class _Part:
         krylov.grow(2 * _LOOK if large else 0)
         while True:
             krylov.grow(_LOOK)
+            self._check_finite(krylov, active)
             ritz = [krylov.ritz(row) for row in range(len(active))]
             outlooks = [
                 self._look(r, sample, before, krylov.whole) for r, sample in zip(ritz, active, strict=True)
@@ -197,24 +202,36 @@ class _Part:
                 products.count = count
                 krylov.product = products.transposed
             if krylov.used == krylov.size:
-                scales = [r.scale for r in ritz]
-                krylov.cut(2 * (krylov.size // 4), partial(self._wanted, scales))
+                krylov.cut(2 * (krylov.size // 4), self._wanted)
         found = [self.found[sample] for sample in range(len(self.x))]
         if self.conditions:
             self._right_eigenvectors()
         return found
+
+    def _check_finite(self, krylov: KrylovSchur, active: list[int]) -> None:
+        finite = torch.isfinite(krylov.images[:, : krylov.used]).flatten(1).all(1)
+        if not finite.all():
+            bad = [active[row] for row in torch.nonzero(~finite).flatten().tolist()]
+            raise ValueError(
+                f"a Jacobian must be finite: products with that of sample {self.first + bad[0]} are not "
+                f"({len(bad)} such samples here). F may have an infinite slope there, as sqrt at 0, or its "
+                "derivative may overflow."
+            )
 
     @staticmethod
     def _enough(outlook: Outlook) -> bool:
         """Whether nothing is left to seek."""
         return outlook.converged and (outlook.settled or outlook.hopeless)
 
-    def _wanted(self, scales: list[float], row: int, values: Complexes) -> np.ndarray:
+    def _wanted(self, row: int, values: Complexes) -> np.ndarray:
         """The order in which eigenvalues are kept when a space is cut back."""
+        upper = values.imag >= 0  # each pair once
+        large = np.argsort(np.where(upper, -np.abs(values), np.inf), kind="stable")[: self.k]
+        binding: list[int] = []
+        for tableau in self.tableaus:  # each has its own; growing modes limit none of them
+            exits = np.where(upper & (values.real <= 0), rough_exits(values, tableau), np.inf)
+            binding += exits.argsort(kind="stable")[: self.k].tolist()
         order = outermost(values)
-        exits = np.stack([rough_exits(values, t) for t in self.tableaus]).min(axis=0)
-        binding = np.argsort(exits, kind="stable")[: self.k]
-        large = np.argsort(-np.abs(values), kind="stable")[: self.k]
         return np.array(list(dict.fromkeys([*binding, *large, *order])))
 
     def _look(
@@ -375,10 +392,7 @@ class _Part:
             products = Products(self.field, self.x)
             start = torch.stack([noise if pair is None else pair[1].to(self.wide) for pair in pairs])
             krylov = KrylovSchur(products.forward, start, min(self.space, _RIGHT))
-            try:
-                krylov.grow(krylov.size)
-            except (RuntimeError, NotImplementedError):
-                return  # F has neither a second derivative nor a forward one: the estimate stays
+            krylov.grow(krylov.size)
             for sample, pair in enumerate(pairs):
                 spectrum = self.found[sample]
                 o = spectrum.outlooks[number]
@@ -425,7 +439,7 @@ def field_limit(
 def _nonnormality(
     field: Field, x: Tensor, tableau: ButcherTableau, spectral: Floats, scales: Floats
 ) -> tuple[Floats, Floats]:
-    """μ₂ and the contraction limit of every sample; NaN where F has no product with J."""
+    """μ₂ and the contraction limit of every sample."""
     n = x[0].numel()
     eps = torch.finfo(x.dtype).eps
     wide = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
@@ -437,21 +451,17 @@ def _nonnormality(
         part = slice(first, min(first + rows, len(x)))
         products = Products(field, x[part])
         start = torch.randn(len(x[part]), n, generator=generator, dtype=wide).to(x.device)
-        try:
-            rates[part] = logarithmic_norms_of(products, start, 1e-2)
-        except (RuntimeError, NotImplementedError):
-            rates[part] = contraction[part] = np.nan
-            continue
-        tau = 8 * n**0.5 * eps * scales[part]
+        rates[part] = logarithmic_norms_of(products, start, 1e-2)
+        tau = rounding(n, eps) * scales[part]
         quiet = np.flatnonzero((rates[part] <= tau) & (spectral[part] > 0))
         for i in quiet + first:
-            if not np.isfinite(spectral[i]):
+            if scales[i] == 0:
                 contraction[i] = np.inf
                 continue
+            # Where no eigenvalue limits it, or none was found that does, some multiple of 1/‖J‖ is enough.
+            above = np.minimum(spectral[i : i + 1], _AMPLE / scales[i])
             one = Products(field, x[i : i + 1])
-            contraction[i] = contraction_steps_of(
-                one, tableau, spectral[i : i + 1], start[i - first][None], rtol
-            )[0]
+            contraction[i] = contraction_steps_of(one, tableau, above, start[i - first][None], rtol)[0]
     return rates, contraction
 
 

@@ -14,6 +14,7 @@ from resode.analysis.matrices import (
     DENSE_LIMIT,
     Matrices,
     all_eigenvalues,
+    check_precision,
     checked_matrices,
     spectral_norms,
 )
@@ -72,7 +73,8 @@ def max_stable_step(
             a field.
         ValueError: matrices not square, empty or not finite; an unknown solver; states that are too large;
             fields that cannot be linearized (`resode.analysis.linearize.check_field`); an implicit method
-            where J is not formed; matrix_free, rtol or budget without a field.
+            where J is not formed; matrix_free, rtol or budget without a field; a dtype too coarse for so
+            many rows, such as bfloat16 with more than a dozen.
 
     Example:
         >>> max_stable_step(torch.diag(torch.tensor([-2.0, -5.0])))
@@ -179,8 +181,10 @@ def _of_field(
     details: bool,
 ) -> StepLimit:
     """From all eigenvalues where a state is small, else from the outer ones."""
-    if rtol is not None and not 0 < rtol < 1:
-        raise ValueError(f"rtol must lie between 0 and 1, got {rtol}.")
+    if rtol is not None and not (isinstance(rtol, (int, float)) and 0 < rtol < 1):
+        raise ValueError(f"rtol must be a number between 0 and 1, got {rtol!r}.")
+    if matrix_free not in (None, True, False):
+        raise ValueError(f"matrix_free must be True, False or None, got {matrix_free!r}.")
     if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
         raise ValueError(f"budget must be a whole number of products, at least 1, got {budget!r}.")
     check_field(field, x)
@@ -203,6 +207,7 @@ def _of_matrices(
     """The limit of J of shape (…, n, n), with what eigenvalues do not tell if `details` are wanted."""
     values, eps = checked_matrices(subject)
     shape, n = values.shape[:-2], values.shape[-1]
+    check_precision(n * eps, n, eps)
     flat = values.reshape(-1, n, n)
     if eigenvalues is None:
         spectrum = all_eigenvalues(flat)
@@ -212,7 +217,8 @@ def _of_matrices(
     tau = n * eps * norms[:, None]  # what a backward stable routine may move a normal matrix's eigenvalue by
     limit = eigenvalue_step_limit(spectrum, tableau, tolerance=tau, growth=growth)
     fields = {
-        name: getattr(limit, name) for name in ("step", "limiting_eigenvalue", "decaying_step", "converged")
+        name: getattr(limit, name)
+        for name in ("step", "limiting_eigenvalue", "decaying_step", "converged", "decaying_converged")
     }
     if details:
         pairs = zip(flat, limit.limiting_eigenvalue, strict=True)

@@ -18,6 +18,7 @@ DEFLATED = 24
 """Growing modes that are taken out one by one."""
 
 _FEW = 0.01  # eigenvalues expected where one would limit the step unseen
+_LOOKS = 6  # without a change, after which Ritz values that might yet move past the limit are let be
 
 
 @dataclass
@@ -76,7 +77,7 @@ class Judge:
         self.bound = allowed_growth(growth)
 
     def _tau(self, scale: float) -> float:
-        return 8 * self.n**0.5 * self.eps * scale
+        return rounding(self.n, self.eps) * scale
 
     def _exits(
         self, values: Complexes, tableau: ButcherTableau, scale: float, few: int | None = None
@@ -120,7 +121,10 @@ class Judge:
             still = len(past) >= 2 and all(abs(p - decaying) <= 0.1 * self.rtol * decaying for p in past[-2:])
             if still and ritz.residuals[mode] <= 1e-2 * ritz.scale:  # the edge of a cluster whose members mix
                 error = min(error, 0.3 * self.rtol)
-        known = error <= self.rtol
+        calm = len(past) >= _LOOKS and all(abs(p - decaying) <= self.rtol * decaying for p in past[-_LOOKS:])
+        known = error <= self.rtol and (
+            whole or calm or mode < 0 or not self._threatened(ritz, slow, tableau, decaying)
+        )
         estimate = decaying
         if not known:
             decaying = self._bound(values, errors, slow, tableau, ritz.scale)
@@ -160,6 +164,15 @@ class Judge:
             modes,
         )
 
+    def _threatened(self, ritz: Ritz, slow: Floats, tableau: ButcherTableau, decaying: float) -> bool:
+        """Whether some Ritz value, moved by half its residual, would leave the region before the limit."""
+        near = np.argsort(slow)[:DEFLATED]
+        near = near[np.isfinite(slow[near]) & (ritz.residuals[near] > self.rtol * ritz.scale)]
+        around = np.exp(0.25j * np.pi * np.arange(8))
+        moved = (ritz.values[near, None] + 0.5 * ritz.residuals[near, None] * around).ravel()
+        exits = rough_exits(moved[moved.real < 0], tableau)
+        return bool((exits < (1 - self.rtol) * decaying).any())
+
     def _bound(
         self, values: Complexes, errors: Floats, slow: Floats, tableau: ButcherTableau, scale: float
     ) -> float:
@@ -196,6 +209,11 @@ class Judge:
         return float(np.abs(moved - decaying).max() / decaying)
 
 
+def rounding(n: int, eps: float) -> float:
+    """Share of ‖J‖ up to which eigenvalues count as 0: 8√n·ε, as in `eigenvalue_step_limit`."""
+    return 8 * n**0.5 * eps
+
+
 def amplification(z: np.ndarray, tableau: ButcherTableau) -> Floats:
     """|R(z)|, what a step multiplies a mode by, for z = step times eigenvalue."""
     numerator, denominator = (
@@ -205,13 +223,23 @@ def amplification(z: np.ndarray, tableau: ButcherTableau) -> Floats:
 
 
 def rough_exits(values: Complexes, tableau: ButcherTableau) -> Floats:
-    """First exit of each eigenvalue from the region, on a grid: to choose which ones are computed."""
+    """First exit of each eigenvalue, bracketed on a grid and halved: to choose which ones are computed."""
     radii = np.logspace(-3, 1.5, 91)
     modulus = np.abs(values)
     directions = np.divide(values, modulus, out=np.zeros_like(values), where=modulus > 0)
-    outside = amplification(radii * directions[:, None], tableau) > 1 + 1e-12
-    first = np.where(outside.any(axis=1), radii[outside.argmax(axis=1)], np.inf)
-    return np.divide(first, modulus, out=np.full(len(values), np.inf), where=modulus > 0)
+
+    def outside(r: Floats) -> np.ndarray:
+        return amplification(r * directions[:, None], tableau) > 1 + 1e-12
+
+    there = outside(radii)
+    first = there.argmax(axis=1)[:, None]
+    inner, outer = np.where(first > 0, radii[first - 1], 0.0), radii[first]
+    for _ in range(32):  # the grid alone would leave ties, and the nearest of them must not be lost
+        middle = (inner + outer) / 2
+        beyond = outside(middle)
+        inner, outer = np.where(beyond, inner, middle), np.where(beyond, middle, outer)
+    exits = np.where(there.any(axis=1), outer[:, 0], np.inf)
+    return np.divide(exits, modulus, out=np.full(len(values), np.inf), where=modulus > 0)
 
 
 def _axis_height(values: Complexes) -> float:

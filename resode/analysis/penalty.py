@@ -32,7 +32,8 @@ class StepLimitPenalty:
         vectors: dimensions of the space.
 
     Raises:
-        ValueError: an unknown or implicit method; a margin outside [0, 1); fewer than one sample or vector.
+        ValueError: an unknown or implicit method; a margin outside [0, 1); fewer than one sample or vector; a
+            weight that is negative.
 
     Example:
         >>> penalty = StepLimitPenalty("euler", margin=0.1, vectors=2)
@@ -56,8 +57,12 @@ class StepLimitPenalty:
         self.tableau = None if solver is None else _explicit(solver)
         if not 0 <= margin < 1:
             raise ValueError(f"margin must lie in [0, 1), got {margin}.")
-        if samples < 1 or vectors < 1:
-            raise ValueError(f"samples and vectors must be at least 1, got {samples} and {vectors}.")
+        if not (isinstance(samples, int) and isinstance(vectors, int) and samples >= 1 and vectors >= 1):
+            raise ValueError(
+                f"samples and vectors must be whole numbers of at least 1, got {samples} and {vectors}."
+            )
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"weight must be at least 0 and finite, got {weight}.")
         self.margin, self.weight, self.samples, self.vectors = margin, weight, samples, vectors
 
     def __repr__(self) -> str:
@@ -110,6 +115,11 @@ class StepLimitPenalty:
         with evaluating(network):
             for stage in stages:
                 solver = stage.solver if self.tableau is None else None
+                if stage.states[0].dtype not in (torch.float32, torch.float64):
+                    raise TypeError(
+                        f"weights in {stage.states[0].dtype} do not resolve the eigenvalues of a penalty: "
+                        "keep the network in float32, and its passes under torch.autocast."
+                    )
                 for field, x, step in zip(stage.fields, stage.states, stage.steps, strict=True):
                     values.append(self.of_field(field, x, step, solver).double())
         return self.weight * torch.stack(values).sum()

@@ -2,6 +2,7 @@ r"""Products of a field's Jacobians with vectors, without forming J: one graph o
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,7 +17,9 @@ class Products:
 
     F is evaluated once, on all rows, and its graph is kept: `transposed` is one backward pass over it,
     `forward` a backward pass through that pass, because forward derivatives are missing from many custom
-    functions. Products run in x's dtype, in full float32 on devices that would round it (TF32).
+    functions; where that is missing it is a forward derivative, and where that is missing too a central
+    difference, right to about five digits in float32 and ten in float64. Products run in x's dtype, in full
+    float32 on devices that would round it (TF32).
 
     Args:
         field: as `resode.analysis.linearize.check_field` demands; it is not checked again.
@@ -37,6 +40,7 @@ class Products:
         self._direction: Tensor | None = None
         self._pulled: Tensor | None = None
         self._twice = True  # whether the backward pass can itself be differentiated
+        self._ahead = True  # whether F has a forward derivative
 
     def transposed(self, v: Tensor) -> Tensor:
         """Jᵀv (rows, n) of v (rows, n)."""
@@ -54,11 +58,7 @@ class Products:
         return torch.zeros_like(v) if product is None else product.reshape(v.shape).to(v.dtype)
 
     def forward(self, v: Tensor) -> Tensor:
-        """Jv (rows, n) of v (rows, n).
-
-        Raises:
-            RuntimeError: F has neither a second backward pass nor a forward derivative.
-        """
+        """Jv (rows, n) of v (rows, n)."""
         self.count += 1
         if not self._y.requires_grad:
             return torch.zeros_like(v)
@@ -69,8 +69,26 @@ class Products:
                     return self._backward_twice(direction).reshape(v.shape).to(v.dtype)
                 except RuntimeError:  # a function that can be differentiated only once
                     self._twice = False
-            product = torch.func.jvp(self._field, (self._x.detach(),), (direction,))[1]
-        return product.detach().reshape(v.shape).to(v.dtype)
+            if self._ahead:
+                try:
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore", DeprecationWarning)  # of torch's own first use of jvp
+                        product = torch.func.jvp(self._field, (self._x.detach(),), (direction,))[1]
+                    return product.detach().reshape(v.shape).to(v.dtype)
+                except (RuntimeError, NotImplementedError):  # nor forward
+                    self._ahead = False
+        with torch.no_grad(), full_precision():
+            return self._difference(direction.flatten(1)).reshape(v.shape).to(v.dtype)
+
+    def _difference(self, direction: Tensor) -> Tensor:
+        """Central differences of F along each row's direction (rows, n)."""
+        x = self._x.detach().flatten(1)
+        size = direction.norm(dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+        step = torch.finfo(x.dtype).eps ** (1 / 3) * x.norm(dim=1, keepdim=True).clamp_min(1.0) / size
+        ahead, behind = (
+            self._field((x + sign * step * direction).reshape(self._x.shape)).flatten(1) for sign in (1, -1)
+        )
+        return (ahead - behind) / (2 * step)
 
     def _backward_twice(self, direction: Tensor) -> Tensor:
         """uᵀJ is linear in u, and its derivative along u is J."""

@@ -166,6 +166,7 @@ def stability(
     outer ones for larger states.
     """
     names = what or list(METHODS)
+    of_run = {"--blocks": blocks, "--model": model, "--data": data, "--data-dir": data_dir}
     if len(names) == 1 and names[0] not in METHODS:
         if not Path(names[0]).exists():
             close = did_you_mean(names[0], METHODS)
@@ -183,7 +184,13 @@ def stability(
             data,
             data_dir,
         )
-    return _method_stability(_methods(names), figure)
+    places = [name for name in names if name not in METHODS and Path(name).exists()]
+    if places:
+        raise ValueError(f"one run at a time, and no methods beside it (--solvers): got {', '.join(names)}.")
+    methods = _methods(names)
+    if given := [flag for flag, value in of_run.items() if value is not None]:
+        raise ValueError(f"{', '.join(given)}: for a run, and {', '.join(names[:3])} are methods.")
+    return _method_stability(methods, figure)
 
 
 def _method_stability(names: list[str], figure: Path | None) -> None:
@@ -229,6 +236,8 @@ def _run_stability(
     from resode.training.stages import stage_limits
 
     methods = _methods(names)
+    if not methods:
+        raise ValueError("--solvers needs at least one method, such as euler,rk4.")
     network = load(run, model=own_model(model))
     dataset = images_of(run, data, data_dir)
     images = next(iter(plain_batches(dataset, limit=samples)))[0]

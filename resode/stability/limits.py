@@ -218,6 +218,7 @@ def eigenvalue_step_limit(
         growing=nested([like(eigenvalues, row, row.shape) for row in fast_first], shape),
         decaying_step=like(eigenvalues, np.where(growing, np.inf, exits).min(axis=1), shape),
         converged=like(eigenvalues, np.ones(len(given), dtype=bool), shape),
+        decaying_converged=like(eigenvalues, np.ones(len(given), dtype=bool), shape),
         method=tableau.name,
     )
 

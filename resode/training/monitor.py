@@ -6,7 +6,7 @@ import csv
 import io
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol
 
 import torch
@@ -93,12 +93,17 @@ class StepLimits:
         vectors: int = 24,
         share: float = 0.04,
     ) -> None:
-        if every is not None and (isinstance(every, bool) or every < 1):
-            raise ValueError(f"every must be at least 1 update, got {every}.")
-        if samples < 1 or vectors < 2 or not 0 < share < 1:
+        if every is not None and not (isinstance(every, int) and not isinstance(every, bool) and every >= 1):
+            raise ValueError(f"every must be a whole number of updates, at least 1; got {every!r}.")
+        whole = isinstance(samples, int) and isinstance(vectors, int)
+        if not whole or samples < 1 or vectors < 2 or not 0 < share < 1:
             raise ValueError(
-                "samples must be at least 1, vectors 2, and share between 0 and 1; "
+                "samples must be a whole number of at least 1, vectors of at least 2, share between 0 and 1; "
                 f"got {samples}, {vectors} and {share}."
+            )
+        if isinstance(solvers, str):
+            raise TypeError(
+                f"solvers must be a sequence of methods' names, got {solvers!r}: put it in a list."
             )
         for name in solvers or ():
             if not get_tableau(name).explicit:
@@ -198,7 +203,8 @@ class StepLimits:
         """The records, one row each."""
         text = io.StringIO()
         rows = [asdict(record) for record in self.records]
-        table = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        names = [field.name for field in fields(StageRecord)]
+        table = csv.DictWriter(text, fieldnames=names, lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
         return text.getvalue()
