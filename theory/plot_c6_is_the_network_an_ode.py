@@ -115,7 +115,9 @@ for solver in ("euler", "rk4"):
 
 panels = {f"Digits, trained with {name}": report for name, report in reports.items()} | stored
 rows = 2 if stored else 1
-figure, axes = plt.subplots(rows, 3, figsize=(13, 4 * rows), layout="constrained", squeeze=False)
+figure, axes = plt.subplots(
+    rows, 3, figsize=(13, 4 * rows), layout="constrained", squeeze=False, sharey="row"
+)
 for ax in axes.flat[len(panels) :]:
     ax.set_axis_off()
 for ax, (title, report) in zip(axes.flat, panels.items(), strict=False):
