@@ -8,6 +8,6 @@ from kills import compare
 
 
 def test_killed_runs_end_with_the_same_weights(tmp_path):
-    """Four kills here; `python tests/benchmarks/kills.py` does twenty."""
+    """Four kills here; `python -m tests.benchmarks.kills` does twenty."""
     lines = compare(4, tmp_path, epochs=8, seed=1)
     assert sum(int(line.split()[1]) for line in lines) == 4

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -144,6 +146,29 @@ def test_there_is_one_log_and_one_folder(tmp_path):
     }
     assert RunFolder.open(tmp_path / "run").read_config()["record"]["processes"] == 2
     assert [p.name for p in tmp_path.iterdir()].count("run") == 1
+
+
+def test_torchrun_starts_the_command(tmp_path):
+    """The real thing, imports and all; the figure is drawn by the first process alone."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "resode.cli",
+        "train",
+    ]
+    settings = ["--recipe", "smoke", "--updates", "2", "--option", "norm=group", "--run-dir", "run"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    result = subprocess.run(
+        command + settings, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("test accuracy") == result.stdout.count("2 processes, each on cpu") == 1
+    assert "error" not in result.stderr.lower()
+    assert (tmp_path / "run" / "figures" / "training.png").stat().st_size > 1000
 
 
 def test_shares_make_up_the_batch():

@@ -1,7 +1,7 @@
 """Recipes: every setting is checked, and the learning rate is the published one at every update."""
 
 import math
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, asdict, fields, replace
 
 import pytest
 from hypothesis import given, settings
@@ -72,7 +72,7 @@ def test_constant_is_constant():
 )
 def test_rate_stays_within_its_bounds(schedule, total, lr, rise, warm):
     warmup = 0 if schedule == "onecycle" else warm * (total // 2)
-    recipe = make_recipe("fast", schedule=schedule, lr=lr, rise=rise, warmup_updates=warmup)
+    recipe = replace(RECIPES["fast"], schedule=schedule, lr=lr, rise=rise, warmup_updates=warmup)
     rates = [recipe.learning_rate(u, total) for u in range(total)]
     assert all(0 < rate <= lr * (1 + 1e-12) for rate in rates)
 
@@ -155,7 +155,7 @@ def test_an_unknown_recipe_lists_the_valid_ones():
 
 def test_yaml_numbers_are_taken_as_meant():
     """YAML reads 32 as a number and 1 as an int, and knows no tuples."""
-    recipe = make_recipe("fast", precision=32, lr=1, milestones=[0.5])
+    recipe = make_recipe("fast", precision=32, lr=1, schedule="step", milestones=[0.5])
     assert (recipe.precision, recipe.lr, recipe.milestones) == ("32", 1.0, (0.5,))
     assert isinstance(recipe.lr, float)
 
@@ -164,3 +164,20 @@ def test_every_setting_is_documented():
     text = Recipe.__doc__ or ""
     for field in fields(Recipe):
         assert f"\n        {field.name}: " in text, field.name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gamma": 0.2}, r"gamma belongs to the step schedule and does nothing with onecycle, got gamma=0.2"),
+        ({"milestones": [0.3]}, r"milestones belongs to the step schedule"),
+        ({"schedule": "cosine", "rise": 0.1}, r"rise belongs to the onecycle schedule .* with cosine"),
+    ],
+)
+def test_a_setting_of_another_schedule_is_refused(changes, message):
+    """But a run's record, which names every setting, is not: asdict of any recipe gives that recipe."""
+    with pytest.raises(ValueError, match=message):
+        make_recipe("fast", **changes)
+    own = Recipe(schedule="cosine", rise=0.1, gamma=0.3)
+    assert make_recipe("fast", **asdict(own)) == own
+    assert make_recipe("paper", gamma=0.2).gamma == 0.2

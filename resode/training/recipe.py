@@ -36,6 +36,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1),
     "validation": (0, math.inf),
 }
+_OF_A_SCHEDULE = {"rise": "onecycle", "milestones": "step", "gamma": "step"}
 _CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": SCHEDULES,
     "warmup_shape": WARMUPS,
@@ -281,4 +282,12 @@ def make_recipe(base: str | Recipe = "fast", **changes: Any) -> Recipe:
     for given, other in (("epochs", "updates"), ("updates", "epochs")):
         if changes.get(given) is not None and other not in changes:
             changes[other] = None
-    return replace(base, **changes)
+    recipe = replace(base, **changes)
+    if len(changes) < len(valid):  # all of them are a run's record, which wishes nothing
+        for name, schedule in _OF_A_SCHEDULE.items():
+            if getattr(recipe, name) != getattr(base, name) and recipe.schedule != schedule:
+                raise ValueError(
+                    f"{name} belongs to the {schedule} schedule and does nothing with {recipe.schedule}, got "
+                    f"{name}={changes[name]}. Leave it out, or take schedule={schedule!r}."
+                )
+    return recipe

@@ -1,6 +1,6 @@
 """Kill a training process 20 times at random moments, resume it each time, and compare the weights to the bit.
 
-    python tests/benchmarks/kills.py [KILLS]
+    python -m tests.benchmarks.kills [KILLS]
 
 The network has batch norm and dropout; the run has momentum, augmentation, a moving average and a validation
 split. SIGKILL comes at a uniformly random time after the process started, imports aside, up to twice what it
