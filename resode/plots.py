@@ -7,6 +7,7 @@ display. Functions that take `path` write the figure there, in the format its en
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -327,6 +328,50 @@ def training_curves(metrics: Mapping[str, Sequence[float]], path: Path = None) -
     return _finished(figure, path)
 
 
+def comparison(compared: Any, path: Path = None) -> Figure:
+    """Draw the errors of several runs over their epochs, one colour a configuration.
+
+    Thick lines are means over the seeds, as far as every run has come; thin ones are the runs.
+
+    Args:
+        compared: of `resode.training.compare.compare`.
+        path: where to write the figure.
+    """
+    figure = Figure(figsize=(9.6, 4.8), layout="constrained")
+    ax = figure.subplots()
+    handles = []
+    for i, row in enumerate(compared.rows):
+        runs = [run for run in row.runs if run.epochs]
+        colour, marker = COLOURS[i % len(COLOURS)], _MARKERS[i // len(COLOURS) % len(_MARKERS)]
+        for split, dash in (("test", "-"), ("train", (0, (4, 2)))):
+            style: dict[str, Any] = {"color": colour, "linestyle": dash}
+            curves = [[100 * (1 - share) for share in run.metrics[f"{split}_accuracy"]] for run in runs]
+            if len(curves) > 1:
+                for run, curve in zip(runs, curves, strict=True):
+                    ax.plot(run.metrics["epoch"], curve, linewidth=0.7, alpha=0.45, **style)
+            if not curves:
+                continue
+            shared = min(map(len, curves))
+            mean = np.mean([curve[:shared] for curve in curves], axis=0)
+            style |= {"marker": marker if shared <= 30 else "", "markersize": 3.2}
+            ax.plot(range(1, shared + 1), mean, linewidth=1.9, **style)
+        seeds = f" ({len(runs)} runs)" if len(runs) > 1 else "" if runs else " (no epoch yet)"
+        label = "\n".join(textwrap.wrap(row.name + seeds, 34))
+        handles.append(
+            Line2D([], [], color=colour, marker=marker, markersize=3.2, linewidth=1.9, label=label)
+        )
+    handles += [
+        Line2D([], [], color="0.35", label="test images"),
+        Line2D([], [], color="0.35", linestyle=(0, (4, 2)), label="training, augmented"),
+    ]
+    ax.set_title("error, %", fontsize=11)
+    ax.set(xlabel="epoch", ylim=(0, None))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
+    figure.legend(handles=handles, frameon=False, fontsize=9, loc="outside right upper")
+    return _finished(figure, path)
+
+
+_MARKERS = ("o", "s", "^", "D", "v", "P")
 _SPLITS = {"train": COLOURS[0], "validation": COLOURS[2], "test": UNSTABLE}
 
 

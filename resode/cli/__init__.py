@@ -1,4 +1,4 @@
-"""The command `resode`: train, evaluate, swap, stability, profile, report, methods, models.
+"""The command `resode`: train, evaluate, swap, stability, profile, report, compare, methods, models.
 
 Lightning and matplotlib, which take seconds to import, are imported by the commands that need them.
 """

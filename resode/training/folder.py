@@ -51,7 +51,13 @@ class NoSuchRun(RunError):
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
-        what = "is not a run folder: it has no config.yaml" if path.is_dir() else "does not exist"
+        what = (
+            "is not a run folder: it has no config.yaml"
+            if path.is_dir()
+            else "is a file, not a run folder"
+            if path.is_file()
+            else "does not exist"
+        )
         found = sorted(
             {
                 str(c.parent)
