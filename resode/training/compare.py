@@ -153,7 +153,8 @@ def compare(runs: Iterable[str | Path]) -> Comparison:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     paths = [f"{folder}/{seed}" for seed in (0, 1)]
         ...     for seed, path in enumerate(paths):
-        ...         run = train(data="digits", recipe="smoke", updates=1, seed=seed, run_dir=path, progress=False)
+        ...         options = {"seed": seed, "run_dir": path, "progress": False}
+        ...         run = train(data="digits", recipe="smoke", updates=1, **options)
         ...     (row,) = compare(paths).rows
         >>> row.name, len(row.runs), row.epoch
         ('odenet20', 2, 1)
