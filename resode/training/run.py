@@ -162,6 +162,7 @@ def _train(
             "options": options,
             "data": plan.data_name,
             "title": data.title,
+            "shape": tuple(data.train_images.shape[1:]),
             "classes": data.classes,
             "mean": data.mean,
             "std": data.std,
