@@ -111,6 +111,9 @@ def report(error: Exception) -> int:
     if isinstance(error, usage):
         complain(_usage_message(error))
         return 2
+    if isinstance(error, ModuleNotFoundError) and error.name == "tensorboard":
+        complain(str(error))
+        return 1
     if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in TRAIN_EXTRA:
         complain(f"this command needs {error.name}: pip install 'resode[train]'")
         return 1

@@ -74,6 +74,9 @@ def train(
     step_limits: Annotated[
         bool, typer.Option("--step-limits", help="Record and draw every stage's step limits as it trains.")
     ] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Also write RUN/tensorboard, to watch it with TensorBoard.")
+    ] = False,
 ) -> None:
     """Train a network into a run folder."""
     names = ["model", "data", "data_dir", "device", "recipe", *(field.name for field in fields(Recipe))]
@@ -84,10 +87,10 @@ def train(
         flags["download"] = True
     settings = _settings(flags, _model_options(option, solver, substeps), config)
 
-    from resode.training.monitor import StepLimits
+    from resode.training.monitor import StepLimits, TensorBoard
     from resode.training.run import train as train_network
 
-    settings["callbacks"] = [StepLimits()] if step_limits else []
+    settings["callbacks"] = ([StepLimits()] if step_limits else []) + ([TensorBoard()] if tensorboard else [])
     train_network(resume=resume, run_dir=run_dir, progress=not quiet, **settings)
 
 

@@ -170,7 +170,7 @@ def compare(runs: Iterable[str | Path]) -> Comparison:
             raise ValueError(f"{path} is given more than once. Name each run once.")
     found: dict[tuple[Any, ...], list[ComparedRun]] = {}
     settings: dict[tuple[Any, ...], dict[str, Any]] = {}
-    records: dict[tuple[Any, ...], dict[str, Any]] = {}
+    sizes: dict[tuple[Any, ...], int | None] = {}
     for path in paths:
         folder = RunFolder.open(path)
         config = folder.read_config()
@@ -185,10 +185,11 @@ def compare(runs: Iterable[str | Path]) -> Comparison:
         key = tuple(sorted((name, repr(value)) for name, value in of_run.items() if name != "recipe"))
         found.setdefault(key, []).append(run)
         settings.setdefault(key, of_run)
-        records.setdefault(key, config["record"])
+        summary = folder.read_summary() or {}  # a refined network ends with more than it began with
+        sizes[key] = summary.get("parameters") or sizes.get(key) or config["record"].get("parameters")
     names = _names(list(settings.values()))
     rows = [
-        _configuration(name, members, records[key].get("parameters"))
+        _configuration(name, members, sizes[key])
         for name, (key, members) in zip(names, found.items(), strict=True)
     ]
     return Comparison(tuple(rows), tuple(_notes(rows)))

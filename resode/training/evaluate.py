@@ -231,6 +231,11 @@ def evaluations_of_last_call(solving: Iterable[ResidualStack | ODEBlock]) -> flo
     return total
 
 
+def recomputations_of_last_call(solving: Iterable[ResidualStack | ODEBlock]) -> int:
+    """Calls of F on the way back from the last forward pass; none where the activations were kept."""
+    return sum(module.stats.nfe_backward for module in solving if module.stats is not None)
+
+
 def set_solver(network: nn.Module, solver: str | None = None, substeps: int | None = None) -> None:
     """Let other solvers advance a network's blocks, with the same weights.
 

@@ -21,7 +21,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from resode.solve import SolverError
 from resode.training.data import Batches
-from resode.training.evaluate import evaluations_of_last_call, score, solving_modules
+from resode.training.evaluate import (
+    evaluations_of_last_call,
+    recomputations_of_last_call,
+    score,
+    solving_modules,
+)
 from resode.training.files import RunError
 from resode.training.folder import Checkpoint, RunFolder
 from resode.training.monitor import Callback
@@ -102,6 +107,7 @@ class TrainingLoop:
         self.index = 0
         self.hits = torch.zeros((), dtype=torch.int64, device=self.fabric.device)
         self.nfe = torch.zeros((), dtype=torch.float64)
+        self.nfe_backward = 0
         self.epoch_seconds = 0.0  # of this epoch's updates
 
     @property
@@ -180,6 +186,7 @@ class TrainingLoop:
         self.losses[self.index] = result["loss"].detach()
         self.hits += result["correct"]
         self.nfe = self.nfe + evaluations_of_last_call(self.solving)
+        self.nfe_backward += recomputations_of_last_call(self.solving)
         self.index += 1
         for callback in self.callbacks:
             callback.after_update(self)
@@ -231,6 +238,7 @@ class TrainingLoop:
         row |= {
             "images_per_second": images / self.epoch_seconds,
             "nfe": float(self.nfe) / steps,
+            "nfe_backward": self.nfe_backward / steps,
             "seconds": self.seconds,
         }
         self.rows.append(row)
@@ -267,6 +275,7 @@ class TrainingLoop:
             "index": self.index,
             "seconds": self.seconds,
             "epoch_seconds": self.epoch_seconds,
+            "nfe_backward": self.nfe_backward,
             "rows": self.rows,
         }
         self.folder.write_checkpoint(Checkpoint(tensors, state))
@@ -298,6 +307,7 @@ class TrainingLoop:
             torch.cuda.set_rng_state(random["cuda"], self.fabric.device)
         self.epoch, self.index = checkpoint.state["epoch"], checkpoint.state["index"]
         self.seconds, self.epoch_seconds = checkpoint.state["seconds"], checkpoint.state["epoch_seconds"]
+        self.nfe_backward = checkpoint.state.get("nfe_backward", 0)
         self.rows = checkpoint.state["rows"]
         self.losses[: self.index] = tally["losses"].to(self.losses.device)
         self.hits = tally["hits"].to(self.hits.device)

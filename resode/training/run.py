@@ -15,6 +15,7 @@ from resode.training.data import Batches, ImageData, load_data
 from resode.training.evaluate import EVALUATION_BATCH, evaluate, load
 from resode.training.files import RunError, replacing
 from resode.training.folder import RunFolder
+from resode.training.memory import forget_peak, peak_memory
 from resode.training.monitor import Callback
 from resode.training.plan import (
     Model,
@@ -133,6 +134,7 @@ def _train(
     from resode.training.progress import Progress
     from resode.training.task import ClassificationTask
 
+    forget_peak(device)
     data = (
         plan.data
         if isinstance(plan.data, ImageData)
@@ -338,6 +340,8 @@ def _finish(
         "train_loss": last["train_loss"],
         "images_per_second": images / training_seconds,
         "nfe": last["nfe"],
+        "nfe_backward": last.get("nfe_backward", 0.0),
+        "peak_memory_bytes": peak_memory(device),
         "seconds": last["seconds"],
         "device": str(device),
         "precision": recipe.precision,
@@ -357,7 +361,11 @@ def _finish(
         f"test accuracy {100 * last['test_accuracy']:.2f} % after {last['seconds']:.0f} s, "
         f"{summary['images_per_second']:,.0f} images/s"
         + (f", {last['nfe']:g} F evaluations" if last["nfe"] else "")
+        + (f" and {summary['nfe_backward']:g} on the way back" if summary["nfe_backward"] else "")
     )
+    if summary["peak_memory_bytes"] is not None:
+        place = "of tensors on the GPU" if device.type == "cuda" else "of the whole process"
+        progress.say(f"peak memory {summary['peak_memory_bytes'] / 2**20:,.0f} MiB {place}")
     progress.say(f"weights {folder.weights}")
     progress.say(f"curves  {figure}")
     return Run(folder.path, network, recipe, summary, metrics)
