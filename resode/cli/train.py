@@ -22,6 +22,7 @@ _MODEL, _RUN, _RECIPE = "Network and data", "Run", "Recipe: any of its settings"
     "resode train --model resnet20 --data cifar10 --data-dir PATH --epochs 3",
     "resode train --resume runs/odenet20-digits-…",
     "resode train --config runs/demo/config.yaml --seed 1",
+    "resode train --eval-solver rk4 --eval-substeps 2 --refine-at 10",
 )
 def train(
     ctx: typer.Context,
@@ -71,6 +72,11 @@ def train(
     ] = None,
     seed: Annotated[int | None, flag("Of weights, order and augmentation.", _RECIPE)] = None,
     validation: Annotated[int | None, flag("Training images held out.", _RECIPE)] = None,
+    eval_solver: Annotated[str | None, flag("Test accuracy also under this method.", _RECIPE)] = None,
+    eval_substeps: Annotated[int | None, flag("Its steps a block.", _RECIPE)] = None,
+    refine_at: Annotated[
+        str | None, flag("Epochs from which on there are twice the blocks at half the step: 5,10.", _RECIPE)
+    ] = None,
     step_limits: Annotated[
         bool, typer.Option("--step-limits", help="Record and draw every stage's step limits as it trains.")
     ] = False,
@@ -83,6 +89,8 @@ def train(
     flags = {name: ctx.params[name] for name in names if ctx.params[name] is not None}
     if milestones is not None:
         flags["milestones"] = separated(milestones, float, "--milestones")
+    if refine_at is not None:
+        flags["refine_at"] = separated(refine_at, int, "--refine-at")
     if download:
         flags["download"] = True
     settings = _settings(flags, _model_options(option, solver, substeps), config)

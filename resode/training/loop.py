@@ -23,6 +23,7 @@ from resode.solve import SolverError
 from resode.training.data import Batches
 from resode.training.evaluate import (
     evaluations_of_last_call,
+    other_solver,
     recomputations_of_last_call,
     score,
     solving_modules,
@@ -31,6 +32,7 @@ from resode.training.files import RunError
 from resode.training.folder import Checkpoint, RunFolder
 from resode.training.monitor import Callback
 from resode.training.progress import Progress
+from resode.training.refining import refinable, refine, refined_momentum
 from resode.training.task import ClassificationTask
 
 LOOK_EVERY = 1.0
@@ -148,6 +150,11 @@ class TrainingLoop:
 
     def _updates(self, asked: list[int]) -> None:
         """The updates of an epoch, from where it stands."""
+        due = sum(epoch <= self.epoch + 1 for epoch in self.recipe.refine_at) - self.about.get("refined", 0)
+        if due:
+            self._refine(due)
+            blocks = sum(stack.depth for stack in refinable(self.network))
+            self.progress.say(f"refined to {blocks} blocks of {1 / 2 ** self.about['refined']:g} of the step")
         self.batches.set_epoch(self.epoch)
         self.module.train()
         done_before, seconds_before = self.index, self.epoch_seconds
@@ -234,6 +241,8 @@ class TrainingLoop:
         for name, batches in self.held_out.items():
             result = score(self.kept, batches)
             row |= {f"{name}_loss": result.loss, f"{name}_accuracy": result.accuracy}
+        if self.recipe.eval_solver is not None:
+            row |= self._under_other_solver()
         self.seconds += self.epoch_seconds + time.perf_counter() - begun
         row |= {
             "images_per_second": images / self.epoch_seconds,
@@ -247,6 +256,34 @@ class TrainingLoop:
         self._start_tally()
         self.folder.write_metrics(self.rows)
         self.folder.write_weights(self.kept.state_dict(), self.about)
+
+    def _under_other_solver(self) -> dict[str, float]:
+        """The test images again, under the recipe's `eval_solver`; NaN where it gives up."""
+        recipe, nothing = self.recipe, float("nan")
+        try:
+            with other_solver(self.kept, recipe.eval_solver, recipe.eval_substeps):
+                result = score(self.kept, self.held_out["test"])
+        except SolverError:
+            return {"eval_loss": nothing, "eval_accuracy": nothing, "eval_nfe": nothing}
+        return {"eval_loss": result.loss, "eval_accuracy": result.accuracy, "eval_nfe": result.nfe}
+
+    def _refine(self, times: int) -> None:
+        """Double the blocks so many times; weights, their average and their momentum as they were."""
+        self.optimizer.zero_grad()
+        for _ in range(times):
+            moving = refined_momentum(self.network, self.optimizer)
+            refine(self.network)
+            if self.average is not None:
+                refine(self.average.module)
+            del self.module, self.optimizer
+            with _quiet():
+                self.module, self.optimizer = self.fabric.setup(self.task, self.task.configure_optimizers())
+            for weight, momentum in zip(self.network.parameters(), moving.parameters(), strict=True):
+                if weight.requires_grad and self.recipe.momentum:
+                    own = torch.empty_like(weight).copy_(momentum.detach())  # in its order, as in `restore`
+                    self.optimizer.state[weight]["momentum_buffer"] = own
+        self.solving = solving_modules(self.network)
+        self.about = {**self.about, "refined": self.about.get("refined", 0) + times}
 
     def _stop(self, signum: int) -> None:
         path = self.folder.path
@@ -286,6 +323,8 @@ class TrainingLoop:
         Raises:
             RunError: it belongs to another network.
         """
+        if times := checkpoint.state.get("refined", 0):
+            self._refine(times)
         try:
             self.network.load_state_dict(checkpoint.part("network"))
             if self.average is not None:

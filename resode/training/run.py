@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from resode.training.data import Batches, ImageData, load_data
-from resode.training.evaluate import EVALUATION_BATCH, evaluate, load
+from resode.training.evaluate import EVALUATION_BATCH, evaluate, load, other_solver
 from resode.training.files import RunError, replacing
 from resode.training.folder import RunFolder
 from resode.training.memory import forget_peak, peak_memory
@@ -28,6 +28,7 @@ from resode.training.plan import (
     resolve,
 )
 from resode.training.recipe import Recipe
+from resode.training.refining import refinable
 
 __all__ = ["Run", "evaluate", "load", "train"]
 
@@ -158,6 +159,7 @@ def _train(
                 f"the warm-up must end before the run does: warmup_updates {recipe.warmup_updates}, "
                 f"the run has {updates} updates. Train longer or warm up less."
             )
+        _check_stacks(network, recipe, data, device, -(-updates // len(training)))
         about = {
             "model": model_name(plan.model),
             "own": not isinstance(plan.model, str),
@@ -170,6 +172,7 @@ def _train(
             "std": data.std,
         }
         progress = Progress(show, -(-updates // len(training)))
+        progress.other = recipe.other_solver
         loop = TrainingLoop(
             make_fabric(device, recipe.precision),
             ClassificationTask(network, recipe, updates, penalty),
@@ -271,6 +274,22 @@ def _check_output(network: nn.Module, data: ImageData, device: torch.device) -> 
         )
 
 
+def _check_stacks(
+    network: nn.Module, recipe: Recipe, data: ImageData, device: torch.device, epochs: int
+) -> None:
+    """What the recipe asks of the network's stacks must be possible, before anything is trained."""
+    if recipe.refine_at:
+        refinable(network)
+        if recipe.refine_at[-1] > epochs:
+            raise ValueError(
+                f"refine_at must be epochs of the run, which has {epochs}: got {recipe.refine_at}. Train "
+                "longer or refine earlier."
+            )
+    if recipe.eval_solver is not None:
+        with other_solver(network, recipe.eval_solver, recipe.eval_substeps):
+            _check_output(network, data, device)
+
+
 def _check_same_data(record: Mapping[str, Any] | None, data: ImageData) -> None:
     """A resumed run must meet the images it was started on."""
     if record is None:
@@ -349,6 +368,8 @@ def _finish(
     }
     if recipe.validation:
         summary["validation_accuracy"] = last["validation_accuracy"]
+    if recipe.eval_solver is not None:
+        summary |= {"eval_solver": recipe.other_solver, "eval_accuracy": last["eval_accuracy"]}
     folder.write_summary(summary)
     metrics = folder.read_metrics()
     from resode import plots
@@ -366,6 +387,9 @@ def _finish(
     if summary["peak_memory_bytes"] is not None:
         place = "of tensors on the GPU" if device.type == "cuda" else "of the whole process"
         progress.say(f"peak memory {summary['peak_memory_bytes'] / 2**20:,.0f} MiB {place}")
+    if recipe.eval_solver is not None:
+        accuracy = 100 * last["eval_accuracy"]
+        progress.say(f"under {recipe.other_solver} {accuracy:.2f} %, {last['eval_nfe']:g} F evaluations")
     progress.say(f"weights {folder.weights}")
     progress.say(f"curves  {figure}")
     return Run(folder.path, network, recipe, summary, metrics)
