@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import sys
+import time
 from collections.abc import Callable, Sequence
 from shutil import get_terminal_size
 from typing import Any
@@ -19,6 +20,9 @@ from resode.training.recipe import did_you_mean
 
 TRAIN_EXTRA = ("lightning", "sklearn", "PIL", "safetensors", "yaml")
 """What the extra `train` installs, besides what the command itself is made of."""
+
+ALONE = 10.0
+"""Seconds that a process waits for the first one to tell the error that both met."""
 
 PIPE_WIDTH = 400
 """Columns where nobody's terminal folds a line: piped tables are as wide as their contents."""
@@ -93,6 +97,7 @@ class Commands(TyperGroup):
         except Exception as error:
             if debug:
                 raise
+            _speaks(error)
             code = report(error)
         sys.exit(code if isinstance(code, int) else 0)
 
@@ -101,8 +106,29 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as interruption:
-            complain(str(interruption) or "interrupted.")
+            if _speaks(interruption):
+                complain(str(interruption) or "interrupted.")
             raise typer.Exit(128 + getattr(interruption, "signum", 2)) from interruption
+
+
+def _speaks(error: BaseException) -> bool:
+    """Whether this process tells an error: of several that torchrun started, the first one does.
+
+    It ends by that, and torchrun then ends the others; one that is still there was alone with its error.
+    """
+    from resode.training.processes import LostProcess, Processes
+
+    try:
+        first = Processes.found().first
+    except Exception:
+        return True
+    if first or isinstance(error, LostProcess):
+        return True
+    if isinstance(error, KeyboardInterrupt):
+        time.sleep(1)
+        return False
+    time.sleep(ALONE)
+    return True
 
 
 def report(error: Exception) -> int:

@@ -23,6 +23,7 @@ _MODEL, _RUN, _RECIPE = "Network and data", "Run", "Recipe: any of its settings"
     "resode train --resume runs/odenet20-digits-…",
     "resode train --config runs/demo/config.yaml --seed 1",
     "resode train --eval-solver rk4 --eval-substeps 2 --refine-at 10",
+    "torchrun --nproc-per-node 2 -m resode.cli train --model resnet20 --data cifar10",
 )
 def train(
     ctx: typer.Context,
@@ -69,6 +70,10 @@ def train(
     precision: Annotated[str | None, flag(f"{', '.join(PRECISIONS)}.", _RECIPE)] = None,
     channels_last: Annotated[
         bool | None, flag("Memory order of images.", _RECIPE, "--channels-last/--no-channels-last")
+    ] = None,
+    sync_batch_norm: Annotated[
+        bool | None,
+        flag("Batch norms over all GPUs.", _RECIPE, "--sync-batch-norm/--no-sync-batch-norm"),
     ] = None,
     seed: Annotated[int | None, flag("Of weights, order and augmentation.", _RECIPE)] = None,
     validation: Annotated[int | None, flag("Training images held out.", _RECIPE)] = None,

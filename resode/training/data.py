@@ -287,13 +287,16 @@ class Batches:
         device: where images are kept and batches are made.
         channels_last: give batches in channels-last memory format, which is faster for convolutions.
         drop_last: leave out the last batch when it is smaller; None does so in training alone.
+        share: (r, W) gives the r-th of W equal parts of every batch, from 0: images rB/W to (r+1)B/W − 1 of
+            the B that (0, 1) gives, with the same augmentation.
 
     Raises:
         TypeError: images or labels are of another dtype, or numbers that must be whole are not.
-        ValueError: shapes disagree, a number is out of its range, or `drop_last` would leave nothing.
+        ValueError: shapes disagree, a number is out of its range, `drop_last` would leave nothing, or a batch
+            has no W equal parts.
 
     Yields:
-        (images, labels): float32 (B, C, H, W) and int64 (B,).
+        (images, labels): float32 (B/W, C, H, W) and int64 (B/W,).
 
     Example:
         >>> data = load_data("digits")
@@ -319,6 +322,7 @@ class Batches:
         device: str | torch.device = "cpu",
         channels_last: bool = True,
         drop_last: bool | None = None,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         _check_images(images, labels, mean, std)
         _check_whole("batch_size", batch_size, 1)
@@ -332,6 +336,16 @@ class Batches:
                 f"drop_last leaves out a batch that is not full, here all of them: batch_size is "
                 f"{batch_size}, there are {len(images)} images. Take a smaller batch_size or drop_last=False."
             )
+        part, parts = share
+        if not 0 <= part < parts:
+            raise ValueError(f"share is (r, W) with 0 ≤ r < W, got {share}.")
+        if batch_size % parts or (parts > 1 and not self.drop_last):
+            raise ValueError(
+                f"every batch must have {parts} equal parts, one for each process: batch_size is {batch_size}"
+                + ("" if self.drop_last else ", and the last batch may be smaller (drop_last=False)")
+                + f". Take a multiple of {parts}, such as {-(-batch_size // parts) * parts}."
+            )
+        self.share = share
         self.batch_size, self.train, self.seed, self.epoch = batch_size, train, seed, 0
         self.crop_padding, self.flip = (crop_padding, flip) if train else (0, False)
         self.channels_last, self.device = channels_last, torch.device(device)
@@ -361,8 +375,10 @@ class Batches:
         mirrored = torch.randint(2, (count,), generator=generator) if self.flip else torch.zeros_like(order)
         # One transfer an epoch; row i belongs to the i-th image that is given out.
         plan = torch.stack((order, mirrored, down, right)).to(self.device)
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            order, mirrored, down, right = plan[:, start : start + self.batch_size]
+        part, parts = self.share
+        size = self.batch_size // parts
+        for start in range(part * size, len(self) * self.batch_size, self.batch_size):
+            order, mirrored, down, right = plan[:, start : start + size]
             images = self._images.index_select(0, order)  # (B, H, W, C)
             images = _crop_and_flip(images, mirrored, down, right, padding, self.flip)
             yield self._normalize(images), self._labels.index_select(0, order)

@@ -17,6 +17,7 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain
@@ -39,6 +40,10 @@ FORMAT = 1
 
 LOCK = ".lock"
 """Held by the process that writes into a run folder."""
+
+
+_UNFINISHED = re.compile(r"\.[\w-]+\.(yaml|csv|json|safetensors)\.\w{8}|\.[\w-]+-\d+\.(png|csv)")
+"""Names of files that were being written when their process was killed; see `resode.training.files`."""
 
 
 class NoSuchRun(RunError):
@@ -116,8 +121,8 @@ class RunFolder:
                 raise FolderTaken(
                     f"a run needs a folder of its own: {path} is a file. Give another --run-dir."
                 )
-            # Empty folders and the lock are what a run leaves that was killed before it began.
-            if any(file.is_file() and file.name != LOCK for file in folder.path.rglob("*")):
+            # Empty folders, the lock and half a file are what a run leaves that was killed before it began.
+            if any(f.is_file() and f.name != LOCK and not _unfinished(f) for f in folder.path.rglob("*")):
                 known = (folder.path / "config.yaml").exists()
                 raise FolderTaken(
                     f"a run is never overwritten: {path} is not empty. Give another --run-dir, "
@@ -160,6 +165,9 @@ class RunFolder:
                 raise RunError(
                     f"{self.path} is in use by another process. Wait for it, or stop it."
                 ) from error
+            for left in filter(_unfinished, self.path.rglob(".*")):
+                with suppress(OSError):
+                    left.unlink()
             try:
                 yield
             finally:
@@ -273,6 +281,10 @@ class RunFolder:
         if damaged is not None:
             raise RunError(f"no sound checkpoint is left to go on from: {damaged} Train again.")
         return None, None
+
+
+def _unfinished(path: Path) -> bool:
+    return _UNFINISHED.fullmatch(path.name) is not None
 
 
 def _check_format(path: Path, found: Any) -> None:

@@ -10,12 +10,14 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -31,6 +33,7 @@ from resode.training.evaluate import (
 from resode.training.files import RunError
 from resode.training.folder import Checkpoint, RunFolder
 from resode.training.monitor import Callback
+from resode.training.processes import LostProcess, Processes, losing
 from resode.training.progress import Progress
 from resode.training.refining import refinable, refine, refined_momentum
 from resode.training.task import ClassificationTask
@@ -63,7 +66,8 @@ class TrainingLoop:
         folder: where checkpoints, metrics and weights go.
         about: what the weights belong to, for their header.
         progress: where progress is reported.
-        callbacks: called after every update and after the run.
+        callbacks: called after every update and after the run, in the first process alone.
+        processes: those that train together; None for this one alone. The batches are its share of them.
     """
 
     def __init__(
@@ -76,8 +80,10 @@ class TrainingLoop:
         about: dict[str, Any],
         progress: Progress,
         callbacks: Sequence[Callback] = (),
+        processes: Processes | None = None,
     ) -> None:
-        self.callbacks = callbacks
+        self.processes = processes or Processes()
+        self.callbacks = callbacks if self.processes.first else ()
         self.fabric = fabric
         self.recipe = task.recipe
         self.network = task.network
@@ -102,6 +108,7 @@ class TrainingLoop:
         self.seconds = 0.0  # of the whole run, evaluation included
         self.rows: list[dict[str, Any]] = []  # a row of metrics for every epoch done
         self.losses = torch.zeros(len(batches), device=fabric.device)  # of this epoch's updates
+        self._checked = False  # whether every parameter gets a gradient
         self._start_tally()
 
     def _start_tally(self) -> None:
@@ -135,15 +142,17 @@ class TrainingLoop:
             Interrupted: SIGINT or SIGTERM came; a checkpoint was saved first.
         """
         try:
-            with interruption() as asked:
+            with interruption(insist=self.processes.size == 1) as asked:
                 while self.update < self.total or self.index:
                     self._updates(asked)
                     self._end_epoch()
                     self.save()
-                    if asked and self.update < self.total:
-                        self._stop(asked[0])
+                    stop, _ = self.processes.agreed(asked[0] if asked else 0, False, now=True)
+                    if stop and self.update < self.total:
+                        self._stop(stop)
             for callback in self.callbacks:
                 callback.after_run(self)
+            self.processes.share_state(self.kept)
             self.network.load_state_dict(self.kept.state_dict())
         finally:
             self.progress.close()
@@ -163,11 +172,12 @@ class TrainingLoop:
             self._update(batch)
             now = time.perf_counter()
             self.epoch_seconds = seconds_before + now - begun
-            if asked:
+            stop, look = self.processes.agreed(asked[0] if asked else 0, now - looked > LOOK_EVERY)
+            if stop:
                 self._check_weights()
                 self.save()
-                self._stop(asked[0])
-            if now - looked > LOOK_EVERY:
+                self._stop(stop)
+            if look:
                 looked = now
                 rate = self.recipe.batch_size * (self.index - done_before) / (now - begun)
                 self.progress.batch(self.epoch + 1, self.index, self.steps, self.mean_loss(), rate)
@@ -176,6 +186,14 @@ class TrainingLoop:
 
     def _update(self, batch: tuple[Tensor, Tensor]) -> None:
         """One update of the weights."""
+        with losing() if self.processes.size > 1 else nullcontext():
+            self._step(batch)
+        self.index += 1
+        for callback in self.callbacks:
+            callback.after_update(self)
+
+    def _step(self, batch: tuple[Tensor, Tensor]) -> None:
+        """Forward, backward, and the optimizer's step."""
         self.task.set_learning_rate(self.optimizer, self.update)
         try:
             with self.fabric.autocast():  # Fabric's wrapper enters it in forward alone
@@ -187,6 +205,7 @@ class TrainingLoop:
             raise RunError(f"the network failed in {where}: {type(error).__name__}: {error}") from error
         self.optimizer.zero_grad()
         self.fabric.backward(result["loss"])
+        self._check_all_used()
         self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(self.network)
@@ -194,22 +213,37 @@ class TrainingLoop:
         self.hits += result["correct"]
         self.nfe = self.nfe + evaluations_of_last_call(self.solving)
         self.nfe_backward += recomputations_of_last_call(self.solving)
-        self.index += 1
-        for callback in self.callbacks:
-            callback.after_update(self)
+
+    def _check_all_used(self) -> None:
+        """DDP waits for the gradient of every parameter, so it must have come from the first update on."""
+        if self.processes.size == 1 or self._checked:
+            return
+        self._checked = True
+        unused = [n for n, p in self.network.named_parameters() if p.requires_grad and p.grad is None]
+        if unused:
+            raise RunError(
+                "several processes can only train parameters that every update uses, and these got no "
+                f"gradient: {', '.join(unused[:8])}. Freeze them (requires_grad=False), or train with one "
+                "process."
+            )
 
     def mean_loss(self) -> float:
-        """Mean loss of this epoch's updates so far; a RunError where one is not finite."""
-        losses = self.losses[: self.index].tolist()
+        """Mean loss of this epoch's updates so far, of all processes; a RunError where one is not finite."""
+        losses = self._mean_losses().tolist()
         for index, loss in enumerate(losses):
             if not abs(loss) < float("inf"):
                 raise self._diverged(f"the loss became {loss}", index)
         return sum(losses) / len(losses)
 
+    def _mean_losses(self) -> Tensor:
+        """This epoch's losses so far, averaged over the processes, as float64 on the CPU."""
+        return self.processes.mean(self.losses[: self.index])
+
     def _check_weights(self) -> None:
         """A RunError where a loss or a weight is not finite: no checkpoint of it shall replace a good one."""
         self.mean_loss()
-        if not all(bool(value.isfinite().all()) for value in self.network.state_dict().values()):
+        bad = sum(int(not bool(value.isfinite().all())) for value in self.network.state_dict().values())
+        if int(self.processes.total(torch.tensor(bad))):
             raise self._diverged("the weights are no longer finite after the update", self.index - 1)
 
     def _diverged(self, what: str, index: int) -> RunError:
@@ -229,13 +263,24 @@ class TrainingLoop:
         """Evaluate, and write the epoch's row of metrics."""
         self._check_weights()
         steps, loss = self.steps, self.mean_loss()
+        hits, nfe = int(self.processes.total(self.hits)), float(self.processes.mean(self.nfe))
+        row = self.processes.from_first(lambda: self._row(steps, loss, hits, nfe))
+        self.seconds = row["seconds"]
+        self.rows.append(row)
+        self.progress.epoch(row)
+        self.epoch += 1
+        self._start_tally()
+        self.processes.from_first(self._write_epoch)
+
+    def _row(self, steps: int, loss: float, hits: int, nfe: float) -> dict[str, Any]:
+        """Evaluate; an epoch's row of metrics."""
         images = steps * self.recipe.batch_size
         row: dict[str, Any] = {
             "epoch": self.epoch + 1,
             "update": self.update,
             "lr": self.recipe.learning_rate(self.update - 1, self.total),
             "train_loss": loss,
-            "train_accuracy": int(self.hits) / images,
+            "train_accuracy": hits / images,
         }
         begun = time.perf_counter()
         for name, batches in self.held_out.items():
@@ -243,17 +288,14 @@ class TrainingLoop:
             row |= {f"{name}_loss": result.loss, f"{name}_accuracy": result.accuracy}
         if self.recipe.eval_solver is not None:
             row |= self._under_other_solver()
-        self.seconds += self.epoch_seconds + time.perf_counter() - begun
-        row |= {
+        return row | {
             "images_per_second": images / self.epoch_seconds,
-            "nfe": float(self.nfe) / steps,
+            "nfe": nfe / steps,
             "nfe_backward": self.nfe_backward / steps,
-            "seconds": self.seconds,
+            "seconds": self.seconds + self.epoch_seconds + time.perf_counter() - begun,
         }
-        self.rows.append(row)
-        self.progress.epoch(row)
-        self.epoch += 1
-        self._start_tally()
+
+    def _write_epoch(self) -> None:
         self.folder.write_metrics(self.rows)
         self.folder.write_weights(self.kept.state_dict(), self.about)
 
@@ -302,10 +344,13 @@ class TrainingLoop:
             momentum = self.optimizer.state[weight].get("momentum_buffer")
             if momentum is not None:
                 tensors[f"momentum.{number}"] = momentum
-        tensors["random.cpu"] = torch.get_rng_state()
-        if self.fabric.device.type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state(self.fabric.device)
-        tensors |= {"tally.losses": self.losses[: self.index], "tally.hits": self.hits, "tally.nfe": self.nfe}
+        for rank, states in enumerate(self.processes.gathered(self._random_state())):
+            tensors |= {f"random.{_of_rank(name, rank)}": value for name, value in states.items()}
+        tensors |= {
+            "tally.losses": self._mean_losses().to(self.losses.dtype),
+            "tally.hits": self.processes.total(self.hits),
+            "tally.nfe": self.processes.mean(self.nfe),
+        }
         state = {
             **self.about,
             "epoch": self.epoch,
@@ -315,7 +360,14 @@ class TrainingLoop:
             "nfe_backward": self.nfe_backward,
             "rows": self.rows,
         }
-        self.folder.write_checkpoint(Checkpoint(tensors, state))
+        self.processes.from_first(lambda: self.folder.write_checkpoint(Checkpoint(tensors, state)))
+
+    def _random_state(self) -> dict[str, Tensor]:
+        """Of the generators that this process's networks draw from."""
+        states = {"cpu": torch.get_rng_state()}
+        if self.fabric.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.fabric.device)
+        return states
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to where a checkpoint was written.
@@ -341,15 +393,17 @@ class TrainingLoop:
                 momentum = torch.empty_like(weight).copy_(momenta[str(number)])
                 self.optimizer.state[weight]["momentum_buffer"] = momentum
         random, tally = checkpoint.part("random"), checkpoint.part("tally")
-        torch.set_rng_state(random["cpu"])
-        if self.fabric.device.type == "cuda" and "cuda" in random:
-            torch.cuda.set_rng_state(random["cuda"], self.fabric.device)
+        rank = self.processes.rank
+        if _of_rank("cpu", rank) in random:
+            torch.set_rng_state(random[_of_rank("cpu", rank)])
+        if self.fabric.device.type == "cuda" and _of_rank("cuda", rank) in random:
+            torch.cuda.set_rng_state(random[_of_rank("cuda", rank)], self.fabric.device)
         self.epoch, self.index = checkpoint.state["epoch"], checkpoint.state["index"]
         self.seconds, self.epoch_seconds = checkpoint.state["seconds"], checkpoint.state["epoch_seconds"]
         self.nfe_backward = checkpoint.state.get("nfe_backward", 0)
         self.rows = checkpoint.state["rows"]
         self.losses[: self.index] = tally["losses"].to(self.losses.device)
-        self.hits = tally["hits"].to(self.hits.device)
+        self.hits = (tally["hits"] if rank == 0 else tally["hits"] * 0).to(self.hits.device)
         self.nfe = tally["nfe"]
 
     def _weights(self) -> list[nn.Parameter]:
@@ -357,14 +411,34 @@ class TrainingLoop:
         return [weight for group in self.optimizer.param_groups for weight in group["params"]]
 
 
-def make_fabric(device: torch.device, precision: str) -> Fabric:
-    """Lightning's Fabric on one device, in "32" or "bf16"."""
+def _of_rank(name: str, rank: int) -> str:
+    """What a checkpoint calls a process's part: the first one's as if it were alone."""
+    return f"{name}.{rank}" if rank else name
+
+
+def make_fabric(device: torch.device, precision: str, processes: Processes | None = None) -> Fabric:
+    """Lightning's Fabric in "32" or "bf16": on one device, or with DDP on one for each process."""
+    options: dict[str, Any] = {"precision": {"32": "32-true", "bf16": "bf16-mixed"}[precision]}
     with _quiet():
-        return Fabric(
+        if processes is None or processes.size == 1:
+            own = device.index is not None and device.type == "cuda"
+            return Fabric(accelerator=device.type, devices=[device.index] if own else 1, **options)  # type: ignore[list-item]
+        fabric = Fabric(
             accelerator=device.type,
-            devices=1 if device.index is None or device.type != "cuda" else [device.index],
-            precision={"32": "32-true", "bf16": "bf16-mixed"}[precision],  # type: ignore[arg-type]
+            devices=processes.local_size,
+            num_nodes=processes.size // processes.local_size,
+            strategy=DDPStrategy(cluster_environment=_Torchrun()),
+            **options,
         )
+        fabric.launch()
+        return fabric
+
+
+class _Torchrun(TorchElasticEnvironment):
+    """torchrun's variables, whoever set them."""
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        """`Processes.found` has."""
 
 
 @contextmanager
@@ -379,8 +453,11 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def interruption() -> Iterator[list[int]]:
+def interruption(*, insist: bool = True) -> Iterator[list[int]]:
     """Collects SIGINT and SIGTERM instead of dying of them; a second one interrupts at once.
+
+    Args:
+        insist: False lets a second one do nothing: torchrun repeats signals by itself, and kills after 30 s.
 
     Yields:
         The signals that came. It stays empty outside the main thread, where Python sets no handlers.
@@ -388,7 +465,7 @@ def interruption() -> Iterator[list[int]]:
     asked: list[int] = []
 
     def ask(signum: int, frame: object) -> None:
-        if asked:
+        if asked and insist:
             raise KeyboardInterrupt
         asked.append(signum)
 
@@ -398,6 +475,9 @@ def interruption() -> Iterator[list[int]]:
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
+    except LostProcess:
+        before[signal.SIGTERM] = signal.SIG_IGN  # torchrun ends the others: they shall first say why
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

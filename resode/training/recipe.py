@@ -106,6 +106,7 @@ class Recipe:
         precision: "32", "bf16" (F under bfloat16 autocast; states, norms and weights in float32) or "auto"
             (whichever the device computes faster).
         channels_last: store images and kernels with channels innermost.
+        sync_batch_norm: take batch statistics over the whole batch where several GPUs have a part each.
         seed: of the initial weights, the order of the images and their augmentation.
         validation: training images held out and reported after every epoch.
         eval_solver: method of every `ResidualStack` under which the test images are evaluated a second
@@ -147,6 +148,7 @@ class Recipe:
     flip: bool | None = None
     precision: str = "auto"
     channels_last: bool = True
+    sync_batch_norm: bool = False
     seed: int = 0
     validation: int = 0
     eval_solver: str | None = None
@@ -205,6 +207,12 @@ class Recipe:
             raise ValueError(
                 f"refine_at takes rising epochs from 2 on, got {self.refine_at}. For a network that is finer "
                 "from the start take a deeper one with a smaller step_size."
+            )
+
+        if self.refine_at and self.sync_batch_norm:
+            raise ValueError(
+                "refine_at makes new batch norms as it trains, which sync_batch_norm does not reach. "
+                "Leave one of them out, or take norm='group'."
             )
 
     def length(self, batches: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from resode.training.plan import (
     model_name,
     resolve,
 )
+from resode.training.processes import Processes, synchronise_norms
 from resode.training.recipe import Recipe
 from resode.training.refining import refinable
 
@@ -73,6 +74,9 @@ def train(
     A run interrupted at any moment goes on with `resume=` and ends with the weights it would have had, to
     the bit, on the same device with as many threads. The global random state is as it was afterwards.
 
+    Under torchrun every process calls this with the same arguments, computes its share of every batch, and
+    returns the same run: `batch_size` is of all processes together.
+
     Args:
         model: a name ("odenet20" where None), a network (trained in place), or a function called with
             `model_options` that makes one; images (B, C, H, W) in, logits (B, classes) out.
@@ -107,17 +111,25 @@ def train(
         >>> len(run.metrics["train_loss"])
         1
     """
-    place = choose_device(device)
-    if resume is not None:
-        given = {"recipe": recipe, "model_options": model_options, "run_dir": run_dir, **settings}
-        folder = RunFolder.open(resume)
-        plan = Plan.stored(folder.read_config(), model, data, data_dir, given)
-        _check_same_penalty((plan.record or {}).get("penalty"), _penalty_name(penalty))
-    else:
-        plan = Plan.new(model, data, recipe, model_options, data_dir, settings)
-        folder = RunFolder.create(run_dir or plan.default_run_dir())
-    with folder.locked():
-        return _train(plan, folder, place, download, resume is not None, progress, callbacks, penalty)
+    processes = Processes.found()
+    place = choose_device(device) if processes.size == 1 else device_of(device, processes)
+    with processes.joined(place):
+        if resume is not None:
+            given = {"recipe": recipe, "model_options": model_options, "run_dir": run_dir, **settings}
+            folder = RunFolder(resume)
+            config = processes.from_first(lambda: RunFolder.open(resume).read_config())
+            with processes.together():
+                plan = Plan.stored(config, model, data, data_dir, given)
+                _check_same_penalty((plan.record or {}).get("penalty"), _penalty_name(penalty))
+        else:
+            with processes.together():
+                plan = Plan.new(model, data, recipe, model_options, data_dir, settings)
+            folder = processes.from_first(lambda: RunFolder.create(run_dir or plan.default_run_dir()))
+        with ExitStack() as held:
+            processes.from_first(lambda: held.enter_context(folder.locked()))
+            return _train(
+                plan, folder, place, download, resume is not None, progress, callbacks, penalty, processes
+            )
 
 
 def _train(
@@ -129,6 +141,7 @@ def _train(
     show: bool,
     callbacks: Sequence[Callback],
     penalty: Callable[[nn.Module, Tensor], Tensor] | None,
+    processes: Processes,
 ) -> Run:
     """Build everything the loop needs, run it, and write what a finished run leaves."""
     from resode.training.loop import TrainingLoop, make_fabric  # Lightning takes seconds to import
@@ -136,30 +149,31 @@ def _train(
     from resode.training.task import ClassificationTask
 
     forget_peak(device)
-    data = (
-        plan.data
-        if isinstance(plan.data, ImageData)
-        else load_data(plan.data, plan.data_dir, download=download)
-    )
-    _check_same_data(plan.record, data)
+    data = _load(plan, download, processes)
     with _own_random_state(device):
-        torch.manual_seed(plan.recipe.seed)
-        options = dict(plan.options)
-        if isinstance(plan.model, str):
-            options = {"in_channels": data.train_images.shape[1], "num_classes": len(data.classes), **options}
-        network = make_network(plan.model, options).to(device)
-        recipe = resolve(plan.recipe, data, network, device)
-        if recipe.channels_last:
-            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        _check_output(network, data, device)
-        training, held_out = _batches(data, recipe, device)
-        updates = recipe.length(len(training))
-        if (recipe.warmup_updates or 0) >= updates:
-            raise ValueError(
-                f"the warm-up must end before the run does: warmup_updates {recipe.warmup_updates}, "
-                f"the run has {updates} updates. Train longer or warm up less."
-            )
-        _check_stacks(network, recipe, data, device, -(-updates // len(training)))
+        with processes.together():
+            _check_same_data(plan.record, data)
+            torch.manual_seed(plan.recipe.seed)
+            options = dict(plan.options)
+            if isinstance(plan.model, str):
+                shape = {"in_channels": data.train_images.shape[1], "num_classes": len(data.classes)}
+                options = shape | options
+            network = make_network(plan.model, options).to(device)
+            recipe = resolve(plan.recipe, data, network, device)
+            if recipe.channels_last:
+                network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            _check_output(network, data, device)
+            training, held_out = _batches(data, recipe, device, processes)
+            updates = recipe.length(len(training))
+            if (recipe.warmup_updates or 0) >= updates:
+                raise ValueError(
+                    f"the warm-up must end before the run does: warmup_updates {recipe.warmup_updates}, "
+                    f"the run has {updates} updates. Train longer or warm up less."
+                )
+            _check_stacks(network, recipe, data, device, -(-updates // len(training)))
+            restore_norms = _synchronised(network, recipe, device, processes)
+        if processes.rank:  # its own dropout; the weights are the first one's
+            torch.manual_seed(recipe.seed + processes.rank)
         about = {
             "model": model_name(plan.model),
             "own": not isinstance(plan.model, str),
@@ -171,10 +185,10 @@ def _train(
             "mean": data.mean,
             "std": data.std,
         }
-        progress = Progress(show, -(-updates // len(training)))
+        progress = Progress(show and processes.first, -(-updates // len(training)))
         progress.other = recipe.other_solver
         loop = TrainingLoop(
-            make_fabric(device, recipe.precision),
+            make_fabric(device, recipe.precision, processes),
             ClassificationTask(network, recipe, updates, penalty),
             training,
             held_out,
@@ -182,11 +196,18 @@ def _train(
             about,
             progress,
             callbacks,
+            processes,
         )
-        for line in _heading(plan, recipe, data, network, device, folder):
+        for line in _heading(plan, recipe, data, network, device, folder, processes):
             progress.say(line)
         if resumed:
-            checkpoint, damaged = folder.read_checkpoint()
+            before = (plan.record or {}).get("processes", 1)
+            if before != processes.size:
+                progress.say(
+                    f"started on {before} process{'es' if before > 1 else ''}, going on with "
+                    f"{processes.size}: the same batches in other parts"
+                )
+            checkpoint, damaged = processes.from_first(folder.read_checkpoint)
             if damaged:
                 progress.say(f"{damaged} Going on from the checkpoint before.")
             if checkpoint:
@@ -194,13 +215,63 @@ def _train(
             progress.say(f"resuming after update {loop.update} of {updates}")
         else:
             config = make_config(plan, recipe, data, network, device)
-            config["record"]["penalty"] = _penalty_name(penalty)
-            folder.write_config(config)
+            config["record"] |= {"penalty": _penalty_name(penalty), "processes": processes.size}
+            processes.from_first(lambda: folder.write_config(config))
         progress.heading()
         for row in loop.rows:
             progress.epoch(row)
-        loop.run()
-    return _finish(folder, plan, recipe, data, network.eval(), loop.rows, progress, device)
+        try:
+            loop.run()
+        finally:
+            restore_norms()
+        network.eval()
+        summary, metrics = processes.from_first(
+            lambda: _finish(folder, plan, recipe, data, network, loop.rows, progress, device)
+        )
+    return Run(folder.path, network, recipe, summary, metrics)
+
+
+def device_of(name: str, processes: Processes) -> torch.device:
+    """The device of one of several processes: its own GPU, or the CPU."""
+    place = choose_device(name)
+    if place.type == "mps" or place.index is not None:
+        raise ValueError(
+            f"each of several processes takes its own device, so it is 'auto', 'cpu' or 'cuda', got {name!r}."
+        )
+    if place.type == "cpu":
+        return place
+    if processes.local_size > torch.cuda.device_count():
+        raise ValueError(
+            f"this machine has {torch.cuda.device_count()} GPUs for {processes.local_size} processes. Start "
+            "as many as there are GPUs (torchrun --nproc-per-node), or pass device='cpu'."
+        )
+    return torch.device("cuda", processes.local_rank)
+
+
+def _load(plan: Plan, download: bool, processes: Processes) -> ImageData:
+    """The images; the first process of a machine fetches and decodes them, the others read its cache."""
+    data = plan.data
+    for turn in (True, False):
+        with processes.together():
+            if isinstance(data, str) and (processes.local_rank == 0) == turn:
+                data = load_data(data, plan.data_dir, download=download)
+    assert isinstance(data, ImageData)
+    return data
+
+
+def _synchronised(
+    network: nn.Module, recipe: Recipe, device: torch.device, processes: Processes
+) -> Callable[[], None]:
+    """Batch norms over all processes where the recipe asks for it; what undoes it."""
+    if not recipe.sync_batch_norm:
+        return lambda: None
+    if processes.size == 1 or device.type != "cuda":
+        raise ValueError(
+            "sync_batch_norm takes statistics over several processes' GPUs: this run has "
+            f"{processes.size} process{'es' if processes.size > 1 else ''} on {device.type}. Leave it out, "
+            "start the run with torchrun on GPUs, or take norm='group', which needs no statistics."
+        )
+    return synchronise_norms(network)
 
 
 def _penalty_name(penalty: Any) -> str | None:
@@ -218,7 +289,9 @@ def _check_same_penalty(stored: str | None, given: str | None) -> None:
         )
 
 
-def _batches(data: ImageData, recipe: Recipe, device: torch.device) -> tuple[Batches, dict[str, Batches]]:
+def _batches(
+    data: ImageData, recipe: Recipe, device: torch.device, processes: Processes
+) -> tuple[Batches, dict[str, Batches]]:
     """The training batches, and those only looked at: "test", and "validation" where images are held out."""
     images, labels = data.train_images, data.train_labels
     common: dict[str, Any] = {"mean": data.mean, "std": data.std, "device": device}
@@ -244,6 +317,7 @@ def _batches(data: ImageData, recipe: Recipe, device: torch.device) -> tuple[Bat
         crop_padding=recipe.crop_padding or 0,
         flip=bool(recipe.flip),
         seed=recipe.seed,
+        share=(processes.rank, processes.size),
         **common,
     )
     held_out["test"] = Batches(data.test_images, data.test_labels, EVALUATION_BATCH, train=False, **common)
@@ -312,12 +386,20 @@ def _own_random_state(device: torch.device) -> Iterator[None]:
 
 
 def _heading(
-    plan: Plan, recipe: Recipe, data: ImageData, network: nn.Module, device: torch.device, folder: RunFolder
+    plan: Plan,
+    recipe: Recipe,
+    data: ImageData,
+    network: nn.Module,
+    device: torch.device,
+    folder: RunFolder,
+    processes: Processes,
 ) -> list[str]:
     """What is trained on what, how and where."""
     options = ", ".join(f"{name} {value}" for name, value in plan.options.items())
     threads = torch.get_num_threads()
     place = f"cpu with {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else str(device)
+    if processes.size > 1:
+        place = f"{processes.size} processes, each on {place if device.type == 'cpu' else 'its own GPU'}"
     return [
         f"{model_name(plan.model)}{f' ({options})' if options else ''} on {data.title}",
         f"{count_parameters(network):,} parameters; {len(data.train_labels) - recipe.validation:,} training "
@@ -338,8 +420,8 @@ def _finish(
     rows: list[dict[str, Any]],
     progress: Any,
     device: torch.device,
-) -> Run:
-    """Write the summary and the figures of a run that has come to its end."""
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """Write the summary and the figures of a run that has come to its end; the summary and the metrics."""
     last = rows[-1]
     images = sum(_images(rows, recipe))
     training_seconds = sum(
@@ -392,7 +474,7 @@ def _finish(
         progress.say(f"under {recipe.other_solver} {accuracy:.2f} %, {last['eval_nfe']:g} F evaluations")
     progress.say(f"weights {folder.weights}")
     progress.say(f"curves  {figure}")
-    return Run(folder.path, network, recipe, summary, metrics)
+    return summary, metrics
 
 
 def _images(rows: list[dict[str, Any]], recipe: Recipe) -> list[int]:

@@ -25,6 +25,7 @@ from resode.training.data import ImageData
 from resode.training.folder import RunFolder
 from resode.training.loop import TrainingLoop, make_fabric
 from resode.training.plan import choose_precision, resolve
+from resode.training.processes import Processes
 from resode.training.progress import Progress
 from resode.training.recipe import make_recipe
 from resode.training.run import _batches
@@ -127,7 +128,7 @@ def resode_steps(data: ImageData, batch: int, precision: str, folder: str) -> Ca
     recipe = make_recipe("fast", batch_size=batch, precision=precision, lr=0.01, epochs=10_000)
     recipe = resolve(recipe, data, network, device)
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    training, held_out = _batches(data, recipe, device)
+    training, held_out = _batches(data, recipe, device, Processes())
     updates = recipe.length(len(training))
     loop = TrainingLoop(
         make_fabric(device, recipe.precision),

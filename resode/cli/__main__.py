@@ -1,0 +1,6 @@
+"""`python -m resode.cli`, which torchrun can start too."""
+
+from resode.cli import main
+
+if __name__ == "__main__":
+    main()
