@@ -39,13 +39,19 @@ from resode.tableaus import METHODS, ButcherTableau
 
 if TYPE_CHECKING:
     from resode import plots
+    from resode.training.compare import compare
     from resode.training.evaluate import load
     from resode.training.run import train
 
 __version__ = "0.1.0"
 
 # What needs matplotlib or the extra `train` is imported when it is first asked for.
-_LAZY = {"load": "resode.training.evaluate", "plots": "resode.plots", "train": "resode.training.run"}
+_LAZY = {
+    "compare": "resode.training.compare",
+    "load": "resode.training.evaluate",
+    "plots": "resode.plots",
+    "train": "resode.training.run",
+}
 
 __all__ = [
     "METHODS",
@@ -66,6 +72,7 @@ __all__ = [
     "StepSizeUnderflow",
     "SwapReport",
     "classify",
+    "compare",
     "find_fixed_points",
     "find_several_fixed_points",
     "imaginary_stability_interval",

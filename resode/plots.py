@@ -7,6 +7,7 @@ display. Functions that take `path` write the figure there, in the format its en
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -291,43 +292,100 @@ def bifurcation(result: Any, path: Path = None) -> Figure:
 
 
 def training_curves(metrics: Mapping[str, Sequence[float]], path: Path = None) -> Figure:
-    """Draw a run's loss, error and learning rate over its epochs.
+    """Draw a run's loss, error, learning rate and F evaluations over its epochs.
 
     Args:
-        metrics: columns of metrics.csv: epoch, lr, train_loss, train_accuracy, test_loss, test_accuracy, and
-            validation_loss, validation_accuracy where images were held out.
+        metrics: columns of metrics.csv: epoch, lr, train_loss, train_accuracy, test_loss, test_accuracy;
+            validation_loss, validation_accuracy where images were held out; eval_loss, eval_accuracy where
+            another solver was tried; nfe, nfe_backward, which are drawn unless all are 0.
         path: where to write the figure.
 
     Example:
         >>> columns = {"epoch": [1, 2], "lr": [0.1, 0.0]}
         >>> columns |= {f"{split}_loss": [2.0, 1.0] for split in ("train", "test")}
         >>> columns |= {f"{split}_accuracy": [0.5, 0.9] for split in ("train", "test")}
-        >>> [ax.get_title() for ax in training_curves(columns).axes]
-        ['loss', 'error, %', 'learning rate']
+        >>> [ax.get_title() for ax in training_curves(columns | {"nfe": [7, 7]}).axes]
+        ['loss', 'error, %', 'learning rate', 'F evaluations']
     """
-    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
-    loss, error, rate = figure.subplots(1, 3)
+    solved = any(value > 0 for value in metrics.get("nfe", ()))
+    figure = Figure(figsize=(12.8 if solved else 9.6, 3.4), layout="constrained")
+    loss, error, rate, *rest = figure.subplots(1, 4 if solved else 3)
     epochs = metrics["epoch"]
     marker = "o" if len(epochs) <= 30 else ""
     shared: dict[str, Any] = {"marker": marker, "markersize": 3.2, "linewidth": 1.6}
-    splits = [split for split in ("train", "validation", "test") if f"{split}_loss" in metrics]
-    for split in splits:
-        style = shared | {"color": _SPLITS[split], "label": split}
+    for split, colour in _SPLITS.items():
+        if f"{split}_loss" not in metrics:
+            continue
+        style = shared | {"color": colour, "label": "test, other solver" if split == "eval" else split}
         loss.plot(epochs, metrics[f"{split}_loss"], **style)
         error.plot(epochs, [100 * (1 - share) for share in metrics[f"{split}_accuracy"]], **style)
     rate.plot(epochs, metrics["lr"], color="0.45", **shared)
     last = 100 * (1 - metrics["test_accuracy"][-1])
     place: dict[str, Any] = {"xytext": (0, 9), "textcoords": "offset points", "ha": "right", "fontsize": 9}
+    place["bbox"] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
     error.annotate(f"{last:.2f} %", (epochs[-1], last), color=_SPLITS["test"], **place)
     error.legend(frameon=False)
-    for ax, title in ((loss, "loss"), (error, "error, %"), (rate, "learning rate")):
+    for ax in rest:
+        columns = {"nfe": "forward", "nfe_backward": "again, backward", "eval_nfe": "forward, other solver"}
+        for i, (name, label) in enumerate(columns.items()):
+            values = metrics.get(name, ())
+            if any(value > 0 for value in values):
+                ax.plot(epochs, values, color=COLOURS[i], label=label, **shared)
+        ax.legend(frameon=False)
+    for ax, title in zip(figure.axes, ("loss", "error, %", "learning rate", "F evaluations"), strict=False):
         ax.set_title(title, fontsize=11)
         ax.set(xlabel="epoch", ylim=(0, None))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     return _finished(figure, path)
 
 
-_SPLITS = {"train": COLOURS[0], "validation": COLOURS[2], "test": UNSTABLE}
+_SPLITS = {"train": COLOURS[0], "validation": COLOURS[2], "test": UNSTABLE, "eval": COLOURS[3]}
+
+
+def comparison(compared: Any, path: Path = None) -> Figure:
+    """Draw the errors of several runs over their epochs, one colour a configuration.
+
+    Thick lines are means over the seeds, as far as every run has come; thin ones are the runs.
+
+    Args:
+        compared: of `resode.training.compare.compare`.
+        path: where to write the figure.
+    """
+    figure = Figure(figsize=(9.6, 4.8), layout="constrained")
+    ax = figure.subplots()
+    handles = []
+    for i, row in enumerate(compared.rows):
+        runs = [run for run in row.runs if run.epochs]
+        colour, marker = COLOURS[i % len(COLOURS)], _MARKERS[i // len(COLOURS) % len(_MARKERS)]
+        for split, dash in (("test", "-"), ("train", (0, (4, 2)))):
+            style: dict[str, Any] = {"color": colour, "linestyle": dash}
+            curves = [[100 * (1 - share) for share in run.metrics[f"{split}_accuracy"]] for run in runs]
+            if len(curves) > 1:
+                for run, curve in zip(runs, curves, strict=True):
+                    ax.plot(run.metrics["epoch"], curve, linewidth=0.7, alpha=0.45, **style)
+            if not curves:
+                continue
+            shared = min(map(len, curves))
+            mean = np.mean([curve[:shared] for curve in curves], axis=0)
+            style |= {"marker": marker if shared <= 30 else "", "markersize": 3.2}
+            ax.plot(range(1, shared + 1), mean, linewidth=1.9, **style)
+        seeds = f" ({len(runs)} runs)" if len(runs) > 1 else "" if runs else " (no epoch yet)"
+        label = "\n".join(textwrap.wrap(row.name + seeds, 34))
+        handles.append(
+            Line2D([], [], color=colour, marker=marker, markersize=3.2, linewidth=1.9, label=label)
+        )
+    handles += [
+        Line2D([], [], color="0.35", label="test images"),
+        Line2D([], [], color="0.35", linestyle=(0, (4, 2)), label="training, augmented"),
+    ]
+    ax.set_title("error, %", fontsize=11)
+    ax.set(xlabel="epoch", ylim=(0, None))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
+    figure.legend(handles=handles, frameon=False, fontsize=9, loc="outside right upper")
+    return _finished(figure, path)
+
+
+_MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 def swap_accuracy(report: Any, path: Path = None) -> Figure:

@@ -16,8 +16,9 @@ for m × m matrices.
 
 **Assumptions.** The Jacobian is the same in all blocks (linear, or close to a fixed point).
 
-**Not claimed.** The popular form, "spectral radius below 1, so perturbations shrink": for the 2×2 example they
-grow 2.8-fold first, at a tenth of the step limit. Nor that a positive :math:`\mu_2` means growth in the end.
+**Not claimed.** The popular form, "spectral radius below 1, so perturbations shrink": for the 2×2 example
+they grow 2.8-fold first, at a tenth of the step limit. Nor that a positive :math:`\mu_2` means growth in the
+end.
 
 **Source.** Dahlquist (1958); Trefethen & Embree, *Spectra and Pseudospectra* (2005), chapters 14 and 18;
 Hairer, Nørsett & Wanner, *Solving Ordinary Differential Equations I*, I.10.
@@ -26,8 +27,9 @@ Hairer, Nørsett & Wanner, *Solving Ordinary Differential Equations I*, I.10.
 """
 
 # %%
-# **Set-up.** Two 2×2 Jacobians with eigenvalues −1 and −2, one far from normal and one near; and a network
-# with antisymmetric, damped blocks, whose eigenvalues all have Re λ ≤ 0 whatever it learns, trained on digits.
+# **Set-up.** Two 2×2 Jacobians with eigenvalues −1 and −2, one far from normal and one near; and a
+# network with antisymmetric, damped blocks, whose eigenvalues all have Re λ ≤ 0 whatever it learns, trained
+# on digits.
 
 import math
 

@@ -67,8 +67,8 @@ def trained(depth, solver):
 
 
 # %%
-# **Prediction.** Finer solvers keep the accuracy of what was trained with a small error, and lose that of what
-# was trained with a large one. F is evaluated as often as blocks, substeps and stages say.
+# **Prediction.** Finer solvers keep the accuracy of what was trained with a small error, and lose that of
+# what was trained with a large one. F is evaluated as often as blocks, substeps and stages say.
 
 stages = {"euler": 1, "midpoint": 2, "rk4": 4}
 tolerance = 0.03  # eleven of the 360 test images

@@ -87,7 +87,8 @@ def accuracy(network):
 # %%
 # **Prediction.** The orders; and an accuracy that stays where the steps are short.
 #
-# **Measurement.** The change from each refinement to the next: no reference is needed, and so no other solver.
+# **Measurement.** The change from each refinement to the next: no reference is needed, so no other
+# solver.
 
 factors = [4, 8, 16] if FAST else [4, 8, 16, 32]
 falls = {}

@@ -1,4 +1,4 @@
-"""The command `resode`: train, evaluate, swap, stability, profile, report, methods, models.
+"""The command `resode`: train, evaluate, predict, swap, stability, profile, report, compare, methods, models.
 
 Lightning and matplotlib, which take seconds to import, are imported by the commands that need them.
 """
@@ -14,9 +14,9 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit(f"the command resode needs {error.name}: pip install 'resode[train]'") from error
 
-from resode.cli import inspecting, train, trained
+from resode.cli import inspecting, predicting, train, trained
 
-__all__ = ["app", "inspecting", "main", "train", "trained"]
+__all__ = ["app", "inspecting", "main", "predicting", "train", "trained"]
 
 
 def main() -> None:

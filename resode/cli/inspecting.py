@@ -1,13 +1,14 @@
-"""Look inside: the depth profile of any residual network, and a report of a run."""
+"""Look inside: the depth profile of any residual network, a report of a run, several runs side by side."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from resode.cli.terminal import command, flag, say, separated, table
+from resode.cli.terminal import command, fits, flag, say, separated, table
 from resode.cli.train import own_model
 from resode.cli.trained import _methods
 
@@ -161,3 +162,75 @@ def report(
 
     path = write_report(run, output, samples=samples, model=own_model(model), data=data, data_dir=data_dir)
     say(f"report {path}")
+
+
+@command(
+    "resode compare runs/plain20 runs/resnet20 runs/odenet20",
+    "resode compare runs/* --out figures",
+)
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.", metavar="RUN...", show_default=False)],
+    out: Annotated[
+        Path | None, flag("Folder for compare.csv and compare.png; here without.", None, "--out", "--output")
+    ] = None,
+) -> None:
+    """Lay runs side by side: one table, one figure.
+
+    Runs that differ in their seed alone are one row, with mean ± standard deviation over the seeds. All
+    figures are the last epoch's; training errors are of augmented images.
+    """
+    from resode.training.compare import compare as compare_runs
+    from resode.training.files import replacing
+
+    folder = _writable(out or Path())
+    found = compare_runs(runs)
+    columns = ["configuration", "runs", "epoch", "parameters", "test err %", "train err %"]
+    columns += ["seconds", "images/s", "F calls"]
+    rows = [
+        [
+            row.name,
+            str(len(row.counted)),
+            str(row.epoch),
+            "-" if row.parameters is None else f"{row.parameters:,}",
+            _spread(row.test_error, ".2f", 100),
+            _spread(row.train_error, ".2f", 100),
+            *(_spread(value, ",.0f", mean=True) for value in (row.seconds, row.images_per_second)),
+            _spread(row.nfe, "g", mean=True),
+        ]
+        for row in found.rows
+    ]
+    if not fits(columns, rows):  # names as lines of their own, numbers in the table
+        for number, row in enumerate(rows, start=1):
+            say(f"{number}  {row[0]}")
+            row[0] = str(number)
+        columns[0] = ""
+        say()
+    table(columns, rows)
+    if found.notes:
+        say()
+    for note in found.notes:
+        say(note)
+    with replacing(folder / "compare.csv") as path:
+        found.to_csv(path)
+    with replacing(folder / "compare.png") as path:
+        found.plot(path)
+    say(f"\nfigure {folder / 'compare.png'}\ntable  {folder / 'compare.csv'}")
+
+
+def _spread(value: Any, form: str, times: float = 1, mean: bool = False) -> str:
+    if value is None:
+        return "-"
+    text = format(times * value.mean, form)
+    return text if mean or value.std is None else f"{text} ± {format(times * value.std, form)}"
+
+
+def _writable(folder: Path) -> Path:
+    """The folder, made where it was missing; found out before the work is done."""
+    reason = "its permissions forbid it"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = str(error.strerror or error)
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"--out {folder} cannot be written: {reason}. Name a folder of your own.")
+    return folder

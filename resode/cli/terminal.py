@@ -48,8 +48,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: Seque
         words: the columns that hold words instead of numbers; they may be folded.
     """
     target = console()
-    needed = sum(max(len(row[i]) for row in (columns, *rows)) + 2 for i in range(len(columns))) - 2
-    grid = Table(box=None, pad_edge=False, padding=(0, 2 if needed <= target.width else 1, 0, 0))
+    grid = Table(box=None, pad_edge=False, padding=(0, 2 if fits(columns, rows) else 1, 0, 0))
     for name in columns:
         left = name == columns[0] or name in words
         grid.add_column(
@@ -67,6 +66,12 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: Seque
     with target.capture() as printed:
         target.print(grid)
     print("\n".join(line.rstrip() for line in printed.get().splitlines()))
+
+
+def fits(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
+    """Whether a table is no wider than standard output, its columns two apart."""
+    needed = sum(max(len(row[i]) for row in (columns, *rows)) + 2 for i in range(len(columns))) - 2
+    return needed <= console().width
 
 
 def complain(message: str) -> None:
@@ -132,6 +137,9 @@ def report(error: Exception) -> int:
     if isinstance(error, usage):
         complain(_usage_message(error))
         return 2
+    if isinstance(error, ModuleNotFoundError) and error.name == "tensorboard":
+        complain(str(error))
+        return 1
     if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in TRAIN_EXTRA:
         complain(f"this command needs {error.name}: pip install 'resode[train]'")
         return 1

@@ -22,6 +22,7 @@ _MODEL, _RUN, _RECIPE = "Network and data", "Run", "Recipe: any of its settings"
     "resode train --model resnet20 --data cifar10 --data-dir PATH --epochs 3",
     "resode train --resume runs/odenet20-digits-…",
     "resode train --config runs/demo/config.yaml --seed 1",
+    "resode train --eval-solver rk4 --eval-substeps 2 --refine-at 10",
     "torchrun --nproc-per-node 2 -m resode.cli train --model resnet20 --data cifar10",
 )
 def train(
@@ -76,8 +77,16 @@ def train(
     ] = None,
     seed: Annotated[int | None, flag("Of weights, order and augmentation.", _RECIPE)] = None,
     validation: Annotated[int | None, flag("Training images held out.", _RECIPE)] = None,
+    eval_solver: Annotated[str | None, flag("Test accuracy also under this method.", _RECIPE)] = None,
+    eval_substeps: Annotated[int | None, flag("Its steps a block.", _RECIPE)] = None,
+    refine_at: Annotated[
+        str | None, flag("Epochs from which on there are twice the blocks at half the step: 5,10.", _RECIPE)
+    ] = None,
     step_limits: Annotated[
         bool, typer.Option("--step-limits", help="Record and draw every stage's step limits as it trains.")
+    ] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Also write RUN/tensorboard, to watch it with TensorBoard.")
     ] = False,
 ) -> None:
     """Train a network into a run folder."""
@@ -85,15 +94,17 @@ def train(
     flags = {name: ctx.params[name] for name in names if ctx.params[name] is not None}
     if milestones is not None:
         flags["milestones"] = separated(milestones, float, "--milestones")
+    if refine_at is not None:
+        flags["refine_at"] = separated(refine_at, int, "--refine-at")
     if download:
         flags["download"] = True
     settings = _settings(flags, _model_options(option, solver, substeps), config)
 
-    from resode.training.monitor import FILE, StepLimits
+    from resode.training.monitor import FILE, StepLimits, TensorBoard
     from resode.training.run import train as train_network
 
     step_limits = step_limits or (resume is not None and (resume / FILE).exists())
-    settings["callbacks"] = [StepLimits()] if step_limits else []
+    settings["callbacks"] = ([StepLimits()] if step_limits else []) + ([TensorBoard()] if tensorboard else [])
     train_network(resume=resume, run_dir=run_dir, progress=not quiet, **settings)
 
 

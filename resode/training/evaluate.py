@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from resode.training.data import Batches, ImageData, load_data
 from resode.training.files import RunError, unpack
 from resode.training.folder import NoSuchRun, RunFolder, check_format
 from resode.training.plan import Model, check_data_name, choose_device, make_network, model_name
+from resode.training.refining import refine
 
 EVALUATION_BATCH = 500
 """Images at once where no gradients are kept."""
@@ -76,6 +78,8 @@ def load(run: str | Path, *, model: Model | None = None, device: str = "cpu") ->
     elif not isinstance(model, str):
         options = about.get("options", {}) if about.get("own") else {}
     network = make_network(model, options)
+    if times := about.get("refined", 0):
+        refine(network, times)
     try:
         if about:
             network.load_state_dict(tensors)
@@ -231,6 +235,11 @@ def evaluations_of_last_call(solving: Iterable[ResidualStack | ODEBlock]) -> flo
     return total
 
 
+def recomputations_of_last_call(solving: Iterable[ResidualStack | ODEBlock]) -> int:
+    """Calls of F on the way back from the last forward pass; none where the activations were kept."""
+    return sum(module.stats.nfe_backward for module in solving if module.stats is not None)
+
+
 def set_solver(network: nn.Module, solver: str | None = None, substeps: int | None = None) -> None:
     """Let other solvers advance a network's blocks, with the same weights.
 
@@ -253,6 +262,19 @@ def set_solver(network: nn.Module, solver: str | None = None, substeps: int | No
             stack.solver = solver
         if substeps is not None:
             stack.substeps = substeps
+
+
+@contextmanager
+def other_solver(network: nn.Module, solver: str | None, substeps: int | None) -> Iterator[None]:
+    """Lets another solver advance a network's blocks for a while; see `set_solver`."""
+    stacks = [module for module in network.modules() if isinstance(module, ResidualStack)]
+    before = [(stack.solver, stack.substeps) for stack in stacks]
+    try:
+        set_solver(network, solver, substeps)
+        yield
+    finally:
+        for stack, (own, steps) in zip(stacks, before, strict=True):
+            stack.solver, stack.substeps = own, steps
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

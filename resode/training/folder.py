@@ -22,6 +22,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,13 @@ class NoSuchRun(RunError):
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
-        what = "is not a run folder: it has no config.yaml" if path.is_dir() else "does not exist"
+        what = (
+            "is not a run folder: it has no config.yaml"
+            if path.is_dir()
+            else "is a file, not a run folder"
+            if path.is_file()
+            else "does not exist"
+        )
         found = sorted(
             {
                 str(c.parent)
@@ -221,7 +228,7 @@ class RunFolder:
     def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Store one row an epoch; a figure that was not measured stays empty."""
         text = io.StringIO()
-        table = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        table = csv.DictWriter(text, fieldnames=list(dict.fromkeys(chain(*rows))), lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
         self.write("metrics.csv", text.getvalue())

@@ -24,12 +24,19 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from resode.solve import SolverError
 from resode.training.data import Batches
 from resode.training.divergence import find_overstep
-from resode.training.evaluate import evaluations_of_last_call, score, solving_modules
+from resode.training.evaluate import (
+    evaluations_of_last_call,
+    other_solver,
+    recomputations_of_last_call,
+    score,
+    solving_modules,
+)
 from resode.training.files import RunError, pack
 from resode.training.folder import FORMAT, Checkpoint, RunFolder
 from resode.training.monitor import Callback
 from resode.training.processes import LostProcess, Processes, losing
 from resode.training.progress import Progress
+from resode.training.refining import refinable, refine, refined_momentum
 from resode.training.task import ClassificationTask
 
 LOOK_EVERY = 1.0
@@ -111,6 +118,7 @@ class TrainingLoop:
         self.index = 0
         self.hits = torch.zeros((), dtype=torch.int64, device=self.fabric.device)
         self.nfe = torch.zeros((), dtype=torch.float64)
+        self.nfe_backward = 0
         self.epoch_seconds = 0.0  # of this epoch's updates
 
     @property
@@ -153,6 +161,11 @@ class TrainingLoop:
 
     def _updates(self, asked: list[int]) -> None:
         """The updates of an epoch, from where it stands."""
+        due = sum(epoch <= self.epoch + 1 for epoch in self.recipe.refine_at) - self.about.get("refined", 0)
+        if due:
+            self._refine(due)
+            blocks = sum(stack.depth for stack in refinable(self.network))
+            self.progress.say(f"refined to {blocks} blocks of {1 / 2 ** self.about['refined']:g} of the step")
         self.batches.set_epoch(self.epoch)
         self.module.train()
         if self.solving:
@@ -203,6 +216,7 @@ class TrainingLoop:
         self.losses[self.index] = result["loss"].detach()
         self.hits += result["correct"]
         self.nfe = self.nfe + evaluations_of_last_call(self.solving)
+        self.nfe_backward += recomputations_of_last_call(self.solving)
 
     def _check_all_used(self) -> None:
         """DDP waits for the gradient of every parameter, so it must have come from the first update on."""
@@ -293,9 +307,12 @@ class TrainingLoop:
         for name, batches in self.held_out.items():
             result = score(self.kept, batches)
             row |= {f"{name}_loss": result.loss, f"{name}_accuracy": result.accuracy}
+        if self.recipe.eval_solver is not None:
+            row |= self._under_other_solver()
         return row | {
             "images_per_second": images / self.epoch_seconds,
             "nfe": nfe / steps,
+            "nfe_backward": self.nfe_backward / steps,
             "seconds": self.seconds + self.epoch_seconds + time.perf_counter() - begun,
         }
 
@@ -309,6 +326,34 @@ class TrainingLoop:
                 f"checkpoints/{self.folder.best.name}",
                 pack(self.kept.state_dict(), {"format": FORMAT, **about}),
             )
+
+    def _under_other_solver(self) -> dict[str, float]:
+        """The test images again, under the recipe's `eval_solver`; NaN where it gives up."""
+        recipe, nothing = self.recipe, float("nan")
+        try:
+            with other_solver(self.kept, recipe.eval_solver, recipe.eval_substeps):
+                result = score(self.kept, self.held_out["test"])
+        except SolverError:
+            return {"eval_loss": nothing, "eval_accuracy": nothing, "eval_nfe": nothing}
+        return {"eval_loss": result.loss, "eval_accuracy": result.accuracy, "eval_nfe": result.nfe}
+
+    def _refine(self, times: int) -> None:
+        """Double the blocks so many times; weights, their average and their momentum as they were."""
+        self.optimizer.zero_grad()
+        for _ in range(times):
+            moving = refined_momentum(self.network, self.optimizer)
+            refine(self.network)
+            if self.average is not None:
+                refine(self.average.module)
+            del self.module, self.optimizer
+            with _quiet():
+                self.module, self.optimizer = self.fabric.setup(self.task, self.task.configure_optimizers())
+            for weight, momentum in zip(self.network.parameters(), moving.parameters(), strict=True):
+                if weight.requires_grad and self.recipe.momentum:
+                    own = torch.empty_like(weight).copy_(momentum.detach())  # in its order, as in `restore`
+                    self.optimizer.state[weight]["momentum_buffer"] = own
+        self.solving = solving_modules(self.network)
+        self.about = {**self.about, "refined": self.about.get("refined", 0) + times}
 
     def _stop(self, signum: int) -> None:
         path = self.folder.path
@@ -334,6 +379,7 @@ class TrainingLoop:
             "index": self.index,
             "seconds": self.seconds,
             "epoch_seconds": self.epoch_seconds,
+            "nfe_backward": self.nfe_backward,
             "rows": self.rows,
         }
         self.processes.from_first(lambda: self.folder.write_checkpoint(Checkpoint(tensors, state)))
@@ -362,6 +408,8 @@ class TrainingLoop:
         Raises:
             RunError: it belongs to another network.
         """
+        if times := checkpoint.state.get("refined", 0):
+            self._refine(times)
         try:
             self.network.load_state_dict(checkpoint.part("network"))
             if self.average is not None:
@@ -385,6 +433,7 @@ class TrainingLoop:
             torch.cuda.set_rng_state(random[_of_rank("cuda", rank)], self.fabric.device)
         self.epoch, self.index = checkpoint.state["epoch"], checkpoint.state["index"]
         self.seconds, self.epoch_seconds = checkpoint.state["seconds"], checkpoint.state["epoch_seconds"]
+        self.nfe_backward = checkpoint.state.get("nfe_backward", 0)
         self.rows = checkpoint.state["rows"]
         self.losses[: self.index] = tally["losses"].to(self.losses.device)
         self.hits = (tally["hits"] if rank == 0 else tally["hits"] * 0).to(self.hits.device)

@@ -1,11 +1,11 @@
-"""What training does to the stability of a network's blocks, recorded while it goes on."""
+"""Watching a run: what it does to the stability of a network's blocks, and TensorBoard."""
 
 from __future__ import annotations
 
 import csv
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol
 
@@ -214,3 +214,58 @@ class StepLimits:
         from resode import plots
 
         return plots.step_limits(self.records, path)
+
+
+class TensorBoard:
+    """Writes every epoch's metrics for TensorBoard into RUN/tensorboard: `tensorboard --logdir RUN`.
+
+    A row appears with the first update after its epoch; a resumed run writes all of its rows again, which
+    TensorBoard shows once.
+
+    Raises:
+        ModuleNotFoundError: tensorboard is not installed.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ModuleNotFoundError(
+                "--tensorboard needs the package tensorboard, which is not installed: "
+                "pip install 'resode[tensorboard]'",
+                name="tensorboard",
+            ) from error
+        self._open = SummaryWriter
+        self._writer: Any = None
+        self._written = 0
+
+    def after_update(self, loop: Any) -> None:
+        """Write the epochs that have ended since."""
+        if self._writer is None:
+            # What a run wrote before it was resumed is purged from step 0 on, and stands in loop.rows.
+            self._writer = self._open(str(loop.folder.path / "tensorboard"), purge_step=0)
+        if self._written < len(loop.rows):
+            self._write(loop.rows)
+
+    def after_run(self, loop: Any) -> None:
+        """Write the rest."""
+        if self._writer is not None:
+            self._write(loop.rows)
+            self._writer.close()
+
+    def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        for row in rows[self._written :]:
+            for name, value in row.items():
+                if name not in ("epoch", "update") and value == value:
+                    self._writer.add_scalar(_TAGS.get(name, name), value, row["update"])
+        self._written = len(rows)
+        self._writer.flush()
+
+
+_TAGS = {
+    f"{split}_{what}": f"{what}/{split}"
+    for split in ("train", "validation", "test", "eval")
+    for what in ("loss", "accuracy")
+}
+_TAGS |= {"lr": "learning rate", "images_per_second": "images per second", "nfe": "F evaluations/forward"}
+_TAGS |= {"nfe_backward": "F evaluations/backward", "eval_nfe": "F evaluations/eval"}

@@ -25,6 +25,7 @@ class Progress:
     def __init__(self, show: bool, epochs: int) -> None:
         self.show = show
         self.epochs = epochs
+        self.other = ""  # another solver that the test images are evaluated under
         self.console = Console(highlight=False)
         self._bar: rich.progress.Progress | None = None
 
@@ -41,10 +42,16 @@ class Progress:
             self.show = False
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
+    @property
+    def _wide(self) -> int:
+        """Columns of the other solver's figures."""
+        return len(self.other) + 4
+
     def heading(self) -> None:
         """Print the head of the table of epochs."""
         names = {"loss": "loss", "train": "train %", "test": "test %", "lr": "lr", "rate": "images/s"}
-        self.say(_COLUMNS.format(epoch="epoch", seconds="seconds", **names), style="bold")
+        other = f"{self.other + ' %':>{self._wide}}" if self.other else ""
+        self.say(_COLUMNS.format(epoch="epoch", seconds="seconds", **names) + other, style="bold")
 
     def batch(self, epoch: int, done: int, of: int, loss: float, rate: float) -> None:
         """Move the bar, in a terminal."""
@@ -77,6 +84,7 @@ class Progress:
                 rate=f"{row['images_per_second']:,.0f}",
                 seconds=f"{row['seconds']:.1f}",
             )
+            + (f"{100 * row['eval_accuracy']:>{self._wide}.1f}" if self.other else "")
         )
 
     def close(self) -> None:

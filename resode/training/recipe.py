@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from resode.solve.options import NATIVE
+
 SCHEDULES = ("onecycle", "cosine", "step", "constant")
 WARMUPS = ("linear", "constant")
 PRECISIONS = ("auto", "32", "bf16")
@@ -35,6 +37,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "crop_padding": (0, math.inf),
     "seed": (0, 2**63 - 1),
     "validation": (0, math.inf),
+    "eval_substeps": (1, math.inf),
 }
 _OF_A_SCHEDULE = {"rise": "onecycle", "milestones": "step", "gamma": "step"}
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -68,7 +71,7 @@ def _typed(name: str, kind: str, value: Any) -> Any:
     if name == "precision" and value == 32 and not isinstance(value, bool):
         return "32"  # how YAML reads it
     if kind.startswith("tuple") and isinstance(value, list | tuple):
-        return tuple(_typed(name, "float", item) for item in value)
+        return tuple(_typed(name, "int" if "int" in kind else "float", item) for item in value)
     wanted = "a list of numbers" if kind.startswith("tuple") else {"str": "text"}.get(kind, kind)
     raise TypeError(f"{name} must be {wanted}, got {value!r} ({type(value).__name__}).")
 
@@ -107,6 +110,11 @@ class Recipe:
         sync_batch_norm: take batch statistics over the whole batch where several GPUs have a part each.
         seed: of the initial weights, the order of the images and their augmentation.
         validation: training images held out and reported after every epoch.
+        eval_solver: method of every `ResidualStack` under which the test images are evaluated a second
+            time after every epoch; None for once, as trained.
+        eval_substeps: its steps a block; None for those of the network.
+        refine_at: epochs, counted from 1, from each of which on the network has twice the blocks at half
+            the step; in the first epoch it is as it was built.
 
     Raises:
         TypeError: a setting of the wrong type.
@@ -144,6 +152,9 @@ class Recipe:
     sync_batch_norm: bool = False
     seed: int = 0
     validation: int = 0
+    eval_solver: str | None = None
+    eval_substeps: int | None = None
+    refine_at: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -183,6 +194,28 @@ class Recipe:
                 "Half and three quarters of the run are (0.5, 0.75)."
             )
 
+        if self.eval_solver is not None and self.eval_solver not in NATIVE:
+            raise ValueError(
+                f"eval_solver must be an explicit method, got {self.eval_solver!r}."
+                f"{did_you_mean(self.eval_solver, NATIVE)} Valid: {', '.join(NATIVE)}."
+            )
+        if self.eval_substeps is not None and self.eval_solver is None:
+            raise ValueError(
+                f"eval_substeps belongs to eval_solver, got eval_substeps={self.eval_substeps} and no "
+                "eval_solver. Name it, also where it is the network's own."
+            )
+        if list(self.refine_at) != sorted({epoch for epoch in self.refine_at if epoch > 1}):
+            raise ValueError(
+                f"refine_at takes rising epochs from 2 on, got {self.refine_at}. For a network that is finer "
+                "from the start take a deeper one with a smaller step_size."
+            )
+
+        if self.refine_at and self.sync_batch_norm:
+            raise ValueError(
+                "refine_at makes new batch norms as it trains, which sync_batch_norm does not reach. "
+                "Leave one of them out, or take norm='group'."
+            )
+
     def length(self, batches: int) -> int:
         """How many updates the run makes when an epoch has that many batches."""
         return self.updates if self.updates is not None else (self.epochs or 0) * batches
@@ -211,6 +244,12 @@ class Recipe:
         if self.schedule == "constant":
             return self.lr
         return self.lr * 0.5 * (1 + math.cos(math.pi * (update - warmup) / (total - warmup)))
+
+    @property
+    def other_solver(self) -> str:
+        """What tables call the solver that tests are repeated under; empty without one."""
+        substeps = f"×{self.eval_substeps}" if self.eval_substeps else ""
+        return f"{self.eval_solver}{substeps}" if self.eval_solver else ""
 
     def describe(self) -> str:
         """The settings a reader wants to see first, on one line."""

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from resode.training.data import Batches, ImageData, load_data
-from resode.training.evaluate import EVALUATION_BATCH, evaluate, load
+from resode.training.evaluate import EVALUATION_BATCH, evaluate, load, other_solver
 from resode.training.files import RunError, replacing
 from resode.training.folder import RunFolder
+from resode.training.memory import forget_peak, peak_memory
 from resode.training.monitor import Callback
 from resode.training.plan import (
     Model,
@@ -28,6 +29,7 @@ from resode.training.plan import (
 )
 from resode.training.processes import Processes, synchronise_norms
 from resode.training.recipe import Recipe
+from resode.training.refining import refinable
 
 __all__ = ["Run", "evaluate", "load", "train"]
 
@@ -146,6 +148,7 @@ def _train(
     from resode.training.progress import Progress
     from resode.training.task import ClassificationTask
 
+    forget_peak(device)
     data = _load(plan, download, processes)
     with _own_random_state(device):
         with processes.together():
@@ -167,6 +170,7 @@ def _train(
                     f"the warm-up must end before the run does: warmup_updates {recipe.warmup_updates}, "
                     f"the run has {updates} updates. Train longer or warm up less."
                 )
+            _check_stacks(network, recipe, data, device, -(-updates // len(training)))
             restore_norms = _synchronised(network, recipe, device, processes)
         if processes.rank:  # its own dropout; the weights are the first one's
             torch.manual_seed(recipe.seed + processes.rank)
@@ -176,11 +180,13 @@ def _train(
             "options": options,
             "data": plan.data_name,
             "title": data.title,
+            "shape": tuple(data.train_images.shape[1:]),
             "classes": data.classes,
             "mean": data.mean,
             "std": data.std,
         }
         progress = Progress(show and processes.first, -(-updates // len(training)))
+        progress.other = recipe.other_solver
         loop = TrainingLoop(
             make_fabric(device, recipe.precision, processes),
             ClassificationTask(network, recipe, updates, penalty),
@@ -342,6 +348,22 @@ def _check_output(network: nn.Module, data: ImageData, device: torch.device) -> 
         )
 
 
+def _check_stacks(
+    network: nn.Module, recipe: Recipe, data: ImageData, device: torch.device, epochs: int
+) -> None:
+    """What the recipe asks of the network's stacks must be possible, before anything is trained."""
+    if recipe.refine_at:
+        refinable(network)
+        if recipe.refine_at[-1] > epochs:
+            raise ValueError(
+                f"refine_at must be epochs of the run, which has {epochs}: got {recipe.refine_at}. Train "
+                "longer or refine earlier."
+            )
+    if recipe.eval_solver is not None:
+        with other_solver(network, recipe.eval_solver, recipe.eval_substeps):
+            _check_output(network, data, device)
+
+
 def _check_same_data(record: Mapping[str, Any] | None, data: ImageData) -> None:
     """A resumed run must meet the images it was started on."""
     if record is None:
@@ -425,6 +447,8 @@ def _finish(
         "train_loss": last["train_loss"],
         "images_per_second": images / training_seconds,
         "nfe": last["nfe"],
+        "nfe_backward": last.get("nfe_backward", 0.0),
+        "peak_memory_bytes": peak_memory(device),
         "seconds": last["seconds"],
         "device": str(device),
         "precision": recipe.precision,
@@ -437,6 +461,8 @@ def _finish(
         summary["best_epoch"] = best["epoch"]
         summary["best_validation_accuracy"] = best["validation_accuracy"]
         summary["best_test_accuracy"] = best["test_accuracy"]
+    if recipe.eval_solver is not None:
+        summary |= {"eval_solver": recipe.other_solver, "eval_accuracy": last["eval_accuracy"]}
     folder.write_summary(summary)
     metrics = folder.read_metrics()
     from resode import plots
@@ -449,6 +475,7 @@ def _finish(
         f"test accuracy {100 * last['test_accuracy']:.2f} % after {last['seconds']:.0f} s, "
         f"{summary['images_per_second']:,.0f} images/s"
         + (f", {last['nfe']:g} F evaluations" if last["nfe"] else "")
+        + (f" and {summary['nfe_backward']:g} on the way back" if summary["nfe_backward"] else "")
     )
     if best is not None:
         progress.say(
@@ -456,6 +483,12 @@ def _finish(
             f"accuracy {100 * best['test_accuracy']:.2f} %"
         )
         progress.say(f"best    {folder.best}")
+    if summary["peak_memory_bytes"] is not None:
+        place = "of tensors on the GPU" if device.type == "cuda" else "of the whole process"
+        progress.say(f"peak memory {summary['peak_memory_bytes'] / 2**20:,.0f} MiB {place}")
+    if recipe.eval_solver is not None:
+        accuracy = 100 * last["eval_accuracy"]
+        progress.say(f"under {recipe.other_solver} {accuracy:.2f} %, {last['eval_nfe']:g} F evaluations")
     progress.say(f"weights {folder.weights}")
     progress.say(f"curves  {figure}")
     return summary, metrics
