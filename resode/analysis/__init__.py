@@ -7,6 +7,12 @@ from resode.analysis.curvature import largest_hessian_eigenvalue, max_learning_r
 from resode.analysis.depth import DepthProfile, DepthRow, profile_depth
 from resode.analysis.fixed_points import FixedPoints, find_fixed_points, find_several_fixed_points
 from resode.analysis.gradients import ProductNorm, product_norm
+from resode.analysis.learning_curve import (
+    LearningCurve,
+    LeastSquares,
+    PiecewiseLinear,
+    learning_curve,
+)
 from resode.analysis.lesion import reordering_study, step_scan
 from resode.analysis.linearize import jacobian
 from resode.analysis.max_step import max_stable_step, step_limit
@@ -32,6 +38,9 @@ __all__ = [
     "DepthProfile",
     "DepthRow",
     "FixedPoints",
+    "LearningCurve",
+    "LeastSquares",
+    "PiecewiseLinear",
     "ProductNorm",
     "StabilityLoss",
     "StepLimitPenalty",
@@ -46,6 +55,7 @@ __all__ = [
     "find_several_fixed_points",
     "jacobian",
     "largest_hessian_eigenvalue",
+    "learning_curve",
     "logarithmic_norm",
     "lyapunov_exponents",
     "max_learning_rate",
