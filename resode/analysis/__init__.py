@@ -1,5 +1,6 @@
 """Analyses of fields and networks, one file each: any callable F, any network."""
 
+from resode.analysis.alignment import BoostingAlong, boosting_along, class_means, correction_along
 from resode.analysis.bifurcation import Bifurcation, bifurcation
 from resode.analysis.classify import Classification, classify
 from resode.analysis.cost import count
@@ -34,6 +35,7 @@ from resode.analysis.scan import (
 
 __all__ = [
     "Bifurcation",
+    "BoostingAlong",
     "Classification",
     "DepthProfile",
     "DepthRow",
@@ -46,10 +48,13 @@ __all__ = [
     "StepLimitPenalty",
     "TransientGrowth",
     "bifurcation",
+    "boosting_along",
     "bound_operator_norm",
+    "class_means",
     "classify",
     "cobweb",
     "contraction_step",
+    "correction_along",
     "count",
     "find_fixed_points",
     "find_several_fixed_points",
