@@ -14,8 +14,8 @@ class of the digits, and the stack is trained to end there. Then the untrained c
 every block, because a last layer :math:`W_2` and its negative are as likely.
 
 **Not claimed.** That a positive cosine shows learning. The popular form takes :math:`t = x_L`, or a class's
-mean of it, and :math:`x_L` *contains* the increments: the last block then has cosine 1 by definition, and an
-untrained network looks as if it corrected errors too. The page measures both.
+mean of it, and :math:`x_L` *contains* the increments: the last block then has cosine 1 by definition, and
+an untrained network looks as if it corrected errors too. The page measures both.
 
 **Source.** Greff, Srivastava & Schmidhuber, *Highway and Residual Networks Learn Unrolled Iterative Estimation*
 (2017), arXiv:1612.07771; Jastrzębski et al. (2018), arXiv:1710.04773.
