@@ -17,8 +17,8 @@ every block, because a last layer :math:`W_2` and its negative are as likely.
 mean of it, and :math:`x_L` *contains* the increments: the last block then has cosine 1 by definition, and
 an untrained network looks as if it corrected errors too. The page measures both.
 
-**Source.** Greff, Srivastava & Schmidhuber, *Highway and Residual Networks Learn Unrolled Iterative Estimation*
-(2017), arXiv:1612.07771; Jastrzębski et al. (2018), arXiv:1710.04773.
+**Source.** Greff, Srivastava & Schmidhuber, *Highway and Residual Networks Learn Unrolled Iterative
+Estimation* (2017), arXiv:1612.07771; Jastrzębski et al. (2018), arXiv:1710.04773.
 
 The picture: the cosine by block through training, beside the control; the popular form; the distance left.
 """
