@@ -70,9 +70,10 @@ def unrolled_sum(model: nn.Module, x: Any) -> list[UnrolledSum]:
 
 @torch.no_grad()
 def _compared(run: list[Addition]) -> UnrolledSum:
-    total: Tensor = run[0].x.detach().clone()
-    for a in run:
+    total: Tensor = torch.zeros_like(run[0].x)
+    for a in run:  # without x_0, so that the network's own order of additions is not just repeated
         total += a.increment.detach().expand_as(a.y)
+    total += run[0].x.detach()
     last = run[-1].y.detach()
     error = float((total - last).norm() / last.norm())
     after = next((a.after for a in run[:-1] if a.after), "")
