@@ -148,11 +148,12 @@ for axis in (left, middle, right):
 # %%
 # Verdict
 # -------
-# Inside the dead zone the equality is to the bit, so without tolerance; the shares' tolerance is four
-# standard errors of independent entries, for the worst of twelve.
+# Inside the dead zone the equality is to the bit, so without tolerance; outside float32 rounds states of
+# about 4 to 5e-7. The shares' tolerance is four standard errors of independent entries, for the worst of
+# twelve.
 agree("weights 0: largest change", 0.0, at_zero)
 agree("inside the dead zone: largest change", 0.0, inside)
-at_least("just outside it: largest change", 1e-6, outside)
+agree("just outside it: largest change, max|G| − τ", 0.0005 * threshold, outside, atol=5e-7)
 at_least("without threshold, the same weights: largest change", threshold / 2, bare_inside)
 agree("plain block at weights 0: largest output", 0.0, plain_at_zero)
 worst = max(abs(m - p) / e for m, p, e in zip(shares, normal, errors, strict=True))
