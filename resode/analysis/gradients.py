@@ -70,8 +70,7 @@ def gradient_norms(
     """
     seen: list[list[Tensor]] = [[] for _ in blocks]
     hooks = [
-        block.register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[0]))
-        for block, kept in zip(blocks, seen, strict=True)
+        block.register_forward_pre_hook(_keeping(kept)) for block, kept in zip(blocks, seen, strict=True)
     ]
     try:
         with torch.inference_mode(False), torch.enable_grad():
@@ -90,6 +89,13 @@ def gradient_norms(
     losses = sample_losses(output, target, loss_fn, batch)
     found = torch.autograd.grad(losses.sum(), [kept[0] for kept in seen])
     return torch.stack([rows(g, batch).norm(dim=1) for g in found])
+
+
+def _keeping(kept: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        kept.append(args[0])
+
+    return hook
 
 
 class EdgeProducts:
