@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.autograd.graph import GradientEdge
 from resode.analysis.arnoldi import random_start, ritz_values, singular_values
 from resode.analysis.jacobian_products import Field, Products
 from resode.analysis.linearize import check_field
+from resode.analysis.losses import LossFunction, sample_losses
 from resode.analysis.tracing import Addition
 from resode.blocks import ResidualStack
 from resode.blocks.held import FrozenStatistics, moving_norms
@@ -32,6 +34,69 @@ def rows(t: Tensor, batch: int) -> Tensor:
         if t.shape[dim] == batch:
             return t.movedim(dim, 0).reshape(batch, -1)
     return t.reshape(1, -1)
+
+
+def loss_gradient_norms(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    x: Any,
+    target: Any = None,
+    *,
+    loss_fn: LossFunction | None = None,
+) -> Tensor:
+    r"""‖∂loss/∂x_l‖ at the inputs x_l of some of a network's modules, of each sample's own loss.
+
+    It takes one backward pass, for networks of any depth, residual or plain; with all paths from x_l.
+
+    Args:
+        model: in eval mode.
+        blocks: modules of it, each used once: `model.stack.fields`, `model.blocks`.
+        x: inputs of the model, shape (batch, …).
+        target: of the loss; see `resode.analysis.losses.sample_losses`.
+        loss_fn: another loss, one number a sample, or a mean over samples.
+
+    Returns:
+        Norms, shape (len(blocks), batch).
+
+    Raises:
+        ValueError: a module that was not used exactly once.
+
+    Example:
+        >>> first, second = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+        >>> for layer in (first, second):
+        ...     _ = layer.weight.data.copy_(2 * torch.eye(2))
+        >>> model = nn.Sequential(first, second)
+        >>> loss_gradient_norms(model, list(model), torch.tensor([[3.0, 4.0]])).flatten()  # of ½‖4x‖²
+        tensor([80., 40.])
+    """
+    seen: list[list[Tensor]] = [[] for _ in blocks]
+    hooks = [
+        block.register_forward_pre_hook(_keeping(kept)) for block, kept in zip(blocks, seen, strict=True)
+    ]
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            given = x.detach().clone().requires_grad_() if isinstance(x, Tensor) else x
+            output = model(given)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    used = [len(kept) for kept in seen]
+    if used != [1] * len(blocks):
+        odd = next(i for i, n in enumerate(used) if n != 1)
+        raise ValueError(
+            f"every block must be used once in a pass: blocks[{odd}] was used {used[odd]} times."
+        )
+    batch = seen[0][0].shape[0]
+    losses = sample_losses(output, target, loss_fn, batch)
+    found = torch.autograd.grad(losses.sum(), [kept[0] for kept in seen])
+    return torch.stack([rows(g, batch).norm(dim=1) for g in found])
+
+
+def _keeping(kept: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        kept.append(args[0])
+
+    return hook
 
 
 class EdgeProducts:

@@ -78,6 +78,72 @@ def mean_loss(
 
 
 @dataclass(frozen=True)
+class Lesion:
+    """A network without one of its blocks.
+
+    Args:
+        name: of the block.
+        loss: mean loss without it.
+        change: loss less the network's own.
+        output_change: ‖z' − z‖ / ‖z‖ of the outputs, over all samples.
+    """
+
+    name: str
+    loss: float
+    change: float
+    output_change: float
+
+
+def lesion_study(
+    model: nn.Module,
+    x: Any,
+    target: Any = None,
+    *,
+    blocks: str | Sequence[str] | None = None,
+    loss_fn: LossFunction | None = None,
+    batch_size: int = 32,
+) -> list[Lesion]:
+    """Run the network without each of its blocks in turn; weights are not changed.
+
+    Args:
+        model: in eval mode.
+        x: inputs, as in `resode.profile_depth`.
+        target: of the loss.
+        blocks: names of modules to take as blocks instead of the residual additions, with * for any part of
+            a name; without such a module its input goes on. This is the lesion of a plain network.
+        loss_fn: another loss, one number a sample or a mean over samples; it need not be differentiable, so
+            that the share of wrong answers will do.
+        batch_size: samples at once.
+
+    Raises:
+        ValueError: the model has no residual block, or `blocks` names none.
+
+    Source:
+        Veit, Wilber & Belongie, Residual Networks Behave Like Ensembles of Relatively Shallow Networks
+        (2016).
+
+    Example:
+        >>> from resode import ResidualStack
+        >>> field = nn.Linear(1, 1, bias=False)
+        >>> _ = nn.init.constant_(field.weight, 1.0)
+        >>> stack = ResidualStack(field, depth=3).eval()  # 2³ = 8, without a block 4
+        >>> [round(s.output_change, 6) for s in lesion_study(stack, torch.ones(2, 1))]
+        [0.5, 0.5, 0.5]
+    """
+    traced = trace(model, next(iter(parts(x, None, 2)))[0], blocks).additions
+    if not traced:
+        raise ValueError("no residual block was found to remove. Name the blocks with blocks=.")
+    options: dict[str, Any] = {"loss_fn": loss_fn, "batch_size": batch_size}
+    base, before = mean_loss(model, x, target, **options), _outputs(model, x, batch_size)
+    found = []
+    for a in traced:
+        loss = mean_loss(model, x, target, [(a, 0.0)], **options)
+        after = _outputs(model, x, batch_size, [(a, 0.0)])
+        found.append(Lesion(a.name, loss, loss - base, float((after - before).norm() / before.norm())))
+    return found
+
+
+@dataclass(frozen=True)
 class StepScan:
     """The loss of a network whose residual branches are all multiplied by c.
 
@@ -157,6 +223,7 @@ def reordering_study(
     target: Any = None,
     *,
     max_pairs: int = 20,
+    blocks: str | Sequence[str] | None = None,
     loss_fn: LossFunction | None = None,
     batch_size: int = 32,
 ) -> list[Reordering]:
@@ -165,6 +232,15 @@ def reordering_study(
     Blocks are like where they lie in one `nn.Sequential` or `nn.ModuleList`, are of one class, and have
     parameters of the same shapes, and where residual additions happen in or around them. The order is put
     back afterwards.
+
+    Args:
+        model: in eval mode.
+        x: inputs, as in `resode.profile_depth`.
+        target: of the loss.
+        max_pairs: how many pairs are tried.
+        blocks: names of modules to take as blocks instead of the residual additions, as in `lesion_study`.
+        loss_fn: as in `lesion_study`.
+        batch_size: samples at once.
 
     Raises:
         ValueError: there are no two like residual blocks.
@@ -180,7 +256,7 @@ def reordering_study(
         >>> [(s.first, s.second) for s in reordering_study(stack, torch.randn(4, 2))]
         [(0, 1), (1, 2), (0, 2)]
     """
-    traced = trace(model, next(iter(parts(x, None, 2)))[0]).additions
+    traced = trace(model, next(iter(parts(x, None, 2)))[0], blocks).additions
     names = {a.module for a in traced}
     pairs: list[tuple[str, int, int]] = []
     for name, container in model.named_modules():
@@ -232,6 +308,6 @@ def _swapped(container: Any, i: int, j: int) -> Iterator[None]:
         container[i], container[j] = container[j], container[i]
 
 
-def _outputs(model: nn.Module, x: Any, size: int) -> Tensor:
-    found = [prediction(run_edited(model, some, ())).double() for some, _, _ in parts(x, None, size)]
+def _outputs(model: nn.Module, x: Any, size: int, edits: Sequence[tuple[Addition, float]] = ()) -> Tensor:
+    found = [prediction(run_edited(model, some, edits)).double() for some, _, _ in parts(x, None, size)]
     return torch.cat(found)
