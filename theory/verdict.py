@@ -19,7 +19,7 @@ class Disagreement(AssertionError):
 
 
 class MissingResult(RuntimeError):
-    """A page reads the stored result of a long run, and it is not there; the message says which command makes it."""
+    """A page needs the stored result of a long run; the message says which command makes it."""
 
 
 @dataclass(frozen=True)
