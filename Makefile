@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench docs linkcheck clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -22,6 +22,16 @@ bench: $(STAMP) .bench/.installed
 	PYTHONPATH=.bench/peers $(BIN)/python -m tests.benchmarks.speed --growth --diffrax .bench/diffrax/bin/python \
 	  --json .bench/speed.json --figure .bench/work_precision.png
 
+docs: .venv/.docs
+	$(BIN)/sphinx-build -W --keep-going docs docs/_build/html
+
+linkcheck: .venv/.docs
+	$(BIN)/sphinx-build -b linkcheck docs docs/_build/linkcheck
+
+.venv/.docs: docs/constraints.txt $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --constraint $< --editable '.[dev,docs]'
+	touch $@
+
 .bench/.installed: tests/benchmarks/peers.txt | $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .bench/peers --requirement tests/benchmarks/peers.txt
 	$(PYTHON) -m venv .bench/diffrax
@@ -35,4 +45,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf .venv .bench runs .pytest_cache .ruff_cache build dist
+	rm -rf .venv .bench runs .pytest_cache .ruff_cache build dist docs/_build docs/_generated docs/gallery

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import io
 import os
 import runpy
@@ -17,10 +18,12 @@ from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from theory import verdict
+from theory.table import COLUMNS, rows
 
 PAGES = {path.stem.split("_")[1].upper(): path for path in sorted(Path(__file__).parent.glob("plot_*_*.py"))}
 """Claim to page: A1 … C8."""
@@ -31,6 +34,7 @@ def run(path: Path, show: bool) -> tuple[str, float]:
     import matplotlib.pyplot as plt
 
     verdict.LINES.clear()
+    dtype = torch.get_default_dtype()
     begun = time.perf_counter()
     said = io.StringIO()
     try:
@@ -43,6 +47,7 @@ def run(path: Path, show: bool) -> tuple[str, float]:
         result = traceback.format_exc(limit=-3)
     finally:
         plt.close("all")
+        torch.set_default_dtype(dtype)
     return result, time.perf_counter() - begun
 
 
@@ -62,24 +67,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "claims", nargs="*", metavar="ID", help=f"of {', '.join(PAGES)}; all where none is named"
     )
+    parser.add_argument("--csv", metavar="PATH", help="also write the table there")
     parser.add_argument("--show", action="store_true", help="print what the pages print")
     options = parser.parse_args(arguments)
-    table = Table("claim", "figure", "predicted", "measured", "verdict", "seconds")
-    failed = []
+    shown, kept, failed = Table(*COLUMNS), [], []
     for claim in chosen(options.claims):
         result, seconds = run(PAGES[claim], options.show)
-        for number, line in enumerate(verdict.LINES):
-            first = (claim, f"{seconds:.1f}") if number == 0 else ("", "")
-            predicted = f"{line.predicted:.6g}" + (
-                "" if line.rule.startswith("within") else f" ({line.rule})"
-            )
-            holds = "holds" if line.holds else "FAILS"
-            table.add_row(first[0], line.what, predicted, f"{line.measured:.6g}", holds, first[1])
+        table = rows(claim, verdict.LINES, seconds, result == "holds")
+        kept += table
+        for number, row in enumerate(table):
+            shown.add_row(*(row if number == 0 else ("", *row[1:-1], "")))
         if result != "holds":
-            if not verdict.LINES:
-                table.add_row(claim, "", "", "", "FAILS", f"{seconds:.1f}")
             failed.append((claim, result))
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    Console(width=None if sys.stdout.isatty() else 140).print(shown)
+    if options.csv:
+        with open(options.csv, "w", newline="", encoding="utf-8") as stream:
+            csv.writer(stream).writerows([COLUMNS, *kept])
     for claim, result in failed:
         print(f"{claim}: {result}", file=sys.stderr)
     return 1 if failed else 0

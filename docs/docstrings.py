@@ -1,0 +1,21 @@
+"""Docstrings for Sphinx: text in which single backticks mark code, and nothing else is markup.
+
+|R(z)| is an absolute value, `*shape` and **options are Python's stars, and η_ has no target: outside of
+backticks and doctests these characters are escaped.
+"""
+
+import re
+
+_CODE = re.compile(r"(`+[^`]+`+)")
+_MARKUP = re.compile(r"[|*\\]|(?<=\w)_(?!\w)")
+
+
+def escape(app, what, name, obj, options, lines):
+    """Escapes what would be markup, in place; doctests and directives stay as they are."""
+    literal = False
+    for number, line in enumerate(lines):
+        literal = line.lstrip().startswith((">>>", "..")) or (literal and bool(line.strip()))
+        if not literal:
+            parts = _CODE.split(line)
+            parts[::2] = [_MARKUP.sub(r"\\\g<0>", part) for part in parts[::2]]
+            lines[number] = "".join(parts)
