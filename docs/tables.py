@@ -11,6 +11,8 @@ import os
 import time
 from pathlib import Path
 
+import torch
+
 import resode
 from theory import table, verdict
 
@@ -27,7 +29,9 @@ def collect(gallery_conf, page, when):
         kept.unlink(missing_ok=True)
         verdict.LINES.clear()
         _begun = time.perf_counter()
-    elif name.startswith("plot_"):
+        return
+    torch.set_default_dtype(torch.float32)  # as each page finds it
+    if name.startswith("plot_"):
         link = f":doc:`{name.split('_')[1].upper()} </gallery/{name}>`"
         rows = table.rows(link, verdict.LINES, time.perf_counter() - _begun)
         _write(kept, _csv([row[0], *map(_plain, row[1:])] for row in rows))

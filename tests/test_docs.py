@@ -1,12 +1,12 @@
 """The documentation's examples run, and print what stands below them.
 
 A block of Python in a page runs in the page's own namespace, one after the other; where a block of ```text follows
-it, that is what it prints: the same words and whole numbers, other numbers within 5 %. `<!-- needs CIFAR-10 -->` above a block leaves it to the reader.
+it, that is what it prints: the same words and whole numbers, other numbers within 5 %. `<!-- needs CIFAR-10 -->`
+above a block leaves it to the reader.
 """
 
 import ast
 import re
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -43,19 +43,43 @@ WITH_CODE = [page for page in PAGES if "```python" in page.read_text()]
 NEEDING = [(page, block) for page in WITH_CODE for block in blocks(page) if block["needs"]]
 
 
-def run(page: Path, capsys) -> dict:
-    """The names that a page's examples leave, having compared what each printed."""
+def run(page: Path, capsys) -> tuple[dict, str]:
+    """The names that a page's examples leave, and all they print, having compared what each printed."""
     torch.manual_seed(0)
     names: dict = {"__name__": "__docs__"}
+    everything = ""
     for block in blocks(page):
         if block["needs"]:
             continue
         line = page.read_text()[: block.start("code")].count("\n")
         exec(compile("\n" * line + block["code"], name(page), "exec"), names)
         printed = capsys.readouterr().out
+        everything += printed
         if block["printed"] is not None:
             assert same(block["printed"], printed), f"{name(page)}:{line} prints\n{printed}"
-    return names
+    return names, everything
+
+
+def check_readme(names: dict, printed: str) -> None:
+    """The swap: three solutions of one equation, the finer ones close to each other; and the figures beside it."""
+    coarse = (names["euler"] - names["dopri5"]).norm()
+    assert (names["rk4"] - names["dopri5"]).norm() < 0.05 * coarse
+    jacobian = names["jacobian"]
+    assert resode.max_stable_step(jacobian) == pytest.approx(0.4, abs=1e-7)
+    assert resode.max_stable_step(jacobian, solver="rk4") == pytest.approx(2.785293563405 / 5, rel=1e-7)
+    assert names["limit"].step.shape == (4,)
+    assert str(names["model"].cost((3, 224, 224))) in (ROOT / "README.md").read_text()
+    assert names["y"].shape == (11, 3, 2) and names["stats"].nfe.shape == (3,)
+
+
+def check_inspecting(names: dict, printed: str) -> None:
+    assert printed.startswith("3 of 3 converged") and printed.count("saddle, unstable") == 3
+    assert "1 flip 2.0\n2 flip 2.44948974" in printed and "4 flip 2.5440903" in printed
+    assert {p.name for p in Path().iterdir()} == {"cobweb.png", "portrait.png", "profile.csv", "profile.png"}
+
+
+CHECKS = {"README.md": check_readme, "docs/inspecting.md": check_inspecting}
+"""What else must be true after a page's examples."""
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +95,9 @@ def elsewhere(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", WITH_CODE, ids=name)
 def test_examples_run_and_print_what_the_page_says(page, capsys):
     assert len(blocks(page)) == page.read_text().count("```python"), "a block is not written as the others"
-    run(page, capsys)
+    found = run(page, capsys)
+    if name(page) in CHECKS:
+        CHECKS[name(page)](*found)
 
 
 @pytest.mark.parametrize(("page", "block"), NEEDING, ids=[f"{name(p)}-{b['needs']}" for p, b in NEEDING])
@@ -79,3 +105,20 @@ def test_examples_that_need_more_are_python(page, block):
     """They are read, not run."""
     ast.parse(block["code"])
     pytest.skip(f"{name(page)}: the example needs {block['needs']}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_pictures_and_linked_files_are_there(page):
+    """Sphinx checks links within the site; the README and the pictures stand outside it."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)
+    for picture, target in re.findall(r"(!?)\[[^\]]*\]\(([^)\s#]+)[^)]*\)", prose):
+        if "://" in target or "gallery/" in target:
+            continue
+        path = page.parent / target
+        assert path.exists(), f"{name(page)} names {target}"
+        assert not picture or path.stat().st_size > 10_000
+
+
+def test_decisions_stay_short():
+    for path in (ROOT / "docs" / "decisions").glob("[0-9]*.md"):
+        assert len(path.read_text().splitlines()) <= 20, path.name

@@ -1,0 +1,75 @@
+"""Every claim has a page that holds, and `python -m theory` tells one that does not."""
+
+import csv
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["RESODE_FAST"] = "1"  # before theory.verdict reads it
+
+from theory import __main__ as command
+from theory import verdict
+
+CLAIMS = [*(f"A{n}" for n in range(1, 9)), *(f"B{n}" for n in range(1, 10)), *(f"C{n}" for n in range(1, 9))]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    assert verdict.FAST
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def test_every_claim_has_a_page():
+    assert list(command.PAGES) == CLAIMS
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_the_claim_holds(claim):
+    result, _ = command.run(command.PAGES[claim], show=False)
+    assert result == "holds"
+    assert len(verdict.LINES) >= 3
+
+
+def page(folder: Path, body: str) -> Path:
+    path = folder / "plot_z1_page.py"
+    path.write_text(f"from theory.verdict import MissingResult, agree, at_least, at_most\n{body}\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("agree('x', 1.0, 1.1, atol=0.05)", "does not hold: x: predicted 1 (within 0.05), measured 1.1"),
+        ("agree('x', 1.0, float('nan'), atol=9)", "measured nan"),
+        ("agree('x', float('nan'), 1.0, atol=9)", "predicted nan"),
+        ("at_most('x', 1.0, 1.5)", "at most"),
+        ("at_most('x', 1.0, float('nan'))", "measured nan"),
+        ("at_least('x', 1.0, 0.5)", "at least"),
+        ("raise MissingResult('make it with resode train')", "make it with resode train"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("pass", "compares nothing"),
+    ],
+)
+def test_a_page_that_does_not_hold_is_told(tmp_path, monkeypatch, capsys, body, said):
+    monkeypatch.setattr(command, "PAGES", {"Z1": page(tmp_path, body)})
+    assert command.main(["z1", "--csv", str(tmp_path / "claims.csv")]) == 1
+    printed = capsys.readouterr()
+    assert said in printed.err and "FAILS" in printed.out
+    rows = list(csv.reader((tmp_path / "claims.csv").open()))
+    assert rows[-1][4] == "FAILS"
+
+
+def test_a_page_that_holds(tmp_path, monkeypatch, capsys):
+    body = "agree('x', 1.0, 1.01, rtol=0.02)\nat_most('y', 2.0, 2.0)\nat_least('z', 2.0, 2.0)"
+    monkeypatch.setattr(command, "PAGES", {"Z1": page(tmp_path, body)})
+    assert command.main([]) == 0
+    assert capsys.readouterr().out.count("holds") == 3
+
+
+def test_an_unknown_claim_lists_the_known(capsys):
+    with pytest.raises(SystemExit) as end:
+        command.main(["Z9"])
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert "no claim 'Z9'" in said and all(claim in said for claim in CLAIMS)
