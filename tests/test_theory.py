@@ -56,7 +56,7 @@ def test_a_page_that_does_not_hold_is_told(tmp_path, monkeypatch, capsys, body, 
     assert command.main(["z1", "--csv", str(tmp_path / "claims.csv")]) == 1
     printed = capsys.readouterr()
     assert said in printed.err and "FAILS" in printed.out
-    rows = list(csv.reader((tmp_path / "claims.csv").open()))
+    rows = list(csv.reader((tmp_path / "claims.csv").read_text().splitlines()))
     assert rows[-1][4] == "FAILS"
 
 

@@ -124,7 +124,7 @@ second = a * (1 - a) * (g * x).sum(1, keepdim=True) * soft.score.weight.detach()
 fig, axes = plt.subplots(1, 5, figsize=(13, 3), layout="constrained", width_ratios=(1, 1, 1, 1, 1.6))
 bound = max(float(where.abs().max()) for where in reached.values())
 for ax, (name, where) in zip(axes[:4], reached.items(), strict=True):
-    image = ax.imshow(where, cmap="RdBu", vmin=-bound, vmax=bound)
+    image = ax.imshow(where.numpy(), cmap="RdBu", vmin=-bound, vmax=bound)
     ax.set(xticks=[], yticks=[], title=f"{name}\n{zeros[name]:.0%} gets nothing")
 fig.colorbar(image, ax=axes[3], label="Sᵀ1, first channel")
 for value, norms in through.items():
