@@ -22,6 +22,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.mathjax",
+    "sphinx-mathjax-offline",  # MathJax lies in the site: formulas need no network
     "sphinx.ext.viewcode",
     "myst_parser",
     "sphinx_copybutton",
