@@ -216,6 +216,7 @@ FAMILIES = (
     Family("residual_mlp", "any number of blocks", lambda depth: True, _residual_mlp),
     Family("plain_mlp", "any number of blocks", lambda depth: True, _plain_mlp),
 )
+"""The rules by which further names are networks; `find` goes through them in this order."""
 
 
 def _single() -> dict[str, Network]:
