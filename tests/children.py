@@ -131,7 +131,7 @@ def start_together(size: int, target: Callable[..., None], *arguments: Any, said
     ]
 
 
-def ended(processes: list[Any], seconds: float = 60) -> list[int | None]:
+def ended(processes: list[Any], seconds: float = 300) -> list[int | None]:
     """The processes' exit codes; negative where a signal ended them."""
     for process in processes:
         process.join(seconds)

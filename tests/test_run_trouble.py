@@ -242,7 +242,7 @@ def test_a_folder_that_another_process_uses_is_left_to_it(tmp_path):
     process = children.start(children.command, *arguments, "--run-dir", path, said=tmp_path / "said.txt")
     begun = time.monotonic()
     while not (path / "checkpoints" / "last.safetensors").exists():
-        assert process.is_alive() and time.monotonic() - begun < 60
+        assert process.is_alive() and time.monotonic() - begun < 300
         time.sleep(0.005)
     with pytest.raises(RunError, match=r"in use by another process"):
         train(children.Small, resume=path, progress=False)

@@ -73,7 +73,7 @@ def find_overstep(network: nn.Module, state: Mapping[str, Tensor], images: Tenso
     asks for, the logits must be 10 times smaller.
 
     Args:
-        network: with `ResidualStack`s, or any other; it is not changed.
+        network: with a `ResidualStack` or several, or any other; it is not changed.
         state: its weights and buffers, finite.
         images: normalised, shape (B, C, H, W); the first two are used.
 
