@@ -51,7 +51,7 @@ sphinx_gallery_conf = {
     "examples_dirs": "../theory",
     "gallery_dirs": "gallery",
     "filename_pattern": r"plot_",
-    "ignore_pattern": r"[\\/](?!plot_)\w+\.py$",
+    "ignore_pattern": r"(^|[\\/])(?!plot_)\w+\.py$",
     "copyfile_regex": r"index\.rst",  # the front page, written by hand in theory/
     "within_subsection_order": "FileNameSortKey",
     "reset_modules": ("matplotlib", "tables.collect"),
