@@ -508,7 +508,10 @@ def step_limits(records: Sequence[Any], path: Path = None) -> Figure:
     for ax, title in titles.items():
         ax.set_title(title, fontsize=11)
         ax.set_xlabel("update")
-        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        if len({record.update for record in records}) == 1:
+            ax.set_xticks([records[0].update])
+        else:
+            ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     growing.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(*sizes.get_legend_handles_labels(), frameon=False, loc="outside right center")
     return _finished(figure, path)
