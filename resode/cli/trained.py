@@ -66,7 +66,10 @@ def swap(
     recalibrate: Annotated[
         bool, typer.Option("--recalibrate", help="Also with batch-norm statistics of the new solver.")
     ] = False,
-    limit: Annotated[int | None, flag("Only so many test images.")] = None,
+    calibration_images: Annotated[
+        int | None, flag("Training images that --recalibrate measures at. Default 5000.")
+    ] = None,
+    limit: Annotated[int | None, flag("Only so many test images, of all classes.")] = None,
     model: _OwnModel = None,
     data: _Data = None,
     data_dir: _DataDir = None,
@@ -76,14 +79,23 @@ def swap(
 
     Accuracy, drift of the logits and F evaluations of a trained network under other solvers and steps.
     """
-    from resode.training.evaluate import images_of, load, plain_batches
+    from resode.training.evaluate import calibration_batches, images_of, load, plain_batches
     from resode.training.files import replacing
 
     methods = _methods(separated(solvers, str, "--solvers"), NATIVE)
     counts = separated(substeps, int, "--substeps")
+    if calibration_images is not None and not recalibrate:
+        raise ValueError(
+            f"--calibration-images {calibration_images} belongs to --recalibrate. Add it, or leave both out."
+        )
     network = load(run, model=own_model(model), device=device)
     images = images_of(run, data, data_dir)
     place = next(network.parameters()).device
+    calibration = (
+        calibration_batches(images, 5000 if calibration_images is None else calibration_images, place)
+        if recalibrate
+        else None
+    )
 
     from resode import plots
     from resode.analysis.swap import swap_report
@@ -93,7 +105,7 @@ def swap(
         plain_batches(images, "test", place, limit),
         solvers=tuple(methods),
         substeps=tuple(counts),
-        recalibrate=plain_batches(images, "train", place) if recalibrate else None,
+        recalibrate=calibration,
     )
     again = ["recalibrated %"] if recalibrate else []
     columns = ["solver", "substeps", "accuracy %", *again, "drift", "F calls", "step"]

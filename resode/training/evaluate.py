@@ -150,11 +150,13 @@ def plain_batches(
 ) -> Batches:
     """Images of a data set in their order, normalised and otherwise as they are.
 
+    Some data sets lie sorted by class, so that a few images are taken evenly from all of them.
+
     Args:
         data: the data set.
         split: "test" or "train".
         device: where the batches are made.
-        limit: only so many images, the first ones.
+        limit: only so many images, evenly spaced over the split; None, or more than there are, for all.
 
     Raises:
         ValueError: no such split, or a limit below 1.
@@ -166,14 +168,40 @@ def plain_batches(
     images, labels = (
         (data.test_images, data.test_labels) if split == "test" else (data.train_images, data.train_labels)
     )
+    if limit is not None and limit < len(images):
+        spaced = torch.arange(limit) * len(images) // limit
+        images, labels = images[spaced], labels[spaced]
+    return Batches(images, labels, EVALUATION_BATCH, mean=data.mean, std=data.std, train=False, device=device)
+
+
+def calibration_batches(data: ImageData, count: int, device: torch.device | str = "cpu") -> Batches:
+    """Training images to measure batch-norm statistics at: at random, cropped and mirrored as in training.
+
+    Batches in the order of a sorted data set would each hold one class, and miss the variance between them.
+
+    Args:
+        data: the data set.
+        count: how many images, at most all.
+        device: where the batches are made.
+
+    Raises:
+        ValueError: count below 1.
+    """
+    if count < 1:
+        raise ValueError(f"statistics need at least 1 training image, got {count}.")
+    chosen = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(0))[:count]
+    batches = -(-len(chosen) // EVALUATION_BATCH)
     return Batches(
-        images[:limit],
-        labels[:limit],
-        EVALUATION_BATCH,
+        data.train_images[chosen],
+        data.train_labels[chosen],
+        -(-len(chosen) // batches),  # nearly equal ones, as each counts the same
         mean=data.mean,
         std=data.std,
-        train=False,
+        train=True,
+        crop_padding=data.crop_padding,
+        flip=data.flip,
         device=device,
+        drop_last=False,
     )
 
 
