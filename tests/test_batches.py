@@ -230,3 +230,40 @@ def test_one_s_own_image_data_is_checked(change, error, message):
     assert "tensor" not in repr(ImageData(**parts))
     with pytest.raises(error, match=message):
         ImageData(**{**parts, **change})
+
+
+@pytest.mark.parametrize("side", [1, 4, 5])
+def test_cutout_hides_one_square_at_every_place_and_nothing_else(side):
+    """The centre is any of 8×6 pixels; what lies in the image of rows c − ⌊s/2⌋ … + s − 1 becomes 0.
+
+    2,400 images: 50 expected for each centre, χ² with 47 degrees of freedom is 47 ± 9.7.
+    """
+    images, labels = random_images(2400, height=8, width=6)
+    plain = batches_of(images, labels, 100, seed=3)
+    centres = {}
+    for row in range(8):
+        for column in range(6):
+            mask = np.ones((8, 6), dtype=bool)
+            top, left = row - side // 2, column - side // 2
+            mask[max(top, 0) : top + side, max(left, 0) : left + side] = False
+            centres[mask.tobytes()] = (row, column)
+    assert len(centres) == 48
+    counts = dict.fromkeys(centres.values(), 0)
+    for (x, y), (whole, same) in zip(
+        batches_of(images, labels, 100, seed=3, cutout=side), plain, strict=True
+    ):
+        assert torch.equal(y, same)  # neither order nor crops depend on it
+        assert x.is_contiguous(memory_format=torch.channels_last)
+        outside = (x != 0).all(dim=1)  # no pixel is the mean's colour by chance
+        assert torch.equal(x, whole * outside[:, None])
+        for mask in outside:
+            counts[centres[mask.numpy().tobytes()]] += 1
+    assert sum((n - 50) ** 2 / 50 for n in counts.values()) < 47 + 5 * 9.7
+
+
+def test_cutout_leaves_evaluation_alone_and_some_of_every_image():
+    images, labels = random_images(20, height=8, width=6)
+    whole = [x for x, _ in batches_of(images, labels, train=False)]
+    assert all(map(torch.equal, whole, [x for x, _ in batches_of(images, labels, train=False, cutout=4)]))
+    with pytest.raises(ValueError, match=r"its side is at most 6 pixels here: got 7"):
+        batches_of(images, labels, 10, cutout=7)

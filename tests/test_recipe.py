@@ -181,3 +181,15 @@ def test_a_setting_of_another_schedule_is_refused(changes, message):
     own = Recipe(schedule="cosine", rise=0.1, gamma=0.3)
     assert make_recipe("fast", **asdict(own)) == own
     assert make_recipe("paper", gamma=0.2).gamma == 0.2
+
+
+def test_the_rate_scales_with_the_batch_where_asked():
+    """0.2 for 128 images is 1.6 for 1,024, at the peak after 30 of 100 updates."""
+    recipe = make_recipe("fast", batch_size=1024, scale_lr=True)
+    assert recipe.learning_rate(30, 100) == pytest.approx(1.6)
+    assert recipe.learning_rate(0, 100) == pytest.approx(0.04 * 1.6)
+    assert make_recipe("fast", batch_size=1024).learning_rate(30, 100) == pytest.approx(0.2)
+    assert "lr 1.6" in recipe.describe()
+    with pytest.raises(ValueError, match=r"only bear after a warm-up, got warmup_updates=None"):
+        make_recipe("paper", scale_lr=True)
+    assert make_recipe("paper", batch_size=256, scale_lr=True, warmup_updates=500).peak == pytest.approx(0.2)

@@ -20,8 +20,8 @@ from resode.blocks import ResidualStack
 from resode.networks import build
 from resode.training import files
 from resode.training.data import Batches, ImageData, load_data
+from resode.training.evaluate import calibration_batches, load, plain_batches, score, set_solver
 from resode.training.evaluate import evaluate as evaluate_run
-from resode.training.evaluate import load, plain_batches, score, set_solver
 from resode.training.files import DamagedFile, RunError, pack, read_yaml, unpack, write_atomically
 from resode.training.folder import FolderTaken, NoSuchRun, RunFolder
 from resode.training.loop import Interrupted, interruption
@@ -682,9 +682,60 @@ def test_only_stacks_change_their_solver():
         set_solver(network, "rk5")
 
 
-def test_training_batches_come_as_they_are(digits):
+def sorted_images(per_class):
+    """Images of three classes, one class after another; an image's value is its class."""
+    labels = torch.arange(3).repeat_interleave(per_class)
+    images = (80 * labels).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 8, 8).contiguous()
+    return ImageData("own", "sorted", images, labels, images, labels, tuple("abc"), (0.3,), (0.25,))
+
+
+def test_a_few_images_are_taken_evenly_from_a_sorted_set(digits):
+    """30 of 3·200 are every twentieth: ten of each class. All of them stay in their order."""
+    labels = torch.cat([y for _, y in plain_batches(sorted_images(200), "train", limit=30)])
+    assert labels.tolist() == [0] * 10 + [1] * 10 + [2] * 10
     images = torch.cat([x for x, _ in plain_batches(digits, "train", limit=100)])
     assert images.shape == (100, 1, 8, 8)
+    labels = torch.cat([y for _, y in plain_batches(digits, "train", limit=10**6)])
+    assert torch.equal(labels, digits.train_labels)
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(1200, [400, 400, 400]), (700, [350, 350]), (10**6, [450] * 4)])
+def test_batch_norm_meets_all_classes_in_each_of_equal_batches(count, sizes):
+    """Three classes, each a third, whatever the order on the disk: within 5σ = 5·√(350·2/9) = 44 images."""
+    batches = calibration_batches(sorted_images(600), count)
+    got = [y for _, y in batches]
+    assert [len(y) for y in got] == sizes
+    for labels in got:
+        assert (labels.bincount(minlength=3) - len(labels) / 3).abs().max() < 44 * (len(labels) / 350) ** 0.5
+    assert all(map(torch.equal, got, [y for _, y in batches]))  # the same for every solver
+    with pytest.raises(ValueError, match=r"at least 1 training image, got 0"):
+        calibration_batches(sorted_images(600), 0)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("model", ["odenet20", "resnet20"])
+def test_a_compiled_update_is_the_eager_one(tmp_path, model):
+    """The first update moves w by lr·g·(1 + 0.9): equal moves, equal gradients.
+
+    To 1 %: a ReLU of resnet20 that rounding puts on the other side of its kink changes a kernel's gradient by
+    0.3 % (eager against float64; 1e-6 where none does).
+    """
+    settings = {"data": "digits", "recipe": "smoke", "updates": 1, "progress": False}
+    eager, compiled = (
+        train(model, run_dir=tmp_path / name, compile=name == "compiled", **settings)
+        for name in ("eager", "compiled")
+    )
+    assert compiled.summary["train_loss"] == pytest.approx(eager.summary["train_loss"], rel=1e-5)
+    assert compiled.metrics["nfe"] == eager.metrics["nfe"]
+    torch.manual_seed(0)
+    start = build(model, in_channels=1)
+    moves = [
+        {name: weight - w0 for (name, w0), weight in zip(start.named_parameters(), ws, strict=True)}
+        for ws in (eager.network.parameters(), compiled.network.parameters())
+    ]
+    for name, move in moves[0].items():
+        assert 0 < move.norm() and (moves[1][name] - move).norm() < 0.01 * move.norm(), name
+    assert read_yaml(tmp_path / "compiled" / "config.yaml")["compile"] is True
 
 
 class MinusSquare(nn.Module):

@@ -46,6 +46,9 @@ def train(
     updates: Annotated[int | None, flag("Length in updates instead.", _RECIPE)] = None,
     batch_size: Annotated[int | None, flag("Images per update.", _RECIPE)] = None,
     lr: Annotated[float | None, flag("Largest learning rate.", _RECIPE)] = None,
+    scale_lr: Annotated[
+        bool | None, flag("That rate times batch/128.", _RECIPE, "--scale-lr/--no-scale-lr")
+    ] = None,
     momentum: Annotated[float | None, flag("Of SGD.", _RECIPE)] = None,
     nesterov: Annotated[
         bool | None, flag("Nesterov's momentum.", _RECIPE, "--nesterov/--no-nesterov")
@@ -67,9 +70,15 @@ def train(
     ema: Annotated[float | None, flag("Decay of the weights' moving average; 0 for none.", _RECIPE)] = None,
     crop_padding: Annotated[int | None, flag("Pixels an image is shifted by; 0 for none.", _RECIPE)] = None,
     flip: Annotated[bool | None, flag("Mirror half the images.", _RECIPE, "--flip/--no-flip")] = None,
+    cutout: Annotated[
+        int | None, flag("Side of a square that each image loses; 0 for none.", _RECIPE)
+    ] = None,
     precision: Annotated[str | None, flag(f"{', '.join(PRECISIONS)}.", _RECIPE)] = None,
     channels_last: Annotated[
         bool | None, flag("Memory order of images.", _RECIPE, "--channels-last/--no-channels-last")
+    ] = None,
+    compile: Annotated[
+        bool | None, flag("Compile the update; CUDA graphs on a GPU.", _RECIPE, "--compile/--no-compile")
     ] = None,
     sync_batch_norm: Annotated[
         bool | None,

@@ -275,9 +275,10 @@ class Batches:
     """One epoch of normalized batches, made whole on the device.
 
     A training epoch goes through the images in random order; each is shifted by up to `crop_padding`
-    pixels within a black border, mirrored with probability 1/2 where `flip`, and normalized to
-    (x/255 − mean)/std. Order and augmentation are a function of (seed, epoch) alone: they are the same
-    on every device, leave torch's global random numbers alone, and a resumed run repeats them. Call
+    pixels within a black border, mirrored with probability 1/2 where `flip`, normalized to
+    (x/255 − mean)/std, and loses a square of side `cutout` to zeros (DeVries & Taylor 2017,
+    arXiv:1708.04552). Order and augmentation are a function of (seed, epoch) alone: they are the same on
+    every device, leave torch's global random numbers alone, and a resumed run repeats them. Call
     `set_epoch` before each epoch; without it every epoch is the first.
 
     Args:
@@ -287,9 +288,11 @@ class Batches:
         mean: per channel, of values in [0, 1].
         std: per channel, positive.
         train: shuffle and augment; False gives every image once, in order and as it is, whatever
-            `crop_padding` and `flip` say.
+            `crop_padding`, `flip` and `cutout` say.
         crop_padding: how many pixels a crop may shift by, ≥ 0.
         flip: mirror half of the images left to right.
+        cutout: side of the square in pixels, ≥ 0; its centre may be any pixel, so part of it may lie beyond
+            the border.
         seed: of the order and the augmentation.
         device: where images are kept and batches are made.
         channels_last: give batches in channels-last memory format, which is faster for convolutions.
@@ -325,6 +328,7 @@ class Batches:
         train: bool,
         crop_padding: int = 0,
         flip: bool = False,
+        cutout: int = 0,
         seed: int = 0,
         device: str | torch.device = "cpu",
         channels_last: bool = True,
@@ -334,6 +338,12 @@ class Batches:
         _check_images(images, labels, mean, std)
         _check_whole("batch_size", batch_size, 1)
         _check_whole("crop_padding", crop_padding, 0)
+        _check_whole("cutout", cutout, 0)
+        if cutout > min(images.shape[2:]):
+            raise ValueError(
+                f"cutout hides part of an image, so its side is at most {min(images.shape[2:])} pixels here: "
+                f"got {cutout}. Half the side of the image, 16 on CIFAR-10, is usual."
+            )
         _check_whole("seed", seed)
         if min(std) <= 0:
             raise ValueError(f"std must be positive in every channel to divide by it: got {tuple(std)}.")
@@ -354,7 +364,7 @@ class Batches:
             )
         self.share = share
         self.batch_size, self.train, self.seed, self.epoch = batch_size, train, seed, 0
-        self.crop_padding, self.flip = (crop_padding, flip) if train else (0, False)
+        self.crop_padding, self.flip, self.cutout = (crop_padding, flip, cutout) if train else (0, False, 0)
         self.channels_last, self.device = channels_last, torch.device(device)
         # Channels last, also where batches are not: then a row of pixels is one run of bytes.
         self._images = images.to(self.device).permute(0, 2, 3, 1).contiguous()
@@ -380,15 +390,22 @@ class Batches:
         order = torch.randperm(count, generator=generator) if self.train else torch.arange(count)
         down, right = torch.randint(2 * padding + 1, (2, count), generator=generator)
         mirrored = torch.randint(2, (count,), generator=generator) if self.flip else torch.zeros_like(order)
-        # One transfer an epoch; row i belongs to the i-th image that is given out.
-        plan = torch.stack((order, mirrored, down, right)).to(self.device)
+        height, width = self._images.shape[1:3]
+        top, left = (
+            torch.randint(length, (count,), generator=generator) if self.cutout else torch.zeros_like(order)
+            for length in (height, width)
+        )
+        # One transfer an epoch; column i belongs to the i-th image that is given out.
+        plan = torch.stack((order, mirrored, down, right, top, left)).to(self.device)
         part, parts = self.share
         size = self.batch_size // parts
         for start in range(part * size, len(self) * self.batch_size, self.batch_size):
-            order, mirrored, down, right = plan[:, start : start + size]
+            order, mirrored, down, right, top, left = plan[:, start : start + size]
             images = self._images.index_select(0, order)  # (B, H, W, C)
-            images = _crop_and_flip(images, mirrored, down, right, padding, self.flip)
-            yield self._normalize(images), self._labels.index_select(0, order)
+            images = self._normalize(_crop_and_flip(images, mirrored, down, right, padding, self.flip))
+            if self.cutout:
+                images.mul_(_outside(top, left, self.cutout, height, width))
+            yield images, self._labels.index_select(0, order)
 
     def _normalize(self, images: Tensor) -> Tensor:
         """(x − 255 mean)/(255 std): uint8 (B, H, W, C) -> float32 (B, C, H, W)."""
@@ -426,6 +443,19 @@ def _crop_and_flip(
     row = down[:, None] + torch.arange(height, device=images.device)  # (B, H)
     start = (image[:, None] * tall + row) * wide + right[:, None]
     return windows.index_select(0, start.flatten()).view(images.shape)
+
+
+def _outside(row: Tensor, column: Tensor, side: int, height: int, width: int) -> Tensor:
+    """0 in each image's square of that side around its row and column, 1 outside; bool (B, 1, H, W).
+
+    An even side has half a pixel more above and to the left.
+    """
+
+    def within(centre: Tensor, length: int) -> Tensor:
+        offset = torch.arange(length, device=centre.device) - centre[:, None] + side // 2
+        return (offset >= 0) & (offset < side)
+
+    return ~(within(row, height)[:, None, :, None] & within(column, width)[:, None, None, :])
 
 
 def _check_images(images: Any, labels: Any, mean: Any, std: Any, of: str = "") -> None:

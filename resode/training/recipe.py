@@ -18,6 +18,9 @@ SCHEDULES = ("onecycle", "cosine", "step", "constant")
 WARMUPS = ("linear", "constant")
 PRECISIONS = ("auto", "32", "bf16")
 
+SCALED_FROM = 128
+"""The batch that a scaled learning rate is given for."""
+
 DEEP_LAYERS = 110
 """From this many convolutional and linear layers on, `paper` warms up (He et al. 2016, section 4.2)."""
 
@@ -35,6 +38,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "label_smoothing": (0, 0.99),
     "ema": (0, 0.9999),
     "crop_padding": (0, math.inf),
+    "cutout": (0, math.inf),
     "seed": (0, 2**63 - 1),
     "validation": (0, math.inf),
     "eval_substeps": (1, math.inf),
@@ -85,6 +89,8 @@ class Recipe:
         updates: optimizer steps, or None where `epochs` gives the length; exactly one of the two is set.
         batch_size: images per update.
         lr: the largest learning rate of the schedule.
+        scale_lr: multiply `lr` by batch_size/128, the linear rule for large batches (Goyal et al. 2017,
+            arXiv:1706.02677); it needs a warm-up or the one-cycle schedule's rise.
         momentum: of SGD; 0 for none.
         nesterov: Nesterov's form of the momentum.
         weight_decay: L2 penalty, added to the gradient as λw.
@@ -104,9 +110,13 @@ class Recipe:
         crop_padding: zeros around an image before it is cropped at random, in pixels; 0 for no cropping,
             None for the data set's own.
         flip: mirror half the images; None for the data set's own (a mirrored digit is no digit).
+        cutout: side in pixels of a square at a random place of each image that becomes the mean colour; the
+            part of it beyond the border is lost. 0 for none.
         precision: "32", "bf16" (F under bfloat16 autocast; states, norms and weights in float32) or "auto"
             (whichever the device computes faster).
         channels_last: store images and kernels with channels innermost.
+        compile: compile what an update computes with torch.compile, on a GPU into a CUDA graph. The first
+            update waits for the compiler.
         sync_batch_norm: take batch statistics over the whole batch where several GPUs have a part each.
         seed: of the initial weights, the order of the images and their augmentation.
         validation: training images held out and reported after every epoch.
@@ -132,6 +142,7 @@ class Recipe:
     updates: int | None = None
     batch_size: int = 128
     lr: float = 0.2
+    scale_lr: bool = False
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 5e-4
@@ -147,8 +158,10 @@ class Recipe:
     ema: float = 0.0
     crop_padding: int | None = None
     flip: bool | None = None
+    cutout: int = 0
     precision: str = "auto"
     channels_last: bool = True
+    compile: bool = False
     sync_batch_norm: bool = False
     seed: int = 0
     validation: int = 0
@@ -186,6 +199,12 @@ class Recipe:
                 f"the one-cycle schedule has its own rise, so warmup_updates must be 0, got "
                 f"{self.warmup_updates}. Change rise, or take schedule='cosine' or 'step'."
             )
+        if self.scale_lr and self.schedule != "onecycle" and not self.warmup_updates:
+            raise ValueError(
+                "scale_lr takes a rate that large batches only bear after a warm-up, got warmup_updates="
+                f"{self.warmup_updates} and schedule={self.schedule!r}. Set warmup_updates to those of some "
+                "five epochs, or take schedule='onecycle', which has its rise."
+            )
         if any(not 0 < m < 1 for m in self.milestones) or list(self.milestones) != sorted(
             set(self.milestones)
         ):
@@ -220,6 +239,11 @@ class Recipe:
         """How many updates the run makes when an epoch has that many batches."""
         return self.updates if self.updates is not None else (self.epochs or 0) * batches
 
+    @property
+    def peak(self) -> float:
+        """The largest learning rate: `lr`, scaled to the batch where the recipe says so."""
+        return self.lr * self.batch_size / SCALED_FROM if self.scale_lr else self.lr
+
     def learning_rate(self, update: int, total: int) -> float:
         """The learning rate of update 0 … total − 1.
 
@@ -228,22 +252,23 @@ class Recipe:
             total: updates of the whole run.
 
         Returns:
-            The rate, in (0, lr]; a cosine ends just above 0.
+            The rate, in (0, peak]; a cosine ends just above 0.
         Source:
             He et al. (2016) for "step", Loshchilov & Hutter (2017) for "cosine", Smith & Topin (2019)
             for "onecycle".
         """
+        peak = self.peak
         warmup = self.rise * total if self.schedule == "onecycle" else (self.warmup_updates or 0)
         if update < warmup:
             if self.warmup_shape == "constant" and self.schedule != "onecycle":
-                return self.lr * self.warmup_factor
-            return self.lr * (self.warmup_factor + (1 - self.warmup_factor) * update / warmup)
+                return peak * self.warmup_factor
+            return peak * (self.warmup_factor + (1 - self.warmup_factor) * update / warmup)
         if self.schedule == "step":
             passed = sum(update >= round(m * total) for m in self.milestones)
-            return self.lr * self.gamma**passed
+            return peak * self.gamma**passed
         if self.schedule == "constant":
-            return self.lr
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (update - warmup) / (total - warmup)))
+            return peak
+        return peak * 0.5 * (1 + math.cos(math.pi * (update - warmup) / (total - warmup)))
 
     @property
     def other_solver(self) -> str:
@@ -256,7 +281,7 @@ class Recipe:
         length = f"{self.epochs} epochs" if self.epochs is not None else f"{self.updates:,} updates"
         momentum = f"{'Nesterov ' if self.nesterov else ''}SGD {self.momentum:g}" if self.momentum else "SGD"
         return (
-            f"{length} of batch {self.batch_size}, {momentum}, {self.schedule} lr {self.lr:g}, "
+            f"{length} of batch {self.batch_size}, {momentum}, {self.schedule} lr {self.peak:g}, "
             f"weight decay {self.weight_decay:g}"
         )
 

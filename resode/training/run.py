@@ -316,6 +316,7 @@ def _batches(
         train=True,
         crop_padding=recipe.crop_padding or 0,
         flip=bool(recipe.flip),
+        cutout=recipe.cutout,
         seed=recipe.seed,
         share=(processes.rank, processes.size),
         **common,
