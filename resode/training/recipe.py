@@ -302,7 +302,8 @@ RECIPES: dict[str, Recipe] = {
         label_smoothing=0.0,
     ),
     # The average over some hundred updates: short against the shortest run, an epoch of 390.
-    "fast": Recipe(ema=0.99),
+    # Shifts by 2 pixels: 15 epochs are too few to learn from 4, and lose 0.8 points of held-out images in 5.
+    "fast": Recipe(ema=0.99, crop_padding=2),
     # For tests: seconds, and the same figures on every machine.
     "smoke": Recipe(epochs=2, batch_size=64, lr=0.1, precision="32"),
     # For 1,437 small images: smaller batches; on 8×8 images bf16 has nothing to gain.
