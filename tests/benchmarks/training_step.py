@@ -1,10 +1,11 @@
 """A training step of resnet20 beside a plain loop and a bare one: `python -m tests.benchmarks.training_step`.
 
 One process, in turn, by rounds:
-  plain   written by hand here: an NCHW float32 resnet20, torch's ordinary SGD, ready-made float images
-  resode  what `resode train --recipe fast` does in an epoch: images cropped, mirrored and normalized from
-          uint8, moving average of the weights, tallies, Lightning's Fabric
-  bare    resode's network, precision, memory format and fused SGD; ready-made images, and nothing else
+  plain    written by hand here: an NCHW float32 resnet20, torch's ordinary SGD, ready-made float images
+  resode   what `resode train --recipe fast` does in an epoch: images cropped, mirrored and normalized from
+           uint8, moving average of the weights, tallies, Lightning's Fabric
+  compiled the same with --compile
+  bare     resode's network, precision, memory format and fused SGD; ready-made images, and nothing else
 Ratios are medians over the rounds of times in one round. `--kinds` compares precisions and memory formats.
 Run it on a machine that does nothing else.
 """
@@ -120,12 +121,16 @@ def bare_steps(
     return steps
 
 
-def resode_steps(data: ImageData, batch: int, precision: str, folder: str) -> Callable[[], None]:
+def resode_steps(
+    data: ImageData, batch: int, precision: str, folder: str, compile: bool
+) -> Callable[[], None]:
     """An epoch's updates, by the loop that `resode train` runs."""
     device = torch.device("cpu")
     torch.manual_seed(0)
     network = build("resnet20")
-    recipe = make_recipe("fast", batch_size=batch, precision=precision, lr=0.01, epochs=10_000)
+    recipe = make_recipe(
+        "fast", batch_size=batch, precision=precision, lr=0.01, epochs=10_000, compile=compile
+    )
     recipe = resolve(recipe, data, network, device)
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     training, held_out = _batches(data, recipe, device, Processes())
@@ -135,7 +140,7 @@ def resode_steps(data: ImageData, batch: int, precision: str, folder: str) -> Ca
         ClassificationTask(network, recipe, updates),
         training,
         held_out,
-        RunFolder.create(Path(folder) / "run"),
+        RunFolder.create(Path(folder) / f"run{compile}"),
         {"model": "resnet20"},
         Progress(False, 1),
     )
@@ -156,7 +161,8 @@ def compare(batch: int, steps: int, rounds: int, clock: Callable[[], float]) -> 
     with tempfile.TemporaryDirectory() as folder:
         contestants = {
             "plain": plain_steps(images, data.train_labels, batch),
-            "resode": resode_steps(data, batch, precision, folder),
+            "resode": resode_steps(data, batch, precision, folder, compile=False),
+            "compiled": resode_steps(data, batch, precision, folder, compile=True),
             "bare": bare_steps(images, data.train_labels, batch, precision == "bf16"),
         }
         times: dict[str, list[float]] = {name: [] for name in contestants}
@@ -170,11 +176,19 @@ def compare(batch: int, steps: int, rounds: int, clock: Callable[[], float]) -> 
     print(f"precision that auto takes here: {precision}; {rounds} rounds of {steps} steps each")
     for name, seconds in times.items():
         show(name, [batch / s for s in seconds])
-    for one, other, bar in (("resode", "plain", 0.55), ("resode", "bare", 1.05), ("bare", "plain", None)):
+    ratios_of = (
+        ("resode", "plain", 0.55),
+        ("compiled", "plain", 0.55),
+        ("resode", "bare", 1.05),
+        ("bare", "plain", None),
+    )
+    for one, other, bar in ratios_of:
         ratios = sorted(a / b for a, b in zip(times[one], times[other], strict=True))
         low, high = statistics.quantiles(ratios, n=4)[::2] if len(ratios) > 1 else (ratios[0], ratios[0])
         aim = "" if bar is None else f"  aim: at most {bar}"
-        print(f"{one}/{other:<8}{statistics.median(ratios):6.3f}  (quartiles {low:.3f} to {high:.3f}){aim}")
+        print(
+            f"{one + '/' + other:<16}{statistics.median(ratios):6.3f}  (quartiles {low:.3f} to {high:.3f}){aim}"
+        )
 
 
 def show(name: str, rates: list[float]) -> None:
