@@ -14,8 +14,9 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,8 @@ from resode.training.progress import Progress
 from resode.training.recipe import make_recipe
 from resode.training.run import _batches
 from resode.training.task import ClassificationTask
+
+CPU = torch.device("cpu")
 
 
 class PlainBlock(nn.Module):
@@ -94,10 +97,25 @@ def plain_steps(images: Tensor, labels: Tensor, batch: int) -> Callable[[], None
 
 
 def bare_steps(
-    images: Tensor, labels: Tensor, batch: int, bf16: bool, ema: float = 0.0
+    images: Tensor,
+    labels: Tensor,
+    batch: int,
+    bf16: bool,
+    *,
+    compile: bool = False,
+    model: str = "resnet20",
+    options: Mapping[str, Any] | None = None,
 ) -> Callable[[], None]:
+    """The same network and kernels with images that are ready on its device, and nothing else."""
+    device = images.device
     torch.manual_seed(0)
-    network = build("resnet20").to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    network = build(model, **(options or {})).to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+
+    def loss_of(x: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy(network(x).float(), y, label_smoothing=0.1)
+
+    if compile:
+        loss_of = torch.compile(loss_of, mode="default" if device.type == "cpu" else "reduce-overhead")
     weights = list(network.parameters())
     groups = [
         {"params": [w for w in weights if w.ndim > 1], "weight_decay": 5e-4},
@@ -111,9 +129,8 @@ def bare_steps(
 
     def steps() -> None:
         for x, y in ready:
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                logits = network(x)
-            loss = cross_entropy(logits.float(), y, label_smoothing=0.1)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                loss = loss_of(x, y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -122,12 +139,19 @@ def bare_steps(
 
 
 def resode_steps(
-    data: ImageData, batch: int, precision: str, folder: str, compile: bool
+    data: ImageData,
+    batch: int,
+    precision: str,
+    folder: str,
+    *,
+    compile: bool,
+    model: str = "resnet20",
+    options: Mapping[str, Any] | None = None,
+    device: torch.device = CPU,
 ) -> Callable[[], None]:
     """An epoch's updates, by the loop that `resode train` runs."""
-    device = torch.device("cpu")
     torch.manual_seed(0)
-    network = build("resnet20")
+    network = build(model, **(options or {})).to(device)
     recipe = make_recipe(
         "fast", batch_size=batch, precision=precision, lr=0.01, epochs=10_000, compile=compile
     )
@@ -141,7 +165,7 @@ def resode_steps(
         training,
         held_out,
         RunFolder.create(Path(folder) / f"run{compile}"),
-        {"model": "resnet20"},
+        {"model": model},
         Progress(False, 1),
     )
 
@@ -154,8 +178,7 @@ def resode_steps(
 
 
 def compare(batch: int, steps: int, rounds: int, clock: Callable[[], float]) -> None:
-    device = torch.device("cpu")
-    precision = choose_precision(device)
+    precision = choose_precision(CPU)
     data = random_images(batch * steps)
     images = (data.train_images.float() / 255 - 0.5) / 0.25
     with tempfile.TemporaryDirectory() as folder:
