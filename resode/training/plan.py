@@ -91,6 +91,23 @@ class Plan:
                 "Leave them out, or start a new run."
             )
         _check_kinds(model, data)
+        names = {field.name for field in fields(Recipe)}
+        needed = ("model", "model_options", "data", "data_dir", "recipe", "record")
+        missing = [name for name in needed if name not in config]
+        unknown = [name for name in config if name not in {"format", *needed, *names}]
+        if missing or unknown or not isinstance(config["record"], dict):
+            raise RunError(
+                "config.yaml of this run does not hold the settings of one: "
+                + (
+                    f"no {', '.join(missing)}. "
+                    if missing
+                    else "record is no mapping. "
+                    if not unknown
+                    else ""
+                )
+                + (f"unknown {', '.join(unknown)}. " if unknown else "")
+                + "It was changed; put back what the run wrote, or train again."
+            )
         record = config["record"]
         for what, was_own, value in (
             ("model", record["own_model"], model),
@@ -102,7 +119,6 @@ class Plan:
                 )
             if not was_own and value is not None and value != config[what]:
                 raise ValueError(f"a resumed run keeps its {what}: it has {config[what]}, got {value}.")
-        names = {field.name for field in fields(Recipe)}
         return cls(
             config["model"] if model is None else model,
             dict(config["model_options"]),

@@ -499,6 +499,7 @@ def _finish(
         summary["best_test_accuracy"] = best["test_accuracy"]
     if recipe.eval_solver is not None:
         summary |= {"eval_solver": recipe.other_solver, "eval_accuracy": last["eval_accuracy"]}
+    folder.write_metrics(rows)  # as the checkpoint has them, whatever became of the file since
     folder.write_summary(summary)
     metrics = folder.read_metrics()
     from resode import plots
