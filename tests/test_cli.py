@@ -56,6 +56,9 @@ def columns(text: str) -> list[list[str]]:
         (["train", "--model", "odnet20"], ["odnet20", "odenet20", "resnet56"]),
         (["train", "--model", "nowhere:net"], ["package.module:function", "nowhere"]),
         (["train", "--model", "resode.networks:nothing"], ["package.module:function", "nothing"]),
+        (["train", "--model", ":nothing"], ["package.module:function", ":nothing"]),
+        (["train", "--model", "resode:networks"], ["package.module:function", "module"]),
+        (["train", "--data-dir", "images"], ["neither data_dir nor download, got data_dir images"]),
         (
             ["train", "--data", "cifra10"],
             ["no data set 'cifra10'", "Did you mean cifar10", "digits, cifar10"],
@@ -105,6 +108,8 @@ def test_wrong_usage_lists_what_is_right(arguments, words, tmp_path, monkeypatch
         (["train", "--run-dir", "RUN"], ["is never overwritten", "--resume"]),
         (["train", "--resume", "RUN", "--lr", "0.1"], ["keeps the settings", "lr"]),
         (["train", "--config", "RUN/config.yaml", "--recipe", "paper"], ["--recipe changes nothing"]),
+        (["train", "--config", "RUN/config.yaml", "--gamma", "0.5"], ["gamma belongs to the step schedule"]),
+        (["train", "--resume", "RUN", "--data-dir", "images"], ["neither data_dir nor download"]),
     ],
 )
 def test_wrong_usage_of_a_run(arguments, words, run):
@@ -226,6 +231,27 @@ def test_flags_win_over_the_file(tmp_path):
     (tmp_path / "mine.yaml").write_text("learning_rate: 0.1\n")
     wrong = resode("train", "--config", tmp_path / "mine.yaml")
     assert wrong.exit_code == 2 and "no setting 'learning_rate'" in wrong.output and "lr" in wrong.output
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "message"),
+    [
+        ("model: 3", 2, "model must be text, got 3"),
+        ("data: [digits]", 2, "data must be text, got ['digits']"),
+        ("recipe: 5", 2, "recipe must be text, got 5"),
+        ("data: cifar10\ndata_dir: 5", 2, "data_dir must be text, got 5"),
+        ('data: cifar10\ndownload: "no"', 2, "download must be true or false, got 'no'"),
+        ("device: [cpu]", 2, "device must be text, got ['cpu']"),
+        ("record: 5", 2, "record is what a run stores"),
+        ("format: 99", 1, "has format 99, and this resode reads format 1"),
+    ],
+)
+def test_a_file_of_other_kinds_is_refused(tmp_path, monkeypatch, text, code, message):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(text)
+    result = resode("train", "--config", "mine.yaml", "--updates", 1)
+    assert result.exit_code == code and message in result.output, result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
 
 
 def test_a_network_of_ones_own(tmp_path, monkeypatch):

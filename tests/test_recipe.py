@@ -172,6 +172,8 @@ def test_every_setting_is_documented():
         ({"gamma": 0.2}, r"gamma belongs to the step schedule and does nothing with onecycle, got gamma=0.2"),
         ({"milestones": [0.3]}, r"milestones belongs to the step schedule"),
         ({"schedule": "cosine", "rise": 0.1}, r"rise belongs to the onecycle schedule .* with cosine"),
+        ({"warmup_shape": "constant"}, r"warmup_shape belongs to a warm-up, .*'onecycle'.*got .*'constant'"),
+        ({"schedule": "step", "warmup_factor": 0.5}, r"warmup_factor belongs .*warmup_updates=0, got .*=0.5"),
     ],
 )
 def test_a_setting_of_another_schedule_is_refused(changes, message):
@@ -181,6 +183,8 @@ def test_a_setting_of_another_schedule_is_refused(changes, message):
     own = Recipe(schedule="cosine", rise=0.1, gamma=0.3)
     assert make_recipe("fast", **asdict(own)) == own
     assert make_recipe("paper", gamma=0.2).gamma == 0.2
+    assert make_recipe("fast", warmup_factor=0.5).warmup_factor == 0.5, "the rise starts there"
+    assert make_recipe("fast", schedule="step", warmup_updates=9, warmup_shape="constant").warmup_updates == 9
 
 
 def test_the_rate_scales_with_the_batch_where_asked():

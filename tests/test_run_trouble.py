@@ -18,10 +18,11 @@ from torch import nn
 
 from resode.blocks import ResidualStack
 from resode.networks import build
+from resode.training.compare import compare
 from resode.training.data import load_data
 from resode.training.divergence import find_overstep
 from resode.training.evaluate import evaluate, load, read_weights
-from resode.training.files import RunError, pack, unpack
+from resode.training.files import DamagedFile, RunError, pack, unpack
 from resode.training.folder import FolderTaken, RunFolder
 from resode.training.run import train
 
@@ -270,3 +271,31 @@ def test_what_a_killed_process_was_writing_is_cleared(tmp_path):
     (folder.path / ".mine").write_text("kept")
     with again.locked():
         assert {p.name for p in again.path.rglob("*") if p.is_file()} == {".lock", ".mine", "config.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "resumed", "message"),
+    [
+        ("metrics.csv", "epoch,test_accuracy\n1,0.5\n", None, "no column train_accuracy"),
+        ("metrics.csv", "\udcff", None, "no sound table"),
+        ("summary.json", "[1]", None, "it holds a list"),
+        ("config.yaml", "format: 1\nmodel: odenet8\n", "no model_options, data", "KeyError: 'record'"),
+        ("config.yaml", "CONFIGlrr: 3\n", "unknown lrr", None),
+    ],
+)
+def test_changed_files_are_named_and_those_written_again_heal(tmp_path, name, text, resumed, message):
+    """A resumed run writes metrics and summary from its checkpoint; its settings it cannot do without."""
+    options = {"model_options": {"width": 2}, "updates": 1, "progress": False}
+    train("odenet8", "digits", "smoke", run_dir=tmp_path / "run", **options)
+    file = tmp_path / "run" / name
+    was = file.read_text()
+    file.write_text(text.replace("CONFIG", was), errors="surrogateescape")
+    if message is not None:
+        with pytest.raises(DamagedFile, match=message):
+            compare([tmp_path / "run"])
+    if resumed is not None:
+        with pytest.raises(RunError, match=resumed):
+            train(resume=tmp_path / "run", progress=False)
+    else:
+        train(resume=tmp_path / "run", progress=False)
+        assert compare([tmp_path / "run"]).rows[0].epoch == 1

@@ -5,18 +5,21 @@ from __future__ import annotations
 import csv
 import errno
 import json
+import math
 import os
 import pickle
 import signal
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from resode.blocks import ResidualStack
+from resode.blocks import ODEBlock, ResidualStack
 from resode.networks import build
 from resode.training import files
 from resode.training.data import Batches, ImageData, load_data
@@ -25,7 +28,8 @@ from resode.training.evaluate import evaluate as evaluate_run
 from resode.training.files import DamagedFile, RunError, pack, read_yaml, unpack, write_atomically
 from resode.training.folder import FolderTaken, NoSuchRun, RunFolder
 from resode.training.loop import Interrupted, interruption
-from resode.training.plan import choose_device, choose_precision, resolve
+from resode.training.monitor import StepLimits
+from resode.training.plan import Plan, choose_device, choose_precision, resolve
 from resode.training.recipe import RECIPES, make_recipe
 from resode.training.run import train
 from resode.training.stages import stage_limits
@@ -475,7 +479,10 @@ def test_weights_that_overflow_in_the_last_update_are_no_checkpoint(tmp_path):
     [
         ({"batch_size": 2000}, "batch_size 2000, .* has 1437 training images"),
         ({"batch_size": 64, "validation": 1400}, "has 37 training images after 1400 were held out"),
-        ({"validation": 1437}, "0 training images"),
+        ({"validation": 1437}, "0 training images .* Hold out fewer"),
+        ({"crop_padding": 8}, "crop_padding must be less than the image's side.* got 8, images of 8×8"),
+        ({"data_dir": "images"}, "neither data_dir nor download, got data_dir images"),
+        ({"download": True}, "neither data_dir nor download, got download"),
         (
             {"updates": 5, "schedule": "cosine", "warmup_updates": 5},
             "warmup_updates 5, the run has 5 updates",
@@ -492,6 +499,93 @@ def test_settings_that_contradict_the_data_leave_no_folder(tmp_path, settings, m
 def test_a_network_with_too_few_outputs_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"logits \(2, 10\), got \(2, 7\)"):
         tiny_run(tmp_path / "run", classes=7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"model": 5}, TypeError, "model must be a name, a network or a function .* got 5"),
+        ({"data": 5}, TypeError, "data must be digits, cifar10 or an ImageData, got 5"),
+        ({"recipe": 5}, TypeError, "recipe must be paper, .* or a Recipe, got 5"),
+        ({"device": ["cpu"]}, TypeError, r"device must be auto, .* got \['cpu'\]"),
+        ({"model_options": {"depth": 3}}, TypeError, "Tiny must make a network .* got depth: .*unexpected"),
+        ({"model": lambda: Tiny().double()}, ValueError, "takes float32 images .* fails with them"),
+        ({"model": lambda: Tiny().requires_grad_(False)}, ValueError, "nothing to train: .*lambda"),
+        (
+            {"model": "odenet8", "model_options": {"solver": "dopri5"}, "compile": True},
+            ValueError,
+            "compile needs solvers of fixed steps, got dopri5",
+        ),
+        (
+            {"model": lambda: nn.Sequential(ODEBlock(lambda t, x: -x), Tiny()), "compile": True},
+            ValueError,
+            "compile needs solvers of fixed steps, got dopri5",
+        ),
+        ({"callbacks": [StepLimits()]}, ValueError, "step limits belong to blocks .* this network has no"),
+    ],
+)
+def test_arguments_of_another_kind_leave_no_folder(tmp_path, arguments, error, message):
+    with pytest.raises(error, match=message):
+        train(**{"model": Tiny, "data": "digits", "recipe": "smoke", "updates": 1, "progress": False,
+                 "run_dir": tmp_path / "run", **arguments})  # fmt: skip
+    assert not (tmp_path / "run").exists()
+
+
+def test_ones_own_data_may_hold_arrays_and_a_single_test_image(tmp_path, digits):
+    """A run's files hold plain numbers: an array once failed in JSON, after the first epoch."""
+    mine = replace(
+        digits,
+        name="a/b",
+        test_images=digits.test_images[:1],
+        test_labels=digits.test_labels[:1],
+        classes=np.array(digits.classes),
+        mean=np.float32(digits.mean),
+        std=torch.tensor(digits.std),
+    )
+    assert mine.classes == digits.classes and mine.mean == pytest.approx(digits.mean, rel=1e-7)
+    run = train(Tiny, mine, "smoke", updates=1, run_dir=tmp_path / "run", progress=False)
+    assert run.summary["test_accuracy"] in (0.0, 1.0)
+    plan = Plan.new(Tiny, mine, None, None, None, {})
+    assert plan.default_run_dir().parent == Path("runs") and "-a-b-" in plan.default_run_dir().name
+    for name, value in (("mean", (math.nan,)), ("std", (math.inf,))):
+        with pytest.raises(ValueError, match=f"{name} must be finite"):
+            replace(digits, **{name: value})
+    for name, value in (("title", None), ("mean", 0.5)):
+        with pytest.raises(TypeError, match=f"{name} must be"):
+            replace(digits, **{name: value})
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_compiler_that_fails_or_is_stopped_says_so(tmp_path, monkeypatch, stop):
+    """Ctrl-C and `timeout` reach the compiler's processes too, so that a stop looks like its failure."""
+
+    def compiled(function, **options):
+        def call(*batch):
+            if stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+            raise CompilerError("CppCompileError: no g++\nand its whole output")
+
+        return call
+
+    CompilerError = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})
+    monkeypatch.setattr(torch, "compile", compiled)
+    with pytest.raises(Interrupted if stop else RunError) as error:
+        tiny_run(tmp_path / "run", compile=True)
+    said = (
+        "by SIGTERM while update 1 of 44 was compiled" if stop else "(CppCompileError: no g++). Train without"
+    )
+    assert said in str(error.value) and "whole output" not in str(error.value)
+    monkeypatch.undo()
+
+
+def test_a_short_run_has_a_record_of_its_step_limits(tmp_path):
+    watch = StepLimits()
+    watch.share = 1e-9
+    settings = {"model_options": {"width": 2}, "updates": 2, "progress": False}
+    train("odenet8", "digits", "smoke", run_dir=tmp_path / "run", callbacks=[watch], **settings)
+    assert {record.update for record in watch.records} == {2}
+    assert (tmp_path / "run" / "figures" / "step_limits.png").exists()
+    assert (tmp_path / "run" / "step_limits.csv").exists()
 
 
 def test_wrong_names_come_before_the_data(tmp_path, monkeypatch):

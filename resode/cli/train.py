@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from resode.cli.terminal import command, flag, separated
-from resode.training.recipe import PRECISIONS, RECIPES, SCHEDULES, WARMUPS, Recipe, did_you_mean
+from resode.training.recipe import PRECISIONS, RECIPES, SCHEDULES, WARMUPS, Recipe, did_you_mean, make_recipe
 
 _MODEL, _RUN, _RECIPE = "Network and data", "Run", "Recipe: any of its settings"
 
@@ -133,20 +133,31 @@ def _settings(flags: dict[str, Any], options: dict[str, Any], config: Path | Non
 
 
 _STORED = ["model", "model_options", "solver", "substeps", "data", "data_dir", "download", "device", "recipe"]
+_KINDS = {"model": str, "data": str, "data_dir": str, "download": bool, "device": str, "recipe": str}
 _STORED += [field.name for field in fields(Recipe)]
 
 
 def _read(config: Path, flags: dict[str, Any]) -> dict[str, Any]:
     """The settings in a file: a few of one's own, or all of a run's config.yaml."""
     from resode.training.files import read_yaml
+    from resode.training.folder import check_format
 
     stored = read_yaml(config)
-    stored.pop("format", None)
+    if "format" in stored:
+        check_format(config, stored.pop("format"))
     record = stored.pop("record", None)
+    if not isinstance(record, dict | None):
+        raise ValueError(f"{config}: record is what a run stores about itself, got {record!r}. Leave it out.")
     for name in stored:
         if name not in _STORED:
             close = did_you_mean(name, _STORED)
             raise ValueError(f"{config}: no setting {name!r}.{close} Valid: {', '.join(_STORED)}.")
+    for name, kind in _KINDS.items():
+        if stored.get(name) is None:
+            stored.pop(name, None)
+        elif not isinstance(stored[name], kind):
+            wanted = "true or false" if kind is bool else "text"
+            raise ValueError(f"{config}: {name} must be {wanted}, got {stored[name]!r}.")
     if record:
         recipe = stored.pop("recipe", None)  # where the run started from; every setting stands beside it
         if recipe in RECIPES:
@@ -161,6 +172,9 @@ def _read(config: Path, flags: dict[str, Any]) -> dict[str, Any]:
             )
         if record.get("own_data"):
             raise ValueError(f"{config} is of a data set of your own. Train on it with resode.train.")
+        names = {field.name for field in fields(Recipe)}
+        before = Recipe(**{name: value for name, value in stored.items() if name in names})
+        make_recipe(before, **{name: value for name, value in flags.items() if name in names})
     options = stored.setdefault("model_options", {})
     if not isinstance(options, dict):
         raise ValueError(f"{config}: model_options must be `name: value` lines, got {options!r}.")
@@ -175,11 +189,16 @@ def own_model(name: str | None) -> Any:
     place, _, function = name.partition(":")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        return getattr(import_module(place), function)
-    except (ImportError, AttributeError) as error:
+        found = getattr(import_module(place), function)
+    except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"--model package.module:function must name a function, got {name}: {error}."
         ) from error
+    if not callable(found):
+        raise ValueError(
+            f"--model package.module:function must name a function, got {name}: {type(found).__name__}."
+        )
+    return found
 
 
 def _model_options(pairs: list[str] | None, solver: str | None, substeps: int | None) -> dict[str, Any]:

@@ -71,6 +71,20 @@ class ImageData:
     flip: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("name", "title"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name} must be text, got {getattr(self, name)!r}.")
+        # Plain numbers and tuples, also of arrays and tensors: a run's files hold them.
+        for name in ("classes", "mean", "std"):
+            given = getattr(self, name)
+            values = given.tolist() if hasattr(given, "tolist") else given
+            if not isinstance(values, list | tuple):
+                raise TypeError(f"{name} must be a sequence, got {given!r} ({type(given).__name__}).")
+            if name != "classes":
+                values = [float(value) for value in values]
+                if not np.isfinite(values).all():
+                    raise ValueError(f"{name} must be finite in every channel, got {tuple(values)}.")
+            object.__setattr__(self, name, tuple(values))
         for split in ("train", "test"):
             images, labels = getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
             _check_images(images, labels, self.mean, self.std, f"{split} ")

@@ -48,6 +48,10 @@ _UNFINISHED = re.compile(r"\.[\w-]+\.(yaml|csv|json|safetensors)\.\w{8}|\.[\w-]+
 """Names of files that were being written when their process was killed; see `resode.training.files`."""
 
 
+_MEASURED = ("epoch", "train_accuracy", "test_accuracy", "images_per_second", "nfe", "seconds")
+"""Columns that every metrics.csv has."""
+
+
 class NoSuchRun(RunError):
     """There is no run folder or weights file where one was named.
 
@@ -235,11 +239,13 @@ class RunFolder:
 
     def read_metrics(self) -> dict[str, list[float]]:
         """The stored columns; an empty cell is NaN."""
-        with (self.path / "metrics.csv").open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
         try:
+            with (self.path / "metrics.csv").open(newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+            if rows and (missing := [name for name in _MEASURED if name not in rows[0]]):
+                raise ValueError(f"it has no column {', '.join(missing)}")
             return {name: [float(row[name] or "nan") for row in rows] for name in (rows[0] if rows else [])}
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, csv.Error) as error:
             raise DamagedFile(
                 f"{self.path / 'metrics.csv'} is no sound table of numbers: {error}."
             ) from error
@@ -256,7 +262,10 @@ class RunFolder:
         """The run's figures, or None while it has not finished."""
         path = self.path / "summary.json"
         try:
-            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+            summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+            if not isinstance(summary, dict | None):
+                raise ValueError(f"it holds a {type(summary).__name__}")
+            return summary
         except ValueError as error:
             raise DamagedFile(f"{path} is no sound JSON file: {error}.") from error
 

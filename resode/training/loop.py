@@ -56,6 +56,21 @@ class Interrupted(KeyboardInterrupt):
         self.signum = signum
 
 
+class CompilerFailed(RunError):
+    """torch.compile could not compile an update.
+
+    Args:
+        error: what it raised; its first line is told.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        super().__init__(
+            f"the update could not be compiled ({first}). Train without compiling (--no-compile, "
+            "compile=False); --debug shows what the compiler said."
+        )
+
+
 class TrainingLoop:
     """A run's state, from its first update to its last.
 
@@ -173,7 +188,12 @@ class TrainingLoop:
         done_before, seconds_before = self.index, self.epoch_seconds
         begun = looked = time.perf_counter()
         for batch in islice(self.batches, self.index, self.steps):
-            self._update(batch)
+            try:
+                self._update(batch)
+            except CompilerFailed as error:
+                if asked:  # Ctrl-C and `timeout` reach the compiler's processes too
+                    raise self._stopped_compiling(asked[0]) from error
+                raise
             now = time.perf_counter()
             self.epoch_seconds = seconds_before + now - begun
             stop, look = self.processes.agreed(asked[0] if asked else 0, now - looked > LOOK_EVERY)
@@ -191,7 +211,8 @@ class TrainingLoop:
     def _update(self, batch: tuple[Tensor, Tensor]) -> None:
         """One update of the weights."""
         with losing() if self.processes.size > 1 else nullcontext():
-            self._step(batch)
+            with _compiling() if self.recipe.compile else nullcontext():
+                self._step(batch)
         self.index += 1
         for callback in self.callbacks:
             callback.after_update(self)
@@ -363,6 +384,14 @@ class TrainingLoop:
             signum,
         )
 
+    def _stopped_compiling(self, signum: int) -> Interrupted:
+        """Half an update may have been computed, so nothing is saved: the last checkpoint stands."""
+        return Interrupted(
+            f"stopped by {signal.Signals(signum).name} while update {self.update + 1} of {self.total} was "
+            f"compiled; the last checkpoint is kept. Go on with: resode train --resume {self.folder.path}",
+            signum,
+        )
+
     def save(self) -> None:
         """Write a checkpoint: weights, momentum, random states, counters and metrics."""
         tensors = self._tensors()
@@ -472,6 +501,17 @@ class _Torchrun(TorchElasticEnvironment):
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
         """`Processes.found` has."""
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Says of the compiler's errors that they are the compiler's."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise CompilerFailed(error) from error
+        raise
 
 
 @contextmanager

@@ -116,6 +116,12 @@ class StepLimits:
         self.costs: list[float] = []  # seconds a record
         self._begun: float | None = None
 
+    def check(self, network: nn.Module, images: Tensor) -> None:
+        """That there are blocks to watch, before anything is trained; a ValueError where there are none."""
+        images = images if self.images is None else self.images
+        with torch.random.fork_rng([images.device] if images.device.type == "cuda" else []):
+            stage_states(network, images[: self.samples])
+
     def after_update(self, loop: Any) -> None:
         """Record, where it is time to."""
         now = time.perf_counter()
@@ -136,7 +142,10 @@ class StepLimits:
     def after_run(self, loop: Any) -> None:
         """Draw the figure into the run folder, beside step_limits.csv."""
         if not self.records:
-            return
+            if self.images is None:  # nothing was left to train
+                return
+            self.record(loop.network, loop.update)  # a short run shall have one record at least
+            loop.folder.write(FILE, self.to_csv())
         from resode import plots
 
         with replacing(loop.folder.figures / "step_limits.png") as path:

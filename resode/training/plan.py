@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -50,6 +51,7 @@ class Plan:
         """What the arguments of `train` ask for."""
         model = "odenet20" if model is None else model
         data = "digits" if data is None else data
+        _check_kinds(model, data)
         if isinstance(data, str):
             check_data_name(data)
         if recipe is None:
@@ -88,6 +90,24 @@ class Plan:
                 f"a resumed run keeps the settings it was started with, got {', '.join(changed)}. "
                 "Leave them out, or start a new run."
             )
+        _check_kinds(model, data)
+        names = {field.name for field in fields(Recipe)}
+        needed = ("model", "model_options", "data", "data_dir", "recipe", "record")
+        missing = [name for name in needed if name not in config]
+        unknown = [name for name in config if name not in {"format", *needed, *names}]
+        if missing or unknown or not isinstance(config["record"], dict):
+            raise RunError(
+                "config.yaml of this run does not hold the settings of one: "
+                + (
+                    f"no {', '.join(missing)}. "
+                    if missing
+                    else "record is no mapping. "
+                    if not unknown
+                    else ""
+                )
+                + (f"unknown {', '.join(unknown)}. " if unknown else "")
+                + "It was changed; put back what the run wrote, or train again."
+            )
         record = config["record"]
         for what, was_own, value in (
             ("model", record["own_model"], model),
@@ -99,7 +119,6 @@ class Plan:
                 )
             if not was_own and value is not None and value != config[what]:
                 raise ValueError(f"a resumed run keeps its {what}: it has {config[what]}, got {value}.")
-        names = {field.name for field in fields(Recipe)}
         return cls(
             config["model"] if model is None else model,
             dict(config["model_options"]),
@@ -118,7 +137,8 @@ class Plan:
     def default_run_dir(self) -> Path:
         """runs/<model>-<data>-<time>."""
         model = model_name(self.model).replace(":", ".")
-        return Path("runs") / f"{model}-{self.data_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        data = re.sub(r"[^\w.-]", "-", self.data_name)
+        return Path("runs") / f"{model}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def resolve(recipe: Recipe, data: ImageData, network: nn.Module, device: torch.device) -> Recipe:
@@ -136,6 +156,30 @@ def resolve(recipe: Recipe, data: ImageData, network: nn.Module, device: torch.d
     )
 
 
+def _check_kinds(model: Any, data: Any) -> None:
+    """A TypeError for a model or data set of another kind; None is what a resumed run leaves out."""
+    if not (model is None or isinstance(model, str | nn.Module) or callable(model)):
+        raise TypeError(
+            "model must be a name, a network or a function that makes one, got "
+            f"{model!r} ({type(model).__name__})."
+        )
+    if not (data is None or isinstance(data, str | ImageData)):
+        raise TypeError(
+            f"data must be {', '.join(DATASETS)} or an ImageData, got {data!r} ({type(data).__name__})."
+        )
+
+
+def check_data_place(data: str | ImageData, data_dir: str | Path | None, download: bool) -> None:
+    """A ValueError where a place is named for data that have none."""
+    if data == "cifar10" or not (data_dir or download):
+        return
+    what = "digits come with scikit-learn" if data == "digits" else "an ImageData is in memory"
+    raise ValueError(
+        f"{what}, so it takes neither data_dir nor download, got "
+        f"{f'data_dir {data_dir}' if data_dir else 'download'}. Leave it out, or ask for 'cifar10'."
+    )
+
+
 def check_data_name(name: str) -> None:
     """A ValueError unless a data set is called so."""
     if name not in DATASETS:
@@ -145,6 +189,8 @@ def check_data_name(name: str) -> None:
 def choose_device(name: str) -> torch.device:
     """The device called so; "auto" is a GPU where there is one."""
     valid = "auto, cpu, cuda, cuda:<number> or mps"
+    if not isinstance(name, str | torch.device):
+        raise TypeError(f"device must be {valid}, got {name!r} ({type(name).__name__}).")
     if name == "auto":
         found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         return torch.device(found)
@@ -190,7 +236,13 @@ def make_network(model: Model, options: Mapping[str, Any] | None = None) -> nn.M
                 f"a finished network takes no options, got {', '.join(options)}. Pass its constructor."
             )
         return model
-    network = model(**(options or {}))
+    try:
+        network = model(**(options or {}))
+    except TypeError as error:
+        raise TypeError(
+            f"{model_name(model)} must make a network when it is called with its options, got "
+            f"{', '.join(options or {}) or 'none'}: {error}."
+        ) from error
     if not isinstance(network, nn.Module):
         raise TypeError(f"{model_name(model)} must return a torch.nn.Module, got {type(network).__name__}.")
     return network

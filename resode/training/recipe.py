@@ -332,6 +332,10 @@ def make_recipe(base: str | Recipe = "fast", **changes: Any) -> Recipe:
         Traceback (most recent call last):
         ValueError: a recipe has no setting 'epoch'. Did you mean epochs? Valid: epochs, updates, ...
     """
+    if not isinstance(base, str | Recipe):
+        raise TypeError(
+            f"recipe must be {', '.join(RECIPES)} or a Recipe, got {base!r} ({type(base).__name__})."
+        )
     if isinstance(base, str):
         if base not in RECIPES:
             raise ValueError(
@@ -354,5 +358,14 @@ def make_recipe(base: str | Recipe = "fast", **changes: Any) -> Recipe:
                 raise ValueError(
                     f"{name} belongs to the {schedule} schedule and does nothing with {recipe.schedule}, got "
                     f"{name}={changes[name]}. Leave it out, or take schedule={schedule!r}."
+                )
+        for name in ("warmup_factor", "warmup_shape"):
+            unused = recipe.warmup_updates == 0 and recipe.schedule != "onecycle"
+            unused |= name == "warmup_shape" and recipe.schedule == "onecycle"
+            if unused and getattr(recipe, name) != getattr(base, name):
+                raise ValueError(
+                    f"{name} belongs to a warm-up, and this recipe has none: schedule={recipe.schedule!r}, "
+                    f"warmup_updates={recipe.warmup_updates}, got {name}={changes[name]!r}. Leave it out, or "
+                    "set warmup_updates with another schedule than onecycle."
                 )
     return recipe

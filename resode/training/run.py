@@ -11,15 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resode.solve import SolverError
+from resode.tableaus import get_tableau
 from resode.training.data import Batches, ImageData, load_data
-from resode.training.evaluate import EVALUATION_BATCH, evaluate, load, other_solver
+from resode.training.evaluate import EVALUATION_BATCH, evaluate, load, other_solver, solving_modules
 from resode.training.files import RunError, replacing
 from resode.training.folder import RunFolder
 from resode.training.memory import forget_peak, peak_memory
-from resode.training.monitor import Callback
+from resode.training.monitor import Callback, StepLimits
 from resode.training.plan import (
     Model,
     Plan,
+    check_data_place,
     choose_device,
     count_parameters,
     make_config,
@@ -120,10 +123,12 @@ def train(
             config = processes.from_first(lambda: RunFolder.open(resume).read_config())
             with processes.together():
                 plan = Plan.stored(config, model, data, data_dir, given)
+                check_data_place(plan.data, data_dir, download)
                 _check_same_penalty((plan.record or {}).get("penalty"), _penalty_name(penalty))
         else:
             with processes.together():
                 plan = Plan.new(model, data, recipe, model_options, data_dir, settings)
+                check_data_place(plan.data, data_dir, download)
             folder = processes.from_first(lambda: RunFolder.create(run_dir or plan.default_run_dir()))
         with ExitStack() as held:
             processes.from_first(lambda: held.enter_context(folder.locked()))
@@ -163,6 +168,11 @@ def _train(
             if recipe.channels_last:
                 network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             _check_output(network, data, device)
+            if not count_parameters(network):
+                raise ValueError(
+                    f"there is nothing to train: {model_name(plan.model)} has no parameter that requires a "
+                    "gradient. Give it one, or call requires_grad_() on those to train."
+                )
             training, held_out = _batches(data, recipe, device, processes)
             updates = recipe.length(len(training))
             if (recipe.warmup_updates or 0) >= updates:
@@ -171,6 +181,9 @@ def _train(
                     f"the run has {updates} updates. Train longer or warm up less."
                 )
             _check_stacks(network, recipe, data, device, -(-updates // len(training)))
+            for callback in callbacks:
+                if isinstance(callback, StepLimits):
+                    callback.check(network, next(iter(held_out["test"]))[0])
             restore_norms = _synchronised(network, recipe, device, processes)
         if processes.rank:  # its own dropout; the weights are the first one's
             torch.manual_seed(recipe.seed + processes.rank)
@@ -307,7 +320,13 @@ def _batches(
             f"a batch cannot be larger than the data: batch_size {recipe.batch_size}, {data.title} has "
             f"{len(labels)} training images"
             + (f" after {recipe.validation} were held out." if recipe.validation else ".")
-            + " Take a smaller batch_size."
+            + (" Take a smaller batch_size." if len(labels) else " Hold out fewer (validation).")
+        )
+    height, width = images.shape[2:]
+    if (recipe.crop_padding or 0) >= min(height, width):
+        raise ValueError(
+            "crop_padding must be less than the image's side, or nothing of it may be left: got "
+            f"{recipe.crop_padding}, images of {height}×{width} pixels. An eighth of the side is usual."
         )
     training = Batches(
         images,
@@ -328,8 +347,8 @@ def _batches(
 def _check_output(network: nn.Module, data: ImageData, device: torch.device) -> None:
     """The network must turn two images into two rows of logits."""
     probe = Batches(
-        data.test_images[:2],
-        data.test_labels[:2],
+        data.test_images[[0, -1]],
+        data.test_labels[[0, -1]],
         2,
         mean=data.mean,
         std=data.std,
@@ -338,8 +357,16 @@ def _check_output(network: nn.Module, data: ImageData, device: torch.device) -> 
     )
     images = next(iter(probe))[0]
     network.eval()
-    with torch.no_grad():
-        logits = network(images)
+    try:
+        with torch.no_grad():
+            logits = network(images)
+    except (SolverError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"a classifier of {data.title} takes float32 images {tuple(images.shape)}, and this network "
+            f"fails with them: {type(error).__name__}: {error}"
+        ) from error
     network.train()
     if not isinstance(logits, torch.Tensor) or logits.shape != (2, len(data.classes)):
         got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
@@ -353,6 +380,14 @@ def _check_stacks(
     network: nn.Module, recipe: Recipe, data: ImageData, device: torch.device, epochs: int
 ) -> None:
     """What the recipe asks of the network's stacks must be possible, before anything is trained."""
+    if recipe.compile:
+        # Each stop of its loop ends a graph: odenet8 of width 4 was not through its first update in 240 s.
+        free = [m.solver for m in solving_modules(network) if getattr(m, "n_steps", None) is None]
+        if adaptive := [solver for solver in free if get_tableau(solver).adaptive]:
+            raise ValueError(
+                f"compile needs solvers of fixed steps, got {adaptive[0]}, which chooses its steps as it "
+                "goes: the compiler would take many minutes. Leave compile out, or take a solver such as rk4."
+            )
     if recipe.refine_at:
         refinable(network)
         if recipe.refine_at[-1] > epochs:
@@ -464,6 +499,7 @@ def _finish(
         summary["best_test_accuracy"] = best["test_accuracy"]
     if recipe.eval_solver is not None:
         summary |= {"eval_solver": recipe.other_solver, "eval_accuracy": last["eval_accuracy"]}
+    folder.write_metrics(rows)  # as the checkpoint has them, whatever became of the file since
     folder.write_summary(summary)
     metrics = folder.read_metrics()
     from resode import plots
