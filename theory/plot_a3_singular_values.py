@@ -138,7 +138,8 @@ for sign in (1, -1):
 right.plot([a, a], nilpotent.singular_values[0], "o", label="measured")
 right.axhline(1, ls="--", color="tab:red", label="what ρ = 0 would allow")
 right.set(yscale="log", xlabel="a", ylabel="singular values", title="W = [[0, a], [0, 0]], ρ(W) = 0")
-right.legend(loc="lower left")
+right.set_ylim(0.07, 60)
+right.legend(loc="upper left")
 
 # %%
 # Verdict

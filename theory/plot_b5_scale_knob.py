@@ -37,8 +37,8 @@ torch.set_default_dtype(torch.float64)
 torch.manual_seed(0)
 
 # %%
-# A symmetric field
-# -----------------
+# Prediction and measurement: a symmetric field
+# ---------------------------------------------
 # F(x) = Ax with eigenvalues -1 and -5, six blocks, and a loss whose gradient is (1, 1) at the end. By hand
 # the gradient before block l is :math:`(1 + \alpha\lambda_i)^{L-l}` in each eigenvector.
 eigenvalues = torch.tensor([-1.0, -5.0])
@@ -139,7 +139,7 @@ right.plot(range(1, 13), found.slope, "x", label="vᵀF")
 right.set(title="slope of the loss in a block's α", xlabel="block")
 for axis in (left, middle, right):
     axis.axhline(0, color="gray", lw=0.5)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="lower left" if axis is middle else "best")
 
 # %%
 # Verdict

@@ -187,7 +187,7 @@ axes[2].plot(
 axes[2].axhline(1, color="#009E73", linewidth=0.7)
 axes[2].set(xlabel="update", ylim=(0, 2), title=f"The network itself, trained at η = {rate:g}")
 for ax in axes:
-    ax.legend()
+    ax.legend(fontsize=8, loc="upper right" if ax is axes[2] else "upper left")
 
 # %%
 # **Verdict.** On a quadratic along an eigenvector all is closed form; the tolerances are rounding and that of
