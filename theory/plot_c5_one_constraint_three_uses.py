@@ -176,6 +176,7 @@ for c, colour in ((0.99, "#0072B2"), (1.01, "#D55E00")):
     ):
         axes[0].semilogy(path, style, color=colour, label=f"η = {c:g}·2/8, {use}")
     axes[1].semilogy(sides[c][0], color=colour, label=f"η = {c:g}·2/λ_max")
+axes[0].margins(y=0.4)  # room for the legend
 axes[0].set(xlabel="step", ylabel="‖x‖", title="A quadratic: three uses, one path")
 axes[1].set(
     xlabel="update", ylabel="deviation, steepest direction", title="Quadratic model of a trained network"
