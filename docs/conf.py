@@ -83,6 +83,7 @@ linkcheck_timeout = 20
 
 
 def setup(app):
-    """The two hooks of this site."""
+    """The hooks of this site."""
     app.connect("autodoc-process-docstring", docstrings.escape, priority=100)  # before napoleon
+    app.connect("doctree-read", docstrings.alias)
     app.connect("builder-inited", tables.write, priority=900)  # after the gallery has run

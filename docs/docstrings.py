@@ -6,6 +6,8 @@ backticks and doctests these characters are escaped.
 
 import re
 
+from sphinx import addnodes
+
 _CODE = re.compile(r"(`+[^`]+`+)")
 _MARKUP = re.compile(r"[|*\\]|(?<=\w)_(?!\w)")
 
@@ -19,3 +21,15 @@ def escape(app, what, name, obj, options, lines):
             parts = _CODE.split(line)
             parts[::2] = [_MARKUP.sub(r"\\\g<0>", part) for part in parts[::2]]
             lines[number] = "".join(parts)
+
+
+def alias(app, doctree):
+    """Adds the anchor `resode.X` where X is documented under a longer path.
+
+    The ways back from viewcode's listings take one prefix for a whole module, that of any name in it.
+    """
+    for signature in doctree.findall(addnodes.desc_signature):
+        anchor = f"resode.{signature.get('fullname')}"
+        if signature.get("fullname") and anchor not in doctree.ids:
+            signature["ids"].append(anchor)
+            doctree.ids[anchor] = signature

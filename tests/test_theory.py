@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,25 @@ def test_every_claim_has_a_page():
 
 @pytest.mark.parametrize("claim", CLAIMS)
 def test_the_claim_holds(claim):
-    result, _ = command.run(command.PAGES[claim], show=False)
+    result, _, _ = command.run(command.PAGES[claim], show=False)
     assert result == "holds"
     assert len(verdict.LINES) >= 3
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_a_page_has_its_parts(claim):
+    """Said before anything runs: the claim and its limits; then predicted, measured, drawn and compared."""
+    text = command.PAGES[claim].read_text()
+    said, body = text.split('"""', 2)[1:]
+    assert re.search(rf"^{claim} · .+\n=+$", said, flags=re.M)
+    for part in ("Claim", "Assumptions", "Not claimed", "Source"):
+        assert said.count(f"**{part}.**") == 1, part
+    assert "picture" in said
+    for part in ("Prediction", "Measurement", "Figure", "Verdict")[2 * (claim == "B7") :]:
+        heading = rf"^# (?:\*\*{part}\b|.*\b{part}\b.*\n# -+$)"
+        assert re.search(heading, body, flags=re.M | re.I), part
+    comments = "".join(re.findall(r"^#.*\n", body, flags=re.M))
+    assert not re.search(r"\\\\[a-zA-Z]", comments), "a backslash is written once in a comment's formula"
 
 
 def page(folder: Path, body: str) -> Path:
@@ -73,3 +90,29 @@ def test_an_unknown_claim_lists_the_known(capsys):
     assert end.value.code == 2
     said = capsys.readouterr().err
     assert "no claim 'Z9'" in said and all(claim in said for claim in CLAIMS)
+
+
+def test_a_claim_is_named_by_its_page_too():
+    assert command.chosen(["c3", "plot_c3_eta_lambda", "theory/plot_a1_gradient_highway.py"]) == ["C3", "A1"]
+    assert command.chosen([]) == CLAIMS
+
+
+def test_all_unknown_names_are_told_at_once(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["A1", "Z9", "gradient"])
+    assert "no claim 'Z9', 'gradient'. Valid: A1 (plot_a1_gradient_highway), A2" in capsys.readouterr().err
+
+
+def test_a_table_that_cannot_be_written_is_told_before_pages_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "PAGES", {"Z1": page(tmp_path, "1 / 0")})
+    for path in (tmp_path / "nowhere" / "claims.csv", tmp_path):
+        assert command.main(["--csv", str(path)]) == 2
+        said = capsys.readouterr()
+        assert f"--csv {path}: " in said.err and "ZeroDivisionError" not in said.err and not said.out
+
+
+def test_what_a_page_has_no_results_for_is_told_with_the_commands(tmp_path, monkeypatch, capsys):
+    body = "print('curves: not measured. Do:\\n  resode train\\n  collect\\nelse')\nagree('x', 1.0, 1.0)"
+    monkeypatch.setattr(command, "PAGES", {"Z1": page(tmp_path, body)})
+    assert command.main([]) == 0
+    assert capsys.readouterr().err == "Z1: curves: not measured. Do:\n  resode train\n  collect\n"

@@ -1,6 +1,7 @@
 """Run the claims' pages and print one table: `python -m theory [ID …]`; RESODE_FAST=1 takes their small size.
 
-Exit codes: 0 where every claim holds, 1 where one does not, 2 for a name that no page has.
+Exit codes: 0 where every claim holds, 1 where one does not, 2 for a name that no page has or a table that
+cannot be written. What a page has no stored results for, it says with the commands that make them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import csv
 import io
 import os
+import re
 import runpy
 import sys
 import time
@@ -28,9 +30,12 @@ from theory.table import COLUMNS, rows
 PAGES = {path.stem.split("_")[1].upper(): path for path in sorted(Path(__file__).parent.glob("plot_*_*.py"))}
 """Claim to page: A1 … C8."""
 
+NOT_MEASURED = re.compile(r"^.*not measured.*(?:\n  .*)*", flags=re.M)
+"""How a page prints what it has no stored results for: a line that says so, commands indented below."""
 
-def run(path: Path, show: bool) -> tuple[str, float]:
-    """Runs a page: "holds" or what went wrong, and its seconds; its figures are closed again."""
+
+def run(path: Path, show: bool) -> tuple[str, float, list[str]]:
+    """Runs a page: "holds" or what went wrong, its seconds, and what was not measured; closes figures."""
     import matplotlib.pyplot as plt
 
     verdict.LINES.clear()
@@ -48,17 +53,30 @@ def run(path: Path, show: bool) -> tuple[str, float]:
     finally:
         plt.close("all")
         torch.set_default_dtype(dtype)
-    return result, time.perf_counter() - begun
+    return result, time.perf_counter() - begun, NOT_MEASURED.findall(said.getvalue())
 
 
 def chosen(names: list[str]) -> list[str]:
-    """The claims called so; all of them where none is named."""
-    for name in names:
-        if name.upper() not in PAGES:
-            valid = ", ".join(f"{claim} ({path.stem})" for claim, path in PAGES.items())
-            print(f"error: no claim {name!r}. Valid: {valid}.", file=sys.stderr)
-            raise SystemExit(2)
-    return [name.upper() for name in names] or list(PAGES)
+    """The claims called so, by their id or their page's name; all of them where none is named."""
+    known = {path.stem.upper(): claim for claim, path in PAGES.items()} | {claim: claim for claim in PAGES}
+    unknown = [name for name in names if Path(name).stem.upper() not in known]
+    if unknown:
+        valid = ", ".join(f"{claim} ({path.stem})" for claim, path in PAGES.items())
+        print(f"error: no claim {', '.join(map(repr, unknown))}. Valid: {valid}.", file=sys.stderr)
+        raise SystemExit(2)
+    return list(dict.fromkeys(known[Path(name).stem.upper()] for name in names)) or list(PAGES)
+
+
+def writable(path: str) -> bool:
+    """Whether a table can be written there, asked before minutes of work; what stands there stays."""
+    try:
+        open(path, "a").close()
+    except OSError as error:
+        print(
+            f"error: --csv {path}: {error.strerror}. Name a file in a folder that is there.", file=sys.stderr
+        )
+        return False
+    return True
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -70,9 +88,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--csv", metavar="PATH", help="also write the table there")
     parser.add_argument("--show", action="store_true", help="print what the pages print")
     options = parser.parse_args(arguments)
-    shown, kept, failed = Table(*COLUMNS), [], []
-    for claim in chosen(options.claims):
-        result, seconds = run(PAGES[claim], options.show)
+    claims = chosen(options.claims)
+    if options.csv is not None and not writable(options.csv):
+        return 2
+    shown, kept, failed, absent = Table(*COLUMNS), [], [], []
+    for claim in claims:
+        if sys.stderr.isatty():
+            print(f"{claim} …", end="\r", file=sys.stderr, flush=True)
+        result, seconds, lacking = run(PAGES[claim], options.show)
+        absent += [(claim, text) for text in lacking]
         table = rows(claim, verdict.LINES, seconds, result == "holds")
         kept += table
         for number, row in enumerate(table):
@@ -80,10 +104,10 @@ def main(arguments: list[str] | None = None) -> int:
         if result != "holds":
             failed.append((claim, result))
     Console(width=None if sys.stdout.isatty() else 140).print(shown)
-    if options.csv:
+    if options.csv is not None:
         with open(options.csv, "w", newline="", encoding="utf-8") as stream:
             csv.writer(stream).writerows([COLUMNS, *kept])
-    for claim, result in failed:
+    for claim, result in absent + failed:
         print(f"{claim}: {result}", file=sys.stderr)
     return 1 if failed else 0
 

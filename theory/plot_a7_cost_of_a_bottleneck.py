@@ -112,6 +112,7 @@ macs = [costs[name].macs / 1e9 for name in costs]
 colours = ["tab:blue" if name in ("resnet18", "resnet34") else "tab:orange" for name in costs]
 bars = right.bar(list(costs), macs, color=colours)
 right.bar_label(bars, fmt="%.2f")
+right.margins(y=0.12)
 right.set(ylabel="10⁹ multiply-adds at 224 × 224", title="basic blocks (blue) and bottlenecks (orange)")
 
 # %%

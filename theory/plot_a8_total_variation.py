@@ -45,9 +45,9 @@ lines = {
 }
 
 # %%
-# ReLU blocks
-# -----------
-# Prediction: the slopes on every piece, summed from the weights. Measurement: the block x + F(x) is evaluated
+# Prediction and measurement: ReLU blocks
+# ---------------------------------------
+# Predicted from the slopes on every piece, summed from the weights; measured by evaluating the block x + F(x)
 # at its knots.
 
 

@@ -32,8 +32,13 @@ from resode.training.fit import fit
 from theory.verdict import FAST, agree, at_least, at_most
 
 # %%
-# The sum
-# -------
+# Prediction
+# ----------
+# The sum misses by rounding, 1e-15, or, with a ReLU after the addition, by a share of the state. A network
+# that has lost everything guesses: 90 % wrong.
+#
+# Measurement: the sum
+# --------------------
 # In float64: a residual perceptron, the stages of a pre-activation and of a post-activation ResNet-20.
 torch.manual_seed(0)
 pictures = torch.randn(4, 1, 8, 8, dtype=torch.float64)

@@ -39,8 +39,8 @@ from theory.verdict import FAST, agree, at_least
 torch.manual_seed(0)
 
 # %%
-# Weights to zero
-# ---------------
+# Prediction and measurement: weights to zero
+# -------------------------------------------
 # The last layer of G is multiplied by s. The dead zone is reached at :math:`s = \tau / \max|G(x)|`, which one
 # evaluation of G at s = 1 predicts; half a thousandth on either side decides.
 width, threshold = 64, 0.05
@@ -141,9 +141,9 @@ middle.set(title="share of entries that a block changes", xlabel="τ")
 for tau, (found, _, score) in zip(set_to, runs, strict=True):
     label = f"τ = {tau:g}: {found.depth.mean():.1f} of {depth}, {score:.0%} right"
     right.plot(range(1, depth + 1), found.shares.mean(1), "o-", label=label)
-right.set(title="trained stacks: virtual depth", xlabel="block", ylabel="share changed", ylim=(0, 1))
-for axis in (left, middle, right):
-    axis.legend(fontsize=8)
+right.set(title="trained stacks: virtual depth", xlabel="block", ylabel="share changed", ylim=(0, 1.04))
+for axis, corner in ((left, "upper left"), (middle, "upper right"), (right, "lower right")):
+    axis.legend(fontsize=8, loc=corner)
 
 # %%
 # Verdict

@@ -37,8 +37,8 @@ torch.set_default_dtype(torch.float64)
 torch.manual_seed(0)
 
 # %%
-# A symmetric field
-# -----------------
+# Prediction and measurement: a symmetric field
+# ---------------------------------------------
 # F(x) = Ax with eigenvalues -1 and -5, six blocks, and a loss whose gradient is (1, 1) at the end. By hand
 # the gradient before block l is :math:`(1 + \alpha\lambda_i)^{L-l}` in each eigenvector.
 eigenvalues = torch.tensor([-1.0, -5.0])
@@ -130,16 +130,16 @@ for alpha, text in ((1 / 5, "αλ = −1"), (2 / 5, "αλ = −2")):
     left.axvline(alpha, color="gray", ls=":")
     left.text(alpha, -0.95, f" {text}", fontsize=8)
 left.set(title="symmetric field, λ = −1 and −5", xlabel="α", ylabel="cosine of neighbouring gradients")
-middle.semilogx(many, falls, label="v along the most negative part of J")
-middle.semilogx(many, never, label="along the most positive")
+middle.semilogx(many, falls, label="v: most negative")
+middle.semilogx(many, never, label="v: most positive")
 middle.axvline(-1 / parts[0].item(), color="k", ls=":", label="predicted turn")
-middle.set(title="one nonlinear block", xlabel="α")
+middle.set(title="one nonlinear block, v along two parts of J", xlabel="α")
 right.plot(range(1, 13), slopes, "o", mfc="none", label="autograd")
 right.plot(range(1, 13), found.slope, "x", label="vᵀF")
 right.set(title="slope of the loss in a block's α", xlabel="block")
 for axis in (left, middle, right):
     axis.axhline(0, color="gray", lw=0.5)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="lower left" if axis is middle else "best")
 
 # %%
 # Verdict

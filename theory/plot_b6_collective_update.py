@@ -36,8 +36,8 @@ torch.set_default_dtype(torch.float64)
 torch.manual_seed(0)
 
 # %%
-# Set-up
-# ------
+# Set-up and prediction
+# ---------------------
 # Inputs x, targets Tx, and the loss :math:`\tfrac12 \lVert Mx - Tx\rVert^2` on average. By hand
 # :math:`G = (M - T)\,C` at M = I, with C the mean of :math:`x x^\top`.
 width = 6

@@ -44,8 +44,8 @@ from theory.verdict import FAST, agree, at_least, at_most
 torch.set_default_dtype(torch.float64)
 
 # %%
-# A cheap and an expensive function
-# ---------------------------------
+# Measurement: a cheap and an expensive function
+# ----------------------------------------------
 # The cheap model has the fast oscillation right; the difference is small and slow, or small and very fast.
 
 
@@ -88,8 +88,9 @@ spanned = curves(
 )
 
 # %%
-# Prediction: second derivatives by hand. The two waves of the smooth case are orthogonal, so that their
-# curvatures add in squares.
+# Prediction: second derivatives by hand
+# --------------------------------------
+# The two waves of the smooth case are orthogonal, so that their curvatures add in squares.
 curvature = [
     math.hypot(4**2, size) * (2 * math.pi) ** 2 / math.sqrt(2),
     size * (2 * math.pi) ** 2 / math.sqrt(2),

@@ -134,6 +134,7 @@ for ax, (title, group) in zip(axes, panels, strict=True):
     for name, found in group.items():
         eta = [T / depth for depth in found.depths]
         ax.loglog(eta, found.errors, "o-", label=f"{name}: order {found.order:.2f}")
+    ax.set_xscale("log", base=2)
     ax.set(title=title, xlabel="step size η")
     ax.legend(fontsize=8, loc="lower right")
 axes[0].set_ylabel("‖x_L − x(T)‖, root mean square")

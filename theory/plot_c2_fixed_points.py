@@ -142,7 +142,8 @@ for step in steps:
     for odd, style in ((False, "o"), (True, "x")):
         points = of_map.points[of_map.converged & (of_map.spurious == odd), 0]
         axes[1].plot([step] * len(points), points, style, color="#D55E00" if odd else "#0072B2", markersize=5)
-axes[1].plot(steps, 2 / steps, ":", steps, 1 + 2 / steps, ":", color="#D55E00")
+fine = np.linspace(0.8, 4, 100)
+axes[1].plot(fine, 2 / fine, ":", fine, 1 + 2 / fine, ":", color="#D55E00")
 axes[1].set(xlabel="step size η", ylabel="x", title="Midpoint's rests on x(1 − x): zeros (o), spurious (x)")
 axes[2].plot(paths[:25, :, 0], color="#0072B2", linewidth=0.8)
 axes[2].axhline(2 / ETA, color="#D55E00", linestyle=":", label="2/η = 0.8, where F = 0.16")

@@ -125,7 +125,7 @@ for method in ("euler", "midpoint", "kutta3", "rk4", "dopri5", "dopri8"):
 axes[2].set(
     ylim=(0, 1.6), xlabel="ηλ", ylabel="growth of one step", title="Measured growth, predicted edges (dots)"
 )
-axes[2].legend(ncols=2, loc="lower left")
+axes[2].legend(fontsize=8, loc="upper right")
 
 # %%
 # **Verdict.** Along an eigenvector block n's state is exactly :math:`|R(\eta\lambda)|^n` times the first one.

@@ -176,6 +176,7 @@ for c, colour in ((0.99, "#0072B2"), (1.01, "#D55E00")):
     ):
         axes[0].semilogy(path, style, color=colour, label=f"η = {c:g}·2/8, {use}")
     axes[1].semilogy(sides[c][0], color=colour, label=f"η = {c:g}·2/λ_max")
+axes[0].margins(y=0.4)  # room for the legend
 axes[0].set(xlabel="step", ylabel="‖x‖", title="A quadratic: three uses, one path")
 axes[1].set(
     xlabel="update", ylabel="deviation, steepest direction", title="Quadratic model of a trained network"
@@ -187,7 +188,7 @@ axes[2].plot(
 axes[2].axhline(1, color="#009E73", linewidth=0.7)
 axes[2].set(xlabel="update", ylim=(0, 2), title=f"The network itself, trained at η = {rate:g}")
 for ax in axes:
-    ax.legend()
+    ax.legend(fontsize=8, loc="upper right" if ax is axes[2] else "upper left")
 
 # %%
 # **Verdict.** On a quadratic along an eigenvector all is closed form; the tolerances are rounding and that of

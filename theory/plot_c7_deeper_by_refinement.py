@@ -122,7 +122,9 @@ for (solver, weights), found in falls.items():
     style = "o-" if weights == "constant" else "s--"
     label = f"{solver}, {weights}: order {found.order:.2f}"
     axes[0].loglog(factors[:-1], found.errors, style, markersize=4, label=label)
+axes[0].set_xscale("log", base=2)
 axes[0].set(xlabel="blocks for each", ylabel="change by doubling", title="A fixed stack, refined")
+axes[0].set_ylim(bottom=axes[0].get_ylim()[0] / 1e5)  # room for the legend
 for column, label in enumerate(("8 blocks, η = 1/4, tanh", "4 blocks, η = 2, ReLU")):
     values = [100 * both[column] for both in by_factor.values()]
     axes[1].plot(list(by_factor), values, "o-", label=label)
