@@ -33,9 +33,11 @@ from theory import degradation
 from theory.verdict import FAST, at_least, at_most
 
 # %%
-# Perceptrons on the digits
-# -------------------------
-# Depth in blocks of two layers, by every depth and seed; the error is counted on all training images.
+# **Prediction.** Plain: the deepest loses at least twice as much as the shallowest. Residual: the deepest
+# loses no more than the shallowest, within three standard deviations of a run.
+#
+# **Measurement** on the digits. Perceptrons, depth in blocks of two layers; the error is counted on all
+# training images.
 digits = load_data("digits")
 images = (digits.train_images.flatten(1) / 255 - digits.mean[0]) / digits.std[0]
 labels = digits.train_labels
@@ -59,9 +61,7 @@ errors = {kind: torch.stack([torch.stack([e for _, e in some]) for some in runs[
 final = {kind: losses[kind][..., -10:].mean(-1) for kind in kinds}  # (depths, seeds)
 
 # %%
-# CIFAR-10
-# --------
-# The stored curves come from
+# **Measurement** on CIFAR-10. The stored curves come from
 #
 # .. code-block:: console
 #
@@ -83,8 +83,8 @@ if missing:
     print("  python -m theory.degradation " + " ".join(f"runs/{model}" for model in models))
 
 # %%
-# Figure
-# ------
+# **Figure.**
+
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
 for kind, style in (("plain", "--"), ("residual", "-")):
     for i, shade in ((0, 0.4), (len(depths) - 1, 1.0)):
@@ -99,6 +99,8 @@ for kind, style in (("plain", "--"), ("residual", "-")):
     middle.errorbar(depths, final[kind].mean(1), spread, fmt="o" + style, capsize=3, label=kind)
 left.set(title="digits: training loss", xlabel="update", ylabel="cross entropy", yscale="log")
 middle.set(title="digits: training loss at the end", xlabel="blocks", xscale="log", yscale="log")
+middle.set_xticks(depths, [str(depth) for depth in depths])
+middle.set_xticks([], minor=True)
 middle.axhline(math.log(10), color="gray", lw=0.5)
 for model in models:
     if model in cifar:
@@ -111,10 +113,8 @@ for axis in (left, middle, right) if cifar else (left, middle):
     axis.legend(fontsize=8)
 
 # %%
-# Verdict
-# -------
-# Plain: the deepest must lose by a factor of two, far beyond the spread over seeds. Residual: no more than
-# three standard deviations of a run above the shallowest, and never above a tenth of chance, ln 10.
+# **Verdict.** Plain: the deepest must lose by a factor of two, far beyond the spread over seeds. Residual: no
+# more than three standard deviations of a run above the shallowest, and never above a tenth of chance, ln 10.
 plain, residual = final["plain"].mean(1), final["residual"].mean(1)
 at_least(f"plain: training loss, {depths[-1]} blocks to {depths[0]}", 2.0, plain[-1] / plain[0])
 rise = (errors["plain"][-1] - errors["plain"][0]).mean()
