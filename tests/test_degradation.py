@@ -11,7 +11,11 @@ def test_table_from_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(RunFolder, "read_config", lambda self: {"model": self.path.name})
     for name, accuracy in (("plain20", 0.9), ("resnet20", 0.95)):
         (tmp_path / name).mkdir()
-        rows = [{"epoch": e, "train_accuracy": accuracy, "test_accuracy": accuracy - 0.1 * e} for e in (1, 2)]
+        others = {"images_per_second": 100.0, "nfe": 0.0, "seconds": 1.0}
+        rows = [
+            {"epoch": e, "train_accuracy": accuracy, "test_accuracy": accuracy - 0.1 * e, **others}
+            for e in (1, 2)
+        ]
         RunFolder(tmp_path / name).write_metrics(rows)
     assert degradation.main([str(tmp_path / "plain20"), str(tmp_path / "resnet20")]) == 0
     found = degradation.read(degradation.TABLE)

@@ -40,7 +40,8 @@ def run(tmp_path_factory) -> Path:
         | {"recipe": "<img src=x onerror=alert(1)>"}
     )
     splits = {f"{s}_{n}": 0.5 for s in ("train", "test") for n in ("loss", "accuracy")}
-    folder.write_metrics([{"epoch": i, "lr": 0.1, **splits} for i in (1, 2)])
+    others = {"images_per_second": 100.0, "nfe": 7.0, "seconds": 1.0}
+    folder.write_metrics([{"epoch": i, "lr": 0.1, **splits, **others} for i in (1, 2)])
     folder.write_summary({"test_accuracy": 0.5, "parameters": 17_000, "nfe": 7.0})
     about = {"model": "odenet20", "own": False, "options": options, "data": "digits"}
     folder.write_weights(network.state_dict(), about)
