@@ -22,7 +22,8 @@ step. Nor is a kept accuracy a kept function: the logits of both move by some pe
 (2021), arXiv:2007.15386.
 
 **The picture** shows accuracy over solver and step of three networks on the digits, and below it, where their
-tables are stored, that of ODE-ResNets of 20 layers on CIFAR-10 trained with Euler and with RK4.
+tables are stored, that of ODE-ResNets of 20 layers on CIFAR-10 trained with Euler and with RK4: of these the
+latter alone keeps its accuracy.
 """
 
 # %%
@@ -92,11 +93,11 @@ def accuracy(name, solver, substeps):
 
 
 # %%
-# CIFAR-10 takes hours, so its tables are stored.
+# CIFAR-10 takes hours, so its tables are stored. Finer means more evaluations of F than as trained.
 
 folder = Path(theory.__file__).parents[1] / "docs" / "results"
 stored = {}
-for solver in ("euler", "rk4"):
+for solver, epochs in (("euler", 15), ("rk4", 4)):
     path = folder / f"swap-odenet20-{solver}.csv"
     if path.exists():
         stored[f"odenet20 on CIFAR-10, {solver}"] = report = resode.SwapReport.from_csv(path)
@@ -105,8 +106,9 @@ for solver in ("euler", "rk4"):
     else:
         print(
             f"odenet20 on CIFAR-10, trained with {solver}: not measured. These commands do:\n"
-            f"  resode train --model odenet20 --data cifar10 --solver {solver} --run-dir runs/{solver}\n"
-            f"  resode swap runs/{solver} --recalibrate\n"
+            f"  resode train --model odenet20 --solver {solver} --data cifar10 --data-dir PATH --recipe fast "
+            f"--epochs {epochs} --run-dir runs/{solver}\n"
+            f"  resode swap runs/{solver} --limit 5000 --recalibrate --calibration-images 1000\n"
             f"  cp runs/{solver}/figures/swap.csv docs/results/{path.name}\n"
         )
 
@@ -136,7 +138,12 @@ for ax, (title, report) in zip(axes.flat, panels.items(), strict=False):
     ax.legend(fontsize=8)
 
 # %%
-# **Verdict.** 3 % are eleven of the 360 test images, more than a retrained network varies by.
+# **Verdict.** 3 % are eleven of the 360 test images, more than a retrained network varies by. On CIFAR-10
+# half a percent are 25 of 5,000 images. What makes the difference there is the solver that was trained with:
+# RK4's step was already near the flow, which finer solvers only confirm; Euler's error was part of what was
+# learnt (the one was trained for 4 epochs, the other for 15; after 5 Euler's loses as much). The statistics of
+# batch norm are another matter: they are kept of the first stage, and RK4's other stages meet other states. That
+# costs RK4 and all that is finer alike, and recalibration gives it back.
 
 for name, report in reports.items():
     depth, solver = runs[name]
@@ -173,3 +180,8 @@ for name, report in stored.items():
     trained_row = next(row for row in report.rows if row.as_trained)
     agree(f"{name}: F evaluations as trained, 7 blocks", 7 * stages[trained_row.solver], trained_row.nfe)
     agree(f"{name}: drift as trained", 0.0, trained_row.logit_drift)
+    lost = max(trained_row.accuracy - row.accuracy for row in report.rows if row.nfe > trained_row.nfe)
+    if trained_row.solver == "rk4":
+        at_most(f"{name}: accuracy lost under every finer solver", 0.005, lost)
+    else:
+        at_least(f"{name}: accuracy lost under the worst finer solver", 0.05, lost)
