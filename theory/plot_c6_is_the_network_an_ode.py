@@ -115,7 +115,8 @@ for solver, epochs in (("euler", 15), ("rk4", 4)):
 # %%
 # **Figure.**
 
-panels = {f"Digits, trained with {name}": report for name, report in reports.items()} | stored
+panels = {f"Digits, trained with {name}": report for name, report in reports.items()}
+panels |= {f"{name}\n(dashed: recalibrated)": report for name, report in stored.items()}
 rows = 2 if stored else 1
 figure, axes = plt.subplots(
     rows, 3, figsize=(13, 4 * rows), layout="constrained", squeeze=False, sharey="row"
@@ -125,7 +126,11 @@ for ax in axes.flat[len(panels) :]:
 for ax, (title, report) in zip(axes.flat, panels.items(), strict=False):
     for solver in stages:
         line = [row for row in report.rows if row.solver == solver]
-        ax.plot([row.step_size for row in line], [100 * row.accuracy for row in line], "o-", label=solver)
+        steps = [row.step_size for row in line]
+        [curve] = ax.plot(steps, [100 * row.accuracy for row in line], "o-", label=solver)
+        if line[0].accuracy_recalibrated is not None:
+            again = [100 * row.accuracy_recalibrated for row in line]
+            ax.plot(steps, again, ".--", color=curve.get_color())
     for row in report.rows:
         if row.as_trained:
             ax.plot(
