@@ -146,9 +146,9 @@ for ax, (title, report) in zip(axes.flat, panels.items(), strict=False):
 # **Verdict.** 3 % are eleven of the 360 test images, more than a retrained network varies by. On CIFAR-10
 # half a percent are 25 of 5,000 images. What makes the difference there is the solver that was trained with:
 # RK4's step was already near the flow, which finer solvers only confirm; Euler's error was part of what was
-# learnt (the one was trained for 4 epochs, the other for 15; after 5 Euler's loses as much). The statistics
-# of batch norm are another matter: they are kept of the first stage, and RK4's other stages meet other
-# states. That costs RK4 and all that is finer alike, and recalibration gives it back.
+# learnt (the one was trained for 4 epochs, the other for 15; after 5 Euler's loses 17 points too). The
+# statistics of batch norm are another matter: they are kept of the first stage, and RK4's other stages meet
+# other states. That costs RK4 and all that is finer alike, and recalibration gives it back.
 
 for name, report in reports.items():
     depth, solver = runs[name]
