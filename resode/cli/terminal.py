@@ -48,13 +48,17 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: Seque
         words: the columns that hold words instead of numbers; they may be folded.
     """
     target = console()
-    grid = Table(box=None, pad_edge=False, padding=(0, 2 if fits(columns, rows) else 1, 0, 0))
-    for name in columns:
+    roomy = fits(columns, rows)
+    grid = Table(box=None, pad_edge=False, padding=(0, 2 if roomy else 1, 0, 0))
+    for number, name in enumerate(columns):
         left = name == columns[0] or name in words
+        cells = [row[number] for row in rows]
+        whole = [word for cell in cells for word in cell.split()] if name in words else cells
         grid.add_column(
             name,
             justify="left" if left else "right",
-            no_wrap=name not in words,
+            no_wrap=roomy and name not in words,
+            min_width=max(map(len, whole), default=None),  # a name may be folded, a number never
             overflow="fold",
             header_style="bold",
         )
