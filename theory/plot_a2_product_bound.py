@@ -93,7 +93,7 @@ gains = {name: measured(name) for name in chains}
 # %%
 # A stack that is not linear has other Jacobians at every state; the bounds hold with their norms, which are
 # at most those of the weights, because tanh is nowhere steeper than 1. (Nor are they far below: its slope is
-# above a fifth where |z| < 1.4.)
+# above a fifth where ``abs(z) < 1.4``.)
 
 torch.manual_seed(0)
 fields = [nn.Sequential(nn.Linear(width, width), nn.Tanh()).double() for _ in range(short)]
