@@ -59,6 +59,7 @@ sphinx_gallery_conf = {
     "reset_modules_order": "both",
     "download_all_examples": False,
     "show_signature": False,
+    "capture_repr": (),  # pages print what they show
     "write_computation_times": False,
     "remove_config_comments": True,
     "matplotlib_animations": False,
