@@ -119,7 +119,7 @@ class Writer:
 
 def test_tensorboard_gets_every_epoch_once_also_of_a_resumed_run(tmp_path, monkeypatch):
     module = types.ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = Writer  # type: ignore[attr-defined]
+    module.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     monkeypatch.setattr(Writer, "made", [])
     with pytest.raises(Interrupted):

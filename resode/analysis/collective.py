@@ -100,7 +100,7 @@ def first_update(
         for p, g in chosen:
             p -= learning_rate * g
         try:
-            return (stack(x) - output).norm()  # type: ignore[operator]
+            return (stack(x) - output).norm()
         finally:
             for (p, _), value in zip(chosen, saved, strict=True):
                 p.copy_(value)

@@ -49,7 +49,7 @@ def spectrum(f: Field, time: Any, x: Tensor, sample: int | None) -> Tensor | Non
             if not field(row.requires_grad_()).requires_grad:
                 return None
         jacobian = torch.autograd.functional.jacobian(field, row.detach())
-        matrix = jacobian.reshape(row.numel(), row.numel()).double().cpu()  # type: ignore[union-attr]
+        matrix = jacobian.reshape(row.numel(), row.numel()).double().cpu()
         return torch.linalg.eigvals(matrix) if torch.isfinite(matrix).all() else None
     except Exception:  # whatever a field may raise, the failure that is being explained comes first
         return None

@@ -59,13 +59,13 @@ class Adjoint:
 
     def solve(self, y0: Tensor, t: Tensor) -> tuple[Tensor, Stats]:
         """The states at t, (T, *y0.shape), and the cost; its nfe_backward grows on the way back."""
-        path, _ = _Solve.apply(self, None, y0, t, *self.params)  # type: ignore[misc]
+        path, _ = _Solve.apply(self, None, y0, t, *self.params)
         assert self.stats is not None
         return path, self.stats
 
     def solve_to_event(self, y0: Tensor, t: Tensor, event: Event) -> tuple[Tensor, Tensor, Stats]:
         """The event's time, the states at t[0] and there, and the cost."""
-        path, event_t = _Solve.apply(self, event, y0, t, *self.params)  # type: ignore[misc]
+        path, event_t = _Solve.apply(self, event, y0, t, *self.params)
         assert self.stats is not None
         return event_t, path, self.stats
 

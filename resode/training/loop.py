@@ -484,7 +484,7 @@ def make_fabric(device: torch.device, precision: str, processes: Processes | Non
     with _quiet():
         if processes is None or processes.size == 1:
             own = device.index is not None and device.type == "cuda"
-            return Fabric(accelerator=device.type, devices=[device.index] if own else 1, **options)  # type: ignore[list-item]
+            return Fabric(accelerator=device.type, devices=[device.index] if own else 1, **options)
         fabric = Fabric(
             accelerator=device.type,
             devices=processes.local_size,

@@ -109,7 +109,7 @@ def bare_steps(
     """The same network and kernels with images that are ready on its device, and nothing else."""
     device = images.device
     torch.manual_seed(0)
-    network = build(model, **(options or {})).to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    network = build(model, **(options or {})).to(device, memory_format=torch.channels_last).train()
 
     def loss_of(x: Tensor, y: Tensor) -> Tensor:
         return cross_entropy(network(x).float(), y, label_smoothing=0.1)
@@ -156,7 +156,7 @@ def resode_steps(
         "fast", batch_size=batch, precision=precision, lr=0.01, epochs=10_000, compile=compile
     )
     recipe = resolve(recipe, data, network, device)
-    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = network.to(memory_format=torch.channels_last)
     training, held_out = _batches(data, recipe, device, Processes())
     updates = recipe.length(len(training))
     loop = TrainingLoop(
@@ -237,7 +237,7 @@ def kinds(model: str, batch: int, rounds: int, clock: Callable[[], float]) -> No
 
 def one_step(model: str, bf16: bool, layout: torch.memory_format, batch: int) -> Callable[[], None]:
     torch.manual_seed(0)
-    network = build(model).to(memory_format=layout)  # type: ignore[call-overload]
+    network = build(model).to(memory_format=layout)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, fused=True)
     images = torch.randn(batch, 3, 32, 32).to(memory_format=layout)
     labels = torch.randint(10, (batch,))
