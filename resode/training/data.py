@@ -405,20 +405,20 @@ class Batches:
         down, right = torch.randint(2 * padding + 1, (2, count), generator=generator)
         mirrored = torch.randint(2, (count,), generator=generator) if self.flip else torch.zeros_like(order)
         height, width = self._images.shape[1:3]
-        top, left = (
+        row, column = (  # of the middle of each image's cutout
             torch.randint(length, (count,), generator=generator) if self.cutout else torch.zeros_like(order)
             for length in (height, width)
         )
         # One transfer an epoch; column i belongs to the i-th image that is given out.
-        plan = torch.stack((order, mirrored, down, right, top, left)).to(self.device)
+        plan = torch.stack((order, mirrored, down, right, row, column)).to(self.device)
         part, parts = self.share
         size = self.batch_size // parts
         for start in range(part * size, len(self) * self.batch_size, self.batch_size):
-            order, mirrored, down, right, top, left = plan[:, start : start + size]
+            order, mirrored, down, right, row, column = plan[:, start : start + size]
             images = self._images.index_select(0, order)  # (B, H, W, C)
             images = self._normalize(_crop_and_flip(images, mirrored, down, right, padding, self.flip))
             if self.cutout:
-                images.mul_(_outside(top, left, self.cutout, height, width))
+                images.mul_(_outside(row, column, self.cutout, height, width))
             yield images, self._labels.index_select(0, order)
 
     def _normalize(self, images: Tensor) -> Tensor:
