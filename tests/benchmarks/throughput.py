@@ -5,7 +5,7 @@ One process; for each network in turn, by rounds:
   bare        the same network, precision, memory format and compilation; ready images, and nothing else
   dataloader  the same network in float32 NCHW, eager; crops and mirrors one image at a time in workers
 A round is an epoch over as many random images as `--images` says. `--json` keeps what was measured, after
-every network, so that a run may be cut into calls: networks that the file holds already are left out.
+every network, so that a run may be cut into calls: what the file holds of the same settings is left out.
 """
 
 import argparse
@@ -83,6 +83,11 @@ def dataloader_steps(
     return steps
 
 
+def described(device: torch.device) -> str:
+    """The device in words."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+
+
 def measure(name: str, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Images a second of the three loops, and their ratios, medians over the rounds."""
     model, settings = NETWORKS[name]
@@ -119,13 +124,9 @@ def measure(name: str, options: argparse.Namespace, device: torch.device) -> dic
         for other in ("bare", "dataloader")
     }
     return {
-        "network": name,
         "precision": precision,
-        "compiled": options.compile,
-        "batch": batch,
         "images_per_second": {loop: statistics.median(some) for loop, some in rates.items()},
         "ratio": ratios,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
         "torch": str(torch.__version__),
     }
 
@@ -145,9 +146,16 @@ def main() -> None:
     known = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
     print(f"{'network':<22}{'resode':>10}{'bare':>10}{'DataLoader':>12}{'/bare':>8}{'/DataLoader':>13}  aim")
     for name in options.networks:
-        row = next((row for row in known if row["network"] == name), None)
+        settings = {
+            "network": name,
+            "batch": options.batch,
+            "images": options.images,
+            "rounds": options.rounds,
+        }
+        settings |= {"workers": options.workers, "compiled": options.compile, "device": described(device)}
+        row = next((row for row in known if settings.items() <= row.items()), None)
         if row is None:
-            row = measure(name, options, device)
+            row = settings | measure(name, options, device)
             known.append(row)
             if options.json:
                 options.json.write_text(json.dumps(known, indent=1))
