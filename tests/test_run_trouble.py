@@ -279,7 +279,7 @@ def test_what_a_killed_process_was_writing_is_cleared(tmp_path):
         ("metrics.csv", "epoch,test_accuracy\n1,0.5\n", None, "no column train_accuracy"),
         ("metrics.csv", "\udcff", None, "no sound table"),
         ("summary.json", "[1]", None, "it holds a list"),
-        ("config.yaml", "format: 1\nmodel: odenet8\n", "no model_options, data", "KeyError: 'record'"),
+        ("config.yaml", "format: 1\nmodel: odenet8\n", "no model_options, no data", "KeyError: 'record'"),
         ("config.yaml", "CONFIGlrr: 3\n", "unknown lrr", None),
     ],
 )

@@ -93,20 +93,14 @@ class Plan:
         _check_kinds(model, data)
         names = {field.name for field in fields(Recipe)}
         needed = ("model", "model_options", "data", "data_dir", "recipe", "record")
-        missing = [name for name in needed if name not in config]
-        unknown = [name for name in config if name not in {"format", *needed, *names}]
-        if missing or unknown or not isinstance(config["record"], dict):
+        wrong = [f"no {name}" for name in needed if name not in config]
+        wrong += [f"unknown {name}" for name in config if name not in {"format", *needed, *names}]
+        if not wrong and not isinstance(config["record"], dict):
+            wrong = ["record is no mapping"]
+        if wrong:
             raise RunError(
-                "config.yaml of this run does not hold the settings of one: "
-                + (
-                    f"no {', '.join(missing)}. "
-                    if missing
-                    else "record is no mapping. "
-                    if not unknown
-                    else ""
-                )
-                + (f"unknown {', '.join(unknown)}. " if unknown else "")
-                + "It was changed; put back what the run wrote, or train again."
+                f"config.yaml of this run does not hold the settings of one: {', '.join(wrong)}. It was "
+                "changed; put back what the run wrote, or train again."
             )
         record = config["record"]
         for what, was_own, value in (
