@@ -8,13 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from resode import networks
-from resode.analysis.classify import Classification, classify
 from resode.analysis.curvature import max_learning_rate
-from resode.analysis.depth import DepthProfile, profile_depth
-from resode.analysis.fixed_points import FixedPoints, find_fixed_points, find_several_fixed_points
-from resode.analysis.max_step import max_stable_step, step_limit
-from resode.analysis.penalty import StepLimitPenalty
-from resode.analysis.swap import SwapReport, swap_report
+from resode.analysis.depth.profile import DepthProfile, profile_depth
+from resode.analysis.rest.classify import Classification, classify
+from resode.analysis.rest.fixed_points import FixedPoints, find_fixed_points, find_several_fixed_points
+from resode.analysis.steps.limit import max_stable_step, step_limit
+from resode.analysis.steps.penalty import StepLimitPenalty
+from resode.analysis.swap.report import SwapReport, swap_report
 from resode.blocks import ODEBlock, ResidualStack
 from resode.solve import (
     MaxStepsReached,

@@ -249,10 +249,10 @@ def transient_growth(growth: Any, path: Path = None) -> Figure:
 
 
 def edge(check: Any, path: Path = None) -> Figure:
-    """Draw the simulation on either side of a step limit, a result of `resode.stability.edge_check`.
+    """Draw the simulation on either side of a step limit, a result of `theory.measures.edge.edge_check`.
 
     Example:
-        >>> from resode.stability import edge_check
+        >>> from theory.measures.edge import edge_check
         >>> len(edge(edge_check("rk4", [-2.0, -5.0])).axes[0].lines)
         3
     """
@@ -273,7 +273,7 @@ def edge(check: Any, path: Path = None) -> Figure:
 
 
 def bifurcation(result: Any, path: Path = None) -> Figure:
-    """Draw where the orbits of a scalar map settle, over the step size: `resode.analysis.bifurcation`.
+    """Draw where the orbits of a scalar map settle, over the step size: `resode.analysis.rest.bifurcation`.
 
     Example:
         >>> from resode.analysis import bifurcation as measure
@@ -439,7 +439,7 @@ def stage_spectra(stages: Sequence[Any], methods: Method | Sequence[Method], pat
     """Draw the eigenvalues hλ of a network's blocks over the methods' stability regions, one panel a stage.
 
     Args:
-        stages: of `resode.training.stages.stage_limits`, at least one with spectra.
+        stages: of `resode.analysis.steps.block_limits.block_limits`, at least one with spectra.
         methods: names in METHODS, or tableaus.
         path: where to write the figure.
     """
@@ -572,10 +572,10 @@ def _finished(figure: Figure, path: Path) -> Figure:
 
 
 def cobweb(web: Any, path: Path = None) -> Figure:
-    """Draw a scalar map, the diagonal, and the staircase of an orbit: `resode.analysis.scan.cobweb`.
+    """Draw a scalar map, the diagonal, and the staircase of an orbit: `resode.analysis.rest.scan.cobweb`.
 
     Example:
-        >>> from resode.analysis.scan import cobweb as measure
+        >>> from resode.analysis.rest.scan import cobweb as measure
         >>> cobweb(measure(lambda x: x * (1 - x), 0.1, 2.5)).axes[0].get_ylabel()
         'next x'
     """
@@ -594,7 +594,7 @@ def phase_portrait(portrait: Any, path: Path = None) -> Figure:
     """Draw the flow of a one- or two-dimensional field and its fixed points, filled where stable.
 
     Example:
-        >>> from resode.analysis.scan import phase_portrait as measure
+        >>> from resode.analysis.rest.scan import phase_portrait as measure
         >>> phase_portrait(measure(lambda x: x * (1 - x), (-0.5, 1.5))).axes[0].get_ylabel()
         'F(x)'
     """

@@ -11,7 +11,7 @@ import zipfile
 import numpy as np
 from PIL import Image
 
-from resode.training import cifar
+from resode.training.data import cifar
 
 
 def load(path):

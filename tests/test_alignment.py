@@ -63,7 +63,7 @@ def test_boosting_of_softmax_is_its_closed_form():
     for block in range(2):
         with torch.no_grad():
             descent = nn.functional.one_hot(target, 4) - head(path[block]).softmax(1)
-            step = 0.3 * stack.block(block)(path[block]) @ head.weight.T
+            step = 0.3 * stack.field(block)(path[block]) @ head.weight.T
         expected = torch.nn.functional.cosine_similarity(descent, step)
         assert torch.allclose(found.cosine[block], expected, atol=1e-12)
         assert torch.allclose(found.first_order[block], -(descent * step).sum(1), atol=1e-12)

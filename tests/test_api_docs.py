@@ -23,7 +23,7 @@ PACKAGES = (
     *(f"resode.{name}" for name in "analysis blocks fields networks solve stability".split()),
 )
 MODULES = ("resode.plots", "resode.shortcuts")
-TRAINING = "compare data divergence evaluate fit monitor predict processes recipe refining report run stages"
+TRAINING = "compare data divergence evaluate fit monitor predict processes recipe refining report run"
 
 INTERNAL = {
     "resode.training.evaluate": {
@@ -35,7 +35,6 @@ INTERNAL = {
         "solving_modules",
     },
     "resode.training.processes": {"losing"},
-    "resode.training.recipe": {"did_you_mean"},
 }
 """What a module shares with others of the package, and with nobody else."""
 

@@ -12,8 +12,8 @@ from cifar_files import LAYOUTS, MAKERS, arrays, encode, load, make_tar, make_zi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resode.training import archives, cifar
-from resode.training.data import DataError
+from resode.training.data import archives, cifar
+from resode.training.data.datasets import DataError
 
 
 def test_a_file_that_is_no_archive(tmp_path):

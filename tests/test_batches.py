@@ -163,9 +163,9 @@ def test_images_are_not_written_to():
     ("options", "error", "message"),
     [
         ({"batch_size": 11}, ValueError, "batch_size is 11, there are 10 images"),
-        ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
+        ({"batch_size": 0}, ValueError, "batch_size must be .*at least 1"),
         ({"batch_size": 2.0}, TypeError, "batch_size must be a whole number"),
-        ({"crop_padding": -1}, ValueError, "crop_padding must be at least 0"),
+        ({"crop_padding": -1}, ValueError, "crop_padding must be .*at least 0"),
         ({"seed": "1"}, TypeError, "seed must be a whole number"),
         ({"std": (1.0, 0.0, 1.0)}, ValueError, "std must be positive"),
         ({"mean": (1.0,)}, ValueError, "each of the 3 channels: got 1 and 3"),
@@ -195,7 +195,7 @@ def test_wrong_arguments_of_batches(options, error, message):
     with pytest.raises(error, match=message):
         Batches(**options)
     batches = batches_of(images, labels, 10)
-    with pytest.raises(ValueError, match="epoch must be at least 0"):
+    with pytest.raises(ValueError, match=r"epoch must be .*at least 0"):
         batches.set_epoch(-1)
     with pytest.raises(TypeError, match="epoch must be a whole number"):
         batches.set_epoch(1.5)

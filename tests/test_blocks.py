@@ -180,7 +180,7 @@ def test_learned_steps_start_at_step_size_and_get_the_gradient_of_alpha():
     assert torch.equal(stack(x), x)
     weights = torch.randn(4, 3, dtype=torch.float64)
     (stack(x) * weights).sum().backward()
-    expected = [(weights * stack.block(i)(x)).sum() for i in range(2)]
+    expected = [(weights * stack.field(i)(x)).sum() for i in range(2)]
     assert torch.allclose(stack.step_sizes.grad, torch.stack(expected))
     for solver in ("rk4", "dopri5"):
         stack.solver = solver

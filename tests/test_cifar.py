@@ -26,8 +26,8 @@ from cifar_files import (
 )
 from PIL import Image
 
-from resode.training import cifar
-from resode.training.data import DataError
+from resode.training.data import cifar
+from resode.training.data.datasets import DataError
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -165,7 +165,7 @@ def test_evaluations_multiply_the_ode_part(method, shared):
     x = torch.randn(4, 12)
     counted = count(stack, x)
     assert stack.cost(VECTOR) == counted
-    costs = [cost_of(stack.block(i), VECTOR).macs for i in range(2)]
+    costs = [cost_of(stack.field(i), VECTOR).macs for i in range(2)]
     evaluations = stack.evaluations if adaptive else [3 * METHODS[method].stages] * 2
     assert counted.macs == sum(n * c for n, c in zip(evaluations, costs, strict=True))
     assert sum(stack.evaluations) >= int(torch.as_tensor(stack.stats.nfe).max())

@@ -10,7 +10,8 @@ from torch import nn
 from torch.func import functional_call
 
 from resode import max_learning_rate
-from resode.analysis import QuadraticModel, largest_hessian_eigenvalue
+from resode.analysis import largest_hessian_eigenvalue
+from theory.measures.quadratic import QuadraticModel
 
 F64 = torch.float64
 

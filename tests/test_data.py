@@ -27,8 +27,9 @@ from cifar_files import (
     png_files,
 )
 
-from resode.training import cifar, data
-from resode.training.data import DATASETS, DataError, load_data
+from resode.training.data import cifar
+from resode.training.data import datasets as data
+from resode.training.data.datasets import DATASETS, DataError, load_data
 
 
 @pytest.fixture(autouse=True)

@@ -13,10 +13,10 @@ from torch import nn
 
 from resode import ODEBlock, ResidualStack, profile_depth
 from resode.analysis import product_norm, reordering_study, step_scan
-from resode.analysis.alignment import class_means
-from resode.analysis.gradients import split_gradient
-from resode.analysis.lesion import mean_loss, run_edited
-from resode.analysis.tracing import trace
+from resode.analysis.depth.alignment import class_means
+from resode.analysis.depth.gradients import split_gradient
+from resode.analysis.depth.lesion import mean_loss, run_edited
+from resode.analysis.depth.tracing import trace
 from resode.networks import build
 
 F64 = torch.float64

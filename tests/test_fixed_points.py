@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from resode import classify, find_fixed_points, find_several_fixed_points
-from resode.analysis.arnoldi import gmres, ritz_values, singular_values
-from resode.analysis.jacobian_products import Products
-from resode.analysis.linearize import dense_jacobian
+from resode.jacobian.arnoldi import gmres, ritz_values, singular_values
+from resode.jacobian.field_products import Products
+from resode.jacobian.linearize import dense_jacobian
 
 F64 = torch.float64
 
@@ -136,7 +136,7 @@ def test_many_states_are_taken_in_parts(monkeypatch):
 
     whole = find_fixed_points(field, x0)
     (expected,) = torch.autograd.grad(whole.points.sum(), a)
-    monkeypatch.setattr("resode.analysis.fixed_points._ENTRIES", 4 * 7)
+    monkeypatch.setattr("resode.analysis.rest.fixed_points._ENTRIES", 4 * 7)
     some = find_fixed_points(field, x0)
     assert torch.equal(whole.points, some.points)
     torch.testing.assert_close(torch.autograd.grad(some.points.sum(), a)[0], expected)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from resode.analysis import block_gains, gradient_norms
+from theory.measures.gains import block_gains, gradient_norms
 
 F64 = torch.float64
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from resode.analysis import highway_gradients
 from resode.networks import build
 from resode.shortcuts import HighwayShortcut
+from theory.measures.highways import highway_gradients
 
 F64 = torch.float64
 

@@ -9,21 +9,27 @@ PACKAGE = Path(__file__).parents[1] / "resode"
 
 # What each room may import of resode; its own files are always allowed.
 MAY_IMPORT = {
+    "checks": set(),
+    "tables": {"checks"},
+    "modes": set(),
     "tableaus": set(),
-    "stability": {"tableaus"},
-    "solve": {"tableaus", "stability"},
     "formulas": set(),
     "state_dicts": set(),
+    "stability": {"tableaus"},
+    "jacobian": {"tableaus", "stability"},
+    "solve": {"tableaus", "stability", "jacobian"},
     "fields": {"formulas"},
     "shortcuts": {"formulas"},
     "blocks": {"solve", "tableaus", "formulas", "state_dicts"},
     "networks": {"blocks", "fields", "shortcuts", "formulas", "state_dicts"},
-    "analysis": {"tableaus", "stability", "solve", "blocks", "formulas"},
+    "analysis": {"tableaus", "stability", "jacobian", "solve", "blocks", "formulas"},
     "plots": {"tableaus", "stability"},
-    "training": {"networks", "analysis", "blocks", "solve", "tableaus", "plots"},
+    "training": {"networks", "analysis", "blocks", "solve", "jacobian", "tableaus", "plots"},
 }
+EVERYWHERE = {"checks", "tables", "modes"}  # import nothing of resode
 ON_TOP = {"cli", "__init__"}  # may import everything
-LAZY = {"analysis": {"plots"}, "stability": {"plots"}}  # inside a function only: a result's .plot()
+LAZY = {"analysis": {"plots"}}  # inside a function only: a result's .plot()
+QUESTIONS = ["steps", "depth", "rest", "diagnose", "swap"]  # of analysis; each may import those before it
 
 
 def room(path: Path) -> str:
@@ -46,8 +52,8 @@ def imports(path: Path):
             names = [node.module or ""]
         for name in names:
             parts = name.split(".")
-            if parts[0] == "resode":
-                yield (parts[1] if len(parts) > 1 else "__init__"), id(node) in top
+            if parts[0] in ("resode", "theory"):
+                yield (parts[1] if parts[0] == "resode" and parts[1:] else parts[0]), id(node) in top
             elif parts[0] == "matplotlib":
                 yield "matplotlib", id(node) in top
 
@@ -64,8 +70,18 @@ def test_imports_point_down(path):
         if name == "matplotlib":
             assert here == "plots", f"{path.name} imports matplotlib; figures are drawn in plots.py"
             continue
-        allowed = MAY_IMPORT[here] | {here} | (set() if at_top else LAZY.get(here, set()))
+        allowed = MAY_IMPORT[here] | EVERYWHERE | {here} | (set() if at_top else LAZY.get(here, set()))
         assert name in allowed, f"{here} imports {name}; it may import {sorted(allowed)}"
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_questions_build_on_those_before_them(question):
+    for path in (PACKAGE / "analysis" / question).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+            other = name.removeprefix("resode.analysis.").split(".")[0]
+            if name.startswith("resode.analysis") and other in QUESTIONS:
+                assert QUESTIONS.index(other) <= QUESTIONS.index(question), f"{path} imports {name}"
 
 
 def test_the_check_sees_a_wrong_arrow(tmp_path):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from resode.analysis import LearningCurve, LeastSquares, PiecewiseLinear, learning_curve
 from resode.training.fit import fit
+from theory.measures.learning_curve import LearningCurve, LeastSquares, PiecewiseLinear, learning_curve
 
 TEST = (torch.arange(4000, dtype=torch.float64)[:, None] + 0.5) / 4000
 

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from resode import step_limit
-from resode.analysis import jacobian, matrix_free, max_stable_step
-from resode.analysis.krylov import KrylovSchur, outermost
-from resode.analysis.outlook import amplification, rough_exits
-from resode.analysis.products import Products, full_precision
+from resode.analysis import jacobian, max_stable_step
+from resode.analysis.steps import matrix_free
+from resode.analysis.steps.outlook import amplification, rough_exits
 from resode.fields import ConvField
+from resode.jacobian.krylov import KrylovSchur, outermost
+from resode.jacobian.products import Products, full_precision
 from resode.solve.step import rk_step
 from resode.tableaus import METHODS
 

@@ -16,12 +16,12 @@ from resode.analysis import (
     jacobian,
     logarithmic_norm,
     max_stable_step,
-    max_step,
     step_limit,
     transient_growth,
 )
-from resode.analysis.matrices import DENSE_LIMIT
-from resode.analysis.nonnormal import _first_exit
+from resode.analysis.steps import limit as max_step
+from resode.analysis.steps.nonnormal import _first_exit
+from resode.jacobian.matrices import DENSE_LIMIT
 from resode.solve.step import rk_step
 from resode.stability import stability_coefficients
 from resode.tableaus import METHODS
@@ -229,7 +229,7 @@ def test_jacobian_of_a_convolutional_field(dtype):
 
 def test_jacobian_in_parts(monkeypatch):
     """When copies of the batch do not fit at once, the rows come in several passes."""
-    from resode.analysis import linearize
+    from resode.jacobian import linearize
 
     field, x = conv_field(), torch.randn(2, 3, 4, 4)
     whole = jacobian(field, x)

@@ -14,8 +14,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from resode.cli import app
-from resode.training.archives import DataError
-from resode.training.data import load_data
+from resode.training.data.archives import DataError
+from resode.training.data.datasets import load_data
 from resode.training.files import RunError
 from resode.training.folder import FORMAT, RunFolder
 from resode.training.predict import predict

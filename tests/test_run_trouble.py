@@ -19,7 +19,7 @@ from torch import nn
 from resode.blocks import ResidualStack
 from resode.networks import build
 from resode.training.compare import compare
-from resode.training.data import load_data
+from resode.training.data.datasets import load_data
 from resode.training.divergence import find_overstep
 from resode.training.evaluate import evaluate, load, read_weights
 from resode.training.files import DamagedFile, RunError, pack, unpack

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from resode import plots
 from resode.stability import (
     StepLimit,
-    edge_check,
     eigenvalue_step_limit,
     imaginary_stability_interval,
     real_stability_interval,
@@ -33,6 +32,7 @@ from resode.stability.polynomials import positive_intervals, roots_lie_right
 from resode.stability.pruning import _stable_on
 from resode.stability.rays import bernstein_matrix
 from resode.tableaus import METHODS, ButcherTableau
+from theory.measures.edge import edge_check
 
 EXPLICIT = [name for name, t in METHODS.items() if t.explicit]
 IMPLICIT = [name for name in METHODS if name not in EXPLICIT]
@@ -613,7 +613,7 @@ def test_simulation_decays_below_and_grows_above(name):
 
 def test_edge_check_sees_a_wrong_limit(monkeypatch):
     """The check must be able to fail: a limit that is 1 % too large lets modes grow below it."""
-    from resode.stability import edge
+    from theory.measures import edge
 
     right = eigenvalue_step_limit([-2.0, -5.0], "rk4")
     wrong = StepLimit(right.step * 1.01, right.limiting_eigenvalue, right.intervals, right.growing, 0.0)

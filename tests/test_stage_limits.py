@@ -16,12 +16,12 @@ from torch.nn.utils import parametrize
 import resode
 from resode import ResidualStack
 from resode.analysis import StepLimitPenalty, bound_operator_norm, jacobian, operator_norm
-from resode.analysis.stages import stage_states
+from resode.analysis.steps.block_limits import block_limits
+from resode.analysis.steps.blocks import block_groups
 from resode.networks import build
 from resode.training.files import DamagedFile
 from resode.training.folder import RunFolder
 from resode.training.monitor import StepLimits
-from resode.training.stages import stage_limits
 
 
 class PreBlock(nn.Module):
@@ -59,7 +59,7 @@ def test_states_of_an_odenet_are_those_of_its_path():
     torch.manual_seed(0)
     network = build("odenet20", in_channels=1)
     network.train()
-    stages = stage_states(network, images())
+    stages = block_groups(network, images())
     assert [s.shape for s in stages] == [(16, 8, 8), (32, 4, 4), (64, 2, 2)]
     assert all(module.training for module in network.modules())
     stage = stages[1]
@@ -72,7 +72,7 @@ def test_any_network_through_its_blocks():
     """x + F(x) is Euler's step of length 1: F's eigenvalues are the block's less 1."""
     torch.manual_seed(0)
     network = Other().eval()
-    (stage,) = stage_limits(network, images(), ["euler", "rk4"])
+    (stage,) = block_limits(network, images(), ["euler", "rk4"])
     assert (stage.name, stage.shape, stage.steps) == ("layer.0", (4, 8, 8), [1.0, 1.0])
     state = network.stem(images()).detach()
     j = jacobian(network.layer[0], state).double() - torch.eye(256)
@@ -81,12 +81,12 @@ def test_any_network_through_its_blocks():
     euler, rk4 = stage.rows[:2]
     assert euler.amplification == pytest.approx(float((1 + torch.linalg.eigvals(j)).abs().max()), rel=1e-4)
     assert euler.complete and rk4.decaying_step > 0
-    (named,) = stage_limits(network, images(), ["euler"], blocks="layer.1")
+    (named,) = block_limits(network, images(), ["euler"], blocks="layer.1")
     assert len(named.rows) == 1
     with pytest.raises(ValueError, match="no module named stem"):
-        list(stage_limits(network, images(), ["euler"], blocks="stem"))
+        list(block_limits(network, images(), ["euler"], blocks="stem"))
     with pytest.raises(ValueError, match="BatchNorm2d, Conv2d"):
-        list(stage_limits(nn.Sequential(nn.Conv2d(1, 1, 3), nn.BatchNorm2d(1)), images(), ["euler"]))
+        list(block_limits(nn.Sequential(nn.Conv2d(1, 1, 3), nn.BatchNorm2d(1)), images(), ["euler"]))
 
 
 class Tied(nn.Module):
@@ -133,7 +133,7 @@ def test_a_block_that_is_used_again_is_a_block_again():
     """Each call has the state that came to it."""
     torch.manual_seed(0)
     network, x = Tied(PreBlock(4)).eval(), torch.randn(2, 4, 5, 5)
-    (stage,) = stage_states(network, x)
+    (stage,) = block_groups(network, x)
     assert len(stage.fields) == 3 and torch.equal(stage.states[0], x)
     torch.testing.assert_close(stage.states[2], network.block(network.block(x)).detach())
 
@@ -141,13 +141,13 @@ def test_a_block_that_is_used_again_is_a_block_again():
 def test_parts_of_a_block_are_no_blocks():
     """F of the outer block holds them; what only calls blocks one after the other is none itself."""
     inner, x = PreBlock(4), torch.randn(2, 4, 5, 5)
-    (stage,) = stage_states(nn.Sequential(OuterBlock(inner)), x)
+    (stage,) = block_groups(nn.Sequential(OuterBlock(inner)), x)
     assert stage.name == "0" and len(stage.fields) == 1
 
     class BlockGroup(nn.Sequential):
         pass
 
-    (stage,) = stage_states(nn.Sequential(BlockGroup(PreBlock(4), PreBlock(4))), x)
+    (stage,) = block_groups(nn.Sequential(BlockGroup(PreBlock(4), PreBlock(4))), x)
     assert stage.name == "0.0" and len(stage.fields) == 2
 
 
@@ -175,7 +175,7 @@ def test_a_pattern_takes_the_blocks_that_it_matches_and_not_their_layers():
 
     x = torch.randn(2, 4, 5, 5)
     for pattern in (None, "layer*.*", "layer1*"):
-        (stage,) = stage_states(Net(), x, pattern)
+        (stage,) = block_groups(Net(), x, pattern)
         assert stage.name == "layer1.0" and len(stage.fields) == 2
         assert isinstance(stage.fields[1].block, BasicBlock)
 
@@ -186,19 +186,19 @@ def test_states_are_those_before_a_block_writes_into_them():
             return x.relu_() * 1.0
 
     x = torch.randn(2, 4, 5, 5)
-    (stage,) = stage_states(nn.Sequential(nn.Identity(), InPlaceBlock()), x.clone())
+    (stage,) = block_groups(nn.Sequential(nn.Identity(), InPlaceBlock()), x.clone())
     assert torch.equal(stage.states[0], x)
 
 
 def test_what_a_block_takes_besides_its_state_is_kept():
     """x − 3x: one eigenvalue, −3, and Euler's limit 2/3; not so where it differs from sample to sample."""
     x = torch.randn(2, 4, 5, 5)
-    (stage,) = stage_limits(Calling(scale=3.0), x, ["euler"])
+    (stage,) = block_limits(Calling(scale=3.0), x, ["euler"])
     assert stage.rows[0].step == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match=r"block takes a second tensor, of shape \(2, 4, 5, 5\)"):
-        stage_states(Calling(shift=x), x)
+        block_groups(Calling(shift=x), x)
     with pytest.raises(ValueError, match="at least one image"):
-        stage_states(Calling(), x[:0])
+        block_groups(Calling(), x[:0])
 
 
 def test_learned_steps_of_channels_and_of_either_sign():
@@ -211,12 +211,12 @@ def test_learned_steps_of_channels_and_of_either_sign():
     x = torch.ones(1, 3, 2, 2)
     stack = ResidualStack([Decay()], learn_step="channel", channels=3)
     stack.step_sizes.data[:] = torch.tensor([0.5, 1.5, 3.0])
-    (stage,) = stage_limits(stack, x, ["euler"])
+    (stage,) = block_limits(stack, x, ["euler"])
     row = stage.rows[0]
     assert stage.steps == [1.0] and row.amplification == pytest.approx(2.0) and not row.inside
     assert row.decaying_step == pytest.approx(2 / 3)
     stack = ResidualStack([Decay()], learn_step=True, step_size=-1.0)
-    (stage,) = stage_limits(stack, x, ["euler"])
+    (stage,) = block_limits(stack, x, ["euler"])
     assert stage.steps == [1.0] and stage.rows[0].growing == 12
     assert stage.rows[0].amplification == pytest.approx(2.0)
     torch.testing.assert_close(stack(x), 2 * x)
@@ -228,7 +228,7 @@ def test_large_states_without_the_jacobian():
     field = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 2, 3, padding=1))
     network = ResidualStack([field], step_size=0.5)
     x = torch.randn(1, 2, 23, 23)
-    (stage,) = stage_limits(network, x, ["euler", "rk4"])
+    (stage,) = block_limits(network, x, ["euler", "rk4"])
     dense = resode.step_limit(field.double(), x.double(), solver="rk4", matrix_free=False)
     row = stage.rows[1]
     assert not row.complete and row.converged
@@ -380,14 +380,14 @@ def test_the_penalty_brings_a_network_inside():
         for weight in stack.parameters():
             weight.mul_(3)
     x = torch.randn(2, 6)
-    before = max(row.amplification for s in stage_limits(stack, x, ["euler"]) for row in s.rows)
+    before = max(row.amplification for s in block_limits(stack, x, ["euler"]) for row in s.rows)
     penalty = StepLimitPenalty("euler", margin=0.2)
     optimizer = torch.optim.SGD(stack.parameters(), lr=0.1)
     for _ in range(200):
         optimizer.zero_grad()
         penalty(stack, x).backward()
         optimizer.step()
-    rows = [row for s in stage_limits(stack, x, ["euler"]) for row in s.rows]
+    rows = [row for s in block_limits(stack, x, ["euler"]) for row in s.rows]
     assert before > 1.5 and all(row.amplification <= 1 + 1e-6 and row.inside for row in rows)
     assert stack.training
 

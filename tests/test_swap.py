@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from resode import ResidualStack
-from resode.analysis.swap import SwapReport, SwapRow, swap_report
+from resode.analysis.swap.report import SwapReport, SwapRow, swap_report
 
 
 def classifier(solver="euler", norm=False):

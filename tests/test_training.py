@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from resode.analysis.steps.block_limits import block_limits
 from resode.blocks import ODEBlock, ResidualStack
 from resode.networks import build
 from resode.training import files
@@ -32,7 +33,6 @@ from resode.training.monitor import StepLimits
 from resode.training.plan import Plan, choose_device, choose_precision, resolve
 from resode.training.recipe import RECIPES, make_recipe
 from resode.training.run import train
-from resode.training.stages import stage_limits
 from resode.training.task import ClassificationTask
 
 
@@ -848,7 +848,7 @@ def test_step_limits_are_those_of_each_block_at_its_own_state():
     diagonal = nn.Linear(2, 2, bias=False)
     diagonal.weight.data = torch.diag(torch.tensor([-2.0, -5.0]))
     network = nn.Sequential(ResidualStack([diagonal, MinusSquare()], step_size=0.2, substeps=2))
-    (stage,) = stage_limits(network, torch.tensor([[1.0, 2.0], [1.0, -2.0]]), ["euler", "rk4"])
+    (stage,) = block_limits(network, torch.tensor([[1.0, 2.0], [1.0, -2.0]]), ["euler", "rk4"])
     assert (stage.name, stage.shape, stage.solver) == ("0", (2,), "euler")
     assert stage.steps == pytest.approx([0.1, 0.1])
     euler0, rk0, euler1, rk1 = stage.rows
@@ -862,18 +862,18 @@ def test_step_limits_are_those_of_each_block_at_its_own_state():
     assert sorted(stage.spectra[1].real.ravel()) == pytest.approx([-0.128, -0.128, -0.1, 0.1], rel=1e-6)
     assert network[0].fields[0].weight.dtype == torch.float32, "the network itself is not changed"
     network[0].step_size = 0.9
-    (coarse,) = stage_limits(network, torch.tensor([[1.0, 2.0]]), ["euler"])
+    (coarse,) = block_limits(network, torch.tensor([[1.0, 2.0]]), ["euler"])
     assert not coarse.rows[0].inside, "0.45 is beyond 0.4"
 
 
 def test_states_too_large_for_a_dense_spectrum_go_without_the_jacobian():
     """relu at ones is the identity: every mode grows at rate 1, so Euler decays at no step."""
     network = nn.Sequential(ResidualStack([nn.ReLU()], step_size=0.1))
-    (stage,) = stage_limits(network, torch.ones(1, 5000), ["euler"])
+    (stage,) = block_limits(network, torch.ones(1, 5000), ["euler"])
     (row,) = stage.rows
     assert stage.shape == (5000,) and row.step == 0 and row.growing > 0 and not row.complete
     with pytest.raises(ValueError, match=r"this network has no ResidualStack"):
-        next(stage_limits(nn.Sequential(nn.ReLU()), torch.ones(1, 2), ["euler"]))
+        next(block_limits(nn.Sequential(nn.ReLU()), torch.ones(1, 2), ["euler"]))
 
 
 # What is left to the machine

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from resode.analysis import total_variation
 from resode.fields import MLPField
+from theory.measures.variation import total_variation
 
 
 def test_monotone_functions_vary_by_what_they_rise():

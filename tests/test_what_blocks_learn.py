@@ -7,19 +7,14 @@ import torch
 from torch import nn
 
 from resode import ResidualStack
-from resode.analysis import (
-    first_update,
-    gradient_conflict,
-    jacobian,
-    lesion_study,
-    loss_gradient_norms,
-    recovery,
-    reordering_study,
-    unrolled_sum,
-    virtual_depth,
-)
+from resode.analysis import jacobian, lesion_study, loss_gradient_norms, reordering_study
 from resode.fields import MLPField, SoftThresholdField
 from resode.networks import PlainMLP, ResidualMLP, build
+from theory.measures.collective import first_update
+from theory.measures.conflict import gradient_conflict
+from theory.measures.recovery import recovery
+from theory.measures.unrolled import unrolled_sum
+from theory.measures.virtual_depth import virtual_depth
 
 
 def linear(matrix):

@@ -115,7 +115,7 @@ stack = ResidualStack([MLPField(width) for _ in range(depth)], step_size=1 / dep
 _, path = stack(normal(batch, width), return_path=True)
 g, identity, residual = normal(batch, width), [], []
 for index in reversed(range(depth)):
-    parts = gradient_parts(stack.block(index), path[index].detach(), g, step_size=stack.step_size)
+    parts = gradient_parts(stack.field(index), path[index].detach(), g, step_size=stack.step_size)
     identity.insert(0, float(parts.identity.norm()))
     residual.insert(0, float(parts.residual.norm()))
     g = parts.total

@@ -29,7 +29,8 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from resode.analysis import block_gains, bound_operator_norm
+from resode.analysis import bound_operator_norm
+from theory.measures.gains import block_gains
 from theory.verdict import FAST, agree, at_least, at_most
 
 n, tries, ascent, pixels = (8, 10, 150, 6) if FAST else (24, 60, 600, 10)

@@ -31,9 +31,10 @@ import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
-from resode.analysis import gradient_norms, gradient_parts, shortcut_matrix
+from resode.analysis import gradient_parts, shortcut_matrix
 from resode.fields import ConvField
 from resode.shortcuts import GatedShortcut, InputGatedShortcut, PadShortcut, ProjectionShortcut
+from theory.measures.gains import gradient_norms
 from theory.verdict import FAST, agree, at_least
 
 batch, channels, pixels, depth = (2, 2, 6, 100) if FAST else (8, 4, 8, 100)

@@ -30,9 +30,10 @@ import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
-from resode.analysis import gradient_norms, highway_gradients
 from resode.fields import MLPField
 from resode.shortcuts import HighwayShortcut
+from theory.measures.gains import gradient_norms
+from theory.measures.highways import highway_gradients
 from theory.verdict import FAST, agree, at_least
 
 L, width, finer = 100, 16, 2 if FAST else 4

@@ -37,7 +37,7 @@ from torch import nn
 from torch.nn.utils import skip_init
 
 from resode import ResidualStack
-from resode.analysis import gradient_norms
+from theory.measures.gains import gradient_norms
 from theory.verdict import FAST, agree, at_least, at_most
 
 s_values, depths, wide_depths = (0.1, 0.5, 1.0, 2.0), (1, 2, 4, 6), (1, 2, 4, 8)

@@ -28,8 +28,8 @@ import matplotlib.pyplot as plt
 import torch
 
 from resode import ResidualStack
-from resode.analysis import total_variation
 from resode.fields import MLPField
+from theory.measures.variation import total_variation
 from theory.verdict import FAST, agree, at_least, at_most
 
 networks, hidden = (10, 8) if FAST else (100, 32)

@@ -32,7 +32,7 @@ from torch import nn
 from resode import ResidualStack
 from resode.analysis import class_means, correction_along
 from resode.fields import MLPField
-from resode.training.data import load_data
+from resode.training.data.datasets import load_data
 from resode.training.fit import fit
 from theory.verdict import FAST, agree, at_least
 

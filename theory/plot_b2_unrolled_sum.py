@@ -25,10 +25,11 @@ The picture: the sum's error in three networks; wrong answers without one block,
 import matplotlib.pyplot as plt
 import torch
 
-from resode.analysis import lesion_study, reordering_study, unrolled_sum
+from resode.analysis import lesion_study, reordering_study
 from resode.networks import PlainMLP, ResidualMLP, build
-from resode.training.data import load_data
+from resode.training.data.datasets import load_data
 from resode.training.fit import fit
+from theory.measures.unrolled import unrolled_sum
 from theory.verdict import FAST, agree, at_least, at_most
 
 # %%

@@ -31,7 +31,7 @@ from torch.nn.functional import one_hot
 
 from resode.analysis import boosting_along
 from resode.networks import ResidualMLP
-from resode.training.data import load_data
+from resode.training.data.datasets import load_data
 from resode.training.fit import fit
 from theory.verdict import FAST, agree, at_least, at_most
 
@@ -79,7 +79,7 @@ trained = torch.stack([one.cosine.nanmean(1) for one in found])
 # increment of a linear head :math:`w^\top F`.
 path = along(nets[0])[1]
 with torch.no_grad():
-    steps = [nets[0].stack.block(block)(path[block]) @ nets[0].linear.weight.T for block in range(depth)]
+    steps = [nets[0].stack.field(block)(path[block]) @ nets[0].linear.weight.T for block in range(depth)]
     descent = one_hot(target, 10) - nets[0].linear(path[:-1]).softmax(2)
 by_hand = torch.nn.functional.cosine_similarity(torch.stack(steps), descent, dim=2)
 

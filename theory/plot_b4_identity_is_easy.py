@@ -30,10 +30,10 @@ import torch
 from torch import nn
 
 from resode import ResidualStack
-from resode.analysis import virtual_depth
 from resode.fields import MLPField, SoftThresholdField
-from resode.training.data import load_data
+from resode.training.data.datasets import load_data
 from resode.training.fit import fit
+from theory.measures.virtual_depth import virtual_depth
 from theory.verdict import FAST, agree, at_least
 
 torch.manual_seed(0)

@@ -29,8 +29,9 @@ import torch
 from torch import nn
 
 from resode import ResidualStack, max_stable_step
-from resode.analysis import gradient_conflict, jacobian
+from resode.analysis import jacobian
 from resode.fields import MLPField
+from theory.measures.conflict import gradient_conflict
 from theory.verdict import FAST, agree, at_least
 
 torch.set_default_dtype(torch.float64)

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from resode import ResidualStack, max_learning_rate
-from resode.analysis import first_update
+from theory.measures.collective import first_update
 from theory.verdict import FAST, agree, at_least
 
 torch.set_default_dtype(torch.float64)

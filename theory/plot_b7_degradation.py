@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from resode.networks import PlainMLP, ResidualMLP
-from resode.training.data import load_data
+from resode.training.data.datasets import load_data
 from resode.training.fit import fit
 from theory import degradation
 from theory.verdict import FAST, at_least, at_most

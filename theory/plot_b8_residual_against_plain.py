@@ -34,10 +34,11 @@ import math
 import matplotlib.pyplot as plt
 import torch
 
-from resode.analysis import loss_gradient_norms, recovery
+from resode.analysis import loss_gradient_norms
 from resode.networks import PlainMLP, ResidualMLP
-from resode.training.data import load_data
+from resode.training.data.datasets import load_data
 from resode.training.fit import fit
+from theory.measures.recovery import recovery
 from theory.verdict import FAST, agree, at_least, at_most
 
 digits = load_data("digits")

@@ -36,9 +36,9 @@ import torch
 from torch import nn
 
 from resode import ResidualStack
-from resode.analysis import LeastSquares, PiecewiseLinear, learning_curve
 from resode.fields import KnownPlusLearned, MLPField
 from resode.training.fit import fit
+from theory.measures.learning_curve import LeastSquares, PiecewiseLinear, learning_curve
 from theory.verdict import FAST, agree, at_least, at_most
 
 torch.set_default_dtype(torch.float64)

@@ -41,7 +41,7 @@ from torch import nn
 import resode
 from resode.analysis import contraction_step, jacobian, logarithmic_norm, transient_growth
 from resode.fields import AntisymmetricField
-from resode.training.data import load_data
+from resode.training.data.datasets import load_data
 from theory.verdict import FAST, agree, at_least, at_most
 
 far, near = np.array([[-1.0, 10.0], [0.0, -2.0]]), np.array([[-1.0, 1.0], [0.0, -2.0]])
@@ -115,7 +115,7 @@ either_side = [float(np.max(transient_growth(near, c * limit).norms[1:])) for c 
 
 with torch.no_grad():
     states = stack(network[0](x[:20]), return_path=True)[1]
-jacobians = torch.cat([jacobian(stack.block(i), states[i]) for i in range(stack.depth)]).double()
+jacobians = torch.cat([jacobian(stack.field(i), states[i]) for i in range(stack.depth)]).double()
 rightmost = torch.linalg.eigvals(jacobians).real.amax(1)
 jacobians, rightmost = jacobians[rightmost < -0.02], rightmost[rightmost < -0.02]
 halves = resode.max_stable_step(jacobians) / 2

@@ -36,9 +36,9 @@ import torch
 from torch import nn
 
 import resode
-from resode.analysis import QuadraticModel
 from resode.networks import build
-from resode.training.data import load_data
+from resode.training.data.datasets import load_data
+from theory.measures.quadratic import QuadraticModel
 from theory.verdict import FAST, agree, at_least, at_most
 
 DOUBLE = torch.float64

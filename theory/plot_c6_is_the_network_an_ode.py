@@ -39,7 +39,7 @@ from torch import nn
 import resode
 import theory
 from resode.networks import build
-from resode.training.data import load_data
+from resode.training.data.datasets import load_data
 from theory.verdict import FAST, agree, at_least, at_most
 
 data = load_data("digits")

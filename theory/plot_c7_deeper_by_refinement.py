@@ -38,7 +38,7 @@ import resode
 from resode.analysis import depth_convergence
 from resode.fields import MLPField
 from resode.networks import build
-from resode.training.data import load_data
+from resode.training.data.datasets import load_data
 from theory.verdict import FAST, at_least, at_most
 
 torch.manual_seed(0)

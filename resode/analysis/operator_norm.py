@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from resode.analysis.contraction import largest
-from resode.analysis.products import full_precision
+from resode.analysis.steps.contraction import largest
+from resode.jacobian.products import full_precision
 
 _ITERATIONS = 20  # of a bounded norm in a call, at most; five as a rule
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

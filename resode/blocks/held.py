@@ -64,7 +64,7 @@ class StochasticDepth(nn.Module):
         return f"p={self.p:g}"
 
 
-class Held:
+class FrozenDuringStep:
     """The batch norms and masks of a field in training, for one block call.
 
     Args:

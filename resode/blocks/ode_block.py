@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from resode.blocks.held import Held, refuse_dropout, refuse_low_precision
+from resode.blocks.held import FrozenDuringStep, refuse_dropout, refuse_low_precision
 from resode.blocks.stack import explicit
 from resode.solve.gradient import GRADIENTS
 from resode.solve.odeint import odeint
@@ -128,7 +128,7 @@ class _Once(nn.Module):
     def __init__(self, func: nn.Module):
         super().__init__()
         self.func = func
-        self.once = Held(func)
+        self.once = FrozenDuringStep(func)
         for name in CALLBACKS:
             for callback in (name, f"{name}_adjoint"):
                 if hasattr(func, callback):

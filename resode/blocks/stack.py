@@ -15,8 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from resode.blocks.held import (
+    FrozenDuringStep,
     FrozenStatistics,
-    Held,
     checkpoints,
     draw_scale,
     evaluate,
@@ -200,7 +200,7 @@ class ResidualStack(Checked):
             raise ValueError(f"substeps must be an integer of at least 1, got {n!r}.")
         self._substeps = n
 
-    def block(self, index: int) -> nn.Module:
+    def field(self, index: int) -> nn.Module:
         """The field F_l of block l, 0 ≤ l < depth."""
         if not 0 <= index < self.depth:
             raise IndexError(f"block {index} of a stack of {self.depth}: blocks are 0 to {self.depth - 1}.")
@@ -328,7 +328,7 @@ class ResidualStack(Checked):
         costs = {field: cost_of(field, shape) for field in self.fields}
         parameters = sum(cost.parameters for cost in costs.values())
         parameters += 0 if self.step_sizes is None else self.step_sizes.numel()
-        macs = sum(costs[self.block(index)].macs * n for index, n in enumerate(evaluations))
+        macs = sum(costs[self.field(index)].macs * n for index, n in enumerate(evaluations))
         return Cost(parameters, macs, shape)
 
     def _rebuilt(self, origins: list[int], step_size: float) -> ResidualStack:
@@ -342,8 +342,8 @@ class ResidualStack(Checked):
 
     def _nodes(self, index: int, statistics: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What is interpolated, at the start and the end of block `index`; the last block's is held."""
-        following = self.block(min(index + 1, self.depth - 1))
-        return _node(self.block(index), statistics), _node(following, statistics)
+        following = self.field(min(index + 1, self.depth - 1))
+        return _node(self.field(index), statistics), _node(following, statistics)
 
     def _check(self, x: Tensor) -> None:
         if not self._tableau.adaptive:
@@ -430,19 +430,19 @@ class ResidualStack(Checked):
                 if cost.result is not None:
                     cost.result.nfe_backward += sum(repeat.evaluations)
 
-        norms = [norm for index in blocks for norm in moving_norms(self.block(index))]
+        norms = [norm for index in blocks for norm in moving_norms(self.field(index))]
         return checkpoint(
             through, x, use_reentrant=False, context_fn=lambda: (nullcontext(), FrozenStatistics(norms))
         )
 
     def _field(self, index: int, several: bool, scale: Tensor | None) -> Callable[[Any, Tensor], Any]:
         """F_l of (fraction of the block, state), times `scale`; one block call's."""
-        module = self.block(index)
+        module = self.field(index)
         nodes = self._nodes(index) if self.weights == "linear" and not self.shared else None
         held = None
         if several and module.training:
             refuse_dropout(module, self.solver)
-            held = Held(module, statistics=nodes is None)
+            held = FrozenDuringStep(module, statistics=nodes is None)
         first = True
 
         def f(s: Any, y: Tensor) -> Any:

@@ -39,7 +39,7 @@ def profile(
     Finds every residual addition by tracing, and reports how features, gradients and eigenvalues travel
     through it, and which block's step is too large.
     """
-    from resode.analysis.depth import profile_depth
+    from resode.analysis.depth.profile import profile_depth
     from resode.training.files import replacing
     from resode.training.plan import choose_device
 
@@ -80,7 +80,7 @@ def _inputs(
     """Test images with their classes, or random inputs without."""
     import torch
 
-    from resode.training.data import load_data
+    from resode.training.data.datasets import load_data
     from resode.training.evaluate import images_of, plain_batches
     from resode.training.plan import check_data_name
 
@@ -107,7 +107,7 @@ def _beside(source: Path | None) -> Path:
 
 
 def _show(found: Any) -> None:
-    from resode.analysis.depth import show
+    from resode.analysis.depth.profile import show
 
     def number(value: float) -> str:
         return "-" if value != value else "∞" if value == float("inf") else f"{value:.3g}"

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from resode.training.recipe import did_you_mean
+from resode.checks import did_you_mean
 
 TRAIN_EXTRA = ("lightning", "sklearn", "PIL", "safetensors", "yaml")
 """What the extra `train` installs, besides what the command itself is made of."""
@@ -147,7 +147,7 @@ def report(error: Exception) -> int:
     if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in TRAIN_EXTRA:
         complain(f"this command needs {error.name}: pip install 'resode[train]'")
         return 1
-    from resode.training.archives import DataError
+    from resode.training.data.archives import DataError
     from resode.training.files import RunError
 
     if isinstance(error, RunError):

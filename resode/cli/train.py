@@ -10,8 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
+from resode.checks import did_you_mean
 from resode.cli.terminal import command, flag, separated
-from resode.training.recipe import PRECISIONS, RECIPES, SCHEDULES, WARMUPS, Recipe, did_you_mean, make_recipe
+from resode.training.recipe import PRECISIONS, RECIPES, SCHEDULES, WARMUPS, Recipe, make_recipe
 
 _MODEL, _RUN, _RECIPE = "Network and data", "Run", "Recipe: any of its settings"
 

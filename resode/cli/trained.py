@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
+from resode.checks import did_you_mean
 from resode.cli.terminal import command, flag, say, separated, table
 from resode.cli.train import own_model
 from resode.solve.options import NATIVE
 from resode.tableaus import METHODS
-from resode.training.recipe import did_you_mean
 
 _Run = Annotated[Path, typer.Argument(help="Run folder or weights file.", metavar="RUN", show_default=False)]
 _OwnModel = Annotated[str | None, flag("For a network of your own: package.module:function.")]
@@ -98,7 +98,7 @@ def swap(
     )
 
     from resode import plots
-    from resode.analysis.swap import swap_report
+    from resode.analysis.swap.report import swap_report
 
     result = swap_report(
         network,
@@ -243,9 +243,9 @@ def _run_stability(
     data: str | None,
     data_dir: Path | None,
 ) -> None:
+    from resode.analysis.steps.block_limits import block_limits
     from resode.training.evaluate import images_of, load, plain_batches
     from resode.training.files import replacing
-    from resode.training.stages import stage_limits
 
     methods = _methods(names)
     if not methods:
@@ -256,7 +256,7 @@ def _run_stability(
     count = "1 test image" if len(images) == 1 else f"{len(images)} test images"
     say(f"{run} at {count} of {dataset.title}; step h = η / substeps")
     stages = []
-    for number, stage in enumerate(stage_limits(network, images, methods, blocks=blocks), start=1):
+    for number, stage in enumerate(block_limits(network, images, methods, blocks=blocks), start=1):
         size = "×".join(map(str, stage.shape))
         steps = sorted(set(stage.steps))
         h = f"h = {steps[0]:g}" if len(steps) == 1 else f"h = {steps[0]:.3g} to {steps[-1]:.3g}"

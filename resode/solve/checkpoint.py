@@ -31,7 +31,7 @@ from resode.tableaus import ButcherTableau
 
 
 @dataclass
-class Again:
+class Recomputation:
     """Runs pieces, and once more when their gradient is asked for; those calls of f are `nfe_backward`.
 
     Args:
@@ -81,7 +81,7 @@ class Again:
 
 def checkpointed_solve(
     tableau: ButcherTableau,
-    again: Again,
+    again: Recomputation,
     f: Field,
     x: Tensor,
     times: list[float],
@@ -120,7 +120,9 @@ def checkpointed_solve(
     return [*path, solve.x], replace(solve.progress, nfe=solve.progress.nfe + calls)
 
 
-def checkpointed_steps(again: Again, advance: Callable[..., Tensor] = equal_steps) -> Callable[..., Tensor]:
+def checkpointed_steps(
+    again: Recomputation, advance: Callable[..., Tensor] = equal_steps
+) -> Callable[..., Tensor]:
     """A function like `equal_steps`, in pieces of √n steps."""
 
     def in_pieces(tableau: ButcherTableau, f: Field, t: Time, x: Tensor, h: Time, n: int) -> Tensor:

@@ -30,7 +30,7 @@ from resode.solve.native import (
     segments,
     zero_with_gradient,
 )
-from resode.solve.options import How, torchdiffeq_methods
+from resode.solve.options import SolveSettings, torchdiffeq_methods
 from resode.solve.result import MaxStepsReached, NonFiniteState, Stats
 from resode.solve.step import Field, all_finite, combine, stages
 from resode.tableaus import METHODS, ButcherTableau
@@ -61,7 +61,7 @@ def solve_to_event(
     func: Callable[..., Any],
     y0: Tensor,
     t: Tensor,
-    how: How,
+    settings: SolveSettings,
     event: Event,
     callbacks: Callbacks | None = None,
 ) -> tuple[Tensor, Tensor, Stats]:
@@ -71,7 +71,7 @@ def solve_to_event(
         func: the field of (t, y).
         y0: the state at t[0].
         t: two times: the start, and one that gives the direction.
-        how: the method and its options.
+        settings: the method and its options.
         event: positive at the start.
         callbacks: told of every step.
 
@@ -79,30 +79,35 @@ def solve_to_event(
         MaxStepsReached: no event.
     """
     counted = Evaluations(func)
-    if isinstance(how.method, str):
-        time, path = _by_torchdiffeq(counted, y0, t, how, event, callbacks)
+    if isinstance(settings.method, str):
+        time, path = _by_torchdiffeq(counted, y0, t, settings, event, callbacks)
         return time.detach().to(t.dtype), path, Stats(counted.calls, None, None, None)
-    run = _fixed if how.fixed else _adaptive
-    time, y, n_steps = run(counted, y0, t, how.method, how, event, callbacks)
+    run = _fixed if settings.fixed else _adaptive
+    time, y, n_steps = run(counted, y0, t, settings.method, settings, event, callbacks)
     stats = Stats(counted.calls, *n_steps)
     return torch.tensor(time, dtype=t.dtype, device=t.device), torch.stack([y0, y]), stats
 
 
 def _by_torchdiffeq(
-    counted: Evaluations, y0: Tensor, t: Tensor, how: How, event: Event, callbacks: Callbacks | None
+    counted: Evaluations,
+    y0: Tensor,
+    t: Tensor,
+    settings: SolveSettings,
+    event: Event,
+    callbacks: Callbacks | None,
 ) -> tuple[Tensor, Tensor]:
     from torchdiffeq._impl.odeint import SOLVERS
 
-    if not hasattr(SOLVERS[str(how.method)], "integrate_until_event"):
+    if not hasattr(SOLVERS[str(settings.method)], "integrate_until_event"):
         able = [
             name
             for name in torchdiffeq_methods()
             if name not in METHODS and hasattr(SOLVERS[name], "integrate_until_event")
         ]
         raise ValueError(
-            f"{how.method!r} can't stop at an event; use a method of resode's or {', '.join(able)}."
+            f"{settings.method!r} can't stop at an event; use a method of resode's or {', '.join(able)}."
         )
-    return call_torchdiffeq(counted, y0, t, how, callbacks, event_fn=event)
+    return call_torchdiffeq(counted, y0, t, settings, callbacks, event_fn=event)
 
 
 def _adaptive(
@@ -110,11 +115,11 @@ def _adaptive(
     y0: Tensor,
     t: Tensor,
     tableau: ButcherTableau,
-    how: How,
+    settings: SolveSettings,
     event: Event,
     callbacks: Callbacks | None,
 ) -> tuple[float, Tensor, tuple[int, int, int]]:
-    control, real = how.control(y0, callbacks), y0.dtype.to_real()
+    control, real = settings.control(y0, callbacks), y0.dtype.to_real()
     start, forward = float(t[0].detach()), 1 if t[1] > t[0] else -1
     y = y0
     if t.requires_grad:
@@ -122,7 +127,7 @@ def _adaptive(
     if value_of(event, start, y0) <= 0:
         return start, y, (0, 0, 0)
     progress = None
-    for times, _, f in segments(counted, [start, forward * math.inf], how, real):
+    for times, _, f in segments(counted, [start, forward * math.inf], settings, real):
         solve = Adaptive(tableau, f, y, times[0], times[-1], control, progress)
         for step in solve.steps():
             begin, end = step.start.item(), step.end.item()
@@ -141,15 +146,15 @@ def _fixed(
     y0: Tensor,
     t: Tensor,
     tableau: ButcherTableau,
-    how: How,
+    settings: SolveSettings,
     event: Event,
     callbacks: Callbacks | None,
 ) -> tuple[float, Tensor, tuple[int, int, int]]:
-    size = how.step_size if how.step_size is not None else how.options.get("step_size")
+    size = settings.step_size if settings.step_size is not None else settings.options.get("step_size")
     if size is None:
         raise ValueError(f"{tableau.name} takes fixed steps: to find an event it needs step_size.")
-    grid: Grid | None = how.grid()
-    perturb = bool(how.options.get("perturb", False))
+    grid: Grid | None = settings.grid()
+    perturb = bool(settings.options.get("perturb", False))
     callback = None if callbacks is None else callbacks.step
     begin, direction = t.detach().tolist()
     start, h = begin, math.copysign(float(size), direction - begin)
@@ -159,7 +164,7 @@ def _fixed(
         y = y - field(start, y) * zero_with_gradient(t[0], y0.dtype.to_real())
     if value_of(event, start, y0) <= 0:
         return start, y, (0, 0, 0)
-    for n in range(1, how.max_steps + 1):
+    for n in range(1, settings.max_steps + 1):
         begin, end = start + (n - 1) * h, start + n * h
         y1, k0 = one_step(tableau, field, begin, y, h, callback, perturb)
         value = value_of(event, end, y1)
@@ -180,7 +185,7 @@ def _fixed(
             return time, y1 if time == end else at(time), (n, n, 0)
         y = y1
     raise MaxStepsReached(
-        f"max_steps={how.max_steps} steps of {size:g} met no event; they ended at t={begin + h:.9g}. "
+        f"max_steps={settings.max_steps} steps of {size:g} met no event; they ended at t={begin + h:.9g}. "
         "Check event_fn's sign and t's direction, take larger steps, or raise max_steps.",
         time=begin + h,
         step_size=float(size),

@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from resode.solve.control import Callbacks
 from resode.solve.events import Event, solve_to_event
 from resode.solve.native import solve
-from resode.solve.options import How
+from resode.solve.options import SolveSettings
 from resode.solve.result import SolverError, Stats
 from resode.solve.step import as_stage
 
@@ -40,7 +40,7 @@ class Adjoint:
 
     Args:
         func: the field of (t, y), y one tensor.
-        how: the method forward.
+        settings: the method forward.
         back: the method on the way back; its norm, if any, takes (t, y, a, *parameters).
         params: what else gets a gradient.
         callbacks: told of the steps forward.
@@ -49,8 +49,8 @@ class Adjoint:
     """
 
     func: Callable[..., Any]
-    how: How
-    back: How
+    settings: SolveSettings
+    back: SolveSettings
     params: tuple[Tensor, ...]
     callbacks: Callbacks | None
     callbacks_back: Callbacks | None
@@ -75,10 +75,12 @@ class _Solve(torch.autograd.Function):
     def forward(ctx: Any, job: Adjoint, event: Event | None, y0: Tensor, t: Tensor, *params: Tensor) -> Any:
         t_free = t.detach()
         if event is None:
-            path, job.stats = solve(job.func, y0, t_free, job.how, job.callbacks)
+            path, job.stats = solve(job.func, y0, t_free, job.settings, job.callbacks)
             times = event_t = t_free
         else:
-            event_t, path, job.stats = solve_to_event(job.func, y0, t_free, job.how, event, job.callbacks)
+            event_t, path, job.stats = solve_to_event(
+                job.func, y0, t_free, job.settings, event, job.callbacks
+            )
             times = torch.stack([t_free[0], event_t])
         event_t = event_t.clone()
         ctx.job, ctx.stats, ctx.is_event = job, job.stats, event is not None
@@ -109,7 +111,7 @@ def _backward(
     """Gradients of y0, t and the parameters."""
     y0, n = path[0], len(times)
     real = y0.dtype.to_real()
-    shape = (y0.shape[0],) + (1,) * (y0.ndim - 1) if job.how.per_sample else ()
+    shape = (y0.shape[0],) + (1,) * (y0.ndim - 1) if job.settings.per_sample else ()
     pack, unpack = _packing([y0, y0, *params], real)
     calls = 0
 
@@ -132,7 +134,7 @@ def _backward(
         with torch.no_grad():
             return job.func(times[i].to(y0.device, real).expand(shape), path[i])
 
-    how = _back(job, unpack)
+    settings = _back(job, unpack)
     told = _unpacked(job.callbacks_back, unpack, y0)
     grad_t = torch.zeros_like(times) if wants_t else None
     a, gathered = grad[-1], [torch.zeros_like(p) for p in params]
@@ -142,7 +144,7 @@ def _backward(
         if times[i] != times[i - 1]:  # an event may lie at the start
             z = pack([path[i], a, *gathered])
             try:
-                way, _ = solve(field, z, times[[i, i - 1]], how, told)
+                way, _ = solve(field, z, times[[i, i - 1]], settings, told)
             except SolverError as error:
                 error.add_note(
                     "resode: this was the adjoint's solve back in time; gradient='autograd' needs none."
@@ -180,12 +182,12 @@ def _packing(
     return pack, unpack
 
 
-def _back(job: Adjoint, unpack: Callable[[Tensor], list[Tensor]]) -> How:
+def _back(job: Adjoint, unpack: Callable[[Tensor], list[Tensor]]) -> SolveSettings:
     """The backward method with its norm on the packed state: all parts, or "seminorm", or the user's."""
-    how = job.back
-    if how.fixed:
-        return how
-    norm, zero = how.options.get("norm"), torch.zeros(())
+    settings = job.back
+    if settings.fixed:
+        return settings
+    norm, zero = settings.options.get("norm"), torch.zeros(())
     state_norm = job.state_norm
 
     def measured(z: Tensor) -> Any:
@@ -197,7 +199,7 @@ def _back(job: Adjoint, unpack: Callable[[Tensor], list[Tensor]]) -> How:
             numbers += [p.abs().square().mean().sqrt() for p in parts[2:] if p.numel()]
         return torch.stack([torch.as_tensor(x, dtype=z.dtype, device=z.device) for x in numbers]).max()
 
-    return replace(how, options={**how.options, "norm": measured})
+    return replace(settings, options={**settings.options, "norm": measured})
 
 
 def _unpacked(

@@ -18,7 +18,7 @@ from resode.solve.dense import Step, interpolate
 from resode.solve.events import root, value_of
 from resode.solve.fixed import steps_between
 from resode.solve.native import Evaluations, not_finite
-from resode.solve.options import NATIVE, How, resolve_method
+from resode.solve.options import NATIVE, SolveSettings, resolve_method
 from resode.solve.problem import check_per_sample, check_state
 from resode.solve.result import Stats
 from resode.solve.step import Field, all_finite, combine, stages
@@ -190,12 +190,14 @@ def solve_ivp(
     fixed = step_size is not None or n_steps is not None or not tableau.adaptive
     if fixed and numbers != {"first_step": None, "min_step": 0.0, "max_step": math.inf}:
         raise ValueError("first_step, min_step and max_step steer adaptive steps; these are fixed.")
-    how = How(tableau, rtol, atol, {} if fixed else numbers, step_size, n_steps, max_steps, per_sample)
-    how.check()
+    settings = SolveSettings(
+        tableau, rtol, atol, {} if fixed else numbers, step_size, n_steps, max_steps, per_sample
+    )
+    settings.check()
     extra = tuple(args or ())
     counted = Evaluations((lambda t, y: func(t, y, *extra)) if extra else func)
     watch = _Watch(events, extra)
-    solve = (_Equal if fixed else _controlled)(tableau, counted, y0, start, end, how)
+    solve = (_Equal if fixed else _controlled)(tableau, counted, y0, start, end, settings)
     kept: list[Step] = []
     final: tuple[float, Tensor] | None = None
     for step in solve.steps():
@@ -223,26 +225,37 @@ def solve_ivp(
 
 
 def _controlled(
-    tableau: ButcherTableau, counted: Evaluations, y0: Tensor, start: float, end: float, how: How
+    tableau: ButcherTableau,
+    counted: Evaluations,
+    y0: Tensor,
+    start: float,
+    end: float,
+    settings: SolveSettings,
 ) -> Adaptive:
     """Error-controlled steps."""
-    return Adaptive(tableau, counted, y0, start, end, how.control(y0, None))
+    return Adaptive(tableau, counted, y0, start, end, settings.control(y0, None))
 
 
 class _Equal:
     """Equal steps, each with F at its end, which is the next one's first stage."""
 
     def __init__(
-        self, tableau: ButcherTableau, counted: Evaluations, y0: Tensor, start: float, end: float, how: How
+        self,
+        tableau: ButcherTableau,
+        counted: Evaluations,
+        y0: Tensor,
+        start: float,
+        end: float,
+        settings: SolveSettings,
     ):
-        self.tableau, self.start, self.end, self.per_sample = tableau, start, end, how.per_sample
+        self.tableau, self.start, self.end, self.per_sample = tableau, start, end, settings.per_sample
         self.forward = 1.0 if end > start else -1.0
         self.x, self.f, self.counted = y0, counted, counted
-        if how.step_size is None and how.n_steps is None:
+        if settings.step_size is None and settings.n_steps is None:
             warnings.warn(
                 f"{tableau.name} takes one step over t_span; give n_steps or step_size.", stacklevel=3
             )
-        self.n = steps_between(start, end, how.step_size, how.n_steps)
+        self.n = steps_between(start, end, settings.step_size, settings.n_steps)
         self.taken = 0
 
     def steps(self) -> Iterator[Step]:

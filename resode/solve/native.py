@@ -15,12 +15,12 @@ import torchdiffeq
 from torch import Tensor
 
 from resode.solve.adaptive import adaptive_solve
-from resode.solve.checkpoint import Again, checkpointed_solve, checkpointed_steps
+from resode.solve.checkpoint import Recomputation, checkpointed_solve, checkpointed_steps
 from resode.solve.compiled import compiled_solve, compiled_steps
 from resode.solve.control import Callbacks
 from resode.solve.diagnosis import explain, number, spectrum
 from resode.solve.fixed import equal_steps, fixed_solve, grid_solve, opened, within
-from resode.solve.options import How, tolerances
+from resode.solve.options import SolveSettings, tolerances
 from resode.solve.result import NonFiniteState, SolverError, Stats
 from resode.solve.step import Counted, Field, all_finite, as_stage, combine, stages
 from resode.tableaus import ButcherTableau
@@ -53,23 +53,27 @@ class Evaluations(Counted):
 
 
 def solve(
-    func: Callable[..., Any], y0: Tensor, t: Tensor, how: How, callbacks: Callbacks | None = None
+    func: Callable[..., Any],
+    y0: Tensor,
+    t: Tensor,
+    settings: SolveSettings,
+    callbacks: Callbacks | None = None,
 ) -> tuple[Tensor, Stats]:
     """The states at t, shape (T, *y0.shape), and what they took.
 
     Args:
         func: the field of (t, y), t as `odeint` gives it.
-        y0: state at t[0], any shape; (B, *state) where how.per_sample.
+        y0: state at t[0], any shape; (B, *state) where settings.per_sample.
         t: times, (T,), strictly monotone.
-        how: the method and its options, checked.
+        settings: the method and its options, checked.
         callbacks: told of every step.
     """
     counted = Evaluations(func)
-    if isinstance(how.method, str):
-        return _torchdiffeq(counted, y0, t, how, callbacks)
-    if how.fixed:
-        return _fixed(counted, y0, t, how.method, how, callbacks)
-    return _adaptive(counted, y0, t, how.method, how, callbacks)
+    if isinstance(settings.method, str):
+        return _torchdiffeq(counted, y0, t, settings, callbacks)
+    if settings.fixed:
+        return _fixed(counted, y0, t, settings.method, settings, callbacks)
+    return _adaptive(counted, y0, t, settings.method, settings, callbacks)
 
 
 def fixed_field(f: Callable[..., Tensor], y0: Tensor, low: Any, high: Any, per_sample: bool) -> Field:
@@ -88,13 +92,13 @@ def fixed_field(f: Callable[..., Tensor], y0: Tensor, low: Any, high: Any, per_s
 
 
 def segments(
-    field: Field, times: list[float], how: How, real: torch.dtype
+    field: Field, times: list[float], settings: SolveSettings, real: torch.dtype
 ) -> Iterator[tuple[list[float], bool, Field]]:
     """The solve cut at step_t and jump_t: the times of each part, whether its end is asked for, its field.
 
     On a part that ends at a jump, the field is given times strictly inside.
     """
-    stops, jumps = how.stops()
+    stops, jumps = settings.stops()
     low, high = sorted((times[0], times[-1]))
     inner = sorted((s for s in stops if low < s < high), reverse=times[0] > times[-1])
     for start, end in pairwise([times[0], *inner, times[-1]]):
@@ -118,29 +122,29 @@ def _fixed(
     y0: Tensor,
     t: Tensor,
     tableau: ButcherTableau,
-    how: How,
+    settings: SolveSettings,
     callbacks: Callbacks | None,
 ) -> tuple[Tensor, Stats]:
     low, high = _ends(t)
-    field = fixed_field(counted, y0, low, high, how.per_sample)
+    field = fixed_field(counted, y0, low, high, settings.per_sample)
     callback = None if callbacks is None else callbacks.step
-    grid = how.grid()
-    steps = {"step_size": how.step_size, "n_steps": how.n_steps}
-    again = Again(counted) if how.checkpoint else None
+    grid = settings.grid()
+    steps = {"step_size": settings.step_size, "n_steps": settings.n_steps}
+    again = Recomputation(counted) if settings.checkpoint else None
     if again is not None and len(t) > 1:
-        again.check(within_dtype(t, y0, how.per_sample), y0)
-    perturb = bool(how.options.get("perturb", False))
+        again.check(within_dtype(t, y0, settings.per_sample), y0)
+    perturb = bool(settings.options.get("perturb", False))
     if grid is not None and len(t) > 1:
         path, n = grid_solve(tableau, field, y0, t, grid, callback)
     elif callback is not None or perturb:
         path, n = fixed_solve(tableau, field, y0, t, **steps, callback=callback, perturb=perturb)
     else:
-        path, n = _equal(counted, y0, t, tableau, how, again, steps)
+        path, n = _equal(counted, y0, t, tableau, settings, again, steps)
     result = torch.stack(path)
     if not all_finite(result[-1]):
-        raise not_finite(tableau, field, path, t, n, how.per_sample)
+        raise not_finite(tableau, field, path, t, n, settings.per_sample)
     counts: list[Any] = [counted.calls, n, n, 0]
-    if how.per_sample:
+    if settings.per_sample:
         counts = [torch.full((y0.shape[0],), c, dtype=torch.int64, device=y0.device) for c in counts]
     stats = Stats(*counts)
     if again is not None:
@@ -153,15 +157,15 @@ def _equal(
     y0: Tensor,
     t: Tensor,
     tableau: ButcherTableau,
-    how: How,
-    again: Again | None,
+    settings: SolveSettings,
+    again: Recomputation | None,
     steps: dict[str, Any],
 ) -> tuple[list[Tensor], int]:
     """As `fixed_solve`: with compiled steps, or in pieces that run again, or both, or neither."""
-    if how.compile_for is None:
+    if settings.compile_for is None:
         low, high = _ends(t)
-        field = fixed_field(counted, y0, low, high, how.per_sample)
-        advance = equal_steps if t.requires_grad else steps_at(counted, y0, low, high, how.per_sample)
+        field = fixed_field(counted, y0, low, high, settings.per_sample)
+        advance = equal_steps if t.requires_grad else steps_at(counted, y0, low, high, settings.per_sample)
     else:
 
         def func(t: Any, x: Tensor) -> Tensor:
@@ -169,12 +173,12 @@ def _equal(
 
         # As tensors they are inputs of the graph; as floats each choice of times would be another one.
         ends = torch.tensor(_ends(t), dtype=torch.float64, device=y0.device)
-        field = fixed_field(func, y0, ends[0], ends[1], how.per_sample)
-        advance = compiled_steps(how.compile_for)
+        field = fixed_field(func, y0, ends[0], ends[1], settings.per_sample)
+        advance = compiled_steps(settings.compile_for)
     if again is not None:
         advance = checkpointed_steps(again, advance)
     path, n = fixed_solve(tableau, field, y0, t, **steps, advance=advance)
-    if how.compile_for is not None:
+    if settings.compile_for is not None:
         counted.calls += n * (tableau.b_row[-1][0] + 1)  # they were not counted on the way
     return path, n
 
@@ -252,12 +256,12 @@ def _adaptive(
     y0: Tensor,
     t: Tensor,
     tableau: ButcherTableau,
-    how: How,
+    settings: SolveSettings,
     callbacks: Callbacks | None,
 ) -> tuple[Tensor, Stats]:
-    control, real = how.control(y0, callbacks), y0.dtype.to_real()
+    control, real = settings.control(y0, callbacks), y0.dtype.to_real()
     field, start = counted, y0
-    column = (y0.shape[0],) + (1,) * (y0.ndim - 1) if how.per_sample else ()
+    column = (y0.shape[0],) + (1,) * (y0.ndim - 1) if settings.per_sample else ()
 
     def at(s: Tensor) -> Tensor:
         return s.detach().to(y0.device, real).expand(column)
@@ -266,15 +270,15 @@ def _adaptive(
         # The steps are held fixed; ∂y/∂t_i = f(t_i, y_i), and moving t_0 moves the start back along f.
         start = start - field(at(t[0]), start) * zero_with_gradient(t[0], real)
     path, state, progress = [start], start, None
-    again = Again(counted) if how.checkpoint else None
+    again = Recomputation(counted) if settings.checkpoint else None
     if len(t) > 1:
         if again is not None:
             again.check(at(t[0]), y0)
-        for times, asked, f in segments(field, t.detach().tolist(), how, real):
+        for times, asked, f in segments(field, t.detach().tolist(), settings, real):
             if again is not None:
                 later, progress = checkpointed_solve(tableau, again, f, state, times, control, progress)
-            elif how.compile_for is not None:
-                key = how.compile_for
+            elif settings.compile_for is not None:
+                key = settings.compile_for
                 later, progress = compiled_solve(tableau, counted, state, times, control, progress, key)
             else:
                 later, progress = adaptive_solve(tableau, f, state, times, control, progress)
@@ -283,11 +287,11 @@ def _adaptive(
     if t.requires_grad:
         path = [y + field(at(s), y) * zero_with_gradient(s, real) for s, y in zip(t, path, strict=True)]
     if progress is None:
-        zero = torch.zeros(start.shape[0] if how.per_sample else 1, dtype=torch.int64)
+        zero = torch.zeros(start.shape[0] if settings.per_sample else 1, dtype=torch.int64)
         stats = Stats(zero + counted.calls, zero, zero, zero)
     else:
         stats = progress.stats()
-    if not how.per_sample:
+    if not settings.per_sample:
         stats = replace(stats.item(), nfe=counted.calls)
     if again is not None:
         again.stats = stats
@@ -300,24 +304,29 @@ def zero_with_gradient(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _torchdiffeq(
-    counted: Counted, y0: Tensor, t: Tensor, how: How, callbacks: Callbacks | None
+    counted: Counted, y0: Tensor, t: Tensor, settings: SolveSettings, callbacks: Callbacks | None
 ) -> tuple[Tensor, Stats]:
-    result = call_torchdiffeq(counted, y0, t, how, callbacks)
+    result = call_torchdiffeq(counted, y0, t, settings, callbacks)
     return result, Stats(counted.calls, None, None, None)
 
 
 def call_torchdiffeq(
-    counted: Counted, y0: Tensor, t: Tensor, how: How, callbacks: Callbacks | None, event_fn: Any = None
+    counted: Counted,
+    y0: Tensor,
+    t: Tensor,
+    settings: SolveSettings,
+    callbacks: Callbacks | None,
+    event_fn: Any = None,
 ) -> Any:
-    """torchdiffeq.odeint with what `how` asks for."""
-    options = dict(how.options)
-    if how.step_size is not None:
-        options["step_size"] = how.step_size
-    rtol, atol = tolerances(y0.dtype, how.rtol, how.atol)
+    """torchdiffeq.odeint with what `settings` asks for."""
+    options = dict(settings.options)
+    if settings.step_size is not None:
+        options["step_size"] = settings.step_size
+    rtol, atol = tolerances(y0.dtype, settings.rtol, settings.atol)
     how_much: dict[str, Any] = {}  # left out, they are torchdiffeq's own, which do not follow the dtype
-    if how.rtol is not None:
+    if settings.rtol is not None:
         how_much["rtol"] = rtol
-    if how.atol is not None:
+    if settings.atol is not None:
         how_much["atol"] = atol
     if callbacks is not None:
         for name in ("step", "accept", "reject"):
@@ -331,9 +340,9 @@ def call_torchdiffeq(
         warnings.filterwarnings("ignore", message=".*arguments have no effect")
         try:
             return torchdiffeq.odeint(
-                counted, y0, t, **how_much, method=how.method, options=options, event_fn=event_fn
+                counted, y0, t, **how_much, method=settings.method, options=options, event_fn=event_fn
             )
         except UserWarning as warning:
             if "nexpected arguments" not in str(warning):
                 raise
-            raise ValueError(f"unknown options for {how.method!r}: {warning}") from None
+            raise ValueError(f"unknown options for {settings.method!r}: {warning}") from None

@@ -15,7 +15,7 @@ from resode.solve.control import MAX_STEPS
 from resode.solve.events import combined, solve_to_event, with_event_gradient
 from resode.solve.gradient import GRADIENTS, Adjoint, adjoint_params
 from resode.solve.native import solve
-from resode.solve.options import How, resolve_method
+from resode.solve.options import SolveSettings, resolve_method
 from resode.solve.problem import (
     State,
     callbacks_of,
@@ -291,27 +291,29 @@ def _odeint(
         check_per_sample(y0, event_fn is not None)
     tableau = resolve_method(method)
     rtol, atol = flat_tolerance("rtol", rtol, y0), flat_tolerance("atol", atol, y0)
-    how = How(tableau, rtol, atol, dict(options or {}), step_size, n_steps, max_steps, per_sample)
-    how.check()
-    _warn_of_a_single_step(how, t, event_fn is not None)
+    settings = SolveSettings(
+        tableau, rtol, atol, dict(options or {}), step_size, n_steps, max_steps, per_sample
+    )
+    settings.check()
+    _warn_of_a_single_step(settings, t, event_fn is not None)
     state, split = flatten(y0) if isinstance(y0, tuple) else (y0, None)
     if adjoint is None:
         params, state = (), _reached_by(func, state)
     else:
         params = adjoint_params(func, adjoint.get("params"), args)
-    callbacks = callbacks_of(func, how, "", split)
+    callbacks = callbacks_of(func, settings, "", split)
     if checkpoint:
-        _check_checkpoint(how, event_fn)
-        how = replace(how, checkpoint=torch.is_grad_enabled())
-    if compile and _compiles(how, callbacks, event_fn):
-        how = replace(how, compile_for=key_of(func))
+        _check_checkpoint(settings, event_fn)
+        settings = replace(settings, checkpoint=torch.is_grad_enabled())
+    if compile and _compiles(settings, callbacks, event_fn):
+        settings = replace(settings, compile_for=key_of(func))
     field = (lambda t, y: func(t, y, *args)) if args else func
     event = None
     if event_fn is not None:
         event = combined(event_fn, t.detach()[0].to(state.device, state.dtype.to_real()), y0)
     if split is not None:
         field = flat_field(field, split)
-        how = _norm_on_tuples(how, split)
+        settings = _norm_on_tuples(settings, split)
         if event is not None:
             whole = event
 
@@ -322,14 +324,14 @@ def _odeint(
 
     if adjoint is None:
         if event is None:
-            event_t, (path, stats) = None, solve(field, state, t, how, callbacks)
+            event_t, (path, stats) = None, solve(field, state, t, settings, callbacks)
         else:
-            event_t, path, stats = solve_to_event(field, state, t, how, event, callbacks)
+            event_t, path, stats = solve_to_event(field, state, t, settings, event, callbacks)
     else:
-        back = _way_back(how, tableau, options, adjoint, split)
+        back = _way_back(settings, tableau, options, adjoint, split)
         callbacks_back = callbacks_of(func, back, "_adjoint", None)
-        norm = how.options.get("norm") or (lambda y: y.abs().square().mean().sqrt())
-        job = Adjoint(field, how, back, params, callbacks, callbacks_back, norm)
+        norm = settings.options.get("norm") or (lambda y: y.abs().square().mean().sqrt())
+        job = Adjoint(field, settings, back, params, callbacks, callbacks_back, norm)
         if event is None:
             event_t, (path, stats) = None, job.solve(state, t)
         else:
@@ -348,33 +350,33 @@ def _reached_by(func: Any, y: Tensor) -> Tensor:
     return y + sum(p.reshape(-1)[:0].sum().to(y.device, y.dtype) for p in params) if params else y
 
 
-def _warn_of_a_single_step(how: How, t: Tensor, is_event: bool) -> None:
-    given = how.step_size is not None or how.n_steps is not None or how.grid() is not None
-    if how.fixed and not given and len(t) == 2 and not is_event:
+def _warn_of_a_single_step(settings: SolveSettings, t: Tensor, is_event: bool) -> None:
+    given = settings.step_size is not None or settings.n_steps is not None or settings.grid() is not None
+    if settings.fixed and not given and len(t) == 2 and not is_event:
         warnings.warn(
-            f"{how.method.name} takes one step from t[0] to t[1]; give n_steps or step_size.",  # type: ignore[union-attr]
+            f"{settings.method.name} takes one step from t[0] to t[1]; give n_steps or step_size.",  # type: ignore[union-attr]
             stacklevel=4,
         )
 
 
-def _check_checkpoint(how: How, event_fn: Any) -> None:
+def _check_checkpoint(settings: SolveSettings, event_fn: Any) -> None:
     reason = "event_fn" if event_fn is not None else None
-    if isinstance(how.method, str):
-        reason = f"{how.method!r}, which torchdiffeq solves"
-    elif how.fixed and set(how.options) - {"norm"}:
-        reason = f"options {sorted(how.options)} (give n_steps or step_size as arguments)"
+    if isinstance(settings.method, str):
+        reason = f"{settings.method!r}, which torchdiffeq solves"
+    elif settings.fixed and set(settings.options) - {"norm"}:
+        reason = f"options {sorted(settings.options)} (give n_steps or step_size as arguments)"
     if reason:
         raise ValueError(f"gradient='checkpoint' does not go with {reason}; take 'autograd' or 'adjoint'.")
 
 
-def _compiles(how: How, callbacks: Any, event_fn: Any) -> bool:
+def _compiles(settings: SolveSettings, callbacks: Any, event_fn: Any) -> bool:
     """Whether compiled steps can do what is asked; a warning where they can't."""
-    known = () if how.fixed else COMPILED_OPTIONS
-    reasons = [f"options[{name!r}]" for name in how.options if name not in known]
+    known = () if settings.fixed else COMPILED_OPTIONS
+    reasons = [f"options[{name!r}]" for name in settings.options if name not in known]
     reasons += ["callbacks"] if callbacks is not None else []
     reasons += ["event_fn"] if event_fn is not None else []
-    reasons += ["gradient='checkpoint'"] if how.checkpoint and not how.fixed else []
-    reasons += [f"{how.method!r}, which torchdiffeq solves"] if isinstance(how.method, str) else []
+    reasons += ["gradient='checkpoint'"] if settings.checkpoint and not settings.fixed else []
+    reasons += [f"{settings.method!r}, which torchdiffeq solves"] if isinstance(settings.method, str) else []
     if reasons:
         warnings.warn(
             f"compile=True has no effect with {', '.join(reasons)}; compiled steps know the options "
@@ -384,21 +386,21 @@ def _compiles(how: How, callbacks: Any, event_fn: Any) -> bool:
     return not reasons
 
 
-def _norm_on_tuples(how: How, split: Callable[[Tensor], tuple[Tensor, ...]]) -> How:
-    """`how` with its norm, or the one of tuples, taking the state as one vector."""
-    if how.fixed:
-        return how
-    norm = how.options.get("norm") or largest_rms
-    return replace(how, options={**how.options, "norm": lambda y: norm(split(y))})
+def _norm_on_tuples(settings: SolveSettings, split: Callable[[Tensor], tuple[Tensor, ...]]) -> SolveSettings:
+    """`settings` with its norm, or the one of tuples, taking the state as one vector."""
+    if settings.fixed:
+        return settings
+    norm = settings.options.get("norm") or largest_rms
+    return replace(settings, options={**settings.options, "norm": lambda y: norm(split(y))})
 
 
 def _way_back(
-    how: How,
+    settings: SolveSettings,
     tableau: ButcherTableau | str,
     options: dict[str, Any] | None,
     adjoint: dict[str, Any],
     split: Callable[[Tensor], tuple[Tensor, ...]] | None,
-) -> How:
+) -> SolveSettings:
     """How the adjoint equation is solved: as the forward one where nothing else is said."""
     given, method = adjoint.get("options"), adjoint.get("method")
     method = tableau if method is None else resolve_method(method)
@@ -418,10 +420,10 @@ def _way_back(
     pair = []
     for name in ("rtol", "atol"):
         value = adjoint.get(name)
-        value = getattr(how, name) if value is None else float(value)
+        value = getattr(settings, name) if value is None else float(value)
         pair.append(float(value.min()) if isinstance(value, Tensor) else value)
     back = replace(
-        how, method=method, rtol=pair[0], atol=pair[1], options=given, per_sample=False, compile_for=None
+        settings, method=method, rtol=pair[0], atol=pair[1], options=given, per_sample=False, compile_for=None
     )
     back.check()
     return back

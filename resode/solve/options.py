@@ -27,7 +27,7 @@ FIXED_OPTIONS = ("step_size", "grid_constructor", "interp", "perturb")
 
 
 @dataclass(frozen=True)
-class How:
+class SolveSettings:
     """How to solve, for a state that is one tensor.
 
     Args:

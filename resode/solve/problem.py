@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from resode.solve.control import Callbacks, Tolerance
-from resode.solve.options import How
+from resode.solve.options import SolveSettings
 from resode.solve.step import all_finite
 
 State = Tensor | tuple[Tensor, ...]
@@ -145,7 +145,9 @@ def largest_rms(parts: tuple[Tensor, ...]) -> Tensor:
     return torch.stack([p.abs().square().mean().sqrt() for p in parts if p.numel()]).max()
 
 
-def callbacks_of(func: Any, how: How, suffix: str, split: Callable[[Tensor], Any] | None) -> Callbacks | None:
+def callbacks_of(
+    func: Any, settings: SolveSettings, suffix: str, split: Callable[[Tensor], Any] | None
+) -> Callbacks | None:
     """The callbacks that func has as attributes, for states as one tensor; None without any.
 
     Raises:
@@ -155,13 +157,13 @@ def callbacks_of(func: Any, how: How, suffix: str, split: Callable[[Tensor], Any
     found = {name: call for name, call in found.items() if callable(call)}
     if not found:
         return None
-    if how.per_sample and not suffix:
+    if settings.per_sample and not suffix:
         raise ValueError(
             f"{', '.join(found)} would be called once a step, and per_sample=True gives each sample its own "
             "steps; set per_sample=False, or remove them."
         )
     unused = [name + suffix for name in found if name != "callback_step"]
-    if how.fixed and unused:
+    if settings.fixed and unused:
         warnings.warn(
             f"fixed steps are neither accepted nor rejected: {unused} are not called.", stacklevel=4
         )

@@ -10,7 +10,6 @@ beside the limit. R is known exactly, as fractions; exits are roots of polynomia
 whether there is one.
 """
 
-from resode.stability.edge import EdgeCheck, edge_check
 from resode.stability.function import stability_coefficients, stability_function
 from resode.stability.intervals import (
     StabilityProperties,
@@ -22,10 +21,8 @@ from resode.stability.intervals import (
 from resode.stability.limits import StepLimit, eigenvalue_step_limit
 
 __all__ = [
-    "EdgeCheck",
     "StabilityProperties",
     "StepLimit",
-    "edge_check",
     "eigenvalue_step_limit",
     "imaginary_stability_interval",
     "real_stability_interval",

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from resode.analysis.linearize import jacobian
-from resode.analysis.matrices import all_eigenvalues
-from resode.analysis.matrix_free import outer_spectra
-from resode.analysis.max_step import DENSE_STATE, step_limit
-from resode.analysis.outlook import amplification
-from resode.analysis.stages import Stage, stage_states
+from resode.analysis.steps.blocks import BlockGroup, block_groups
+from resode.analysis.steps.limit import DENSE_STATE, step_limit
+from resode.analysis.steps.matrix_free import outer_spectra
+from resode.analysis.steps.outlook import amplification
 from resode.blocks import ResidualStack
+from resode.jacobian.linearize import jacobian
+from resode.jacobian.matrices import all_eigenvalues
 from resode.tableaus import ButcherTableau, get_tableau
 
 SAMPLES = 2
@@ -96,7 +96,7 @@ def find_overstep(network: nn.Module, state: Mapping[str, Tensor], images: Tenso
     images = images[:SAMPLES].detach().cpu().float()
     try:
         worst: Overstep | None = None
-        for stage in stage_states(network, images):
+        for stage in block_groups(network, images):
             tableau = get_tableau(stage.solver)
             if not tableau.adaptive and tableau.explicit:
                 for block in range(len(stage.fields)):
@@ -108,7 +108,7 @@ def find_overstep(network: nn.Module, state: Mapping[str, Tensor], images: Tenso
         return None  # no fields that can be linearized, or states that are not finite
 
 
-def _overstep(stage: Stage, block: int, tableau: ButcherTableau) -> Overstep | None:
+def _overstep(stage: BlockGroup, block: int, tableau: ButcherTableau) -> Overstep | None:
     field, x, step = stage.fields[block], stage.states[block], stage.steps[block]
     if not bool(x.isfinite().all()):
         return None

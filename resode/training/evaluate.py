@@ -192,7 +192,7 @@ def calibration_batches(data: ImageData, count: int, device: torch.device | str 
         ValueError: count below 1.
 
     Example:
-        >>> from resode.training.data import load_data
+        >>> from resode.training.data.datasets import load_data
         >>> [len(labels) for _, labels in calibration_batches(load_data("digits"), 700)]
         [350, 350]
     """

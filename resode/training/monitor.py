@@ -12,10 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from resode.analysis.linearize import check_field
-from resode.analysis.matrix_free import outer_spectra
-from resode.analysis.outlook import amplification
-from resode.analysis.stages import evaluating, stage_states
+from resode.analysis.steps.blocks import block_groups
+from resode.analysis.steps.matrix_free import outer_spectra
+from resode.analysis.steps.outlook import amplification
+from resode.jacobian.linearize import check_field
+from resode.modes import evaluating
 from resode.tableaus import METHODS, get_tableau
 from resode.training.files import DamagedFile, replacing
 
@@ -34,7 +35,7 @@ class Callback(Protocol):
 
 
 @dataclass(frozen=True)
-class StageRecord:
+class GroupRecord:
     """One stage of a network after one update.
 
     Args:
@@ -112,7 +113,7 @@ class StepLimits:
         self.images = images
         self.every, self.solvers, self.samples = every, solvers, samples
         self.vectors, self.share = vectors, share
-        self.records: list[StageRecord] = []
+        self.records: list[GroupRecord] = []
         self.costs: list[float] = []  # seconds a record
         self._begun: float | None = None
 
@@ -120,7 +121,7 @@ class StepLimits:
         """That there are blocks to watch, before anything is trained; a ValueError where there are none."""
         images = images if self.images is None else self.images
         with torch.random.fork_rng([images.device] if images.device.type == "cuda" else []):
-            stage_states(network, images[: self.samples])
+            block_groups(network, images[: self.samples])
 
     def after_update(self, loop: Any) -> None:
         """Record, where it is time to."""
@@ -160,7 +161,7 @@ class StepLimits:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         try:
-            found = [StageRecord(**{k: kinds.get(k, float)(v) for k, v in row.items()}) for row in rows]
+            found = [GroupRecord(**{k: kinds.get(k, float)(v) for k, v in row.items()}) for row in rows]
         except (TypeError, ValueError) as error:
             raise DamagedFile(f"{path} is no sound table of step limits: {error}. Remove it.") from error
         self.records = [record for record in found if record.update < loop.update]
@@ -177,7 +178,7 @@ class StepLimits:
         begun = time.perf_counter()
         devices = [self.images.device] if self.images.device.type == "cuda" else []
         with torch.random.fork_rng(devices), evaluating(network):
-            for stage in stage_states(network, self.images[: self.samples]):
+            for stage in block_groups(network, self.images[: self.samples]):
                 solvers = self.solvers or [stage.solver]
                 tableaus = [get_tableau(solver) for solver in solvers]
                 found: list[list[tuple[int, float, float]]] = [[] for _ in solvers]
@@ -196,7 +197,7 @@ class StepLimits:
                 for solver, blocks in zip(solvers, found, strict=True):
                     growing, limits, sizes = zip(*blocks, strict=True)
                     self.records.append(
-                        StageRecord(
+                        GroupRecord(
                             update,
                             stage.name,
                             solver,
@@ -212,7 +213,7 @@ class StepLimits:
         """The records, one row each."""
         text = io.StringIO()
         rows = [asdict(record) for record in self.records]
-        names = [field.name for field in fields(StageRecord)]
+        names = [field.name for field in fields(GroupRecord)]
         table = csv.DictWriter(text, fieldnames=names, lineterminator="\n")
         table.writeheader()
         table.writerows(rows)

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from resode.checks import did_you_mean
 from resode.networks import build
-from resode.training.data import DATASETS, ImageData
+from resode.training.data.datasets import DATASETS, ImageData
 from resode.training.files import RunError
 from resode.training.folder import FORMAT
-from resode.training.recipe import DEEP_LAYERS, Recipe, did_you_mean, make_recipe
+from resode.training.recipe import DEEP_LAYERS, Recipe, make_recipe
 
 Model = str | nn.Module | Callable[..., nn.Module]
 """A name that `resode.networks.build` knows, a network, or a function that makes one."""

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from resode.training.archives import DataError
 from resode.training.data import Batches
+from resode.training.data.archives import DataError
 from resode.training.evaluate import EVALUATION_BATCH, load, read_weights
 from resode.training.files import RunError
 from resode.training.plan import Model, choose_device

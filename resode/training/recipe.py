@@ -6,12 +6,11 @@ them. The learning rate is a pure function of the update, so a resumed run needs
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from resode.checks import did_you_mean
 from resode.solve.options import NATIVE
 
 SCHEDULES = ("onecycle", "cosine", "step", "constant")
@@ -49,12 +48,6 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "warmup_shape": WARMUPS,
     "precision": PRECISIONS,
 }
-
-
-def did_you_mean(name: object, valid: Mapping[str, Any] | list[str] | tuple[str, ...]) -> str:
-    """' Did you mean x or y?' where a valid name is close, else an empty string."""
-    close = difflib.get_close_matches(str(name), list(valid), n=3, cutoff=0.6)
-    return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
 def _typed(name: str, kind: str, value: Any) -> Any:

@@ -14,16 +14,16 @@ import torch
 from torch import nn
 
 from resode import plots
-from resode.analysis.depth import DepthProfile, profile_depth, show
-from resode.analysis.swap import SwapReport, swap_report
-from resode.analysis.tracing import trace
+from resode.analysis.depth.profile import DepthProfile, profile_depth, show
+from resode.analysis.depth.tracing import trace
+from resode.analysis.steps.block_limits import block_limits
+from resode.analysis.swap.report import SwapReport, swap_report
 from resode.blocks import ResidualStack
 from resode.tableaus import METHODS
-from resode.training.data import ImageData
+from resode.training.data.datasets import ImageData
 from resode.training.evaluate import images_of, load, plain_batches
 from resode.training.folder import RunFolder
 from resode.training.plan import Model
-from resode.training.stages import stage_limits
 
 DENSE_STATE = 1024
 """Entries of a state up to which a report computes all eigenvalues of a block."""
@@ -207,7 +207,7 @@ def _stability(network: nn.Module, x: torch.Tensor) -> str:
         dict.fromkeys([*(s.solver for s in network.modules() if isinstance(s, ResidualStack)), "rk4"])
     )
     methods = [name for name in names if name in METHODS]
-    stages = list(stage_limits(network, x, methods))
+    stages = list(block_limits(network, x, methods))
     rows = [
         [f"{s.name}, block {r.block}", r.solver, r.step, r.growing, r.decaying_step, r.limiting_eigenvalue,
          "yes" if r.inside else "no"]

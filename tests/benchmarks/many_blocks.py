@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import resode
 from resode.analysis import jacobian
-from resode.analysis.stages import stage_states
+from resode.analysis.steps.blocks import block_groups
 from resode.fields import ConvField
 from resode.training.evaluate import images_of, plain_batches
 
@@ -74,7 +74,7 @@ def trained_blocks(model: str = "odenet20", epochs: int = 20, seed: int = 0) -> 
         run = resode.train(model, "digits", epochs=epochs, seed=seed, run_dir=f"{folder}/run", progress=False)
         images = next(iter(plain_batches(images_of(run.path), limit=8)))[0]
     found = []
-    for stage in stage_states(run.network.double(), images.double()):
+    for stage in block_groups(run.network.double(), images.double()):
         for block, state in zip(stage.fields, stage.states, strict=True):
             found += [Block("trained", block, state[i : i + 1]) for i in range(len(images))]
     return found

@@ -16,8 +16,8 @@ import torch
 
 import resode
 from resode.analysis import StepLimitPenalty
+from resode.analysis.steps.block_limits import block_limits
 from resode.training.evaluate import images_of, plain_batches
-from resode.training.stages import stage_limits
 
 
 def trained(penalty: StepLimitPenalty | None, split: str, samples: int, **settings):
@@ -29,7 +29,7 @@ def trained(penalty: StepLimitPenalty | None, split: str, samples: int, **settin
         )
         seconds = time.perf_counter() - begun
         images = next(iter(plain_batches(images_of(run.path), split, limit=samples)))[0]
-    rows = [row for stage in stage_limits(run.network, images, ["euler"]) for row in stage.rows]
+    rows = [row for stage in block_limits(run.network, images, ["euler"]) for row in stage.rows]
     return run, rows, seconds
 
 

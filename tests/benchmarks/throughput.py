@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy, pad
 from torch.utils.data import DataLoader, Dataset
 
 from resode.networks import build
-from resode.training.data import ImageData
+from resode.training.data.datasets import ImageData
 from resode.training.plan import choose_device, choose_precision
 from tests.benchmarks.training_step import bare_steps, random_images, resode_steps
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad, relu
 
 from resode.networks import build
-from resode.training.data import ImageData
+from resode.training.data.datasets import ImageData
 from resode.training.folder import RunFolder
 from resode.training.loop import TrainingLoop, make_fabric
 from resode.training.plan import choose_precision, resolve

@@ -1,0 +1,1 @@
+"""What does each block of a network do?"""

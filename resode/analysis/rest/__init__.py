@@ -1,0 +1,1 @@
+"""Where does a field rest, and how does it leave?"""

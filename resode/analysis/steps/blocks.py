@@ -1,0 +1,251 @@
+"""The blocks of any network as fields, with the states that come to them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resode.blocks import ResidualStack
+from resode.jacobian.products import full_precision
+from resode.modes import evaluating
+
+_BLOCK_CLASS = re.compile(r"block|bottleneck", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class BlockGroup:
+    """Blocks that act one after the other on states of one shape.
+
+    Args:
+        name: the stack's, or the first block's, name in the network.
+        solver: its own method; "euler" for a block x + F(x) that is no `ResidualStack`'s.
+        steps: the length h of a solver step in each block: η over the substeps.
+        fields: F of every block; where its η is learned for each channel, or negative, times η or −1.
+        states: the states before each block, shape (samples, *state).
+    """
+
+    name: str
+    solver: str
+    steps: list[float]
+    fields: list[nn.Module]
+    states: list[Tensor]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a state, without the batch."""
+        return tuple(self.states[0].shape[1:])
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a module: its name, what came in, and what came out.
+
+    Args:
+        name, module: which one.
+        x: a copy of its first argument, where that is a floating-point tensor.
+        arguments, options: what else it was called with.
+        y: the tensor that it returned, or the first of several.
+        entry, exit: which tensors x and y were, in which version.
+        held: those tensors, so that none takes their place.
+    """
+
+    name: str
+    module: nn.Module
+    x: Tensor | None
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    y: Tensor | None
+    entry: tuple[int, int]
+    exit: tuple[int, int]
+    held: tuple[Any, Any]
+
+
+class Increment(nn.Module):
+    """F(x) = block(x) − x: the field whose Euler step of length 1 the block is.
+
+    Args:
+        block: a module that keeps the shape of its first argument; of a tuple that it returns, the first
+            counts.
+        arguments, options: what it is called with besides x.
+    """
+
+    def __init__(
+        self, block: nn.Module, arguments: Sequence[Any] = (), options: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        self.block = block
+        self.arguments, self.options = tuple(arguments), options or {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """block(x) − x."""
+        y = self.block(x, *self.arguments, **self.options)
+        return (y[0] if isinstance(y, tuple) else y) - x
+
+
+class Scaled(nn.Module):
+    """Every channel of F, dimension 1, times a number: learned steps of one sign or another.
+
+    Args:
+        field: F.
+        factors: shape (channels,), or (1,) for all.
+    """
+
+    factors: Tensor
+
+    def __init__(self, field: nn.Module, factors: Tensor) -> None:
+        super().__init__()
+        self.field = field
+        self.register_buffer("factors", factors)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """F(x) times the factors."""
+        return self.field(x) * self.factors.to(x.dtype).reshape(-1, *(1,) * (x.ndim - 2))
+
+
+def block_groups(network: nn.Module, images: Tensor, blocks: str | None = None) -> list[BlockGroup]:
+    """The blocks of any network, with the states that images reach before each of them.
+
+    Those are the blocks of its `ResidualStack`s; where it has none, the modules that keep their input's shape
+    and whose class is named a block or a bottleneck, each taken for an Euler step of length 1. A block within
+    a block is part of its F, unless the outer one only calls blocks one after the other. A module that is
+    called several times is a block each time. So `blocks="layer*.*"` takes a ResNet's blocks, although it
+    matches their convolutions too.
+
+    Args:
+        network: evaluated in evaluation mode, and left as it was.
+        images: in the network's dtype, shape (samples, C, H, W).
+        blocks: names of the modules to take instead, such as "layer*.*" (as a shell matches names).
+
+    Raises:
+        ValueError: no images; there are no such blocks, or one takes a second tensor for every sample.
+    """
+    if not len(images):
+        raise ValueError(f"step limits belong to states: give at least one image, got {tuple(images.shape)}.")
+    with evaluating(network), torch.no_grad(), full_precision():
+        stacks = {n: m for n, m in network.named_modules() if isinstance(m, ResidualStack)}
+        if not stacks or blocks is not None:
+            return _blocks_of(network, images, blocks)
+        found = []
+        for call in _calls(network, images, stacks):
+            stack, x = call.module, call.x
+            assert isinstance(stack, ResidualStack)
+            if x is None:
+                continue
+            pairs = [_with_step(stack, i) for i in range(stack.depth)]
+            _, path = stack(x, return_path=True)
+            fields, steps = [field for field, _ in pairs], [eta / stack.substeps for _, eta in pairs]
+            found.append(BlockGroup(call.name, stack.solver, steps, fields, list(path[:-1])))
+        return found
+
+
+def _with_step(stack: ResidualStack, index: int) -> tuple[nn.Module, float]:
+    """A block's field and its η ≥ 0; factors that a step has beside its length go to the field."""
+    field = stack.field(index)
+    if stack.step_sizes is None:
+        return field, stack.step_size
+    eta = stack.step_sizes[index].detach()
+    if eta.ndim:
+        return Scaled(field, eta.clone()), 1.0
+    return (field, eta.item()) if eta >= 0 else (Scaled(field, torch.full((1,), -1.0).to(eta)), -eta.item())
+
+
+def _blocks_of(network: nn.Module, images: Tensor, pattern: str | None) -> list[BlockGroup]:
+    """Blocks by name or by the name of their class, grouped by the shape of their states."""
+    named = {
+        name: module
+        for name, module in network.named_modules()
+        if (fnmatchcase(name, pattern) if pattern else _BLOCK_CLASS.search(type(module).__name__)) and name
+    }
+    calls = [
+        call
+        for call in _calls(network, images, named)
+        if call.x is not None and call.y is not None and call.y.shape == call.x.shape
+    ]
+    stages: list[BlockGroup] = []
+    for call in _outermost(calls):
+        assert call.x is not None
+        _check_arguments(call, len(call.x))
+        if not stages or stages[-1].shape != tuple(call.x.shape[1:]):
+            stages.append(BlockGroup(call.name, "euler", [], [], []))
+        stages[-1].steps.append(1.0)
+        stages[-1].fields.append(Increment(call.module, call.arguments, call.options))
+        stages[-1].states.append(call.x)
+    if stages:
+        return stages
+    which = f"module named {pattern}" if pattern else "ResidualStack and no module whose class is a block"
+    classes = sorted({type(module).__name__ for module in network.modules()})
+    raise ValueError(
+        f"step limits belong to blocks that keep the state's shape: this network has no {which} that does. "
+        f"Name them with blocks=, such as 'layer*.*'; its modules are {', '.join(classes)}."
+    )
+
+
+def _outermost(calls: list[_Call]) -> list[_Call]:
+    """Without the parts of other blocks, and without what only calls blocks one after the other."""
+
+    def within(inner: _Call, outer: _Call) -> bool:
+        return inner.name.startswith(outer.name + ".")
+
+    def chains(outer: _Call) -> bool:
+        parts = [call for call in calls if within(call, outer)]
+        reached, before = {outer.entry}, 0
+        while len(reached) > before:
+            before = len(reached)
+            reached |= {part.exit for part in parts if part.entry in reached}
+        return bool(parts) and outer.exit in reached
+
+    blocks = [call for call in calls if not chains(call)]
+    return [call for call in blocks if not any(within(call, other) for other in blocks)]
+
+
+def _check_arguments(call: _Call, samples: int) -> None:
+    for value in (*call.arguments, *call.options.values()):
+        if isinstance(value, Tensor) and value.ndim and len(value) == samples > 1:
+            raise ValueError(
+                f"a block's F depends on its state alone: {call.name} takes a second tensor, of shape "
+                f"{tuple(value.shape)}, for each of the {samples} samples. Look at one sample, or wrap the "
+                "block so that it holds that tensor."
+            )
+
+
+def _calls(network: nn.Module, images: Tensor, modules: dict[str, Any]) -> list[_Call]:
+    """Every call of the modules at the images, in the order in which they return."""
+    found: list[_Call] = []
+    names = {module: name for name, module in modules.items()}
+    open_calls: list[tuple[Tensor | None, tuple[int, int]]] = []  # a module may write into what came in
+
+    def first_of(inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        return inputs[0] if inputs else next(iter(options.values()), None)
+
+    def enter(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+        x = first_of(inputs, options)
+        state = x.detach().clone() if isinstance(x, Tensor) and x.is_floating_point() else None
+        open_calls.append((state, _version(x)))
+
+    def leave(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
+        x, entry = open_calls.pop()
+        others = dict(list(options.items())[0 if inputs else 1 :])
+        y = output[0] if isinstance(output, tuple) else output
+        y = y if isinstance(y, Tensor) else None
+        held = first_of(inputs, options), y
+        found.append(_Call(names[module], module, x, inputs[1:], others, y, entry, _version(y), held))
+
+    hooks = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in modules.values()]
+    hooks += [module.register_forward_hook(leave, with_kwargs=True) for module in modules.values()]
+    try:
+        network(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _version(x: Any) -> tuple[int, int]:
+    """Which tensor it is, as long as it is held, and how often it was written into."""
+    return id(x), x._version if isinstance(x, Tensor) and not x.is_inference() else 0

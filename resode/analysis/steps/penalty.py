@@ -1,0 +1,167 @@
+r"""A penalty that pushes a network's eigenvalues, times its step, back into a method's stability region."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from resode.analysis.steps.blocks import block_groups
+from resode.jacobian.krylov import KrylovSchur
+from resode.jacobian.linearize import Field
+from resode.jacobian.products import Products, full_precision
+from resode.modes import evaluating
+from resode.stability import stability_coefficients
+from resode.tableaus import METHODS, ButcherTableau, get_tableau
+
+_CONDITION = 20.0  # of an eigenvalue, beyond which its gradient is scaled down
+
+
+class StepLimitPenalty:
+    r"""Mean of max(0, |R(z)| − 1 + margin·|z|)/(1 + |z|), z = hλ, over a block's outer eigenvalues.
+
+    λ are Ritz values of the block's Jacobian in a Krylov space of `vectors` dimensions, which has found those
+    that lie outside; their gradient with respect to the weights is taken with the space held. The margin
+    is a cone at z = 0: a mode that barely decays counts too, unless its angle to the negative axis has a
+    cosine of at least about `margin`; λ = 0, of which ReLU makes many, costs nothing. The denominator is
+    held, so that far modes do not blow up the gradient.
+
+    Args:
+        solver: an explicit method's name in METHODS, or a tableau; None for each block's own.
+        margin: how far inside, in units of |z|; 0 to less than 1.
+        weight: factor of the sum over the blocks.
+        samples: states of a batch to take at each block.
+        vectors: dimensions of the space.
+
+    Raises:
+        ValueError: an unknown or implicit method; a margin outside [0, 1); fewer than one sample or vector; a
+            weight that is negative.
+
+    Example:
+        >>> penalty = StepLimitPenalty("euler", margin=0.1, vectors=2)
+        >>> w = torch.tensor([[-3.0, 0.0], [0.0, -1.0]], requires_grad=True)
+        >>> value = penalty.of_field(lambda x: x @ w.T, torch.ones(1, 2), step=1.0)
+        >>> round(value.item(), 4)  # z = −3 has |1 − 3| − 1 + 0.3 = 1.3, over 4; z = −1 lies inside
+        0.1625
+        >>> value.backward(); [round(g, 2) + 0.0 for g in w.grad.diagonal().tolist()]
+        [-0.14, 0.0]
+    """
+
+    def __init__(
+        self,
+        solver: str | ButcherTableau | None,
+        margin: float = 0.1,
+        *,
+        weight: float = 1.0,
+        samples: int = 2,
+        vectors: int = 24,
+    ) -> None:
+        self.tableau = None if solver is None else _explicit(solver)
+        if not 0 <= margin < 1:
+            raise ValueError(f"margin must lie in [0, 1), got {margin}.")
+        if not (isinstance(samples, int) and isinstance(vectors, int) and samples >= 1 and vectors >= 1):
+            raise ValueError(
+                f"samples and vectors must be whole numbers of at least 1, got {samples} and {vectors}."
+            )
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"weight must be at least 0 and finite, got {weight}.")
+        self.margin, self.weight, self.samples, self.vectors = margin, weight, samples, vectors
+
+    def __repr__(self) -> str:
+        """As it was made; a run's config.yaml keeps it."""
+        solver = None if self.tableau is None else self.tableau.name
+        return (
+            f"StepLimitPenalty({solver!r}, {self.margin:g}, weight={self.weight:g}, samples={self.samples}, "
+            f"vectors={self.vectors})"
+        )
+
+    def of_field(
+        self, field: Field, x: Tensor, step: float | Tensor, solver: str | ButcherTableau | None = None
+    ) -> Tensor:
+        """The penalty of one field F, evaluation mode, at states x (batch, *state), for steps of length h."""
+        tableau = self.tableau if solver is None else _explicit(solver)
+        if tableau is None:
+            raise ValueError("the penalty was made without a method: pass solver=, an explicit one.")
+        x = x.detach()[: self.samples]
+        x = x if x.dtype == torch.float64 else x.float()
+        with full_precision():
+            basis = self._space(field, x)
+        rows, k, n = basis.shape
+        with torch.enable_grad(), full_precision():
+            copies = x.repeat_interleave(k, dim=0).requires_grad_()
+            y = field(copies)
+            if not y.requires_grad:
+                return x.new_zeros(())
+            (pulled,) = torch.autograd.grad(
+                y, copies, basis.reshape(copies.shape), create_graph=True, allow_unused=True
+            )
+            if pulled is None or not pulled.requires_grad:
+                return x.new_zeros(())
+            projected = pulled.reshape(rows, k, n) @ basis.transpose(1, 2)
+            z = step * _eigenvalues(projected.double())
+            size = (z.real**2 + z.imag**2 + 1e-24).sqrt()
+            return (self._excess(tableau, z, size) / (1 + size.detach())).mean()
+
+    def __call__(self, network: nn.Module, images: Tensor) -> Tensor:
+        """The penalty of every block of a network, at the states that the first images reach there.
+
+        Add it to the loss: gradients flow to the blocks' weights. Blocks are linearized in evaluation
+        mode, as they will be used; the network is left in the mode it was in.
+
+        Args:
+            network: any with blocks, see `resode.analysis.steps.blocks.block_groups`.
+            images: a batch, of which `samples` are used.
+        """
+        values = []
+        stages = block_groups(network, images[: self.samples])
+        with evaluating(network):
+            for stage in stages:
+                solver = stage.solver if self.tableau is None else None
+                if stage.states[0].dtype not in (torch.float32, torch.float64):
+                    raise TypeError(
+                        f"weights in {stage.states[0].dtype} do not resolve the eigenvalues of a penalty: "
+                        "keep the network in float32, and its passes under torch.autocast."
+                    )
+                for field, x, step in zip(stage.fields, stage.states, stage.steps, strict=True):
+                    values.append(self.of_field(field, x, step, solver).double())
+        return self.weight * torch.stack(values).sum()
+
+    def _space(self, field: Field, x: Tensor) -> Tensor:
+        """An orthonormal basis (rows, k, n) of each sample's Krylov space of Jᵀ."""
+        products = Products(field, x)
+        n = x[0].numel()
+        start = torch.randn(len(x), n, generator=torch.Generator().manual_seed(25), dtype=x.dtype)
+        krylov = KrylovSchur(products.transposed, start.to(x.device), min(self.vectors, n))
+        krylov.grow(krylov.size)
+        q, _ = torch.linalg.qr(krylov.basis[:, : krylov.used].double().transpose(1, 2))
+        return q.transpose(1, 2).to(x.dtype)
+
+    def _excess(self, tableau: ButcherTableau, z: Tensor, size: Tensor) -> Tensor:
+        r = torch.zeros_like(z)
+        for c in stability_coefficients(tableau)[0][::-1]:
+            r = r * z + float(c)
+        amplification = (r.real**2 + r.imag**2 + 1e-24).sqrt()
+        return torch.relu(amplification - 1 + self.margin * size - 1e-9)
+
+
+def _eigenvalues(matrices: Tensor) -> Tensor:
+    """Eigenvalues (…, k), whose derivative w(dH)v is scaled down where one is ill-conditioned.
+
+    Near a defective eigenvalue the derivative has no bound, and one such sample would end a training run.
+    """
+    with torch.no_grad():
+        values, right = torch.linalg.eig(matrices)
+        left, info = torch.linalg.inv_ex(right)
+        sizes = left.norm(dim=-1)  # the condition numbers: right has unit columns
+        trust = torch.where(torch.isfinite(sizes), (_CONDITION / sizes).clamp(max=1.0), 0.0)
+        left = torch.where((trust > 0)[..., None], left, torch.zeros_like(left))
+        left = left * (info == 0)[..., None, None]
+    moved = (left @ matrices.to(left.dtype) * right.transpose(-1, -2)).sum(-1)
+    return values + trust * (moved - moved.detach())
+
+
+def _explicit(solver: str | ButcherTableau) -> ButcherTableau:
+    tableau = get_tableau(solver)
+    if not tableau.explicit:
+        names = ", ".join(name for name, t in METHODS.items() if t.explicit)
+        raise ValueError(f"the penalty is that of an explicit method, got {tableau.name}. Valid: {names}.")
+    return tableau

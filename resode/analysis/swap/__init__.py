@@ -1,0 +1,1 @@
+"""Is the network an ODE? Other solvers and steps, with the same weights."""

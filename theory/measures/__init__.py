@@ -1,0 +1,1 @@
+"""What a page of the theory measures and nothing else uses."""
