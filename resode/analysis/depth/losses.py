@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as f
 
-from resode.analysis.depth.tracing import tensors_in
+from resode.analysis.depth.watching import tensors_in
 
 LossFunction = Callable[[Any, Any], Tensor]
 

@@ -20,7 +20,8 @@ from resode.analysis.depth.block_spectrum import BlockSpectrum, block_spectrum
 from resode.analysis.depth.gradients import EdgeProducts, rows, split_gradient
 from resode.analysis.depth.lesion import run_edited
 from resode.analysis.depth.losses import LossFunction, batch_of, part, parts, prediction, sample_losses
-from resode.analysis.depth.tracing import Addition, Trace, call, tensors_in, trace
+from resode.analysis.depth.tracing import Addition, Trace, call, trace
+from resode.analysis.depth.watching import tensors_in
 from resode.jacobian.arnoldi import random_start, singular_values
 from resode.tableaus import ButcherTableau, get_tableau
 
@@ -382,13 +383,7 @@ def _profile_part(
             "blocks='layers.*'."
         )
     losses = sample_losses(traced.output, target, loss_fn, batch)
-    edges = [e for a in additions for e in (a.at_x, a.at_y)]
-    with torch.enable_grad():
-        gradients = torch.autograd.grad(losses.sum(), edges, retain_graph=True, allow_unused=True)
-    at_x = [torch.zeros_like(a.x) if g is None else g for a, g in zip(additions, gradients[::2], strict=True)]
-    at_y = [
-        torch.zeros_like(a.y) if g is None else g for a, g in zip(additions, gradients[1::2], strict=True)
-    ]
+    at_x, at_y = _gradients(losses.sum(), additions)
     ends = _ends(additions)
     z = prediction(traced.output).detach()
     labels = target if isinstance(target, Tensor) and not target.is_floating_point() else None
@@ -438,6 +433,16 @@ def _profile_part(
             }
         )
     return _Part(fixed, sums, float(losses.detach().sum()), batch)
+
+
+def _gradients(loss: Tensor, additions: list[Addition]) -> tuple[list[Tensor], list[Tensor]]:
+    """The loss gradients at every x and at every y, in one pass."""
+    places = [a.at_x for a in additions] + [a.at_y for a in additions]
+    edges = [edge for place in places for edge in place.edges]
+    with torch.enable_grad():
+        found = iter(torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True))
+    joined = [place.gradient([next(found) for _ in place.edges], loss) for place in places]
+    return joined[: len(additions)], joined[len(additions) :]
 
 
 def _norm(t: Tensor, batch: int) -> Tensor:
