@@ -119,7 +119,7 @@ def _stream(graph: ValueGraph, value: Value, sides: dict[Value, int]) -> _Stream
 
 
 def _cut_dimension(graph: ValueGraph, parts: list[Value]) -> int | None:
-    """Along which dimension the parts of one state may lie side by side; None where they are no such parts."""
+    """Along which dimension the parts of one state may lie side by side; None where they are none."""
     sources = {graph.before(v)[0] for v in parts}
     if len(sources) != 1 or len(set(parts)) != len(parts):
         return None

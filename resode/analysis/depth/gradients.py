@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resode.analysis.depth.graph import Place, pulled_back
 from resode.analysis.depth.losses import LossFunction, sample_losses
 from resode.analysis.depth.tracing import Addition
 from resode.blocks import ResidualStack
@@ -21,6 +20,7 @@ from resode.blocks.held import FrozenStatistics, moving_norms
 from resode.jacobian.arnoldi import random_start, ritz_values, singular_values
 from resode.jacobian.field_products import Field, Products
 from resode.jacobian.linearize import check_field
+from resode.jacobian.places import Place, pulled_back
 
 
 def rows(t: Tensor, batch: int) -> Tensor:

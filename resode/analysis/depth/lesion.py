@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from resode.analysis.depth.losses import LossFunction, parts, prediction, sample_losses
+from resode.analysis.depth.sums import ScaledBranches
 from resode.analysis.depth.tracing import Addition, call, trace
-from resode.analysis.depth.watching import ScaledBranches, tensors_in
+from resode.analysis.depth.watching import tensors_in
 
 
 def run_edited(model: nn.Module, x: Any, edits: Sequence[tuple[Addition, float]]) -> Any:

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from resode.analysis.depth.couplings import Coupling, couplings
-from resode.analysis.depth.graph import Place, ValueGraph
+from resode.analysis.depth.graph import ValueGraph
 from resode.analysis.depth.watching import Recorder, Sum, Value, tensors_in, value_of, watching
 from resode.blocks import ODEBlock, ResidualStack
+from resode.jacobian.places import Place
 from resode.tableaus import METHODS
 
 _SOLVING = (ResidualStack, ODEBlock)
@@ -260,7 +261,7 @@ class _Finder:
         at_field = None
         if merged is not None:
             shortcut, eta, at_shortcut = merged.shortcut, 1.0, merged.at_shortcut
-            shortcuts = {record.number: leaf for leaf in merged.shortcuts.values()}
+            shortcuts = {record.number: next(iter(merged.shortcuts.values()))}
             increment = record.result - shortcut
             found.pop(operands[side])
         else:
@@ -395,7 +396,7 @@ class _Finder:
                 continue
             why = "its branch reads more than the state that it is added to"
             if self.graph.cut(fork, value):
-                why = "it adds to one part of a cut state what comes from others, and they meet in no such state"
+                why = "it adds to one part of a cut state what comes from others, and these never meet again"
             found.setdefault(record.module or "model", why)
         return list(found.items())
 
