@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from resode.checks import check_number
+
 
 def probability(what: str, value: object) -> float:
     """`value` if it is a number from 0 to less than 1; otherwise a ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise ValueError(f"{what} is a probability, at least 0 and below 1: got {value!r}.")
-    return value
+    return check_number(what, value, least=0, below=1)
 
 
 def draw_scale(p: float, x: Tensor) -> Tensor:

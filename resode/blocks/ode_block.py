@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from resode.blocks.held import FrozenDuringStep, refuse_dropout, refuse_low_precision
 from resode.blocks.stack import explicit
+from resode.checks import one_of
 from resode.solve.gradient import GRADIENTS
 from resode.solve.odeint import odeint
 from resode.solve.options import tolerances
@@ -67,8 +68,7 @@ class ODEBlock(nn.Module):
         start, end = (float(s) for s in t)
         if not (math.isfinite(start) and math.isfinite(end)) or start == end:
             raise ValueError(f"t must be two different finite times, got {t}.")
-        if gradient not in GRADIENTS:
-            raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}; got {gradient!r}.")
+        one_of("gradient", gradient, GRADIENTS)
         self.func = func
         self.t = (start, end)
         self.rtol, self.atol = tolerances(torch.float64, rtol, atol)
