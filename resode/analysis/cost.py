@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -66,10 +67,9 @@ def count(model: nn.Module, x: Any) -> Cost:
     return Cost(parameters, round(counter.get_total_flops() / 2 / batch), tuple(shape))
 
 
-def _recurrent(steps: Any, *weights: Any) -> int:
+def _recurrent(x: Any, *weights: Any) -> int:
     """Of a recurrent layer: each matrix meets every step of every sample once."""
-    sizes = [w for w in weights if isinstance(w, tuple | list | torch.Size) and len(w) == 2]
-    return 2 * steps[0] * steps[1] * sum(a * b for a, b in sizes)
+    return 2 * math.prod(x[:-1]) * sum(math.prod(w) for w in weights if len(w) == 2)
 
 
 def _mkldnn_rnn(x: Any, w0: Any, w1: Any, *args: Any, **kwargs: Any) -> int:
