@@ -80,7 +80,7 @@ def called(field: Callable[[Tensor], Any], x: Tensor) -> Any:
 
 @contextmanager
 def warned(fields: Iterable[nn.Module]) -> Iterator[None]:
-    """Within it the fields' first calls are looked at; the first that looks like a whole block is warned of."""
+    """Within it the fields' calls are looked at, and the first that looks like a whole block is warned of."""
     found: list[str] = []
     watch, hooks = _Watch(), []
 
