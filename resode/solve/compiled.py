@@ -40,7 +40,16 @@ SMALL = 2**16
 RECENT = 256
 """How many attempts are held before those that passed no output are dropped."""
 
-COMPILED_OPTIONS = ("first_step", "min_step", "max_step", "dtype", "safety", "ifactor", "dfactor")
+COMPILED_OPTIONS = (
+    "first_step",
+    "min_step",
+    "max_step",
+    "dtype",
+    "safety",
+    "ifactor",
+    "dfactor",
+    "controller",
+)
 """The options that compiled steps know."""
 
 
@@ -116,7 +125,7 @@ def attempt(
 def interpolant(
     tableau: ButcherTableau, h: Tensor, x: Tensor, new_x: Tensor, k: list[Tensor]
 ) -> Tensor | None:
-    """The coefficients of 1, θ, θ², … of the state at the fraction θ of a step, or the stages: (d, *x.shape)."""
+    """Coefficients of 1, θ, θ², … of the state at the fraction θ of a step, (d, *x.shape), or the stages."""
     if tableau.dense_rows:
         return torch.stack(k)
     if tableau.interpolant is not None:
@@ -235,7 +244,7 @@ def _attempts(solve: Adaptive, outputs: np.ndarray, key: Any) -> list[_Attempt]:
 
 
 def _that_passed(attempts: list[_Attempt], ahead: Tensor, forward: float) -> list[_Attempt]:
-    """Of the attempts, those in which some sample passed one of its outputs, which are forward · t, (B, T)."""
+    """Of the attempts, those in which some sample passed one of its outputs, forward · t, (B, T)."""
     ends = [torch.stack([a.state[0] for a in attempts], 1), torch.stack([a.later[0] for a in attempts], 1)]
     before, after = (torch.searchsorted(ahead, forward * s, right=True) for s in ends)
     return [a for a, passed in zip(attempts, (after > before).any(0).tolist(), strict=True) if passed]

@@ -63,8 +63,8 @@ def controller_filter(controller: str | Sequence[float]) -> tuple[float, float, 
     largest = float(abs(np.roots([1.0, filter[0] - 1, filter[1], filter[2]])).max())
     if largest >= 1:
         raise ValueError(
-            f"the controller (pcoeff, icoeff, dcoeff) = ({p:g}, {i:g}, {d:g}) can't be stable: changes of the "
-            f"step grow by {largest:.3g} a step (it must be below 1). Published ones: {', '.join(CONTROLLERS)}."
+            f"the controller (pcoeff, icoeff, dcoeff) = ({p:g}, {i:g}, {d:g}) can't be stable: changes of "
+            f"the step grow by {largest:.3g} a step, not below 1. Published: {', '.join(CONTROLLERS)}."
         )
     return filter
 
@@ -114,7 +114,7 @@ class Control:
         shrink: and at least this,
         grow: and at most this times the last one.
         filter: the exponents (β₁, β₂, β₃) of the errors of the last three steps, times the order: a
-            controller, see `CONTROLLERS`.
+            controller, see `CONTROLLERS`; "pi" by default.
         norm: from the error over the tolerance to one number a sample, (B,), or one in all; None for the
             root mean square.
         dtype: of times and step sizes.
@@ -239,7 +239,7 @@ def next_step(
     r"""The step to try next, and the error to remember, for each sample, (B,).
 
     After a step taken it is h · safety · e_n^(−β₁/p) e_{n−1}^(−β₂/p) e_{n−2}^(−β₃/p), with e the errors over
-    the tolerance and p the order of the embedded error estimate's local error.
+    the tolerance and p the method's order: the estimate, of order p − 1, is a number times h^p.
     """
     first, second, third = (b / order for b in control.filter)
     error = xp.clip(error, 1e-10, None)

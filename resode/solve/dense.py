@@ -155,7 +155,7 @@ def between(
 def at_the_ends(
     path: list[Tensor], outputs: np.ndarray, solve: Adaptive, start: tuple[Tensor, np.ndarray]
 ) -> list[Tensor]:
-    """The states at the outputs, with the start's and the end's where outputs of a sample, (B, T), lie there."""
+    """The states at the outputs, the ends where a sample's own, (B, T), lie there."""
     if outputs.ndim > 1:
         for known, times in (start, (solve.x, solve.end)):
             for j in np.flatnonzero((hit := outputs == times[:, None]).any(0)):
