@@ -231,7 +231,7 @@ ONE, SPAN = torch.ones(1), torch.tensor([0.0, 1.0])
     ("change", "error", "message"),
     [
         (dict(t=torch.tensor([0.0, 1.0, 0.5])), ValueError, r"t\[1\]=1 is followed by t\[2\]=0.5"),
-        (dict(t=torch.tensor([0.0, 0.0])), ValueError, "strictly increasing"),
+        (dict(t=torch.tensor([0.0, 1.0, 0.5])), ValueError, "must be increasing"),
         (dict(t=torch.tensor([])), ValueError, "at least one time"),
         (dict(t=torch.tensor([[0.0, 1.0]])), ValueError, r"shape \(1, 2\)"),
         (dict(t=torch.tensor([0.0, math.inf])), ValueError, "t must be finite"),

@@ -261,7 +261,7 @@ def _place(solve: Adaptive, x: Tensor, k0: Tensor, state: Tensor, calls: int) ->
 
 
 def _between(
-    solve: Adaptive, passed: list[_Attempt], outputs: np.ndarray, start: tuple[Tensor, np.ndarray]
+    solve: Adaptive, passed: list[_Attempt], outputs: np.ndarray, begin: tuple[Tensor, np.ndarray]
 ) -> tuple[list[Tensor], int]:
     """The states at the outputs, all at once, and the calls of the field they took."""
     forward, more = solve.forward, bool(solve.tableau.dense_rows)
@@ -271,7 +271,7 @@ def _between(
             ends = (p.state[0].cpu().numpy(), p.later[0].cpu().numpy())
             k = list(p.polynomial) if more and p.polynomial is not None else [p.k0]
             steps.append(Step(*ends, p.x, k, p.x))
-        return between(solve.tableau, solve.f, steps, outputs, solve, start)
+        return between(solve.tableau, solve.f, steps, outputs, solve, begin)
     x, coefficients = passed[0].x, torch.stack([p.polynomial for p in passed], 1)  # type: ignore[misc]
     start, end = (torch.stack(s, 1) for s in ([p.state[0] for p in passed], [p.later[0] for p in passed]))
     wanted = torch.from_numpy(outputs).to(x.device).expand(len(start), -1).contiguous()
@@ -288,7 +288,7 @@ def _between(
     )  # kernels are slow where short rows share a number
     for row in rows.unbind(0)[-2::-1]:
         path = torch.addcmul(row.index_select(0, pick), path, theta)
-    return at_the_ends(list(path.reshape(len(index.T), *x.shape)), outputs, solve, start), 0
+    return at_the_ends(list(path.reshape(len(index.T), *x.shape)), outputs, solve, begin), 0
 
 
 def compiled_steps(key: Any) -> Callable[..., Tensor]:

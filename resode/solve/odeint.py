@@ -57,7 +57,8 @@ def odeint(
             callback_step, callback_accept_step and callback_reject_step, where it has them, are called
             with (t, y, step size) at every step; fixed steps know the first one only.
         y0: the state at t[0]: a float or complex tensor of any shape, or a tuple of tensors of one dtype.
-        t: times, shape (T,), T ≥ 1, strictly increasing or decreasing, floating.
+        t: times, shape (T,), T ≥ 1, increasing or decreasing, floating; times may repeat. With
+            `per_sample` also each sample's own, (T, B), all in one direction.
         rtol: relative tolerance of a step's error, for adaptive methods; 1e-7 for float64 states,
             1e-6 for float32. Finer than the dtype resolves, it is clamped with a warning. A tensor is
             per entry of the state, a tuple per tensor of a tuple.
@@ -286,9 +287,9 @@ def _odeint(
 ) -> Any:
     """Checks, makes the state one tensor, solves, and gives back what was asked for."""
     check_state(y0)
-    check_times(t, event_fn is not None)
     if per_sample:
         check_per_sample(y0, event_fn is not None)
+    check_times(t, event_fn is not None, len(y0) if per_sample else None)
     tableau = resolve_method(method)
     rtol, atol = flat_tolerance("rtol", rtol, y0), flat_tolerance("atol", atol, y0)
     settings = SolveSettings(
@@ -297,6 +298,11 @@ def _odeint(
     settings.check()
     _warn_of_a_single_step(settings, t, event_fn is not None)
     state, split = flatten(y0) if isinstance(y0, tuple) else (y0, None)
+    if t.ndim > 1 and adjoint is not None:
+        raise ValueError(
+            "the adjoint goes back in one time for all: with t of shape (T, B) take gradient='autograd' or "
+            "'checkpoint'."
+        )
     if adjoint is None:
         params, state = (), _reached_by(func, state)
     else:
@@ -305,7 +311,7 @@ def _odeint(
     if checkpoint:
         _check_checkpoint(settings, event_fn)
         settings = replace(settings, checkpoint=torch.is_grad_enabled())
-    if compile and _compiles(settings, callbacks, event_fn):
+    if compile and _compiles(settings, callbacks, event_fn, t):
         settings = replace(settings, compile_for=key_of(func))
     field = (lambda t, y: func(t, y, *args)) if args else func
     event = None
@@ -369,11 +375,12 @@ def _check_checkpoint(settings: SolveSettings, event_fn: Any) -> None:
         raise ValueError(f"gradient='checkpoint' does not go with {reason}; take 'autograd' or 'adjoint'.")
 
 
-def _compiles(settings: SolveSettings, callbacks: Any, event_fn: Any) -> bool:
+def _compiles(settings: SolveSettings, callbacks: Any, event_fn: Any, t: Tensor) -> bool:
     """Whether compiled steps can do what is asked; a warning where they can't."""
     known = () if settings.fixed else COMPILED_OPTIONS
     reasons = [f"options[{name!r}]" for name in settings.options if name not in known]
     reasons += ["callbacks"] if callbacks is not None else []
+    reasons += ["t of shape (T, B)"] if settings.fixed and t.ndim > 1 else []
     reasons += ["event_fn"] if event_fn is not None else []
     reasons += ["gradient='checkpoint'"] if settings.checkpoint and not settings.fixed else []
     reasons += [f"{settings.method!r}, which torchdiffeq solves"] if isinstance(settings.method, str) else []

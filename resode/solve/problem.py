@@ -40,13 +40,22 @@ def check_state(y0: Any) -> None:
         )
 
 
-def check_times(t: Any, is_event: bool = False) -> None:
-    """Refuses a t that is no strictly monotone, finite, floating vector."""
+def check_times(t: Any, is_event: bool = False, batch: int | None = None) -> None:
+    """Refuses a t that is no monotone, finite, floating vector, or (T, batch) of each sample's own times."""
     if not isinstance(t, Tensor) or not t.is_floating_point():
         got = t.dtype if isinstance(t, Tensor) else type(t).__name__
         raise TypeError(f"t must be a floating tensor of times, got {got}.")
-    if t.ndim != 1 or len(t) == 0:
-        raise ValueError(f"t must be one-dimensional with at least one time, got shape {tuple(t.shape)}.")
+    own = batch is not None and t.ndim == 2
+    if len(t.shape) == 0 or len(t) == 0 or not (own or t.ndim == 1):
+        also = "" if batch is None else f", or of shape (T, {batch})"
+        raise ValueError(
+            f"t must be one-dimensional with at least one time{also}, got shape {tuple(t.shape)}."
+        )
+    if own and t.shape[1] != batch:
+        raise ValueError(
+            f"t of shape (T, B) holds each sample's own times: the state has {batch} samples, "
+            f"t {t.shape[1]} columns."
+        )
     if is_event and len(t) != 2:
         raise ValueError(
             f"with event_fn, t must hold two times, the start and one for the direction; got {len(t)}."
@@ -54,13 +63,25 @@ def check_times(t: Any, is_event: bool = False) -> None:
     times = t.detach().double().cpu().numpy()
     if not np.isfinite(times).all():
         raise ValueError("t must be finite; it holds an infinity or NaN.")
-    steps = np.diff(times)
-    if not ((steps > 0).all() or (steps < 0).all()):
-        bad = int(((steps <= 0) if steps[0] > 0 else (steps >= 0)).nonzero()[0][0])
+    steps = np.diff(times, axis=0).reshape(len(times) - 1, -1)
+    ups, downs = (steps > 0).any(0), (steps < 0).any(0)
+    if (ups & downs).any():
+        i = int((ups & downs).nonzero()[0][0])
+        row = times.reshape(len(times), -1)[:, i]
+        first = steps[:, i][steps[:, i] != 0][0]
+        bad = int((steps[:, i] * first < 0).nonzero()[0][0])
+        which = f" of sample {i}" if own else ""
         raise ValueError(
-            f"t must be strictly increasing or strictly decreasing; t[{bad}]={times[bad]:g} is followed "
-            f"by t[{bad + 1}]={times[bad + 1]:g}."
+            f"t must be increasing or decreasing; t[{bad}]={row[bad]:g}{which} is followed "
+            f"by t[{bad + 1}]={row[bad + 1]:g}."
         )
+    if ups.any() and downs.any():
+        raise ValueError(
+            f"all samples must go in one direction of time: sample {int(ups.nonzero()[0][0])} goes forward, "
+            f"sample {int(downs.nonzero()[0][0])} back. Solve them in two calls."
+        )
+    if is_event and not (ups | downs).all():
+        raise ValueError("with event_fn, the second time gives the direction and must differ from the first.")
 
 
 def check_per_sample(y0: State, is_event: bool = False) -> None:
