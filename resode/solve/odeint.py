@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resode.checks import one_of, warn_user
 from resode.solve.compiled import COMPILED_OPTIONS, key_of
 from resode.solve.control import MAX_STEPS
 from resode.solve.events import combined, solve_to_event, with_event_gradient
@@ -27,6 +27,7 @@ from resode.solve.problem import (
     flatten,
     largest_rms,
 )
+from resode.solve.sample_events import solve_to_own_events, with_own_event_gradients
 from resode.tableaus import ButcherTableau
 
 
@@ -73,7 +74,8 @@ def odeint(
             grid_constructor (a grid over [t[0], t[-1]]), interp ("linear" or "cubic" between its points),
             perturb (evaluate just inside each step).
         event_fn: `event_fn(t, y)` -> tensor; the solve ends where an entry first changes sign, and
-            t = (start, any later or earlier time, for the direction).
+            t = (start, any later or earlier time, for the direction). With per_sample it returns (B,), and
+            each sample ends at its own event.
         args: further arguments of func.
         step_size: the largest of equal steps between consecutive t, in t's unit; makes every explicit
             method take fixed steps.
@@ -115,8 +117,7 @@ def odeint(
         >>> stats.n_rejected
         tensor([0, 0, 0])
     """
-    if gradient not in GRADIENTS:
-        raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}; got {gradient!r}.")
+    one_of("gradient", gradient, GRADIENTS)
     adjoint = {} if gradient == "adjoint" else None
     return _odeint(func, y0, t, rtol, atol, method, options, event_fn, args, step_size, n_steps, max_steps,
                    per_sample, return_stats, adjoint, gradient == "checkpoint", compile)  # fmt: skip
@@ -219,16 +220,17 @@ def odeint_event(
     Args:
         func: as for `odeint`.
         y0: the state at t0.
-        t0: the start, one time.
+        t0: the start, one time; with per_sample also each sample's own, (B,).
         event_fn: `event_fn(t, y)` -> tensor of any shape, differentiable at the event. Its parameters
-            get gradients too.
+            get gradients too. With per_sample=True each sample has its own event: it returns (B,), for t of
+            shape (B, 1, …, 1), and a sample stays at its event while others go on.
         reverse_time: go back in time.
         odeint_interface: `odeint` or `odeint_adjoint`.
         **kwargs: theirs, such as method, rtol, atol, options, args.
 
     Returns:
-        The event's time, 0-D, and the states at t0 and there, shape (2, *y0.shape) or a tuple of them;
-        both with gradients of the event's time moving. With return_stats also the Stats.
+        The event's time, 0-D or (B,), and the states at t0 and there, (2, *y0.shape) or a tuple of them; both
+        with gradients of the event's time moving. With return_stats also the Stats.
 
     Raises:
         MaxStepsReached: no event.
@@ -245,11 +247,13 @@ def odeint_event(
         >>> t.item(), torch.autograd.grad(t, height)[0].item()  # √(2h/g), 1/√(2gh)
         (1.42784..., 0.07139...)
     """
-    if not isinstance(t0, Tensor) or t0.numel() != 1:
+    per_sample = bool(kwargs.get("per_sample", False))
+    if not isinstance(t0, Tensor) or not (t0.numel() == 1 or (per_sample and t0.ndim == 1)):
         got = f"shape {tuple(t0.shape)}" if isinstance(t0, Tensor) else type(t0).__name__
-        raise TypeError(f"t0 must be a tensor with one time, got {got}.")
-    start = t0.reshape(-1)
-    t = torch.cat([start, start.detach() + (-1.0 if reverse_time else 1.0)])
+        own = ", or with per_sample one a sample, (B,)" if per_sample else ""
+        raise TypeError(f"t0 must be a tensor with one time{own}, got {got}.")
+    start = t0.reshape(()) if t0.numel() == 1 else t0
+    t = torch.stack([start, start.detach() + (-1.0 if reverse_time else 1.0)])
     result = odeint_interface(func, y0, t, event_fn=event_fn, **kwargs)
     stats = None
     if kwargs.get("return_stats"):
@@ -258,7 +262,10 @@ def odeint_event(
     args = tuple(kwargs.get("args", ()))
     field = (lambda t, y: func(t, y, *args)) if args else func
     last: Any = tuple(p[-1] for p in path) if isinstance(path, tuple) else path[-1]
-    event_t, last = with_event_gradient(field, event_fn, event_t, last, (start[0], y0))
+    if per_sample:
+        event_t, last = with_own_event_gradients(field, event_fn, event_t, last)
+    else:
+        event_t, last = with_event_gradient(field, event_fn, event_t, last, (start, y0))
     if isinstance(path, tuple):
         path = tuple(torch.cat([p[:-1], y[None]]) for p, y in zip(path, last, strict=True))
     else:
@@ -288,7 +295,7 @@ def _odeint(
     """Checks, makes the state one tensor, solves, and gives back what was asked for."""
     check_state(y0)
     if per_sample:
-        check_per_sample(y0, event_fn is not None)
+        check_per_sample(y0)
     check_times(t, event_fn is not None, len(y0) if per_sample else None)
     tableau = resolve_method(method)
     rtol, atol = flat_tolerance("rtol", rtol, y0), flat_tolerance("atol", atol, y0)
@@ -298,10 +305,10 @@ def _odeint(
     settings.check()
     _warn_of_a_single_step(settings, t, event_fn is not None)
     state, split = flatten(y0) if isinstance(y0, tuple) else (y0, None)
-    if t.ndim > 1 and adjoint is not None:
+    if adjoint is not None and (t.ndim > 1 or (per_sample and event_fn is not None)):
         raise ValueError(
-            "the adjoint goes back in one time for all: with t of shape (T, B) take gradient='autograd' or "
-            "'checkpoint'."
+            "the adjoint goes back in one time for all: with each sample's own times or event take "
+            "gradient='autograd' or 'checkpoint'."
         )
     if adjoint is None:
         params, state = (), _reached_by(func, state)
@@ -315,7 +322,7 @@ def _odeint(
         settings = replace(settings, compile_for=key_of(func))
     field = (lambda t, y: func(t, y, *args)) if args else func
     event = None
-    if event_fn is not None:
+    if event_fn is not None and not per_sample:
         event = combined(event_fn, t.detach()[0].to(state.device, state.dtype.to_real()), y0)
     if split is not None:
         field = flat_field(field, split)
@@ -329,8 +336,10 @@ def _odeint(
             event = on_parts
 
     if adjoint is None:
-        if event is None:
+        if event_fn is None:
             event_t, (path, stats) = None, solve(field, state, t, settings, callbacks)
+        elif event is None:
+            event_t, path, stats = solve_to_own_events(field, state, t, settings, event_fn)
         else:
             event_t, path, stats = solve_to_event(field, state, t, settings, event, callbacks)
     else:
@@ -359,9 +368,8 @@ def _reached_by(func: Any, y: Tensor) -> Tensor:
 def _warn_of_a_single_step(settings: SolveSettings, t: Tensor, is_event: bool) -> None:
     given = settings.step_size is not None or settings.n_steps is not None or settings.grid() is not None
     if settings.fixed and not given and len(t) == 2 and not is_event:
-        warnings.warn(
+        warn_user(
             f"{settings.method.name} takes one step from t[0] to t[1]; give n_steps or step_size.",  # type: ignore[union-attr]
-            stacklevel=4,
         )
 
 
@@ -385,10 +393,9 @@ def _compiles(settings: SolveSettings, callbacks: Any, event_fn: Any, t: Tensor)
     reasons += ["gradient='checkpoint'"] if settings.checkpoint and not settings.fixed else []
     reasons += [f"{settings.method!r}, which torchdiffeq solves"] if isinstance(settings.method, str) else []
     if reasons:
-        warnings.warn(
+        warn_user(
             f"compile=True has no effect with {', '.join(reasons)}; compiled steps know the options "
             f"{', '.join(COMPILED_OPTIONS)} of adaptive methods, and none of fixed steps.",
-            stacklevel=4,
         )
     return not reasons
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from resode.checks import warn_user
 from resode.solve.control import Callbacks, Tolerance
 from resode.solve.options import SolveSettings
 from resode.solve.step import all_finite
@@ -84,7 +84,7 @@ def check_times(t: Any, is_event: bool = False, batch: int | None = None) -> Non
         raise ValueError("with event_fn, the second time gives the direction and must differ from the first.")
 
 
-def check_per_sample(y0: State, is_event: bool = False) -> None:
+def check_per_sample(y0: State) -> None:
     """Refuses a state without a batch of samples in front."""
     if isinstance(y0, tuple):
         raise ValueError("per_sample=True needs one tensor with the batch first, got a tuple of tensors.")
@@ -92,11 +92,6 @@ def check_per_sample(y0: State, is_event: bool = False) -> None:
         raise ValueError(
             "per_sample=True needs a state of shape (batch, *state) with at least one sample and two "
             f"dimensions, got {tuple(y0.shape)}."
-        )
-    if is_event:
-        raise ValueError(
-            "event_fn stops the whole solve, so per_sample=True has no meaning with it; "
-            "set per_sample=False, or solve the samples one by one."
         )
 
 
@@ -185,9 +180,7 @@ def callbacks_of(
         )
     unused = [name + suffix for name in found if name != "callback_step"]
     if settings.fixed and unused:
-        warnings.warn(
-            f"fixed steps are neither accepted nor rejected: {unused} are not called.", stacklevel=4
-        )
+        warn_user(f"fixed steps are neither accepted nor rejected: {unused} are not called.")
 
     def on_state(call: Any) -> Any:
         as_given = (lambda y: y) if split is None else split
