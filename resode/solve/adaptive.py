@@ -150,6 +150,7 @@ class Adaptive:
         stage_times = np.array([*tableau.stage_times, 1.0], self.time.dtype)[:, None]
         tolerance = (control.rtol, control.atol)
         new_calls = tableau.b_row[-1][0] + 1  # the stages beyond k_1, and f at the step's end
+        behind = np.zeros(len(self.time), np.int64)  # outputs passed so far
         if outputs is not None:
             outputs = np.broadcast_to(forward * outputs, (len(self.time), outputs.shape[-1]))
             behind = (outputs <= forward * self.time[:, None]).sum(1)

@@ -76,7 +76,8 @@ def interpolate(
     """
     if outputs.size == 0:
         return [], 0
-    outputs = np.broadcast_to(outputs, (len(steps[0].start), outputs.shape[-1]))
+    n_outputs = outputs.shape[-1]
+    outputs = np.broadcast_to(outputs, (len(steps[0].start), n_outputs))
     like = steps[0].x
     real, device = like.dtype.to_real(), like.device
     start, end = np.stack([s.start for s in steps], 1), np.stack([s.end for s in steps], 1)  # (B, S)
@@ -88,7 +89,7 @@ def interpolate(
     size = (end - start).T
     # A sample that did not take the step has size 0; only an output at its start can fall there.
     theta = ((outputs - start).T / np.where(size == 0, 1.0, size)).clip(0, 1)
-    column = (outputs.shape[1],) + ((len(like),) + (1,) * (like.ndim - 1) if per_sample else (1,) * like.ndim)
+    column = (n_outputs,) + ((len(like),) + (1,) * (like.ndim - 1) if per_sample else (1,) * like.ndim)
     # Rows of one sample's state at one step; a state that is no batch is one row.
     pick = torch.from_numpy((index.T * len(end) + np.arange(len(end))).reshape(-1)).to(device)
 

@@ -41,8 +41,8 @@ def steps_between(
     return max(1, math.ceil(quotient * (1 - 4 * eps)))
 
 
-def within(s: Time, low: float, high: float) -> Time:
-    """The time s moved into [low, high], with the gradient of s."""
+def within(s: Time, low: Any, high: Any) -> Time:
+    """The time s moved into [low, high], with the gradient of s; low and high floats, or tensors like s."""
     if isinstance(s, Tensor):
         return s - (s.detach() - s.detach().clamp(low, high))
     return min(max(s, low), high)

@@ -64,12 +64,12 @@ def check_times(t: Any, is_event: bool = False, batch: int | None = None) -> Non
     if not np.isfinite(times).all():
         raise ValueError("t must be finite; it holds an infinity or NaN.")
     steps = np.diff(times, axis=0).reshape(len(times) - 1, -1)
-    ups, downs = (steps > 0).any(0), (steps < 0).any(0)
+    ups, downs = np.any(steps > 0, axis=0), np.any(steps < 0, axis=0)  # of each column
     if (ups & downs).any():
-        i = int((ups & downs).nonzero()[0][0])
+        i = int(np.argmax(ups & downs))
         row = times.reshape(len(times), -1)[:, i]
         first = steps[:, i][steps[:, i] != 0][0]
-        bad = int((steps[:, i] * first < 0).nonzero()[0][0])
+        bad = int(np.argmax(steps[:, i] * first < 0))
         which = f" of sample {i}" if own else ""
         raise ValueError(
             f"t must be increasing or decreasing; t[{bad}]={row[bad]:g}{which} is followed "
@@ -77,8 +77,8 @@ def check_times(t: Any, is_event: bool = False, batch: int | None = None) -> Non
         )
     if ups.any() and downs.any():
         raise ValueError(
-            f"all samples must go in one direction of time: sample {int(ups.nonzero()[0][0])} goes forward, "
-            f"sample {int(downs.nonzero()[0][0])} back. Solve them in two calls."
+            f"all samples must go in one direction of time: sample {int(np.argmax(ups))} goes forward, "
+            f"sample {int(np.argmax(downs))} back. Solve them in two calls."
         )
     if is_event and not (ups | downs).all():
         raise ValueError("with event_fn, the second time gives the direction and must differ from the first.")

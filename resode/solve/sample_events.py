@@ -121,7 +121,9 @@ def solve_to_own_events(
     walk = (_fixed if settings.fixed else _adaptive)(tableau, counted, y, start, forward, settings, running)
     if running.any():
         for step in walk.steps():
-            fired = running & (np.sign(first) * values(step.end, step.x_end) <= 0)
+            taken = step.end != step.start  # by the others, x_end is what an attempt would have led to
+            x = torch.where(column(torch.from_numpy(taken), y0).bool(), step.x_end, step.x)
+            fired = running & taken & (np.sign(first) * values(step.end, x) <= 0)
             if fired.any():
                 found.note(step, fired)
                 running &= ~fired
