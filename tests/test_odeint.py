@@ -238,7 +238,7 @@ ONE, SPAN = torch.ones(1), torch.tensor([0.0, 1.0])
         (dict(t=torch.tensor([0, 1])), TypeError, "floating tensor of times, got torch.int64"),
         (dict(y0=torch.ones(1, dtype=torch.int64)), TypeError, "floating or complex, got torch.int64"),
         (dict(y0=torch.tensor([math.nan])), ValueError, "y0 must be finite"),
-        (dict(y0=[1.0]), TypeError, "got list"),
+        (dict(y0=[1.0]), TypeError, r"y0\[0\] is a float"),
         (dict(method="rk5"), ValueError, "unknown method 'rk5'.*euler.*implicit_adams"),
         (dict(method="radau5"), ValueError, "implicit and serves stability analysis only"),
         (dict(options={"step": 1}), ValueError, r"unknown options \['step'\] for dopri5; it takes first_step, "),

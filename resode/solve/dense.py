@@ -99,7 +99,7 @@ def interpolate(
     def at_step(entries: list[Tensor]) -> Tensor:
         """Of one entry a step, the one at each output's step: (T, *x.shape)."""
         rows = torch.stack(entries).reshape(len(steps) * len(end), -1)
-        return rows.index_select(0, pick).reshape(index.shape[1], *like.shape)
+        return rows.index_select(0, pick).reshape(n_outputs, *like.shape)
 
     x = at_step([s.x for s in steps])
     if tableau.interpolant is not None:

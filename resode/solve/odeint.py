@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from resode.checks import one_of, warn_user
 from resode.solve.compiled import COMPILED_OPTIONS, key_of
@@ -26,6 +27,7 @@ from resode.solve.problem import (
     flat_tolerance,
     flatten,
     largest_rms,
+    leaves_like,
 )
 from resode.solve.sample_events import solve_to_own_events, with_own_event_gradients
 from resode.tableaus import ButcherTableau
@@ -57,12 +59,13 @@ def odeint(
             with `per_sample` it has shape (B, 1, …, 1), so that `t * y` means the same. Its attributes
             callback_step, callback_accept_step and callback_reject_step, where it has them, are called
             with (t, y, step size) at every step; fixed steps know the first one only.
-        y0: the state at t[0]: a float or complex tensor of any shape, or a tuple of tensors of one dtype.
+        y0: the state at t[0]: a float or complex tensor of any shape, or tensors of one dtype in tuples,
+            lists and dicts, nested at will; func gives its derivative in the same structure.
         t: times, shape (T,), T ≥ 1, increasing or decreasing, floating; times may repeat. With
             `per_sample` also each sample's own, (T, B), all in one direction.
         rtol: relative tolerance of a step's error, for adaptive methods; 1e-7 for float64 states,
             1e-6 for float32. Finer than the dtype resolves, it is clamped with a warning. A tensor is
-            per entry of the state, a tuple per tensor of a tuple.
+            per entry of the state, a tuple, list or dict like y0 per tensor.
         atol: absolute tolerance likewise, in the state's unit; 1e-9 and 1e-8.
         method: a name in resode.METHODS or a tableau; "dopri5" by default. bosh3, fehlberg45, dopri5,
             tsit5 and dopri8 are adaptive, the other explicit ones take fixed steps. "rk4" is the
@@ -94,7 +97,7 @@ def odeint(
         return_stats: also give the `Stats`.
 
     Returns:
-        The states at t, shape (T, *y0.shape) (a tuple of them for a tuple), or (states, Stats). They have
+        The states at t, shape (T, *y0.shape) (in y0's structure), or (states, Stats). They have
         gradients for y0, t and what func uses; a module's unused parameters get 0. With event_fn (time,
         states at t[0] and at that time), the time 0-D and without gradient; see `odeint_event`.
 
@@ -261,15 +264,24 @@ def odeint_event(
     event_t, path = result
     args = tuple(kwargs.get("args", ()))
     field = (lambda t, y: func(t, y, *args)) if args else func
-    last: Any = tuple(p[-1] for p in path) if isinstance(path, tuple) else path[-1]
+    leaves, structure = tree_flatten(path)
+    last: Any = leaves[0][-1] if isinstance(path, Tensor) else tuple(p[-1] for p in leaves)
     if per_sample:
         event_t, last = with_own_event_gradients(field, event_fn, event_t, last)
-    else:
+    elif isinstance(path, Tensor):
         event_t, last = with_event_gradient(field, event_fn, event_t, last, (start, y0))
-    if isinstance(path, tuple):
-        path = tuple(torch.cat([p[:-1], y[None]]) for p, y in zip(path, last, strict=True))
     else:
-        path = torch.cat([path[:-1], last[None]])
+
+        def on_structure(call: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda t, parts: call(t, tree_unflatten(list(parts), structure))
+
+        event_t, last = with_event_gradient(
+            lambda t, parts: tuple(leaves_like(on_structure(field)(t, parts), structure)),
+            on_structure(event_fn), event_t, last, (start, tuple(tree_leaves(y0))),
+        )  # fmt: skip
+    ends = (last,) if isinstance(path, Tensor) else last
+    leaves = [torch.cat([p[:-1], y[None]]) for p, y in zip(leaves, ends, strict=True)]
+    path = tree_unflatten(leaves, structure)
     return ((event_t, path), stats) if stats is not None else (event_t, path)
 
 
@@ -304,7 +316,7 @@ def _odeint(
     )
     settings.check()
     _warn_of_a_single_step(settings, t, event_fn is not None)
-    state, split = flatten(y0) if isinstance(y0, tuple) else (y0, None)
+    state, split = (y0, None) if isinstance(y0, Tensor) else flatten(y0)
     if adjoint is not None and (t.ndim > 1 or (per_sample and event_fn is not None)):
         raise ValueError(
             "the adjoint goes back in one time for all: with each sample's own times or event take "
@@ -400,7 +412,7 @@ def _compiles(settings: SolveSettings, callbacks: Any, event_fn: Any, t: Tensor)
     return not reasons
 
 
-def _norm_on_tuples(settings: SolveSettings, split: Callable[[Tensor], tuple[Tensor, ...]]) -> SolveSettings:
+def _norm_on_tuples(settings: SolveSettings, split: Callable[[Tensor], Any]) -> SolveSettings:
     """`settings` with its norm, or the one of tuples, taking the state as one vector."""
     if settings.fixed:
         return settings
@@ -413,7 +425,7 @@ def _way_back(
     tableau: ButcherTableau | str,
     options: dict[str, Any] | None,
     adjoint: dict[str, Any],
-    split: Callable[[Tensor], tuple[Tensor, ...]] | None,
+    split: Callable[[Tensor], Any] | None,
 ) -> SolveSettings:
     """How the adjoint equation is solved: as the forward one where nothing else is said."""
     given, method = adjoint.get("options"), adjoint.get("method")
@@ -430,7 +442,9 @@ def _way_back(
     if norm is not None and norm != "seminorm" and not callable(norm):
         raise ValueError(f'the norm in adjoint_options must be "seminorm" or a function, got {norm!r}.')
     if callable(norm) and split is not None:
-        given["norm"] = lambda parts: norm((parts[0], *split(parts[1]), *split(parts[2]), *parts[3:]))
+        given["norm"] = lambda parts: norm(
+            (parts[0], *tree_leaves(split(parts[1])), *tree_leaves(split(parts[2])), *parts[3:])
+        )
     pair = []
     for name in ("rtol", "atol"):
         value = adjoint.get(name)
