@@ -83,7 +83,7 @@ def writable(path: str) -> bool:
 
 
 def under_shifts(claims: list[str], count: int, show: bool) -> int:
-    """Runs pages with all seeds shifted 0 … count − 1 times; prints how many hold, and why the others do not."""
+    """Runs pages under the shifts 0 … count − 1 of all seeds; prints how many hold, and why the others fail."""
     shown, failed, own = Table("claim", "holds", "seconds, mean"), [], seeds.SHIFT
     for claim in claims:
         results = []
