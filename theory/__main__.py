@@ -83,7 +83,7 @@ def writable(path: str) -> bool:
 
 
 def under_shifts(claims: list[str], count: int, show: bool) -> int:
-    """Runs pages under the shifts 0 … count − 1 of all seeds; prints how many hold, and why the others fail."""
+    """Runs pages under shifts 0 … count − 1 of all seeds; prints how many hold, and why the others fail."""
     shown, failed, own = Table("claim", "holds", "seconds, mean"), [], seeds.SHIFT
     for claim in claims:
         results = []
