@@ -75,7 +75,10 @@ class WatchesAdditions(TorchFunctionMode):
     def _addcdiv(self, in_place: bool, input: Tensor, tensor1: Any, tensor2: Any, *, value: Any = 1) -> Any:
         return self._add(in_place, input, self._do(torch.div, tensor1, tensor2), value)
 
-    def _addmm(self, in_place: bool, input: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1):
+    def _addmm(
+        self, in_place: bool, input: Tensor, *matrices: Tensor, beta: Any = 1, alpha: Any = 1, **named: Tensor
+    ) -> Any:
+        a, b = (*matrices, *named.values())
         if beta == 0 or input.ndim < a.ndim:  # a bias, or nothing at all
             return None
         if beta != 1:
