@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 from resode.solve.adaptive import Adaptive, Progress
 from resode.solve.control import MAX_STEPS
 from resode.solve.dense import Step, interpolate
-from resode.solve.events import root, value_of
+from resode.solve.events import Event, Within, value_of
 from resode.solve.fixed import steps_between
 from resode.solve.native import Evaluations, not_finite
 from resode.solve.options import NATIVE, SolveSettings, resolve_method
@@ -292,8 +293,9 @@ class _Watch:
     def __init__(self, events: Any, args: tuple[Any, ...]):
         given = () if events is None else events if isinstance(events, tuple | list) else (events,)
         self.events = [(lambda t, y, e=e: e(t, y, *args)) for e in given]
-        self.terminal = [getattr(e, "terminal", None) for e in given]
+        self.limits = [_zeros_to_end(getattr(e, "terminal", None)) for e in given]
         self.direction = [getattr(e, "direction", 0) for e in given]
+        self.values: list[float] | None = None  # at the last step's end
         self.times: list[list[float]] = [[] for _ in given]
         self.states: list[list[Tensor]] = [[] for _ in given]
 
@@ -301,24 +303,23 @@ class _Watch:
         self, step: Step, tableau: ButcherTableau, f: Field, forward: float
     ) -> tuple[float, Tensor] | None:
         """Notes the zeros within a step; the time and state of one that ends the solve, or None."""
-        begin, end = step.start.item(), step.end.item()
-
-        def at(time: float) -> Tensor:
-            if time == end:
-                return step.x_end
-            return interpolate(tableau, f, [step], np.array([time]), forward, False)[0][0]
-
-        zeros = []
-        for i, event in enumerate(self.events):
-            before, after = value_of(event, begin, step.x), value_of(event, end, step.x_end)
-            falls, rises = before > 0 >= after, before < 0 <= after
-            if (falls and self.direction[i] <= 0) or (rises and self.direction[i] >= 0):
-                sign = 1.0 if falls else -1.0
-                zeros.append((root(lambda t, y, e=event, s=sign: s * e(t, y), at, begin, end), i))
+        within = Within(step.start.item(), step.end.item(), step.x, step.k[0], step.x_end, step.k[-1])
+        at = within.ending(
+            lambda s: interpolate(tableau, f, [step], np.array([s]), forward, False)[0][0]
+        )
+        points = list(zip(within.grid, within.states, strict=True))
+        before = self.values or [value_of(event, *points[0]) for event in self.events]
+        values = [[b, *(value_of(e, *p) for p in points[1:])] for e, b in zip(self.events, before, strict=True)]
+        zeros = [
+            (time, i)
+            for i, (event, v) in enumerate(zip(self.events, values, strict=True))
+            for time in _zeros(within, event, at, v, self.direction[i], self.values is None)
+        ]
+        self.values = [v[-1] for v in values]
         for time, i in sorted(zeros, key=lambda zero: forward * zero[0]):
             self.times[i].append(time)
-            self.states[i].append(at(time))
-            if self.terminal[i] and len(self.times[i]) >= int(self.terminal[i]):
+            self.states[i].append(at(time) if time != within.begin else step.x)
+            if len(self.times[i]) >= self.limits[i]:
                 return time, self.states[i][-1]
         return None
 
@@ -326,6 +327,40 @@ class _Watch:
         """The zeros' times and states, one tensor an event."""
         times = [torch.tensor(s, dtype=torch.float64, device=y0.device) for s in self.times]
         return times, [torch.stack(s) if s else y0.new_zeros((0, *y0.shape)) for s in self.states]
+
+
+def _zeros(
+    within: Within,
+    event: Event,
+    at: Callable[[float], Tensor],
+    values: list[float],
+    direction: float,
+    is_first: bool,
+) -> list[float]:
+    """The times of an event's zeros within a step, at whose parts' ends it has the given values."""
+    times: list[float] = []
+    if is_first and values[0] == 0 and direction * values[1] >= 0:
+        times.append(within.begin)
+    for i, (before, after) in enumerate(pairwise(values)):
+        falls, rises = before > 0 >= after, before < 0 <= after
+        if (falls and direction <= 0) or (rises and direction >= 0):
+            sign = 1.0 if falls else -1.0
+            time = within.zero(lambda t, y, s=sign: s * value_of(event, float(t), y), at, i)
+            times += [] if time is None or time in times else [time]
+    return times
+
+
+def _zeros_to_end(terminal: Any) -> float:
+    """How many zeros of an event end the solve, from its attribute `terminal`."""
+    if terminal is None or terminal is False or (isinstance(terminal, int | float) and terminal == 0):
+        return math.inf
+    whole = isinstance(terminal, int | float | np.integer | np.bool_) and terminal == int(terminal)
+    if not whole or terminal < 0:
+        raise ValueError(
+            f"an event's attribute terminal must be True, False or the number of zeros that ends the solve, "
+            f"got {terminal!r}."
+        )
+    return int(terminal)
 
 
 def _span(t_span: Any) -> tuple[float, float]:
