@@ -15,6 +15,7 @@ Source:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -26,7 +27,7 @@ from resode.solve.control import NUMPY, Control, Tolerance, next_step
 from resode.solve.dense import Step, interpolate
 from resode.solve.failures import field_not_finite, nothing_finite, step_underflow, too_many_steps
 from resode.solve.result import Stats
-from resode.solve.step import Field, Time, combine, increment, stages
+from resode.solve.step import Field, Time, all_finite, combine, increment, stages
 from resode.tableaus import ButcherTableau
 
 FIRST_ERROR = 1e-4  # err_previous of the first step, as in Hairer's codes: there is none before it
@@ -90,9 +91,9 @@ class Adaptive:
         self.x = x
         self.time = np.full(batch, start, NUMPY[control.dtype])
         self.k0 = f(self.as_times(self.time[None])[0], x)
-        bad = ~np.isfinite(self._numbers(control.measure(self.k0.detach())))
-        if bad.any():
-            raise field_not_finite(self, bad)
+        if not all_finite(self.k0):
+            rows = self.k0 if control.per_sample else self.k0[None]
+            raise field_not_finite(self, np.array([not all_finite(row) for row in rows]))
         if resume is None:
             if control.first_step is None:
                 step = self._first_step()
@@ -161,7 +162,7 @@ class Adaptive:
             if spent.any():
                 raise too_many_steps(self, spent)
             # Stretched by 1 % rather than leaving a sliver for another step.
-            reaches = step * 1.01 >= left
+            reaches = (step * 1.01 >= left) & (left <= control.longest)
             size = np.where(reaches, left, step)
             new_time = np.where(reaches, end, time + forward * size)
             stuck = active & (new_time == time)
@@ -241,21 +242,30 @@ class Adaptive:
         span = abs(self.end - float(self.time[0]))
         with torch.no_grad():
             scale = control.atol + control.rtol * x.abs()
-            d0, d1 = (self._numbers(control.measure(v / scale)) for v in (x, k0))
-            small = (d0 < 1e-5) | (d1 < 1e-5)
-            h0 = np.where(small, 1e-6, 0.01 * d0 / d1.clip(min=1e-30)).clip(max=span)
-            trial = x + self._as_size(h0) * k0
-            k1 = self.f(self.as_times((self.time + self.forward * h0)[None])[0], trial)
-            d2 = self._numbers(control.measure((k1 - k0) / scale)) / h0
-            steepest = np.maximum(d1, d2)
-            h1 = np.where(
-                steepest <= 1e-15,
-                (h0 * 1e-3).clip(min=1e-6),
-                (0.01 / steepest.clip(min=1e-30)) ** (1 / (self.tableau.order + 1)),
-            )
-            # Where the trial state leaves the field's domain, start from the small step.
-            h1 = np.where(np.isfinite(d2), h1, h0 * 0.01)
-            return np.minimum(100 * h0, h1).clip(max=span)
+        d0, d1 = self._norm(x, scale), self._norm(k0, scale)
+        small = (d0 < 1e-5) | (d1 < 1e-5)
+        h0 = np.where(small, 1e-6, 0.01 * d0 / d1.clip(min=1e-30)).clip(max=span)
+        # With gradients on where they are: a field may take one of its own, as a Hamiltonian's does.
+        k1 = self.f(self.as_times((self.time + self.forward * h0)[None])[0], x + self._as_size(h0) * k0)
+        d2 = self._norm(k1.detach() - k0.detach(), scale) / h0
+        steepest = np.maximum(d1, d2)
+        h1 = np.where(
+            steepest <= 1e-15,
+            (h0 * 1e-3).clip(min=1e-6),
+            (0.01 / steepest.clip(min=1e-30)) ** (1 / (self.tableau.order + 1)),
+        )
+        # Where the trial state leaves the field's domain, start from the small step.
+        h1 = np.where(np.isfinite(d2), h1, h0 * 0.01)
+        return np.minimum(100 * h0, h1).clip(max=span)
+
+    def _norm(self, x: Tensor, scale: Tensor | float) -> np.ndarray:
+        """‖x / scale‖ of each sample, (B,); neither squares nor quotients overflow in the state's dtype."""
+        with torch.no_grad():
+            x = x.detach()
+            largest = float(x.abs().max()) if x.numel() else 0.0
+            if not (0 < largest < math.inf):
+                return self._numbers(self.control.measure(x / scale))
+            return self._numbers(self.control.measure(x / largest / scale)) * largest
 
     def _too_small(self, step: np.ndarray) -> np.ndarray:
         info = np.finfo(self.time.dtype)

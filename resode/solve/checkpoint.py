@@ -13,6 +13,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -49,11 +50,15 @@ class Recomputation:
         def run(*tensors: Any) -> Any:
             nonlocal again
             before, second, again = self.f.calls, again, True
+            if second and self.stats is None:
+                raise ValueError(
+                    "gradient='checkpoint' keeps nothing that a gradient taken within the field could use, and "
+                    "func calls torch.autograd.grad. Take gradient='autograd' or 'adjoint'."
+                )
             try:
                 return piece(second, *tensors)
             finally:
-                if second:
-                    assert self.stats is not None
+                if second and self.stats is not None:
                     self.stats.nfe_backward += self.f.calls - before
                     self.f.calls = before
 
@@ -68,8 +73,8 @@ class Recomputation:
         devices = [x.device] if x.is_cuda else []
         results = []
         for _ in range(2):
-            with torch.no_grad(), torch.random.fork_rng(devices):
-                results.append(self.f(t, x))
+            with torch.random.fork_rng(devices):  # not without gradients: the field may take one of its own
+                results.append(self.f(t, x).detach())
         first, second = results
         if not torch.allclose(first, second, rtol=1e-3, atol=1e-3 * float(first.abs().max()), equal_nan=True):
             raise ValueError(
@@ -93,10 +98,11 @@ def checkpointed_solve(
     outputs = np.array(times[1:-1], NUMPY[control.dtype])
     path, n, calls = [x.detach()] * len(outputs), 1, 0
     while ((solve.end - solve.time) * solve.forward > 0).any():
-        begin = copy.copy(solve)
+        # The graph keeps the piece, so the piece must keep nothing that holds the graph: no state with it.
+        begin, ends = copy.copy(solve), []
+        begin.x, begin.k0 = begin.x.detach(), begin.k0.detach()
 
-        def piece(second: bool, x: Tensor, k0: Tensor, begin: Adaptive = begin, n: int = n) -> Any:
-            nonlocal solve, calls
+        def piece(second: bool, x: Tensor, k0: Tensor, begin: Adaptive, n: int, ends: list[Any]) -> Any:
             part = copy.copy(begin)
             part.x, part.k0 = x, k0
             if second:
@@ -108,11 +114,16 @@ def checkpointed_solve(
             wanted = part.forward * np.clip(part.forward * outputs[asked], low, high)
             values, new_calls = interpolate(tableau, f, steps, wanted, part.forward, control.per_sample)
             if not second:
-                solve, calls = part, calls + new_calls
+                ends += [part, new_calls]
             masks = torch.from_numpy(within[:, asked]).to(x.device)
             return part.x, part.k0, asked.tolist(), values, masks
 
-        x, k0, asked, values, masks = again(piece, solve.x, solve.k0)
+        x, k0, asked, values, masks = again(
+            partial(piece, begin=begin, n=n, ends=ends), solve.x, solve.k0
+        )
+        solve, new_calls = ends
+        ends.clear()
+        calls += new_calls
         solve.x, solve.k0 = x, k0
         for j, value, mask in zip(asked, values, masks.unbind(1), strict=True):
             path[j] = torch.where(mask.view(solve.column), value, path[j])

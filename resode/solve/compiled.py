@@ -80,7 +80,7 @@ def attempt(
     time, step, previous, was_rejected, accepted, rejected = state.unbind(0)
     left = (end - time) * forward
     active = left > 0
-    reaches = step * 1.01 >= left
+    reaches = (step * 1.01 >= left) & (left <= control.longest)
     size = torch.where(reaches, left, step)
     new_time = torch.where(reaches, end, time + forward * size)
     h = (forward * size).to(real).reshape(column)
@@ -328,16 +328,25 @@ def _compiled(
         options["cpp_wrapper"] = x.numel() <= SMALL
         if x.ndim and x.shape[-1] < 8:
             options["cpp.simdlen"] = 1
-    settings = (*settings, tuple(options.items()))
+    # torch.compile does not look whether hooks have come or gone since.
+    settings = (*settings, tuple(options.items()), _hooks(key))
     kept = _KEPT.setdefault(key, {})
     if (make, *settings) not in kept:
-        function = make(*settings[:-1])
+        function = make(*settings[:-2])
         # Compiled graphs are kept by code object, a few for each: every field gets a code object of its own.
         own = types.FunctionType(
             function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__
         )
         kept[make, *settings] = torch.compile(own, fullgraph=True, options=options)
     return kept[make, *settings]
+
+
+def _hooks(key: Any) -> tuple[int, ...]:
+    """Which hooks a module and its submodules have; the number of a hook is never given again."""
+    if not isinstance(key, torch.nn.Module):
+        return ()
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return tuple(number for m in key.modules() for kind in kinds for number in getattr(m, kind))
 
 
 def _guards_of_the_field(guards: Sequence[Any]) -> list[bool]:

@@ -79,6 +79,11 @@ class Control:
     callbacks: Callbacks | None = None
     per_sample: bool = False
 
+    @property
+    def longest(self) -> float:
+        """What a step that is stretched to the end may reach; max_step, but for the rounding of times."""
+        return self.max_step * (1 + 1e-12)
+
     def measure(self, x: Tensor) -> Tensor:
         """The norm of x: one number a sample, (B,), or one in all."""
         return rms(x, self.per_sample) if self.norm is None else self.norm(x)

@@ -266,12 +266,11 @@ class Within:
         def value(time: float) -> float:
             return value_of(event, time, at(time))
 
-        with torch.no_grad():
-            while (after := value(self.grid[b])) > 0 and b < PARTS:
-                a, b = b, b + 1
-            while (before := value(self.grid[a])) <= 0 and a > 0:
-                a, b, after = a - 1, a, before
-            return root(value, self.grid[a], self.grid[b], before, after) if before > 0 >= after else None
+        while (after := value(self.grid[b])) > 0 and b < PARTS:
+            a, b = b, b + 1
+        while (before := value(self.grid[a])) <= 0 and a > 0:
+            a, b, after = a - 1, a, before
+        return root(value, self.grid[a], self.grid[b], before, after) if before > 0 >= after else None
 
 
 def _along(grid: Grid, f: Field, step: Within) -> Callable[[float], Tensor]:

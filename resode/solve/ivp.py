@@ -20,7 +20,7 @@ from resode.solve.events import Event, Within, value_of
 from resode.solve.fixed import steps_between
 from resode.solve.native import Evaluations, not_finite
 from resode.solve.options import NATIVE, SolveSettings, resolve_method
-from resode.solve.problem import check_per_sample, check_state
+from resode.solve.problem import check_per_sample, check_state, checked_args
 from resode.solve.result import Stats
 from resode.solve.step import Field, all_finite, combine, stages
 from resode.tableaus import ButcherTableau
@@ -195,7 +195,7 @@ def solve_ivp(
         tableau, rtol, atol, {} if fixed else numbers, step_size, n_steps, max_steps, per_sample
     )
     settings.check()
-    extra = tuple(args or ())
+    extra = checked_args(args)
     counted = Evaluations((lambda t, y: func(t, y, *extra)) if extra else func)
     watch = _Watch(events, extra)
     solve = (_Equal if fixed else _controlled)(tableau, counted, y0, start, end, settings)

@@ -27,7 +27,16 @@ from resode.tableaus import ButcherTableau
 
 
 class Evaluations(Counted):
-    """A user's func, counted; what it raises is told where."""
+    """A user's func, counted; what it raises is told where.
+
+    A func may write each result into one buffer: the first is copied, and so are all where the second turns
+    up in the same memory.
+    """
+
+    first: Tensor | None = None
+    place: int | None = None
+    version = 0
+    copies = False
 
     def __call__(self, t: Any, x: Tensor) -> Tensor:
         """func(t, x), in x's dtype."""
@@ -49,7 +58,39 @@ class Evaluations(Counted):
                 "a field must leave the state as it is; func changed y in place. Write y * a for y.mul_(a), "
                 "and nn.ReLU() for nn.ReLU(inplace=True)."
             )
-        return as_stage(dx, x)
+        dx = as_stage(dx, x)
+        return dx.clone() if self._is_reused(dx) else dx
+
+    def _is_reused(self, dx: Tensor) -> bool:
+        """Whether func may write its next result over this one."""
+        if torch.compiler.is_compiling() or self.copies:
+            return self.copies
+        if self.first is None:
+            self.first, self.place, self.version = dx.detach(), _place(dx), _version(dx)
+            return True
+        # The first is still held, so that no other tensor can lie where it does.
+        if self.place is None or _place(dx) != self.place:
+            return False
+        self.copies = True
+        if self.calls > 2 and _version(dx) != self.version:
+            raise ValueError(
+                "a field must return a new tensor each time, or write into one buffer; func took turns with "
+                "several, and has written over a result that is still needed. Return a copy, dy.clone()."
+            )
+        return True
+
+
+def _place(x: Tensor) -> int | None:
+    """Where in memory a tensor's values lie; None for one that has no memory of its own."""
+    try:
+        return x.data_ptr() or None
+    except RuntimeError:  # torch.func's tensors
+        return None
+
+
+def _version(x: Tensor) -> int:
+    """How often a tensor was written into; torch does not count it in inference mode."""
+    return 0 if x.is_inference() else x._version
 
 
 def solve(

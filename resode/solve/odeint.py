@@ -22,6 +22,7 @@ from resode.solve.problem import (
     check_per_sample,
     check_state,
     check_times,
+    checked_args,
     flat_field,
     flat_tolerance,
     flatten,
@@ -254,7 +255,7 @@ def odeint_event(
     if kwargs.get("return_stats"):
         result, stats = result
     event_t, path = result
-    args = tuple(kwargs.get("args", ()))
+    args = checked_args(kwargs.get("args"))
     field = (lambda t, y: func(t, y, *args)) if args else func
     last: Any = tuple(p[-1] for p in path) if isinstance(path, tuple) else path[-1]
     event_t, last = with_event_gradient(field, event_fn, event_t, last, (start[0], y0))
@@ -285,6 +286,7 @@ def _odeint(
     compile: bool = False,
 ) -> Any:
     """Checks, makes the state one tensor, solves, and gives back what was asked for."""
+    args = checked_args(args)
     check_state(y0)
     check_times(t, event_fn is not None)
     if per_sample:

@@ -40,6 +40,23 @@ def check_state(y0: Any) -> None:
         )
 
 
+def checked_args(args: Any) -> tuple[Any, ...]:
+    """Further arguments of func, refused where they are no tuple or list; () for None.
+
+    Example:
+        >>> checked_args([1.5])
+        (1.5,)
+    """
+    if args is None:
+        return ()
+    if not isinstance(args, tuple | list):
+        raise TypeError(
+            f"args must be a tuple of func's further arguments, got {type(args).__name__}. For a single one "
+            "write args=(value,)."
+        )
+    return tuple(args)
+
+
 def check_times(t: Any, is_event: bool = False) -> None:
     """Refuses a t that is no strictly monotone, finite, floating vector."""
     if not isinstance(t, Tensor) or not t.is_floating_point():
