@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import Variable
 from torch.utils.checkpoint import checkpoint
 
 from resode.solve.adaptive import Adaptive, Progress
@@ -35,34 +37,51 @@ from resode.tableaus import ButcherTableau
 class Recomputation:
     """Runs pieces, and once more when their gradient is asked for; those calls of f are `nfe_backward`.
 
+    The graph of a piece holds this object weakly and the solution's last node holds it, where Python's
+    collector sees it: a field that keeps its own solution is then no more than a cycle of Python objects.
+
     Args:
         f: the field, which counts.
         stats: of the whole solve, once they are known.
+        pieces: all that were run.
     """
 
     f: Counted
-    stats: Stats | None = field(default=None)
+    stats: Stats | None = None
+    pieces: list[Callable[..., Any]] = field(default_factory=list)
 
     def __call__(self, piece: Callable[..., Any], *tensors: Any) -> Any:
         """What piece(again, *tensors) gives, again being whether it runs a second time."""
-        again = False
+        again, number, owner = False, len(self.pieces), weakref.ref(self)
+        self.pieces.append(piece)
 
         def run(*tensors: Any) -> Any:
             nonlocal again
-            before, second, again = self.f.calls, again, True
-            if second and self.stats is None:
-                raise ValueError(
-                    "gradient='checkpoint' keeps nothing that a gradient taken within the field could use, and "
-                    "func calls torch.autograd.grad. Take gradient='autograd' or 'adjoint'."
-                )
-            try:
-                return piece(second, *tensors)
-            finally:
-                if second and self.stats is not None:
-                    self.stats.nfe_backward += self.f.calls - before
-                    self.f.calls = before
+            second, again, held = again, True, owner()
+            assert held is not None
+            return held.run(number, second, *tensors)
 
         return checkpoint(run, *tensors, use_reentrant=False)
+
+    def run(self, number: int, second: bool, *tensors: Any) -> Any:
+        """The piece of a number, counted."""
+        if second and self.stats is None:
+            raise ValueError(
+                "gradient='checkpoint' keeps nothing that a gradient taken within the field could use, and "
+                "func calls torch.autograd.grad. Take gradient='autograd' or 'adjoint'."
+            )
+        before = self.f.calls
+        try:
+            return self.pieces[number](second, *tensors)
+        finally:
+            if second and self.stats is not None:
+                self.stats.nfe_backward += self.f.calls - before
+                self.f.calls = before
+
+    def finish(self, path: Tensor, stats: Stats) -> Tensor:
+        """The whole solution, which now holds what the way back needs."""
+        self.stats = stats
+        return _Holding.apply(self, path)
 
     def check(self, t: Tensor, x: Tensor) -> None:
         """Refuses a field that gives something else the second time.
@@ -82,6 +101,21 @@ class Recomputation:
                 "at the same time and state: it has random or other state of its own. Draw from torch's "
                 "default generator, which is set back, or take gradient='autograd'."
             )
+
+
+class _Holding(torch.autograd.Function):
+    """A tensor as it is, whose node of the graph holds an object, until a way back that frees the graph ends."""
+
+    @staticmethod
+    def forward(ctx: Any, held: object, x: Tensor) -> Tensor:
+        ctx.held = held
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            Variable._execution_engine.queue_callback(partial(setattr, ctx, "held", None))
+        return None, grads[0]
 
 
 def checkpointed_solve(

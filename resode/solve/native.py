@@ -188,9 +188,7 @@ def _fixed(
     if settings.per_sample:
         counts = [torch.full((y0.shape[0],), c, dtype=torch.int64, device=y0.device) for c in counts]
     stats = Stats(*counts)
-    if again is not None:
-        again.stats = stats
-    return result, stats
+    return result if again is None else again.finish(result, stats), stats
 
 
 def _equal(
@@ -334,9 +332,8 @@ def _adaptive(
         stats = progress.stats()
     if not settings.per_sample:
         stats = replace(stats.item(), nfe=counted.calls)
-    if again is not None:
-        again.stats = stats
-    return torch.stack(path), stats
+    result = torch.stack(path)
+    return result if again is None else again.finish(result, stats), stats
 
 
 def zero_with_gradient(t: Tensor, dtype: torch.dtype) -> Tensor:
