@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from resode.solve.control import NUMPY, Control, Tolerance, next_step
-from resode.solve.dense import Step, interpolate
+from resode.solve.dense import Step
 from resode.solve.failures import field_not_finite, nothing_finite, step_underflow, too_many_steps
 from resode.solve.result import Stats
+from resode.solve.states import Passing, States
 from resode.solve.step import Field, Time, all_finite, combine, increment, stages
 from resode.tableaus import ButcherTableau
 
@@ -279,6 +280,7 @@ def adaptive_solve(
     times: list[float],
     control: Control,
     resume: Progress | None = None,
+    path: States | None = None,
 ) -> tuple[list[Tensor], Progress]:
     """States at times[1:], each of x's shape, and where the solve stands at the end.
 
@@ -289,15 +291,22 @@ def adaptive_solve(
         times: at least two, strictly monotone either way.
         control: how steps are chosen.
         resume: where an earlier interval of the same solve ended.
+        path: where the states at times[1:-1] go as they are made; the last alone is then given back.
 
     Raises:
         SolverError: as `Adaptive` and its steps.
     """
     solve = Adaptive(tableau, f, x, times[0], times[-1], control, resume)
     outputs = np.array(times[1:-1], NUMPY[control.dtype])
-    steps = list(solve.steps(outputs))
-    path, calls = interpolate(tableau, f, steps, outputs, solve.forward, control.per_sample)
-    return [*path, solve.x], replace(solve.progress, nfe=solve.progress.nfe + calls)
+    passing = Passing(tableau, f, outputs, solve.forward, control.per_sample)
+    given: list[Tensor] = []
+    to = given if path is None else path
+    for step in solve.steps(outputs):
+        for y in passing.add(step):
+            to.append(y)
+    for y in passing.finish():
+        to.append(y)
+    return [*given, solve.x], replace(solve.progress, nfe=solve.progress.nfe + passing.calls)
 
 
 def error_norm(

@@ -104,7 +104,7 @@ class Recomputation:
 
 
 class _Holding(torch.autograd.Function):
-    """A tensor as it is, whose node of the graph holds an object, until a way back that frees the graph ends."""
+    """A tensor as it is; its node of the graph holds an object till a way back that frees the graph."""
 
     @staticmethod
     def forward(ctx: Any, held: object, x: Tensor) -> Tensor:
@@ -152,9 +152,7 @@ def checkpointed_solve(
             masks = torch.from_numpy(within[:, asked]).to(x.device)
             return part.x, part.k0, asked.tolist(), values, masks
 
-        x, k0, asked, values, masks = again(
-            partial(piece, begin=begin, n=n, ends=ends), solve.x, solve.k0
-        )
+        x, k0, asked, values, masks = again(partial(piece, begin=begin, n=n, ends=ends), solve.x, solve.k0)
         solve, new_calls = ends
         ends.clear()
         calls += new_calls

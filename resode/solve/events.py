@@ -260,7 +260,7 @@ class Within:
         return None
 
     def zero(self, event: Event, at: Callable[[float], Tensor], part: int) -> float | None:
-        """Where the event falls to 0, by rough states in the given part; None where exact ones have no zero."""
+        """Where the event falls to 0, by rough states in a part; None where exact ones have no zero."""
         a, b = part, part + 1
 
         def value(time: float) -> float:
@@ -299,8 +299,8 @@ def value_of(event: Event, time: float, y: Tensor) -> float:
     if isinstance(c, Tensor):
         if c.numel() != 1:
             raise ValueError(
-                f"an event must return one number, got a tensor of shape {tuple(c.shape)}. Give every entry an "
-                "event of its own; odeint_event takes them together."
+                f"an event must return one number, got a tensor of shape {tuple(c.shape)}. Give every "
+                "entry an event of its own; odeint_event takes them together."
             )
         c = signed(c.detach())
     elif isinstance(c, bool):

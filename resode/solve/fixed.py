@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from resode.solve.dense import hermite
+from resode.solve.states import States
 from resode.solve.step import Field, Time, combine, rk_step, stages
 from resode.tableaus import ButcherTableau
 
@@ -105,15 +106,15 @@ def fixed_solve(
     callback: Callable[[Tensor, Tensor, Tensor], object] | None = None,
     perturb: bool = False,
     advance: Callable[..., Tensor] = equal_steps,
-) -> tuple[list[Tensor], int]:
+) -> tuple[States, int]:
     """States at every t, shape (T,), and the number of steps taken.
 
     The steps are floats unless t asks for a gradient: then the discrete solution is differentiated
     in t as it is in x. `advance` takes equal steps, as `equal_steps` does.
     """
     times: list[float] = t.detach().tolist()
-    path = [x]
-    total = 0
+    path, total = States(len(times), x), 0
+    path.append(x)
     for i in range(len(times) - 1):
         n = steps_between(times[i], times[i + 1], step_size, n_steps)
         start, span = (t[i], t[i + 1] - t[i]) if t.requires_grad else (times[i], times[i + 1] - times[i])
@@ -134,13 +135,14 @@ def grid_solve(
     t: Tensor,
     grid: Grid,
     callback: Callable[[Tensor, Tensor, Tensor], object] | None = None,
-) -> tuple[list[Tensor], int]:
+) -> tuple[States, int]:
     """States at every t, shape (T,), T ≥ 2, and the number of steps taken along the grid."""
     points = checked_grid(grid.constructor(f, x, t), t)
     nodes: Sequence[Time] = list(points) if points.requires_grad else points.tolist()
     outputs: Sequence[Time] = list(t) if t.requires_grad else t.tolist()
     forward = 1 if t[-1] > t[0] else -1
-    path, done = [x], 1
+    path, done = States(len(t), x), 1
+    path.append(x)
     for start, end in pairwise(nodes):
         x1, k0 = one_step(tableau, f, start, x, end - start, callback, grid.perturb)
         while done < len(outputs) and (end - outputs[done]) * forward >= 0:

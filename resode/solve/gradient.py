@@ -258,7 +258,9 @@ def adjoint_params(func: Any, given: Any, args: Sequence[Any]) -> tuple[Tensor, 
         given = _parameters(func)
     params = [*given]
     for leaf in tree_leaves(args):
-        params += [leaf] if isinstance(leaf, Tensor) else _parameters(leaf) if isinstance(leaf, nn.Module) else []
+        params += (
+            [leaf] if isinstance(leaf, Tensor) else _parameters(leaf) if isinstance(leaf, nn.Module) else []
+        )
     for p in params:
         if not isinstance(p, Tensor):
             raise TypeError(f"adjoint_params must be tensors, got {type(p).__name__}.")

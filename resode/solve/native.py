@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -22,7 +22,8 @@ from resode.solve.diagnosis import explain, number, spectrum
 from resode.solve.fixed import equal_steps, fixed_solve, grid_solve, opened, within
 from resode.solve.options import SolveSettings, tolerances
 from resode.solve.result import NonFiniteState, SolverError, Stats
-from resode.solve.step import Counted, Field, all_finite, as_stage, combine, stages
+from resode.solve.states import States
+from resode.solve.step import Counted, Field, address, all_finite, as_stage, combine, stages
 from resode.tableaus import ButcherTableau
 
 
@@ -63,13 +64,13 @@ class Evaluations(Counted):
 
     def _is_reused(self, dx: Tensor) -> bool:
         """Whether func may write its next result over this one."""
-        if torch.compiler.is_compiling() or self.copies:
-            return self.copies
+        if self.copies:
+            return True
         if self.first is None:
-            self.first, self.place, self.version = dx.detach(), _place(dx), _version(dx)
+            self.first, self.place, self.version = dx.detach(), address(dx), _version(dx)
             return True
         # The first is still held, so that no other tensor can lie where it does.
-        if self.place is None or _place(dx) != self.place:
+        if self.place is None or address(dx) != self.place:
             return False
         self.copies = True
         if self.calls > 2 and _version(dx) != self.version:
@@ -78,14 +79,6 @@ class Evaluations(Counted):
                 "several, and has written over a result that is still needed. Return a copy, dy.clone()."
             )
         return True
-
-
-def _place(x: Tensor) -> int | None:
-    """Where in memory a tensor's values lie; None for one that has no memory of its own."""
-    try:
-        return x.data_ptr() or None
-    except RuntimeError:  # torch.func's tensors
-        return None
 
 
 def _version(x: Tensor) -> int:
@@ -181,9 +174,9 @@ def _fixed(
         path, n = fixed_solve(tableau, field, y0, t, **steps, callback=callback, perturb=perturb)
     else:
         path, n = _equal(counted, y0, t, tableau, settings, again, steps)
-    result = torch.stack(path)
+    result = path.stacked()
     if not all_finite(result[-1]):
-        raise not_finite(tableau, field, path, t, n, settings.per_sample)
+        raise not_finite(tableau, field, result, t, n, settings.per_sample)
     counts: list[Any] = [counted.calls, n, n, 0]
     if settings.per_sample:
         counts = [torch.full((y0.shape[0],), c, dtype=torch.int64, device=y0.device) for c in counts]
@@ -199,7 +192,7 @@ def _equal(
     settings: SolveSettings,
     again: Recomputation | None,
     steps: dict[str, Any],
-) -> tuple[list[Tensor], int]:
+) -> tuple[States, int]:
     """As `fixed_solve`: with compiled steps, or in pieces that run again, or both, or neither."""
     if settings.compile_for is None:
         low, high = _ends(t)
@@ -252,7 +245,7 @@ def within_dtype(t: Tensor, y0: Tensor, per_sample: bool) -> Tensor:
 
 
 def not_finite(
-    tableau: ButcherTableau, f: Field, path: list[Tensor], t: Tensor, n: int, per_sample: bool
+    tableau: ButcherTableau, f: Field, path: Sequence[Tensor] | Tensor, t: Tensor, n: int, per_sample: bool
 ) -> SolverError:
     """The error of n fixed steps that left the finite numbers, explained at the last finite output.
 
@@ -308,7 +301,8 @@ def _adaptive(
     if t.requires_grad:
         # The steps are held fixed; ∂y/∂t_i = f(t_i, y_i), and moving t_0 moves the start back along f.
         start = start - field(at(t[0]), start) * zero_with_gradient(t[0], real)
-    path, state, progress = [start], start, None
+    path, state, progress = States(len(t), start), start, None
+    path.append(start)
     again = Recomputation(counted) if settings.checkpoint else None
     if len(t) > 1:
         if again is not None:
@@ -320,11 +314,16 @@ def _adaptive(
                 key = settings.compile_for
                 later, progress = compiled_solve(tableau, counted, state, times, control, progress, key)
             else:
-                later, progress = adaptive_solve(tableau, f, state, times, control, progress)
-            state = later[-1]
-            path += later if asked else later[:-1]
+                later, progress = adaptive_solve(tableau, f, state, times, control, progress, path)
+            state = later.pop()
+            for y in later:
+                path.append(y)
+            if asked:
+                path.append(state)
+    result = path.stacked()
     if t.requires_grad:
-        path = [y + field(at(s), y) * zero_with_gradient(s, real) for s, y in zip(t, path, strict=True)]
+        moved = [y + field(at(s), y) * zero_with_gradient(s, real) for s, y in zip(t, result, strict=True)]
+        result = torch.stack(moved)
     if progress is None:
         zero = torch.zeros(start.shape[0] if settings.per_sample else 1, dtype=torch.int64)
         stats = Stats(zero + counted.calls, zero, zero, zero)
@@ -332,7 +331,6 @@ def _adaptive(
         stats = progress.stats()
     if not settings.per_sample:
         stats = replace(stats.item(), nfe=counted.calls)
-    result = torch.stack(path)
     return result if again is None else again.finish(result, stats), stats
 
 

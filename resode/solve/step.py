@@ -131,6 +131,16 @@ def as_stage(dx: object, x: Tensor) -> Tensor:
     return dx
 
 
+def address(x: Tensor) -> int | None:
+    """Where in memory a tensor's values lie; None for one that has no memory of its own."""
+    if torch.compiler.is_compiling():
+        return None
+    try:
+        return x.data_ptr() or None
+    except RuntimeError:  # torch.func's tensors
+        return None
+
+
 class Counted:
     """A field that counts its calls and refuses results that are no derivative of the state."""
 
