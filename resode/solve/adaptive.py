@@ -26,6 +26,7 @@ from torch import Tensor
 from resode.solve.control import NUMPY, Control, Tolerance, next_step
 from resode.solve.dense import Step
 from resode.solve.failures import field_not_finite, nothing_finite, step_underflow, too_many_steps
+from resode.solve.host import decided
 from resode.solve.result import Stats
 from resode.solve.states import Passing, States
 from resode.solve.step import Field, Time, all_finite, combine, increment, stages
@@ -124,7 +125,8 @@ class Adaptive:
 
     def _numbers(self, values: Tensor) -> np.ndarray:
         """One number a sample, on the host."""
-        return np.array(values.detach().reshape(-1).tolist(), self.time.dtype)
+        numbers = decided(values.reshape(-1), "error-controlled steps are chosen by the values of the state")
+        return np.array(numbers, self.time.dtype)
 
     def _mask(self, keep: np.ndarray) -> Tensor:
         return torch.from_numpy(keep).to(self.x.device).view(self.column)
@@ -263,7 +265,7 @@ class Adaptive:
         """‖x / scale‖ of each sample, (B,); neither squares nor quotients overflow in the state's dtype."""
         with torch.no_grad():
             x = x.detach()
-            largest = float(x.abs().max()) if x.numel() else 0.0
+            largest = float(self._numbers(x.abs().max())[0]) if x.numel() else 0.0
             if not (0 < largest < math.inf):
                 return self._numbers(self.control.measure(x / scale))
             return self._numbers(self.control.measure(x / largest / scale)) * largest

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C._autograd import _get_current_graph_task_keep_graph as keeps_graph
 from torch.autograd import Variable
 from torch.utils.checkpoint import checkpoint
 
@@ -112,8 +113,8 @@ class _Holding(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
+    def backward(ctx: Any, *grads: Any) -> Any:
+        if not keeps_graph():
             Variable._execution_engine.queue_callback(partial(setattr, ctx, "held", None))
         return None, grads[0]
 

@@ -358,7 +358,7 @@ def _attempt_of(
 ) -> Callable[..., Any]:
     def run(f: Any, x: Tensor, k0: Tensor, state: Tensor, end: Tensor, tolerance: Any) -> Any:
         def field(t: Time, x: Tensor) -> Tensor:
-            return as_stage(f(t, x), x)
+            return as_stage(f(t, x), x).clone()  # func may write into one buffer; the copy is fused away
 
         made, flags = [], []
         for _ in range(n):

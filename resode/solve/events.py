@@ -22,12 +22,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from resode.solve.adaptive import Adaptive
 from resode.solve.control import Callbacks
 from resode.solve.fixed import Grid, one_step
+from resode.solve.host import decided, is_transformed, moves, plain
 from resode.solve.native import (
     Evaluations,
     call_torchdiffeq,
@@ -40,8 +42,8 @@ from resode.solve.result import MaxStepsReached, NonFiniteState, Stats
 from resode.solve.step import Field, all_finite, combine, stages
 from resode.tableaus import METHODS, ButcherTableau
 
-Event = Callable[[Tensor, Any], Tensor]
-"""c(t, y) of a 0-D t and the state."""
+Event = Callable[[Tensor, Any], Any]
+"""c(t, y), one number, of a 0-D t and the state."""
 
 
 PARTS = 8
@@ -136,9 +138,9 @@ def _adaptive(
     callbacks: Callbacks | None,
 ) -> tuple[float, Tensor, tuple[int, int, int]]:
     control, real = settings.control(y0, callbacks), y0.dtype.to_real()
-    start, forward = float(t[0].detach()), 1 if t[1] > t[0] else -1
+    start, forward = float(plain(t)[0]), 1 if t[1] > t[0] else -1
     y = y0
-    if t.requires_grad:
+    if moves(t):
         y = y - counted(t[0].detach().to(y0.device, real), y) * zero_with_gradient(t[0], real)
     if value_of(event, start, y0) <= 0:
         return start, y, (0, 0, 0)
@@ -170,11 +172,11 @@ def _fixed(
     grid: Grid | None = settings.grid()
     perturb = bool(settings.options.get("perturb", False))
     callback = None if callbacks is None else callbacks.step
-    begin, direction = t.detach().tolist()
+    begin, direction = plain(t).tolist()
     start, h = begin, math.copysign(float(size), direction - begin)
     field = fixed_field(counted, y0, -math.inf, math.inf, False)
     y = y0
-    if t.requires_grad:
+    if moves(t):
         y = y - field(start, y) * zero_with_gradient(t[0], y0.dtype.to_real())
     if value_of(event, start, y0) <= 0:
         return start, y, (0, 0, 0)
@@ -302,7 +304,8 @@ def value_of(event: Event, time: float, y: Tensor) -> float:
                 f"an event must return one number, got a tensor of shape {tuple(c.shape)}. Give every "
                 "entry an event of its own; odeint_event takes them together."
             )
-        c = signed(c.detach())
+        c = decided(signed(c), "a solve ends where the event's value says")
+        c = c if isinstance(c, int | float) else np.array(c).item()
     elif isinstance(c, bool):
         c = 2 * c - 1
     value = float(c)
@@ -356,7 +359,7 @@ class _WithoutGradient(torch.autograd.Function):
         return tuple(x.clone() for x in tensors)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grads: Any) -> Any:
         raise ValueError(
             "the event's time has no gradient: event_fn does not change along the solution there, as a "
             "comparison, an integer or a constant does not. Give a function that passes through 0, such as "
@@ -418,6 +421,11 @@ def _rate(
     rebuild: Callable[[Sequence[Tensor]], Any],
 ) -> Tensor:
     """The event's change in time along the solution, ċ, without gradient."""
+    if any(map(is_transformed, parts)):
+        ones = torch.ones_like(time)
+        return torch.func.jvp(lambda s, *at: event(s, rebuild(at)), (time, *parts), (ones, *slopes))[
+            1
+        ].detach()
     with torch.enable_grad():
         s, at = time.clone().requires_grad_(), [p.detach().requires_grad_() for p in parts]
         value = event(s, rebuild(at))

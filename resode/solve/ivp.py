@@ -67,7 +67,7 @@ class DenseOutput:
                 "dense output holds for one time or a vector of times from "
                 f"{self.t_min:g} to {self.t_max:g}; got {torch.as_tensor(t).tolist()}."
             )
-        path = self.at(times.reshape(-1).cpu().numpy())
+        path = self.at(np.array(times.reshape(-1).tolist()))
         if not path:
             return self.steps[0].x.new_zeros((0, *self.steps[0].x.shape))
         return torch.stack(path) if times.ndim else path[0]
@@ -200,7 +200,7 @@ def solve_ivp(
     counted = Evaluations((lambda t, y: func(t, y, *extra)) if extra else func)
     watch = _Watch(events, extra)
     solve = (_Equal if fixed else _controlled)(tableau, counted, y0, start, end, settings)
-    points = wanted.cpu().numpy() if wanted is not None else np.zeros(0)
+    points = np.array(wanted.tolist()) if wanted is not None else np.zeros(0)
     passing = Passing(tableau, solve.f, points, solve.forward, per_sample)
     path = States(len(points), y0)
     if wanted is None:

@@ -20,24 +20,16 @@ from resode.solve.compiled import compiled_solve, compiled_steps
 from resode.solve.control import Callbacks
 from resode.solve.diagnosis import explain, number, spectrum
 from resode.solve.fixed import equal_steps, fixed_solve, grid_solve, opened, within
+from resode.solve.host import moves, plain
 from resode.solve.options import SolveSettings, tolerances
 from resode.solve.result import NonFiniteState, SolverError, Stats
 from resode.solve.states import States
-from resode.solve.step import Counted, Field, address, all_finite, as_stage, combine, stages
+from resode.solve.step import Counted, Field, all_finite, as_stage, combine, stages
 from resode.tableaus import ButcherTableau
 
 
 class Evaluations(Counted):
-    """A user's func, counted; what it raises is told where.
-
-    A func may write each result into one buffer: the first is copied, and so are all where the second turns
-    up in the same memory.
-    """
-
-    first: Tensor | None = None
-    place: int | None = None
-    version = 0
-    copies = False
+    """A user's func, counted; what it raises is told where."""
 
     def __call__(self, t: Any, x: Tensor) -> Tensor:
         """func(t, x), in x's dtype."""
@@ -48,7 +40,7 @@ class Evaluations(Counted):
             dx = self.f(t, x)
         except Exception as error:
             if not isinstance(error, SolverError):
-                when = f"t={float(t.detach().reshape(-1)[0]):.9g}" if t.numel() else "an empty batch"
+                when = f"t={float(plain(t).reshape(-1)[0]):.9g}" if t.numel() else "an empty batch"
                 error.add_note(
                     f"resode: func raised this at {when}, call {self.calls}, "
                     f"with a state of shape {tuple(x.shape)} and dtype {x.dtype}."
@@ -59,31 +51,7 @@ class Evaluations(Counted):
                 "a field must leave the state as it is; func changed y in place. Write y * a for y.mul_(a), "
                 "and nn.ReLU() for nn.ReLU(inplace=True)."
             )
-        dx = as_stage(dx, x)
-        return dx.clone() if self._is_reused(dx) else dx
-
-    def _is_reused(self, dx: Tensor) -> bool:
-        """Whether func may write its next result over this one."""
-        if self.copies:
-            return True
-        if self.first is None:
-            self.first, self.place, self.version = dx.detach(), address(dx), _version(dx)
-            return True
-        # The first is still held, so that no other tensor can lie where it does.
-        if self.place is None or address(dx) != self.place:
-            return False
-        self.copies = True
-        if self.calls > 2 and _version(dx) != self.version:
-            raise ValueError(
-                "a field must return a new tensor each time, or write into one buffer; func took turns with "
-                "several, and has written over a result that is still needed. Return a copy, dy.clone()."
-            )
-        return True
-
-
-def _version(x: Tensor) -> int:
-    """How often a tensor was written into; torch does not count it in inference mode."""
-    return 0 if x.is_inference() else x._version
+        return self.kept(as_stage(dx, x))
 
 
 def solve(
@@ -197,11 +165,11 @@ def _equal(
     if settings.compile_for is None:
         low, high = _ends(t)
         field = fixed_field(counted, y0, low, high, settings.per_sample)
-        advance = equal_steps if t.requires_grad else steps_at(counted, y0, low, high, settings.per_sample)
+        advance = equal_steps if moves(t) else steps_at(counted, y0, low, high, settings.per_sample)
     else:
 
         def func(t: Any, x: Tensor) -> Tensor:
-            return as_stage(counted.f(t, x), x)
+            return as_stage(counted.f(t, x), x).clone()  # as in compiled attempts
 
         # As tensors they are inputs of the graph; as floats each choice of times would be another one.
         ends = torch.tensor(_ends(t), dtype=torch.float64, device=y0.device)
@@ -217,7 +185,7 @@ def _equal(
 
 def _ends(t: Tensor) -> tuple[float, float]:
     """The least and the largest of monotone times."""
-    first, last = t[0].item(), t[-1].item()
+    first, last = plain(t)[[0, -1]].tolist()
     return min(first, last), max(first, last)
 
 
@@ -257,7 +225,7 @@ def not_finite(
         n: how many steps there are between t[0] and t[-1].
         per_sample: whether the states are batches, so that a sample can be named.
     """
-    t = t.detach()
+    t, path = plain(t), [plain(y) for y in path]
     first = next(i for i, y in enumerate(path) if not torch.isfinite(y).all())
     last, bad = path[first - 1], path[first]
     time, step = float(t[first]), abs(float(t[-1] - t[0])) / n
@@ -298,7 +266,7 @@ def _adaptive(
     def at(s: Tensor) -> Tensor:
         return s.detach().to(y0.device, real).expand(column)
 
-    if t.requires_grad:
+    if moves(t):
         # The steps are held fixed; ∂y/∂t_i = f(t_i, y_i), and moving t_0 moves the start back along f.
         start = start - field(at(t[0]), start) * zero_with_gradient(t[0], real)
     path, state, progress = States(len(t), start), start, None
@@ -307,7 +275,7 @@ def _adaptive(
     if len(t) > 1:
         if again is not None:
             again.check(at(t[0]), y0)
-        for times, asked, f in segments(field, t.detach().tolist(), settings, real):
+        for times, asked, f in segments(field, plain(t).tolist(), settings, real):
             if again is not None:
                 later, progress = checkpointed_solve(tableau, again, f, state, times, control, progress)
             elif settings.compile_for is not None:
@@ -321,7 +289,7 @@ def _adaptive(
             if asked:
                 path.append(state)
     result = path.stacked()
-    if t.requires_grad:
+    if moves(t):
         moved = [y + field(at(s), y) * zero_with_gradient(s, real) for s, y in zip(t, result, strict=True)]
         result = torch.stack(moved)
     if progress is None:

@@ -14,6 +14,7 @@ from resode.solve.compiled import COMPILED_OPTIONS, key_of
 from resode.solve.control import MAX_STEPS
 from resode.solve.events import combined, solve_to_event, with_event_gradient
 from resode.solve.gradient import GRADIENTS, Adjoint, adjoint_params
+from resode.solve.host import is_transformed
 from resode.solve.native import solve
 from resode.solve.options import SolveSettings, resolve_method
 from resode.solve.problem import (
@@ -286,6 +287,11 @@ def _odeint(
 ) -> Any:
     """Checks, makes the state one tensor, solves, and gives back what was asked for."""
     args = checked_args(args)
+    if is_transformed() and (checkpoint or adjoint is not None):
+        raise TypeError(
+            f"gradient={'checkpoint' if checkpoint else 'adjoint'!r} takes the gradient back in its own way, "
+            "torch.func's transforms do not follow; take gradient='autograd' under them."
+        )
     check_state(y0)
     check_times(t, event_fn is not None)
     if per_sample:

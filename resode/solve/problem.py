@@ -11,6 +11,7 @@ from torch import Tensor
 
 from resode.checks import warn_user
 from resode.solve.control import Callbacks, Tolerance
+from resode.solve.host import decided
 from resode.solve.options import SolveSettings
 from resode.solve.step import all_finite
 
@@ -68,7 +69,7 @@ def check_times(t: Any, is_event: bool = False) -> None:
         raise ValueError(
             f"with event_fn, t must hold two times, the start and one for the direction; got {len(t)}."
         )
-    times = t.detach().double().cpu().numpy()
+    times = np.array(decided(t, "the solver goes by the values of t"), np.float64)
     if not np.isfinite(times).all():
         raise ValueError("t must be finite; it holds an infinity or NaN.")
     steps = np.diff(times)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from resode.solve.dense import Step, interpolate
-from resode.solve.step import Field, address
+from resode.solve.host import address
+from resode.solve.step import Field
 from resode.tableaus import ButcherTableau
 
 LARGE = 2**24
