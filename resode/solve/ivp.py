@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,13 @@ from resode.checks import warn_user
 from resode.solve.adaptive import Adaptive, Progress
 from resode.solve.control import MAX_STEPS
 from resode.solve.dense import Step, interpolate
-from resode.solve.events import root, value_of
+from resode.solve.events import Event, Within, value_of
 from resode.solve.fixed import steps_between
 from resode.solve.native import Evaluations, not_finite
 from resode.solve.options import NATIVE, SolveSettings, resolve_method
-from resode.solve.problem import check_per_sample, check_state
+from resode.solve.problem import check_per_sample, check_state, checked_args
 from resode.solve.result import Stats
+from resode.solve.states import Passing, States
 from resode.solve.step import Field, all_finite, combine, stages
 from resode.tableaus import ButcherTableau
 
@@ -59,13 +61,13 @@ class DenseOutput:
         Raises:
             ValueError: a time outside the solve.
         """
-        times = torch.as_tensor(t, dtype=torch.float64).detach()
-        if times.ndim > 1 or not ((times >= self.t_min) & (times <= self.t_max)).all():
+        times = inside(torch.as_tensor(t).detach(), self.t_min, self.t_max)
+        if times is None or times.ndim > 1:
             raise ValueError(
                 "dense output holds for one time or a vector of times from "
-                f"{self.t_min:g} to {self.t_max:g}; got {times.tolist()}."
+                f"{self.t_min:g} to {self.t_max:g}; got {torch.as_tensor(t).tolist()}."
             )
-        path = self.at(times.reshape(-1).cpu().numpy())
+        path = self.at(np.array(times.reshape(-1).tolist()))
         if not path:
             return self.steps[0].x.new_zeros((0, *self.steps[0].x.shape))
         return torch.stack(path) if times.ndim else path[0]
@@ -185,7 +187,7 @@ def solve_ivp(
         check_per_sample(y0)
         if t_eval is None or events:
             raise ValueError("per_sample=True gives each sample its own times: give t_eval, and no events.")
-    wanted = None if t_eval is None else _t_eval(t_eval, start, end)
+    wanted = None if t_eval is None else _t_eval(t_eval, start, end, _rounding(t_span))
     numbers = {"first_step": first_step, "min_step": min_step, "max_step": max_step}
     fixed = step_size is not None or n_steps is not None or not tableau.adaptive
     if fixed and numbers != {"first_step": None, "min_step": 0.0, "max_step": math.inf}:
@@ -194,34 +196,49 @@ def solve_ivp(
         tableau, rtol, atol, {} if fixed else numbers, step_size, n_steps, max_steps, per_sample
     )
     settings.check()
-    extra = tuple(args or ())
+    extra = checked_args(args)
     counted = Evaluations((lambda t, y: func(t, y, *extra)) if extra else func)
     watch = _Watch(events, extra)
     solve = (_Equal if fixed else _controlled)(tableau, counted, y0, start, end, settings)
+    points = np.array(wanted.tolist()) if wanted is not None else np.zeros(0)
+    passing = Passing(tableau, solve.f, points, solve.forward, per_sample)
+    path = States(len(points), y0)
+    if wanted is None:
+        path.append(y0)
+    ends: list[float] = [start]
     kept: list[Step] = []
     final: tuple[float, Tensor] | None = None
     for step in solve.steps():
-        kept.append(step)
-        if watch.events and (final := watch.see(step, tableau, solve.f, solve.forward)) is not None:
-            break
-    time = end if final is None else final[0]
-    dense = DenseOutput(tableau, solve.f, kept, min(start, time), max(start, time), solve.forward, per_sample)
-    if wanted is None:
-        points = np.concatenate([kept[0].start, *(step.end for step in kept)])
-        states = [kept[0].x, *(step.x_end for step in kept)]
+        final = watch.see(step, tableau, solve.f, solve.forward) if watch.events else None
+        time, state = (step.end[0], step.x_end) if final is None else final
+        if dense_output:
+            kept.append(step)
+        if wanted is None:
+            ends.append(time)
+            path.append(state)
+        elif final is not None:
+            passing.end_at(time)
+        for y in passing.add(step) if wanted is not None else ():
+            path.append(y)
         if final is not None:
-            points[-1], states[-1] = final
-    else:
-        points = wanted[(wanted - time) * solve.forward <= 0].cpu().numpy()
-        states = dense.at(points)
-    grid = torch.from_numpy(points).to(y0.device)
-    y = torch.stack(states) if states else y0.new_zeros((0, *y0.shape))
+            break
+    for y in passing.finish():
+        path.append(y)
+    time = end if final is None else final[0]
+    dense = None
+    if dense_output:
+        dense = DenseOutput(
+            tableau, solve.f, kept, min(start, time), max(start, time), solve.forward, per_sample
+        )
+    times = np.array(ends) if wanted is None else points[: path.count]
+    grid = torch.from_numpy(times).to(y0.device)
+    y = path.stacked() if path.count else y0.new_zeros((0, *y0.shape))
     stats = solve.progress.stats()
     if not per_sample:
         stats = replace(stats.item(), nfe=counted.calls)
     message = "the end of t_span was reached." if final is None else "a terminal event ended the solve."
     found = watch.found(y0) if watch.events else (None, None)
-    return Solution(grid, y, stats, int(final is not None), message, dense if dense_output else None, *found)
+    return Solution(grid, y, stats, int(final is not None), message, dense, *found)
 
 
 def _controlled(
@@ -290,8 +307,9 @@ class _Watch:
     def __init__(self, events: Any, args: tuple[Any, ...]):
         given = () if events is None else events if isinstance(events, tuple | list) else (events,)
         self.events = [(lambda t, y, e=e: e(t, y, *args)) for e in given]
-        self.terminal = [getattr(e, "terminal", None) for e in given]
+        self.limits = [_zeros_to_end(getattr(e, "terminal", None)) for e in given]
         self.direction = [getattr(e, "direction", 0) for e in given]
+        self.values: list[float] | None = None  # at the last step's end
         self.times: list[list[float]] = [[] for _ in given]
         self.states: list[list[Tensor]] = [[] for _ in given]
 
@@ -299,24 +317,23 @@ class _Watch:
         self, step: Step, tableau: ButcherTableau, f: Field, forward: float
     ) -> tuple[float, Tensor] | None:
         """Notes the zeros within a step; the time and state of one that ends the solve, or None."""
-        begin, end = step.start.item(), step.end.item()
-
-        def at(time: float) -> Tensor:
-            if time == end:
-                return step.x_end
-            return interpolate(tableau, f, [step], np.array([time]), forward, False)[0][0]
-
-        zeros = []
-        for i, event in enumerate(self.events):
-            before, after = value_of(event, begin, step.x), value_of(event, end, step.x_end)
-            falls, rises = before > 0 >= after, before < 0 <= after
-            if (falls and self.direction[i] <= 0) or (rises and self.direction[i] >= 0):
-                sign = 1.0 if falls else -1.0
-                zeros.append((root(lambda t, y, e=event, s=sign: s * e(t, y), at, begin, end), i))
+        within = Within(step.start.item(), step.end.item(), step.x, step.k[0], step.x_end, step.k[-1])
+        at = within.ending(lambda s: interpolate(tableau, f, [step], np.array([s]), forward, False)[0][0])
+        points = list(zip(within.grid, within.states, strict=True))
+        before = self.values or [value_of(event, *points[0]) for event in self.events]
+        values = [
+            [b, *(value_of(e, *p) for p in points[1:])] for e, b in zip(self.events, before, strict=True)
+        ]
+        zeros = [
+            (time, i)
+            for i, (event, v) in enumerate(zip(self.events, values, strict=True))
+            for time in _zeros(within, event, at, v, self.direction[i], self.values is None)
+        ]
+        self.values = [v[-1] for v in values]
         for time, i in sorted(zeros, key=lambda zero: forward * zero[0]):
             self.times[i].append(time)
-            self.states[i].append(at(time))
-            if self.terminal[i] and len(self.times[i]) >= int(self.terminal[i]):
+            self.states[i].append(at(time) if time != within.begin else step.x)
+            if len(self.times[i]) >= self.limits[i]:
                 return time, self.states[i][-1]
         return None
 
@@ -324,6 +341,40 @@ class _Watch:
         """The zeros' times and states, one tensor an event."""
         times = [torch.tensor(s, dtype=torch.float64, device=y0.device) for s in self.times]
         return times, [torch.stack(s) if s else y0.new_zeros((0, *y0.shape)) for s in self.states]
+
+
+def _zeros(
+    within: Within,
+    event: Event,
+    at: Callable[[float], Tensor],
+    values: list[float],
+    direction: float,
+    is_first: bool,
+) -> list[float]:
+    """The times of an event's zeros within a step, at whose parts' ends it has the given values."""
+    times: list[float] = []
+    if is_first and values[0] == 0 and direction * values[1] >= 0:
+        times.append(within.begin)
+    for i, (before, after) in enumerate(pairwise(values)):
+        falls, rises = before > 0 >= after, before < 0 <= after
+        if (falls and direction <= 0) or (rises and direction >= 0):
+            sign = 1.0 if falls else -1.0
+            time = within.zero(lambda t, y, s=sign: s * value_of(event, float(t), y), at, i)
+            times += [] if time is None or time in times else [time]
+    return times
+
+
+def _zeros_to_end(terminal: Any) -> float:
+    """How many zeros of an event end the solve, from its attribute `terminal`."""
+    if terminal is None or terminal is False or (isinstance(terminal, int | float) and terminal == 0):
+        return math.inf
+    whole = isinstance(terminal, int | float | np.integer | np.bool_) and terminal == int(terminal)
+    if not whole or terminal < 0:
+        raise ValueError(
+            f"an event's attribute terminal must be True, False or the number of zeros that ends the solve, "
+            f"got {terminal!r}."
+        )
+    return int(terminal)
 
 
 def _span(t_span: Any) -> tuple[float, float]:
@@ -338,14 +389,39 @@ def _span(t_span: Any) -> tuple[float, float]:
     return start, end
 
 
-def _t_eval(t_eval: Any, start: float, end: float) -> Tensor:
-    times = torch.as_tensor(t_eval).detach().to(torch.float64)
+def _rounding(t_span: Any) -> float:
+    """How coarse the ends are: the rounding of a tensor's dtype, 0 for Python's numbers."""
+    numbers = [s for s in ([t_span] if isinstance(t_span, Tensor) else t_span) if isinstance(s, Tensor)]
+    return max((torch.finfo(s.dtype).eps for s in numbers if s.is_floating_point()), default=0.0)
+
+
+def inside(t: Tensor, start: float, end: float, coarse: float = 0.0) -> Tensor | None:
+    """Times in float64, moved into [start, end] where a rounding is all that they are outside; None else.
+
+    Args:
+        t: times of any dtype, whose rounding counts.
+        start: one end.
+        end: the other.
+        coarse: the relative rounding of the ends.
+    """
+    low, high = sorted((start, end))
+    eps = max(coarse, torch.finfo(t.dtype).eps if t.is_floating_point() else 0.0)
+    times = t.to(torch.float64)
+    slack = eps * max(abs(low), abs(high))
+    if not ((times >= low - slack) & (times <= high + slack)).all():
+        return None
+    return times.clamp(low, high)
+
+
+def _t_eval(t_eval: Any, start: float, end: float, coarse: float) -> Tensor:
+    given = torch.as_tensor(t_eval).detach()
+    times = inside(given, start, end, coarse)
     forward = 1 if end > start else -1
-    if times.ndim != 1 or not (times.diff() * forward > 0).all():
+    if given.ndim != 1 or not (given.diff() * forward > 0).all():
         raise ValueError("t_eval must be a vector of times in strict order, in the direction of t_span.")
-    if not ((times >= min(start, end)) & (times <= max(start, end))).all():
+    if times is None:
         raise ValueError(
-            f"t_eval must lie within t_span, {start:g} to {end:g}; it runs from {float(times.min()):g} "
-            f"to {float(times.max()):g}."
+            f"t_eval must lie within t_span, {start:.9g} to {end:.9g}; it runs from {float(given.min()):.9g} "
+            f"to {float(given.max()):.9g}."
         )
     return times

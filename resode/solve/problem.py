@@ -19,6 +19,7 @@ from torch.utils._pytree import (
 
 from resode.checks import warn_user
 from resode.solve.control import Callbacks, Tolerance
+from resode.solve.host import decided
 from resode.solve.options import SolveSettings
 from resode.solve.step import all_finite
 
@@ -51,6 +52,23 @@ def check_state(y0: Any) -> None:
         )
 
 
+def checked_args(args: Any) -> tuple[Any, ...]:
+    """Further arguments of func, refused where they are no tuple or list; () for None.
+
+    Example:
+        >>> checked_args([1.5])
+        (1.5,)
+    """
+    if args is None:
+        return ()
+    if not isinstance(args, tuple | list):
+        raise TypeError(
+            f"args must be a tuple of func's further arguments, got {type(args).__name__}. For a single one "
+            "write args=(value,)."
+        )
+    return tuple(args)
+
+
 def check_times(t: Any, is_event: bool = False, batch: int | None = None) -> None:
     """Refuses a t that is no monotone, finite, floating vector, or (T, batch) of each sample's own times."""
     if not isinstance(t, Tensor) or not t.is_floating_point():
@@ -71,7 +89,7 @@ def check_times(t: Any, is_event: bool = False, batch: int | None = None) -> Non
         raise ValueError(
             f"with event_fn, t must hold two times, the start and one for the direction; got {len(t)}."
         )
-    times = t.detach().double().cpu().numpy()
+    times = np.array(decided(t, "the solver goes by the values of t"), np.float64)
     if not np.isfinite(times).all():
         raise ValueError("t must be finite; it holds an infinity or NaN.")
     steps = np.diff(times, axis=0) if own else np.diff(times)[:, None]
