@@ -87,6 +87,7 @@ class Adaptive:
     ):
         batch = x.shape[0] if control.per_sample else 1
         self.tableau, self.f, self.control = tableau, f, control
+        self.per_sample = control.per_sample
         self.time, self.end = (np.full(batch, s, NUMPY[control.dtype]) for s in (start, end))
         self.forward = -1.0 if (self.end < self.time).any() else 1.0
         self.column = (batch,) + (1,) * (x.ndim - 1) if control.per_sample else ()

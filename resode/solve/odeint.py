@@ -19,13 +19,13 @@ from resode.solve.host import is_transformed
 from resode.solve.native import solve
 from resode.solve.options import SolveSettings, resolve_method
 from resode.solve.problem import (
+    FlatField,
     State,
     callbacks_of,
     check_per_sample,
     check_state,
     check_times,
     checked_args,
-    flat_field,
     flat_tolerance,
     flatten,
     largest_rms,
@@ -345,7 +345,7 @@ def _odeint(
     if event_fn is not None and not per_sample:
         event = combined(event_fn, t.detach()[0].to(state.device, state.dtype.to_real()), y0)
     if split is not None:
-        field = flat_field(field, split)
+        field = FlatField(field, split)
         settings = _norm_on_tuples(settings, split)
         if event is not None:
             whole = event
