@@ -23,12 +23,14 @@ from resode.solve import (
     NonFiniteState,
     Solution,
     SolverError,
+    SolverStep,
     Stats,
     StepSizeUnderflow,
     odeint,
     odeint_adjoint,
     odeint_event,
     solve_ivp,
+    steps,
 )
 from resode.stability import (
     StepLimit,
@@ -67,6 +69,7 @@ __all__ = [
     "ResidualStack",
     "Solution",
     "SolverError",
+    "SolverStep",
     "Stats",
     "StepLimit",
     "StepLimitPenalty",
@@ -91,6 +94,7 @@ __all__ = [
     "solve_ivp",
     "stability_function",
     "step_limit",
+    "steps",
     "swap_report",
     "train",
 ]

@@ -217,6 +217,23 @@ def evaluate(field: nn.Module, y: Tensor, index: int, values: dict[str, Tensor] 
     return dy
 
 
+def refuse_graphs(solver: str) -> None:
+    """Refuses to be exported with steps that are chosen on the way; a compiled graph ends here.
+
+    Raises:
+        ValueError: under torch.export.
+    """
+    if torch.compiler.is_compiling():
+        reason = (
+            f"{solver} chooses its steps by the values of the state, which no graph can hold. Fixed steps "
+            "can: an ODEBlock with n_steps=, whatever its solver, or a ResidualStack with a solver without "
+            "error control, such as rk4"
+        )
+        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+            raise ValueError(f"{reason}.")
+        torch._dynamo.graph_break(msg=reason)
+
+
 def refuse_low_precision(solver: str, dtype: torch.dtype) -> None:
     """Raise a TypeError for states that an adaptive solver can't tell an error in."""
     if torch.finfo(dtype).bits < 32:

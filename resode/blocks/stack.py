@@ -23,6 +23,7 @@ from resode.blocks.held import (
     moving_norms,
     probability,
     refuse_dropout,
+    refuse_graphs,
     refuse_low_precision,
 )
 from resode.checks import check_whole, one_of
@@ -219,6 +220,8 @@ class ResidualStack(Checked):
             raise TypeError(f"x must be a floating tensor, got {getattr(x, 'dtype', type(x).__name__)}.")
         self._check(x)
         path, cost = [x], _Cost()
+        if self._tableau.adaptive:
+            refuse_graphs(self.solver)
         with warned(self.fields) if first_time(self) else nullcontext():
             if checkpoints(self.gradient):
                 # L/k inputs and, one segment at a time, k blocks that save some 4 states an evaluation.
@@ -369,7 +372,7 @@ class ResidualStack(Checked):
         """The state after block `index`; what it took is added to `cost`."""
         tableau, n = self._tableau, self.substeps
         several = tableau.adaptive or len(tableau.b) > 1 or n > 1
-        field = Counted(self._field(index, several, None if several else scale))
+        field = Counted(self._field(index, several, None if several else scale), len(tableau.b) > 1)
         eta = self._step(index, x)
 
         def scaled(s: Any, y: Tensor) -> Tensor:

@@ -15,15 +15,17 @@ from resode.solve.compiled import COMPILED_OPTIONS, key_of
 from resode.solve.control import MAX_STEPS
 from resode.solve.events import combined, solve_to_event, with_event_gradient
 from resode.solve.gradient import GRADIENTS, Adjoint, adjoint_params
+from resode.solve.host import is_transformed
 from resode.solve.native import solve
 from resode.solve.options import SolveSettings, resolve_method
 from resode.solve.problem import (
+    FlatField,
     State,
     callbacks_of,
     check_per_sample,
     check_state,
     check_times,
-    flat_field,
+    checked_args,
     flat_tolerance,
     flatten,
     largest_rms,
@@ -262,7 +264,7 @@ def odeint_event(
     if kwargs.get("return_stats"):
         result, stats = result
     event_t, path = result
-    args = tuple(kwargs.get("args", ()))
+    args = checked_args(kwargs.get("args"))
     field = (lambda t, y: func(t, y, *args)) if args else func
     leaves, structure = tree_flatten(path)
     last: Any = leaves[0][-1] if isinstance(path, Tensor) else tuple(p[-1] for p in leaves)
@@ -305,6 +307,12 @@ def _odeint(
     compile: bool = False,
 ) -> Any:
     """Checks, makes the state one tensor, solves, and gives back what was asked for."""
+    args = checked_args(args)
+    if is_transformed() and (checkpoint or adjoint is not None):
+        raise TypeError(
+            f"gradient={'checkpoint' if checkpoint else 'adjoint'!r} takes the gradient back in its own way, "
+            "torch.func's transforms do not follow; take gradient='autograd' under them."
+        )
     check_state(y0)
     if per_sample:
         check_per_sample(y0)
@@ -337,7 +345,7 @@ def _odeint(
     if event_fn is not None and not per_sample:
         event = combined(event_fn, t.detach()[0].to(state.device, state.dtype.to_real()), y0)
     if split is not None:
-        field = flat_field(field, split)
+        field = FlatField(field, split)
         settings = _norm_on_tuples(settings, split)
         if event is not None:
             whole = event
