@@ -1,6 +1,7 @@
 """Step by step: `steps`, endless and empty spans, states of several tensors, pickles, step controllers."""
 
 import copy
+import itertools
 import math
 import pickle
 
@@ -220,7 +221,7 @@ def test_a_solution_pickles_where_its_function_does(method):
 
 def test_a_solution_of_a_local_function_says_which_part_does_not():
     solution = solve_ivp(lambda t, y: -y, (0, 2), ONE)
-    with pytest.raises(pickle.PicklingError, match="keeps func, which can't be pickled.*dense_output=False"):
+    with pytest.raises(pickle.PicklingError, match=r"keeps func, which can't be pickled.*dense_output=False"):
         pickle.dumps(solution)
     solution.sol = None
     assert torch.equal(pickle.loads(pickle.dumps(solution)).y, solution.y)
@@ -252,20 +253,36 @@ def test_published_coefficients():
         assert controller_filter(CONTROLLERS[name]) == controller_filter(name)
 
 
-@pytest.mark.parametrize("method", ["dopri5", "tsit5", "bosh3"])
-@pytest.mark.parametrize("controller", ["pi", "pi34", "pi42", "h211pi", "pid"])
-def test_at_the_stability_limit_every_filter_is_refused_less_than_the_elementary_controller(
-    method, controller
-):
-    """y' = −500 (y − cos t): the step must stay at the limit, where the elementary controller swings about it."""
+@pytest.mark.parametrize("method", ["dopri5", "tsit5"])
+@pytest.mark.parametrize("controller", ["pi", "pi34", "pi42"])
+def test_at_the_stability_limit_pi_is_refused_where_the_elementary_controller_swings(method, controller):
+    """y' = −λ (y − cos t) and a stiff oscillator: 942 refused of 6,894 steps by "i", 17 of 5,977 by "pi"."""
 
-    def count(c):
+    def stiff(c):
         return sum(
-            rejections(c, method, lambda t, y: -rate * (y - torch.cos(t)), times(0.0), 4.0, 1e-4)[0]
-            for rate in (300.0, 500.0, 800.0)
+            rejections(c, method, lambda t, y, r=r: -r * (y - torch.cos(t)), times(0.0), 4.0, 1e-4)[0]
+            for r in (300.0, 500.0, 800.0)
         )
 
-    assert count(controller) < 0.6 * count("i")
+    assert stiff(controller) < 0.1 * stiff("i")
+    oscillator = (method, lambda t, y: van_der_pol(t, y, 30.0), times(2.0, 0.0), 30.0, 1e-4)
+    assert rejections(controller, *oscillator)[0] < 0.4 * rejections("i", *oscillator)[0]
+
+
+@pytest.mark.parametrize("method", ["dopri5", "tsit5"])
+def test_the_digital_filters_make_smoother_sequences_of_steps(method):
+    """Lotka and Volterra's cycle: the mean change of log h_{n+1}/h_n from a step to the next."""
+
+    def cycle(t, y):
+        return torch.stack([2 * (y[0] - y[0] * y[1]), y[0] * y[1] - y[1]])
+
+    def roughness(c):
+        walk = resode.steps(cycle, times(1.0, 3.0), (0.0, 20.0), method, rtol=1e-8, atol=1e-8, controller=c)
+        h = torch.tensor([step.time - step.start for step in walk], dtype=DOUBLE)[3:-1]
+        return h.log().diff().diff().abs().mean().item()
+
+    assert roughness("h211pi") < 0.6 * roughness("i")
+    assert roughness("pid") < 0.4 * roughness("i")
 
 
 def test_the_default_is_pi_and_the_filters_answers_agree():
@@ -322,7 +339,7 @@ def test_a_field_of_zeros_takes_fourteen_evaluations():
 
 
 def test_dopri8s_dense_output_is_of_order_7_and_once_continuously_differentiable():
-    """One step of h and h/2 on a nonlinear field of t: the error within it falls by 2^8, from 1 to 8 units of h^8."""
+    """One step of h, h/2 and h/4 on a nonlinear field of t: the error within it is of h^8."""
 
     def field(t, y):
         return torch.stack([y[1] * torch.cos(t), -torch.sin(y[0]) + 0.3 * t])
@@ -336,8 +353,9 @@ def test_dopri8s_dense_output_is_of_order_7_and_once_continuously_differentiable
         e = 1e-6 * h
         assert torch.allclose((step(e) - y0) / e, field(times(0.0)[0], y0), atol=1e-5)
         assert torch.allclose((step.state - step(h - e)) / e, field(times(h)[0], step.state), atol=1e-5)
-        assert (step(h) - step.state).abs().max() < 1e-13
-    orders = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+        # Coefficients of up to 1,400 cancel to weights below 1: their rounding is 1e-13 of h·F.
+        assert (step(h) - step.state).abs().max() < 1e-12
+    orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     assert all(order > 7.5 for order in orders), (errors, orders)
 
 

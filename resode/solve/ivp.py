@@ -20,7 +20,7 @@ from resode.solve.problem import State, checked_args
 from resode.solve.result import MaxStepsReached, Stats
 from resode.solve.states import Passing, States
 from resode.solve.step import Field
-from resode.solve.stepping import DenseOutput, Walk, begin, inside
+from resode.solve.stepping import DenseOutput, Walk, as_times, begin, inside
 from resode.tableaus import ButcherTableau
 
 
@@ -289,7 +289,7 @@ def _rounding(t_span: Any) -> float:
 
 
 def _t_eval(t_eval: Any, start: float, end: float, coarse: float) -> np.ndarray:
-    given = torch.as_tensor(t_eval).detach()
+    given = as_times(t_eval)
     times = inside(given, start, end, coarse)
     forward = 1 if end >= start else -1
     if given.ndim != 1 or not (given.diff() * forward >= 0).all():

@@ -139,6 +139,10 @@ class Split:
     shapes: tuple[torch.Size, ...]
     structure: TreeSpec
 
+    def __reduce__(self) -> Any:
+        # By an example: torch's structures do not pickle without a warning.
+        return _split_of, (self(torch.zeros(sum(s.numel() for s in self.shapes))),)
+
     def __call__(self, y: Tensor) -> Any:
         """The tensors, each (…, *shape), in their structure."""
         parts = y.split([s.numel() for s in self.shapes], dim=-1)
@@ -150,6 +154,10 @@ def flatten(y0: State) -> tuple[Tensor, Split]:
     """A state of several tensors as one vector, and the way back."""
     leaves, structure = tree_flatten(y0)
     return torch.cat([y.reshape(-1) for y in leaves]), Split(tuple(y.shape for y in leaves), structure)
+
+
+def _split_of(y0: State) -> Split:
+    return flatten(y0)[1]
 
 
 def leaves_like(y: Any, structure: TreeSpec) -> list[Any]:

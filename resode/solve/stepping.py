@@ -73,11 +73,11 @@ class DenseOutput:
         Raises:
             ValueError: a time outside the solve.
         """
-        times = inside(torch.as_tensor(t).detach(), self.t_min, self.t_max)
+        times = inside(as_times(t), self.t_min, self.t_max)
         if times is None or times.ndim > 1:
             raise ValueError(
                 "dense output holds for one time or a vector of times from "
-                f"{self.t_min:g} to {self.t_max:g}; got {torch.as_tensor(t).tolist()}."
+                f"{self.t_min:g} to {self.t_max:g}; got {as_times(t).tolist()}."
             )
         path = self.at(np.array(times.reshape(-1).tolist()))
         x = self.steps[0].x
@@ -96,7 +96,7 @@ class DenseOutput:
         except Exception as error:
             raise pickle.PicklingError(
                 f"the dense output keeps func, which can't be pickled ({error}). Define func at a module's "
-                "top level, or pickle the solution without it: solve with dense_output=False, or set sol = None."
+                "top level, or pickle the solution without it: dense_output=False, or sol = None."
             ) from error
         return self.__dict__.copy()
 
@@ -376,6 +376,11 @@ def _span(t_span: Any, endless: bool) -> tuple[float, float]:
     if math.isinf(end) and not endless:
         raise ValueError(f"t_span ends at {end:g}, which only an event with terminal=True can end; got none.")
     return start, end
+
+
+def as_times(t: Any) -> Tensor:
+    """Times as a tensor without gradient; Python's numbers are float64."""
+    return t.detach() if isinstance(t, Tensor) else torch.as_tensor(np.asarray(t, np.float64))
 
 
 def inside(t: Tensor, start: float, end: float, coarse: float = 0.0) -> Tensor | None:
