@@ -1,6 +1,6 @@
 """Count the residual blocks of other packages' networks, against counts made from their configurations by hand.
 
-    python -m tests.benchmarks.zoo [WORD …] [--write FILE]
+    python -m tests.benchmarks.zoo [WORD …] [--write FILE]      zoo.txt beside this holds the last whole table
 
 With words only the networks whose names hold one of them. It needs torchvision, timm and transformers, with
 random weights; put them in a folder of their own (pip install --no-deps --target SITE …) on PYTHONPATH.

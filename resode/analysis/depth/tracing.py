@@ -401,7 +401,7 @@ class _Finder:
         for value in self.graph.order:
             own = isinstance(value[0], torch.autograd.function.BackwardCFunction)
             if own and value not in self.inside:
-                why = f"{type(value[0]).__name__} has a gradient of its own, which hides what it adds"
+                why = f"{type(value[0]).__name__} is a gradient of its own, which hides what is added"
                 found.setdefault(self.recorder.where.get(value) or "model", why)
         return list(found.items())
 
