@@ -1,0 +1,596 @@
+r"""A module's forward as a graph, cut where it adds x + F(x).
+
+torch.fx writes down what a module's own forward does, its parts left whole. In that graph a residual block
+is a sum y = x + f of which f is computed from x: the nodes on the way from x to f are F's.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import permutations
+from types import NoneType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+_ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
+_SUBTRACT = (operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "sub_")
+_PLAIN = (NoneType, bool, int, float, str, torch.dtype, torch.device, torch.Size)
+_NEUTRAL = re.compile(
+    r"^(dropout\w*|identity|droppath|stochasticdepth|view|reshape|permute|transpose|contiguous|clone|to|float|type)$",
+    re.I,
+)
+_ACTIVATION = re.compile(
+    r"norm|relu|[gscm]elu|^elu|silu|swish|mish|tanh|sigmoid|softplus|softsign|softmax|threshold|clamp|shrink",
+    re.I,
+)
+_WEIGHTED = re.compile(r"conv|linear|matmul|mm$|einsum|attention|embedding|bilinear", re.I)
+
+
+SHARED = (
+    "its weights are shared: {part} is called {count} times in a pass. Give its branch to a stack by hand, "
+    "as ResidualStack(branch, depth={count})"
+)
+
+
+class Uncuttable(Exception):
+    """Why a module's blocks cannot be taken out of it."""
+
+
+@dataclass(eq=False)
+class Call:
+    """How a module was called, and what it gave back."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+    count: int = 1
+
+    def leaves(self) -> tuple[list[Any], Any]:
+        """The arguments in a row, and how they were nested."""
+        return flat(self.args, self.kwargs)
+
+
+def flat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
+    """A call's arguments in a row, and how they were nested."""
+    return pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
+
+
+@dataclass(eq=False)
+class Block:
+    """x + Σ ± f, in a graph.
+
+    Args:
+        x: the node of the state.
+        sums: the additions, y last.
+        increments: (f, its factor in the sum).
+        views: x as it came to the sum, through layers that are the identity.
+        nodes: those of F, from x to every f.
+        context: nodes that F reads beside x and parameters.
+    """
+
+    x: fx.Node
+    sums: list[fx.Node]
+    increments: list[tuple[fx.Node, float]]
+    views: list[fx.Node] = field(default_factory=list)
+    nodes: list[fx.Node] = field(default_factory=list)
+    context: list[fx.Node] = field(default_factory=list)
+
+    @property
+    def y(self) -> fx.Node:
+        """The node of the state after the block."""
+        return self.sums[-1]
+
+    def inside(self) -> set[fx.Node]:
+        """All that a stack takes the place of."""
+        return {*self.nodes, *self.views, *self.sums}
+
+
+@dataclass(eq=False)
+class Cut:
+    """A module's graph, and its blocks in runs of which each hands its state to the next.
+
+    Args:
+        name: the module's.
+        owner: the module.
+        call: how it was called.
+        graph: of its forward; one placeholder for each tensor among the arguments.
+        runs: blocks in a row.
+        refused: (block's place, why it is none), for x + F(x) that is no solver step.
+    """
+
+    name: str
+    owner: nn.Module
+    call: Call
+    graph: fx.Graph
+    runs: list[list[Block]]
+    refused: list[str]
+
+    def whole(self) -> bool:
+        """Whether the module is one run from its argument to its result, and so can be joined to another."""
+        if len(self.runs) != 1:
+            return False
+        [run] = self.runs
+        output = next(iter(reversed(self.graph.nodes)))
+        used = [*output.all_input_nodes]
+        return run[0].x.op == "placeholder" and used == [run[-1].y] and len(run[0].x.users) <= _uses(run[0])
+
+    def tensors(self) -> list[Tensor]:
+        """The arguments that are tensors, in the order of the graph's placeholders."""
+        return [leaf for leaf in self.call.leaves()[0] if isinstance(leaf, Tensor)]
+
+    def state_in(self) -> Tensor:
+        """The state that the module was called with, where it is whole."""
+        places = [node for node in self.graph.nodes if node.op == "placeholder"]
+        return self.tensors()[places.index(self.runs[0][0].x)]
+
+    def state_out(self) -> Tensor | None:
+        """The state that it gave back, likewise."""
+        return next((t for t in pytree.tree_leaves(self.call.output) if isinstance(t, Tensor)), None)
+
+
+def _uses(block: Block) -> int:
+    inside = block.inside()
+    return sum(user in inside for user in block.x.users)
+
+
+class _Tracer(fx.Tracer):
+    """Writes down one module's forward for arguments as they came; only `opened` modules are looked into.
+
+    Where Python needs a value, as a loop its length or an `if` its condition, the graph so far is
+    evaluated. A condition becomes a check in the graph, so that inputs for which it differs are refused.
+    """
+
+    def __init__(self, opened: Iterable[nn.Module], call: Call) -> None:
+        super().__init__()
+        self.opened, self.call, self.evaluating = set(opened), call, False
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return m not in self.opened
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        leaves, nested = self.call.leaves()
+        given = [
+            self.create_proxy("placeholder", f"given_{i}", (), {}) if isinstance(leaf, Tensor) else leaf
+            for i, leaf in enumerate(leaves)
+        ]
+        args, kwargs = pytree.tree_unflatten(given, nested)
+        return (lambda root: root_fn(root, *args, **kwargs)), [self.root]
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        return forward(*args, **kwargs) if self.evaluating else super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
+        return attr_val if self.evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def iter(self, obj: fx.Proxy) -> Any:
+        try:
+            return super().iter(obj)
+        except fx.proxy.TraceError:
+            value = self.value(obj.node)
+            if not isinstance(value, tuple | list | Tensor):
+                raise
+            return iter([obj[i] for i in range(len(value))])
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        value = self.value(obj.node)
+        if isinstance(value, Tensor):
+            raise Uncuttable(
+                "what its forward does depends on the values of a tensor. Leave it out with blocks="
+            )
+        self.create_proxy("call_function", same_condition, (obj, bool(value)), {})
+        return bool(value)
+
+    def value(self, node: fx.Node) -> Any:
+        """What a node gives for the call's arguments."""
+        self.evaluating = True
+        try:
+            graph = fx.Graph()
+            graph.output(graph.graph_copy(self.graph, copies := {}) or copies[node])
+            with torch.no_grad():
+                return fx.Interpreter(self.root, graph=graph).run(
+                    *[leaf for leaf in self.call.leaves()[0] if isinstance(leaf, Tensor)]
+                )
+        finally:
+            self.evaluating = False
+
+
+def same_condition(value: Any, expected: bool) -> None:
+    """The check of a condition that a converted forward was written down under."""
+    if bool(value) is not expected:
+        raise ValueError(
+            "the converted network takes another branch of its forward for inputs of this shape: convert it "
+            "again with an x like these."
+        )
+
+
+_FACTORIES = ("arange", "empty", "eye", "full", "ones", "rand", "randn", "zeros")
+
+
+@contextmanager
+def _recorded_factories(tracer: _Tracer) -> Iterator[None]:
+    """Within it torch.full and the like of sizes that are nodes are nodes, too."""
+
+    def recorded(function: Any) -> Any:
+        def make(*args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
+                return tracer.create_proxy("call_function", function, args, kwargs)
+            return function(*args, **kwargs)
+
+        return make
+
+    before = {name: getattr(torch, name) for name in _FACTORIES}
+    try:
+        for name, function in before.items():
+            setattr(torch, name, recorded(function))
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(torch, name, function)
+
+
+class _Values(fx.Interpreter):
+    """Runs a graph once and notes shapes and dtypes in it, and which values are None."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module, garbage_collect_values=True)
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        n.meta["seen"] = (value.shape, value.dtype) if isinstance(value, Tensor) else None
+        if n.op not in ("placeholder", "output") and all(leaf is None for leaf in pytree.tree_leaves(value)):
+            n.meta["nothing"] = value  # as attention weights that were not asked for
+        return value
+
+
+def cut(name: str, owner: nn.Module, opened: Iterable[nn.Module], calls: Mapping[nn.Module, Call]) -> Cut:
+    """The module's forward as a graph, and its residual blocks.
+
+    Args:
+        name: the module's; "" for the whole network, in which an activation may follow the last block.
+        owner: the module, in eval mode.
+        opened: the modules within it whose forward is written down too.
+        calls: how the network's modules were called.
+
+    Raises:
+        Uncuttable: it is called more than once, with objects that keep a state, or its forward cannot be
+            written down.
+    """
+    call = calls[owner]
+    if call.count > 1:
+        raise Uncuttable(SHARED.format(part=name, count=call.count))
+    for leaf in call.leaves()[0]:
+        if not isinstance(leaf, (Tensor, *_PLAIN)):
+            kind = type(leaf).__name__
+            hint = " (use_cache=False, in x or in model.config)" if "Cache" in kind else ""
+            raise Uncuttable(f"it is given a {kind}, which every stage would change: call without it{hint}")
+    graph = _written(owner, opened, call)
+    module = fx.GraphModule(owner, graph)
+    with torch.no_grad():
+        _Values(module).run(*[leaf for leaf in call.leaves()[0] if isinstance(leaf, Tensor)])
+    _without_nothings(graph)
+    return _in_blocks(name, owner, calls, graph)
+
+
+def _without_nothings(graph: fx.Graph) -> None:
+    """Write values that turned out to be None where they are read, and drop items that nothing reads."""
+    for node in reversed(list(graph.nodes)):
+        if "nothing" in node.meta:
+            value = node.meta["nothing"]
+            for user in list(node.users):
+                user.args, user.kwargs = fx.map_arg(
+                    (user.args, user.kwargs), lambda n, node=node, value=value: value if n is node else n
+                )
+        if not node.users and ("nothing" in node.meta or node.target is operator.getitem):
+            graph.erase_node(node)
+
+
+def _written(owner: nn.Module, opened: Iterable[nn.Module], call: Call) -> fx.Graph:
+    graphs = []
+    for training in (False, True):
+        modes = [(m, m.training) for m in opened]
+        try:
+            for module in opened:
+                module.training = training
+            tracer = _Tracer(opened, call)
+            with _recorded_factories(tracer):
+                graphs.append(tracer.trace(owner))
+        except Uncuttable:
+            raise
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            reason = lines[0].split(". ")[0].rstrip(".")
+            raise Uncuttable(
+                f"its forward cannot be written down as a graph ({reason}). Make the branch F a module of its "
+                "own, so that forward says x + self.branch(x)"
+            ) from error
+        finally:
+            for module, mode in modes:
+                module.training = mode
+    return _with_mode(*graphs)
+
+
+def _with_mode(evaluating: fx.Graph, training: fx.Graph) -> fx.Graph:
+    """The graph in evaluation, with `self.training` where the two differ by nothing else.
+
+    Raises:
+        Uncuttable: they differ in more than a flag.
+    """
+    pairs = list(zip(evaluating.nodes, training.nodes, strict=False))
+    names = {other: node for node, other in pairs}
+    same = len(evaluating.nodes) == len(training.nodes) and all(
+        (node.op, node.target) == (other.op, other.target) for node, other in pairs
+    )
+    if same:
+        for node, other in pairs:
+            mine, their = (pytree.tree_flatten((n.args, n.kwargs), is_leaf=_is_node) for n in (node, other))
+            if mine[1] != their[1]:
+                same = False
+                break
+            leaves = list(mine[0])
+            for i, (a, b) in enumerate(zip(mine[0], their[0], strict=True)):
+                if isinstance(b, fx.Node):
+                    b = names[b]
+                if a is False and b is True:
+                    with evaluating.inserting_before(node):
+                        leaves[i] = evaluating.get_attr("training")
+                elif a is not b and a != b:
+                    same = False
+            node.args, node.kwargs = pytree.tree_unflatten(leaves, mine[1])
+    if not same:
+        raise Uncuttable(
+            "its forward does other things in training than in evaluation. Move what differs into a module "
+            "of its own (nn.Dropout, resode.fields.StochasticDepth)"
+        )
+    return evaluating
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, fx.Node)
+
+
+def _in_blocks(name: str, owner: nn.Module, calls: Mapping[nn.Module, Call], graph: fx.Graph) -> Cut:
+    found: dict[fx.Node, Block] = {}
+    for node in graph.nodes:
+        block = _block(node, owner, found)
+        if block is not None:
+            found[node] = block
+    refused, kept = [], []
+    for block in found.values():
+        reason = _shared(block, owner, calls) or _no_step(block, list(found.values()), owner, not name)
+        if reason:
+            refused.append(reason)
+        else:
+            kept.append(block)
+    return Cut(name, owner, calls[owner], graph, _runs(kept), refused)
+
+
+def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
+    """The two nodes that a node adds, and the factor of the second."""
+    if node.op not in ("call_function", "call_method") or len(node.args) < 2:
+        return None
+    adds, subtracts = node.target in _ADD, node.target in _SUBTRACT
+    first, second = node.args[:2]
+    alpha = node.kwargs.get("alpha", 1)
+    if not (adds or subtracts) or not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
+        return None
+    seen = first.meta.get("seen")
+    if seen is None or seen != second.meta.get("seen") or not seen[1].is_floating_point or not seen[0]:
+        return None
+    if not isinstance(alpha, int | float):
+        return None
+    return first, second, (1.0 if adds else -1.0) * alpha
+
+
+def _block(node: fx.Node, owner: nn.Module, found: dict[fx.Node, Block]) -> Block | None:
+    operands = _operands(node)
+    if operands is None:
+        return None
+    first, second, factor = operands
+    for (x, f), sign in zip(permutations((first, second)), (factor, 1.0), strict=True):
+        if x is second and factor != 1:
+            continue  # F(x) − x is no residual step
+        views = []
+        while x.op == "call_module" and _is_identity(owner.get_submodule(str(x.target))):
+            views.append(x)
+            [x] = x.all_input_nodes
+        block = Block(x, [node], [(f, sign)], views)
+        merged = found.get(x)
+        if merged is not None and list(x.users) == [node] and x not in _before(f):
+            sums, increments = [*merged.sums, node], [*merged.increments, (f, sign)]
+            block = Block(merged.x, sums, increments, [*merged.views, *views])
+        else:
+            merged = None
+        _fill(block)
+        if block.nodes and f in block.nodes and _has_weights(block.nodes, owner):
+            if merged is not None:
+                del found[x]
+            return block
+    return None
+
+
+def _is_identity(module: nn.Module) -> bool:
+    return isinstance(module, nn.Identity) or (isinstance(module, nn.Sequential) and not len(module))
+
+
+def _before(node: fx.Node) -> set[fx.Node]:
+    """The node and all that it is computed from."""
+    found, todo = {node}, [node]
+    while todo:
+        for other in todo.pop().all_input_nodes:
+            if other not in found:
+                found.add(other)
+                todo.append(other)
+    return found
+
+
+def _fill(block: Block) -> None:
+    """F's nodes, and what they read beside x."""
+    graph = block.x.graph
+    needed = set().union(*(_before(f) for f, _ in block.increments))
+    for node in graph.nodes:
+        if node is block.y:
+            break
+        if node.target is same_condition and block.x in _before(node):
+            needed |= _before(node)
+    depends, fixed = {block.x}, set()  # on x; on parameters alone
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        if any(i in depends for i in inputs):
+            depends.add(node)
+        elif node.op != "placeholder" and all(i in fixed for i in inputs) and node.op != "call_module":
+            fixed.add(node)
+    own = [node for node in graph.nodes if node in needed and node in depends and node is not block.x]
+    todo, taken = list(own), set(own)
+    while todo:
+        for other in todo.pop().all_input_nodes:
+            if other in taken or other is block.x:
+                continue
+            if other in fixed:
+                taken.add(other)
+                todo.append(other)
+            elif other not in block.context:
+                block.context.append(other)
+    block.nodes = [node for node in graph.nodes if node in taken]
+
+
+def _has_weights(nodes: Sequence[fx.Node], owner: nn.Module) -> bool:
+    for node in nodes:
+        if node.op == "call_module":
+            if next(owner.get_submodule(str(node.target)).parameters(), None) is not None:
+                return True
+        elif node.op == "get_attr" and node.target != "training":
+            return True
+        elif node.op != "placeholder" and _WEIGHTED.search(_called(node, owner)):
+            return True
+    return False
+
+
+def _called(node: fx.Node, owner: nn.Module) -> str:
+    """What a node does, in a word."""
+    if node.op == "call_module":
+        return type(owner.get_submodule(str(node.target))).__name__
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def _shared(block: Block, owner: nn.Module, calls: Mapping[nn.Module, Call]) -> str:
+    """Why other blocks' weights are this one's, or ''."""
+    targets = [str(node.target) for node in block.nodes if node.op == "call_module"]
+    for target in dict.fromkeys(targets):
+        part = owner.get_submodule(target)
+        if (
+            part in calls
+            and calls[part].count > targets.count(target)
+            and next(part.parameters(), None) is not None
+        ):
+            return SHARED.format(part=target, count=calls[part].count)
+    return ""
+
+
+def _no_step(block: Block, blocks: list[Block], owner: nn.Module, top: bool) -> str:
+    """Why x + F(x) is no step of a solver here, or ''."""
+    inside = block.inside()
+    outer = {
+        user for node in block.nodes if node.op != "get_attr" for user in node.users if user not in inside
+    }
+    if outer:
+        return "what its branch computes is used outside it, too"
+    chained = any(other.y is block.x for other in blocks)
+    node = block.y
+    while len(node.users) == 1:
+        [user] = node.users
+        called = "" if user.op == "output" else _called(user, owner)
+        if _NEUTRAL.match(called):
+            node = user
+            continue
+        if _ACTIVATION.search(called) and not chained and (not top or _goes_on(user, blocks, owner)):
+            return (
+                f"{called} follows the sum: a post-activation block g(x + F(x)) is no Euler step of an ODE "
+                "in x, so no other solver belongs to it"
+            )
+        break
+    return ""
+
+
+def _goes_on(node: fx.Node, blocks: list[Block], owner: nn.Module) -> bool:
+    """Whether the next block's state is this node, or a view of it."""
+    while True:
+        if any(block.x is node for block in blocks):
+            return True
+        following = [
+            user for user in node.users if user.op != "output" and _NEUTRAL.match(_called(user, owner))
+        ]
+        if len(following) != 1:
+            return False
+        [node] = following
+
+
+def _runs(blocks: list[Block]) -> list[list[Block]]:
+    """Blocks in rows: each reads its predecessor's state, which nothing else reads."""
+    runs: list[list[Block]] = []
+    for block in blocks:
+        previous = runs[-1][-1] if runs else None
+        if previous is not None and block.x is previous.y and set(block.x.users) <= block.inside():
+            inside = set().union(*(b.inside() for b in runs[-1]))
+            if not inside & {n for c in block.context for n in _before(c)}:
+                runs[-1].append(block)
+                continue
+        runs.append([block])
+    return runs
+
+
+def branch(block: Block, owner: nn.Module) -> nn.Module:
+    """F as a module of x and the context; its parts are the owner's own."""
+    graph = fx.Graph()
+    copies = {block.x: graph.placeholder("x")}
+    for i, node in enumerate(block.context):
+        copies[node] = graph.placeholder(f"context_{i}")
+    for node in block.nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    total: Any = None
+    for f, factor in block.increments:
+        value = copies[f] if abs(factor) == 1 else graph.call_function(operator.mul, (copies[f], abs(factor)))
+        if total is None:
+            total = value if factor > 0 else graph.call_function(operator.neg, (value,))
+        else:
+            total = graph.call_function(operator.add if factor > 0 else operator.sub, (total, value))
+    graph.output(total)
+    [first, *rest] = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+    if not rest and not block.context and first.op == "call_module" and first.args == (copies[block.x],):
+        if not first.kwargs:
+            return owner.get_submodule(str(first.target))
+    return fx.GraphModule(owner, graph, class_name="Branch")
+
+
+def replaced(part: Cut, modules: Sequence[tuple[str, nn.Module]]) -> nn.Module:
+    """The module's graph with (name, module) called in place of each run, as module(x, *contexts)."""
+    holder = nn.Module()
+    for run, (name, module) in zip(part.runs, modules, strict=True):
+        graph, y = part.graph, run[-1].y
+        inside = set().union(*(b.inside() for b in run))
+        contexts = [node for block in run for node in block.context]
+        with graph.inserting_before(y):
+            call = graph.create_node("call_module", name, (run[0].x, *contexts))
+        y.replace_all_uses_with(call)
+        for node in reversed(list(graph.nodes)):
+            if node in inside and not node.users:
+                graph.erase_node(node)
+        holder.add_module(name, module)
+    return _finished(part, holder)
+
+
+def _finished(part: Cut, holder: nn.Module) -> nn.Module:
+    names = {str(n.target) for n in part.graph.nodes if n.op in ("call_module", "get_attr")}
+    attributes: dict[str, Any] = {}
+    for name in names:
+        source: Any = holder if name in holder._modules else part.owner
+        for atom in name.split("."):
+            source = getattr(source, atom)
+        attributes[name] = source
+    return fx.GraphModule(attributes, part.graph, class_name=type(part.owner).__name__)
