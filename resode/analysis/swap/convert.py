@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from resode.analysis.depth.tracing import Addition, call, tensors_in, trace
-from resode.analysis.swap.cutting import Block, Call, Cut, Uncuttable, branch, cut, flat, replaced
+from resode.analysis.swap.capture import Call, Uncuttable
+from resode.analysis.swap.cutting import Block, Cut, branch, common_factor, cut, replaced
+from resode.analysis.swap.stand_ins import Advance, Branch, HandOver, Rewritten, Whole
 from resode.blocks import ODEBlock, ResidualStack
 from resode.blocks.stack import explicit
 from resode.modes import evaluating
@@ -60,10 +62,10 @@ class Converted(nn.Module):
         self.difference = 0.0
 
     @property
-    def stacks(self) -> dict[str, ResidualStack]:
+    def stacks(self) -> dict[str, _Stack]:
         """Name within the network and stack, in the order of the forward pass."""
         found = [(n, m) for n, m in self.network.named_modules() if isinstance(m, _Stack)]
-        return dict(sorted(found, key=lambda pair: pair[1].place))
+        return dict(sorted(found, key=lambda pair: int(pair[1].place)))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the original gives for these arguments, or one mapping of them, under the stacks' solvers."""
@@ -155,8 +157,8 @@ def convert(
     else:
         raise ValueError(
             f"the converted network's output differs from the model's by {found.difference:.1e} of it, so it "
-            "was given up. Random numbers in evaluation do that, and a state that forward keeps between calls; "
-            "leave the modules that have them out with blocks=."
+            "was given up. Random numbers in evaluation do that, and a state that forward keeps between "
+            "calls; leave the modules that have them out with blocks=."
         )
     for stack in found.stacks.values():
         stack.solver = solver
@@ -318,17 +320,6 @@ def _path(top: str, name: str) -> list[str]:
     return [".".join([*filter(None, [top]), *rest[:i]]) for i in range(len(rest) + 1)]
 
 
-class _Whole(nn.Module):
-    """M(x) written as x + (M(x) − x)."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return x + (self.module(x, *args, **kwargs) - x)
-
-
 def _taken_whole(name: str, module: nn.Module, calls: Mapping[nn.Module, Call]) -> Cut:
     given = calls.get(module)
     if given is None:
@@ -341,77 +332,11 @@ def _taken_whole(name: str, module: nn.Module, calls: Mapping[nn.Module, Call]) 
             f"a block of blocks= must keep the state's shape: {name} maps {tuple(state.shape)} to "
             f"{tuple(given.output.shape)}. Leave it out of the pattern."
         )
-    whole = _Whole(module).eval()
+    whole = Whole(module).eval()
     try:
         return cut(name, whole, [whole], {**calls, whole: given})
     except Uncuttable as error:
         raise ValueError(f"{name} cannot be a block: {error}.") from None
-
-
-class _Branch(nn.Module):
-    """F(x) of a branch that reads more than x: the context that its block was last called with."""
-
-    def __init__(self, branch: nn.Module) -> None:
-        super().__init__()
-        self.branch = branch
-        self.context: tuple[Any, ...] = ()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.branch(x, *self.context)
-
-    def __getstate__(self) -> dict[str, Any]:
-        held = tuple(c.detach() if isinstance(c, Tensor) else c for c in self.context)
-        return {**self.__dict__, "context": held}  # tensors with a graph can't be copied
-
-
-class _HandOver(nn.Module):
-    """The place of a block whose stack stands further on: it notes the context and passes the state."""
-
-    def __init__(self, fields: Sequence[nn.Module], counts: Sequence[int]) -> None:
-        super().__init__()
-        self.fields, self.counts = tuple(fields), tuple(counts)  # a tuple: these are the stack's children
-
-    def forward(self, x: Tensor, *context: Any) -> Tensor:
-        for field, count in zip(self.fields, self.counts, strict=True):
-            if count:
-                field.context, context = context[:count], context[count:]
-        return x
-
-
-class _Advance(_HandOver):
-    """A stack whose fields read a context."""
-
-    def __init__(self, stack: ResidualStack, fields: Sequence[nn.Module], counts: Sequence[int]) -> None:
-        super().__init__(fields, counts)
-        self.stack = stack
-
-    def forward(self, x: Tensor, *context: Any) -> Tensor:
-        return self.stack(super().forward(x, *context))
-
-
-class _Rewritten(nn.Module):
-    """A module whose forward was written anew, called as it was."""
-
-    def __init__(self, part: Cut, graph: nn.Module) -> None:
-        super().__init__()
-        own = {k: v for k, v in vars(part.owner).items() if k not in self.__dict__ and not k.startswith("_")}
-        self.__dict__.update(own)  # what others read of it
-        leaves, self.nested = part.call.leaves()
-        self.plain = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
-        self.written_of = f"{type(part.owner).__name__} {part.name}".strip()
-        self.graph = graph
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        leaves, nested = flat(args, kwargs)
-        if nested != self.nested and len(args) == 1 and isinstance(args[0], Mapping) and not kwargs:
-            leaves, nested = flat((), dict(args[0]))
-        plain = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
-        if nested != self.nested or plain != self.plain:
-            raise ValueError(
-                f"{self.written_of} was converted for a call of another form: its arguments that are no "
-                "tensors are part of the graph. Convert again with an x that leads to the same call."
-            )
-        return self.graph(*[leaf for leaf in leaves if isinstance(leaf, Tensor)])
 
 
 def _rebuilt(network: nn.Module, cuts: list[Cut], joined: bool) -> nn.Module:
@@ -434,17 +359,18 @@ def _rebuilt(network: nn.Module, cuts: list[Cut], joined: bool) -> nn.Module:
     for group in groups:
         runs = [[(part, block) for block in run] for part in group for run in part.runs]
         for run in [list(chain(*runs))] if len(group) > 1 else runs:
+            step_size = common_factor([block for _, block in run])
             fields = {block: _field(block, part.owner) for part, block in run}
-            stack = _Stack(list(fields.values()))
+            stack = _Stack(list(fields.values()), step_size=step_size)
             stack.place, stack.state = place, tuple(run[0][1].x.meta["seen"][0][1:])
             place += 1
             for part in dict.fromkeys(part for part, _ in run):
                 own = [block for of, block in run if of is part]
-                modules.setdefault(part.name, []).append(
-                    _placed(part, own, fields, stack, part is run[-1][0])
-                )
+                placed = modules.setdefault(part.name, [])
+                taken = {name for name, _ in (*part.owner.named_children(), *placed)}
+                placed.append(_placed(own, fields, stack, part is run[-1][0], taken))
     for part in sorted(cuts, key=lambda part: -part.name.count(".") - bool(part.name)):
-        fresh = _Rewritten(part, replaced(part, modules[part.name]))
+        fresh = Rewritten(part.name, part.owner, part.call, replaced(part, modules[part.name]))
         if not part.name:
             return fresh
         parent, _, child = part.name.rpartition(".")
@@ -454,24 +380,23 @@ def _rebuilt(network: nn.Module, cuts: list[Cut], joined: bool) -> nn.Module:
 
 def _field(block: Block, owner: nn.Module) -> nn.Module:
     field = branch(block, owner)
-    return _Branch(field) if block.context else field
+    return Branch(field) if block.context else field
 
 
 def _placed(
-    part: Cut, own: list[Block], fields: Mapping[Block, nn.Module], stack: ResidualStack, last: bool
+    own: list[Block], fields: Mapping[Block, nn.Module], stack: ResidualStack, last: bool, taken: set[str]
 ) -> tuple[str, nn.Module]:
     """What stands in a module's graph for its part of a run, and under which name."""
     counts, own_fields = [len(block.context) for block in own], [fields[block] for block in own]
-    taken = {name for name, _ in part.owner.named_children()}
     if not last:
-        return _free("hand_over", taken), _HandOver(own_fields, counts)
+        return _free("hand_over", taken), HandOver(own_fields, counts)
     if any(counts):
-        return _free("advance", taken), _Advance(stack, own_fields, counts)
+        return _free("advance", taken), Advance(stack, own_fields, counts)
     return _free("stack", taken), stack
 
 
-def _free(name: str, taken: Iterable[str]) -> str:
-    return name if name not in taken else _free(name + "_", taken)
+def _free(name: str, taken: set[str]) -> str:
+    return next(n for n in chain([name], (f"{name}_{i}" for i in count(2))) if n not in taken)
 
 
 def _names(model: nn.Module, converted: nn.Module) -> tuple[dict[str, str], dict[str, str]]:

@@ -1,27 +1,25 @@
-r"""A module's forward as a graph, cut where it adds x + F(x).
+r"""A module's graph, cut where it adds x + F(x).
 
-torch.fx writes down what a module's own forward does, its parts left whole. In that graph a residual block
-is a sum y = x + f of which f is computed from x: the nodes on the way from x to f are F's.
+A residual block is a sum y = x + f of which f is computed from x: the nodes on the way from x to f are F's.
 """
 
 from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
-from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from resode.analysis.swap.capture import CHECKS, Call, Uncuttable, capture
+
 _ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
 _SUBTRACT = (operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "sub_")
-_PLAIN = (NoneType, bool, int, float, str, torch.dtype, torch.device, torch.Size)
 _NEUTRAL = re.compile(
     r"^(dropout\w*|identity|droppath|stochasticdepth|view|reshape|permute|transpose|contiguous|clone|to|float|type)$",
     re.I,
@@ -37,29 +35,6 @@ SHARED = (
     "its weights are shared: {part} is called {count} times in a pass. Give its branch to a stack by hand, "
     "as ResidualStack(branch, depth={count})"
 )
-
-
-class Uncuttable(Exception):
-    """Why a module's blocks cannot be taken out of it."""
-
-
-@dataclass(eq=False)
-class Call:
-    """How a module was called, and what it gave back."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Any
-    count: int = 1
-
-    def leaves(self) -> tuple[list[Any], Any]:
-        """The arguments in a row, and how they were nested."""
-        return flat(self.args, self.kwargs)
-
-
-def flat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
-    """A call's arguments in a row, and how they were nested."""
-    return pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
 
 
 @dataclass(eq=False)
@@ -121,14 +96,10 @@ class Cut:
         used = [*output.all_input_nodes]
         return run[0].x.op == "placeholder" and used == [run[-1].y] and len(run[0].x.users) <= _uses(run[0])
 
-    def tensors(self) -> list[Tensor]:
-        """The arguments that are tensors, in the order of the graph's placeholders."""
-        return [leaf for leaf in self.call.leaves()[0] if isinstance(leaf, Tensor)]
-
     def state_in(self) -> Tensor:
         """The state that the module was called with, where it is whole."""
         places = [node for node in self.graph.nodes if node.op == "placeholder"]
-        return self.tensors()[places.index(self.runs[0][0].x)]
+        return self.call.tensors()[places.index(self.runs[0][0].x)]
 
     def state_out(self) -> Tensor | None:
         """The state that it gave back, likewise."""
@@ -138,115 +109,6 @@ class Cut:
 def _uses(block: Block) -> int:
     inside = block.inside()
     return sum(user in inside for user in block.x.users)
-
-
-class _Tracer(fx.Tracer):
-    """Writes down one module's forward for arguments as they came; only `opened` modules are looked into.
-
-    Where Python needs a value, as a loop its length or an `if` its condition, the graph so far is
-    evaluated. A condition becomes a check in the graph, so that inputs for which it differs are refused.
-    """
-
-    def __init__(self, opened: Iterable[nn.Module], call: Call) -> None:
-        super().__init__()
-        self.opened, self.call, self.evaluating = set(opened), call, False
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return m not in self.opened
-
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
-        leaves, nested = self.call.leaves()
-        given = [
-            self.create_proxy("placeholder", f"given_{i}", (), {}) if isinstance(leaf, Tensor) else leaf
-            for i, leaf in enumerate(leaves)
-        ]
-        args, kwargs = pytree.tree_unflatten(given, nested)
-        return (lambda root: root_fn(root, *args, **kwargs)), [self.root]
-
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        return forward(*args, **kwargs) if self.evaluating else super().call_module(m, forward, args, kwargs)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
-        return attr_val if self.evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
-
-    def iter(self, obj: fx.Proxy) -> Any:
-        try:
-            return super().iter(obj)
-        except fx.proxy.TraceError:
-            value = self.value(obj.node)
-            if not isinstance(value, tuple | list | Tensor):
-                raise
-            return iter([obj[i] for i in range(len(value))])
-
-    def to_bool(self, obj: fx.Proxy) -> bool:
-        value = self.value(obj.node)
-        if isinstance(value, Tensor):
-            raise Uncuttable(
-                "what its forward does depends on the values of a tensor. Leave it out with blocks="
-            )
-        self.create_proxy("call_function", same_condition, (obj, bool(value)), {})
-        return bool(value)
-
-    def value(self, node: fx.Node) -> Any:
-        """What a node gives for the call's arguments."""
-        self.evaluating = True
-        try:
-            graph = fx.Graph()
-            graph.output(graph.graph_copy(self.graph, copies := {}) or copies[node])
-            with torch.no_grad():
-                return fx.Interpreter(self.root, graph=graph).run(
-                    *[leaf for leaf in self.call.leaves()[0] if isinstance(leaf, Tensor)]
-                )
-        finally:
-            self.evaluating = False
-
-
-def same_condition(value: Any, expected: bool) -> None:
-    """The check of a condition that a converted forward was written down under."""
-    if bool(value) is not expected:
-        raise ValueError(
-            "the converted network takes another branch of its forward for inputs of this shape: convert it "
-            "again with an x like these."
-        )
-
-
-_FACTORIES = ("arange", "empty", "eye", "full", "ones", "rand", "randn", "zeros")
-
-
-@contextmanager
-def _recorded_factories(tracer: _Tracer) -> Iterator[None]:
-    """Within it torch.full and the like of sizes that are nodes are nodes, too."""
-
-    def recorded(function: Any) -> Any:
-        def make(*args: Any, **kwargs: Any) -> Any:
-            if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
-                return tracer.create_proxy("call_function", function, args, kwargs)
-            return function(*args, **kwargs)
-
-        return make
-
-    before = {name: getattr(torch, name) for name in _FACTORIES}
-    try:
-        for name, function in before.items():
-            setattr(torch, name, recorded(function))
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(torch, name, function)
-
-
-class _Values(fx.Interpreter):
-    """Runs a graph once and notes shapes and dtypes in it, and which values are None."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module, garbage_collect_values=True)
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        n.meta["seen"] = (value.shape, value.dtype) if isinstance(value, Tensor) else None
-        if n.op not in ("placeholder", "output") and all(leaf is None for leaf in pytree.tree_leaves(value)):
-            n.meta["nothing"] = value  # as attention weights that were not asked for
-        return value
 
 
 def cut(name: str, owner: nn.Module, opened: Iterable[nn.Module], calls: Mapping[nn.Module, Call]) -> Cut:
@@ -265,94 +127,8 @@ def cut(name: str, owner: nn.Module, opened: Iterable[nn.Module], calls: Mapping
     call = calls[owner]
     if call.count > 1:
         raise Uncuttable(SHARED.format(part=name, count=call.count))
-    for leaf in call.leaves()[0]:
-        if not isinstance(leaf, (Tensor, *_PLAIN)):
-            kind = type(leaf).__name__
-            hint = " (use_cache=False, in x or in model.config)" if "Cache" in kind else ""
-            raise Uncuttable(f"it is given a {kind}, which every stage would change: call without it{hint}")
-    graph = _written(owner, opened, call)
-    module = fx.GraphModule(owner, graph)
-    with torch.no_grad():
-        _Values(module).run(*[leaf for leaf in call.leaves()[0] if isinstance(leaf, Tensor)])
-    _without_nothings(graph)
+    graph = capture(owner, opened, call)
     return _in_blocks(name, owner, calls, graph)
-
-
-def _without_nothings(graph: fx.Graph) -> None:
-    """Write values that turned out to be None where they are read, and drop items that nothing reads."""
-    for node in reversed(list(graph.nodes)):
-        if "nothing" in node.meta:
-            value = node.meta["nothing"]
-            for user in list(node.users):
-                user.args, user.kwargs = fx.map_arg(
-                    (user.args, user.kwargs), lambda n, node=node, value=value: value if n is node else n
-                )
-        if not node.users and ("nothing" in node.meta or node.target is operator.getitem):
-            graph.erase_node(node)
-
-
-def _written(owner: nn.Module, opened: Iterable[nn.Module], call: Call) -> fx.Graph:
-    graphs = []
-    for training in (False, True):
-        modes = [(m, m.training) for m in opened]
-        try:
-            for module in opened:
-                module.training = training
-            tracer = _Tracer(opened, call)
-            with _recorded_factories(tracer):
-                graphs.append(tracer.trace(owner))
-        except Uncuttable:
-            raise
-        except Exception as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            reason = lines[0].split(". ")[0].rstrip(".")
-            raise Uncuttable(
-                f"its forward cannot be written down as a graph ({reason}). Make the branch F a module of its "
-                "own, so that forward says x + self.branch(x)"
-            ) from error
-        finally:
-            for module, mode in modes:
-                module.training = mode
-    return _with_mode(*graphs)
-
-
-def _with_mode(evaluating: fx.Graph, training: fx.Graph) -> fx.Graph:
-    """The graph in evaluation, with `self.training` where the two differ by nothing else.
-
-    Raises:
-        Uncuttable: they differ in more than a flag.
-    """
-    pairs = list(zip(evaluating.nodes, training.nodes, strict=False))
-    names = {other: node for node, other in pairs}
-    same = len(evaluating.nodes) == len(training.nodes) and all(
-        (node.op, node.target) == (other.op, other.target) for node, other in pairs
-    )
-    if same:
-        for node, other in pairs:
-            mine, their = (pytree.tree_flatten((n.args, n.kwargs), is_leaf=_is_node) for n in (node, other))
-            if mine[1] != their[1]:
-                same = False
-                break
-            leaves = list(mine[0])
-            for i, (a, b) in enumerate(zip(mine[0], their[0], strict=True)):
-                if isinstance(b, fx.Node):
-                    b = names[b]
-                if a is False and b is True:
-                    with evaluating.inserting_before(node):
-                        leaves[i] = evaluating.get_attr("training")
-                elif a is not b and a != b:
-                    same = False
-            node.args, node.kwargs = pytree.tree_unflatten(leaves, mine[1])
-    if not same:
-        raise Uncuttable(
-            "its forward does other things in training than in evaluation. Move what differs into a module "
-            "of its own (nn.Dropout, resode.fields.StochasticDepth)"
-        )
-    return evaluating
-
-
-def _is_node(value: Any) -> bool:
-    return isinstance(value, fx.Node)
 
 
 def _in_blocks(name: str, owner: nn.Module, calls: Mapping[nn.Module, Call], graph: fx.Graph) -> Cut:
@@ -437,7 +213,7 @@ def _fill(block: Block) -> None:
     for node in graph.nodes:
         if node is block.y:
             break
-        if node.target is same_condition and block.x in _before(node):
+        if node.target in CHECKS and block.x in _before(node):
             needed |= _before(node)
     depends, fixed = {block.x}, set()  # on x; on parameters alone
     for node in graph.nodes:
@@ -543,6 +319,37 @@ def _runs(blocks: list[Block]) -> list[list[Block]]:
                 continue
         runs.append([block])
     return runs
+
+
+def common_factor(blocks: Sequence[Block]) -> float:
+    """The number c > 0 that every block of a run multiplies its branch by, taken out of them; else 1."""
+    found = [_factor(block) for block in blocks]
+    if len({c for c, _ in found}) != 1 or found[0][0] == 1:
+        return 1.0
+    for block, (_, f) in zip(blocks, found, strict=True):
+        [(scaled, _)] = block.increments
+        block.increments = [(f, 1.0)]
+        if scaled is not f:
+            block.nodes.remove(scaled)
+            block.sums.insert(0, scaled)
+    return found[0][0]
+
+
+def _factor(block: Block) -> tuple[float, fx.Node]:
+    """The number c and the node f of a block x + cf."""
+    f, factor = block.increments[0]
+    if len(block.increments) > 1 or factor <= 0:
+        return 1.0, f
+    if (
+        factor == 1
+        and f.target in (operator.mul, torch.mul, "mul")
+        and len(f.users) == 1
+        and len(f.args) == 2
+    ):
+        for c, other in permutations(f.args):
+            if isinstance(c, int | float) and c > 0 and isinstance(other, fx.Node) and other in block.nodes:
+                return float(c), other
+    return factor, f
 
 
 def branch(block: Block, owner: nn.Module) -> nn.Module:
