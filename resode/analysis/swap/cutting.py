@@ -37,6 +37,9 @@ SHARED = (
 )
 
 
+POST_ACTIVATION = "follows the sum: a post-activation"
+
+
 @dataclass(eq=False)
 class Block:
     """x + Σ ± f, in a graph.
@@ -137,9 +140,11 @@ def _in_blocks(name: str, owner: nn.Module, calls: Mapping[nn.Module, Call], gra
         block = _block(node, owner, found)
         if block is not None:
             found[node] = block
-    refused, kept = [], []
+    refused: list[str] = []
+    kept: list[Block] = []
     for block in found.values():
-        reason = _shared(block, owner, calls) or _no_step(block, list(found.values()), owner, not name)
+        top = not name and not any(POST_ACTIVATION in reason for reason in refused)
+        reason = _shared(block, owner, calls) or _no_step(block, list(found.values()), owner, top)
         if reason:
             refused.append(reason)
         else:
@@ -287,8 +292,8 @@ def _no_step(block: Block, blocks: list[Block], owner: nn.Module, top: bool) -> 
             continue
         if _ACTIVATION.search(called) and not chained and (not top or _goes_on(user, blocks, owner)):
             return (
-                f"{called} follows the sum: a post-activation block g(x + F(x)) is no Euler step of an ODE "
-                "in x, so no other solver belongs to it"
+                f"{called} {POST_ACTIVATION} block g(x + F(x)) is no Euler step of an ODE in x, so no other "
+                "solver belongs to it"
             )
         break
     return ""

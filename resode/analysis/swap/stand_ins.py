@@ -74,7 +74,8 @@ class Rewritten(nn.Module):
         super().__init__()
         own = {k: v for k, v in vars(owner).items() if k not in self.__dict__ and not k.startswith("_")}
         self.__dict__.update(own)  # what others read of it
-        leaves, self.nested = call.leaves()
+        leaves, nested = call.leaves()
+        self.nested = str(nested)  # the thing itself cannot be copied everywhere
         self.plain = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
         self.written_of = f"{type(owner).__name__} {name}".strip()
         self.graph = graph
@@ -82,10 +83,10 @@ class Rewritten(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the original gives; a ValueError for a call of another form."""
         leaves, nested = flat(args, kwargs)
-        if nested != self.nested and len(args) == 1 and isinstance(args[0], Mapping) and not kwargs:
+        if str(nested) != self.nested and len(args) == 1 and isinstance(args[0], Mapping) and not kwargs:
             leaves, nested = flat((), dict(args[0]))
         plain = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
-        if nested != self.nested or plain != self.plain:
+        if str(nested) != self.nested or plain != self.plain:
             raise ValueError(
                 f"{self.written_of} was converted for a call of another form: its arguments that are no "
                 "tensors are part of the graph. Convert again with an x that leads to the same call."
