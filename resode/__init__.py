@@ -15,6 +15,8 @@ from resode.analysis.rest.fixed_points import FixedPoints, find_fixed_points, fi
 from resode.analysis.steps.limit import max_stable_step, step_limit
 from resode.analysis.steps.penalty import StepLimitPenalty
 from resode.analysis.swap.convert import convert
+from resode.analysis.swap.modified import distance_from_ode, modified_field
+from resode.analysis.swap.proof import SwapProof
 from resode.analysis.swap.report import SwapReport, swap_report
 from resode.blocks import ODEBlock, ResidualStack
 from resode.solve import (
@@ -71,16 +73,19 @@ __all__ = [
     "StepLimit",
     "StepLimitPenalty",
     "StepSizeUnderflow",
+    "SwapProof",
     "SwapReport",
     "classify",
     "compare",
     "convert",
+    "distance_from_ode",
     "find_fixed_points",
     "find_several_fixed_points",
     "imaginary_stability_interval",
     "load",
     "max_learning_rate",
     "max_stable_step",
+    "modified_field",
     "networks",
     "odeint",
     "odeint_adjoint",
