@@ -6,12 +6,12 @@ field are
 
     Φ(x) = x + Σ h^|τ| a(τ)/σ(τ) F(τ)(x),        F̃(x) = Σ h^(|τ|−1) b(τ)/σ(τ) F(τ)(x),
 
-and Φ is the flow of F̃ after time h where a = Σ_j ∂_b^(j−1) b / j!, a logarithm: (∂_b c)(τ) sums c(θ) b(τ∖θ) over
-the edges of τ, each of which cuts it into the part θ at the root and the rest.
+and Φ is the flow of F̃ after time h where a = Σ_j ∂_b^(j−1) b / j!, a logarithm: (∂_b c)(τ) sums c(θ) b(τ∖θ)
+over the edges of τ, each of which cuts it into the part θ at the root and the rest.
 
 Source:
-    Hairer, Lubich & Wanner, Geometric Numerical Integration (2006), III.1 and IX.9; Chartier, Hairer & Vilmart,
-    Found. Comput. Math. 10 (2010), on the substitution law.
+    Hairer, Lubich & Wanner, Geometric Numerical Integration (2006), III.1 and IX.9; Chartier, Hairer &
+    Vilmart, Found. Comput. Math. 10 (2010), on the substitution law.
 """
 
 from __future__ import annotations
@@ -113,14 +113,16 @@ def modified_coefficient(method: str | ButcherTableau, tree: Tree) -> Fraction:
     r"""b(τ) of the modified field; 1 for one vertex, and 0 up to the method's order.
 
     Example:
-        >>> f_prime_f, f_prime_f_prime_f, f_second_f_f = ((),), (((),),), ((), ())
-        >>> [str(modified_coefficient("euler", tree)) for tree in (f_prime_f, f_prime_f_prime_f, f_second_f_f)]
+        >>> chain, tall, bush = ((),), (((),),), ((), ())  # F'F, F'F'F and F''(F, F)
+        >>> [str(modified_coefficient("euler", tree)) for tree in (chain, tall, bush)]
         ['-1/2', '1/3', '1/6']
     """
     tableau = get_tableau(method)
-    if 1 < vertices(tree) <= tableau.order:
-        return Fraction(0)  # so it is by the order conditions, which decimal coefficients meet to rounding
-    known = sum((_derived(tableau, tree, j) / factorial(j) for j in range(2, vertices(tree) + 1)), Fraction(0))
+    if vertices(tree) <= tableau.order:  # the order conditions, which decimal coefficients meet to rounding
+        return Fraction(int(tree == ()))
+    known = sum(
+        (_derived(tableau, tree, j) / factorial(j) for j in range(2, vertices(tree) + 1)), Fraction(0)
+    )
     return step_coefficient(tableau, tree) - known
 
 

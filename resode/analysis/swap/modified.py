@@ -3,7 +3,9 @@ r"""Backward error analysis: the field whose exact flow a stack of blocks follow
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,8 +34,9 @@ State = tuple[Tensor, ...]
 class ModifiedField:
     r"""The field F̃ whose flow the blocks of a stack are steps of, as far as its series goes.
 
-    Called as g(x) where all blocks share one field, else as g(t, x), with t the depth time: from lη to (l + 1)η
-    it is block l's. With learnt steps, which may differ by channel, t counts blocks and g is that of ηF.
+    Called as g(x) where all blocks share one field, else as g(t, x), with t the depth time: from lη to
+    (l + 1)η it is block l's. With learnt steps, which may differ by channel, t counts blocks and g is that
+    of ηF.
 
     Args:
         stack: under a method with fixed steps; its weights are read when g is called.
@@ -62,7 +65,7 @@ class ModifiedField:
         return self.block(index)(x, place - index)
 
     def block(self, index: int) -> Callable[..., Tensor]:
-        """g of (x, s) for block `index`; s from 0 to 1 is the part of the block, read by weights="linear"."""
+        """Block `index`'s F̃, of (x, s): s from 0 to 1 is the part of the block, read by weights="linear"."""
         stack, n = self.stack, self.stack.substeps
         module = stack.field(index)  # IndexError beyond the last
         h = self.span / n
@@ -84,32 +87,33 @@ class ModifiedField:
 
         return modified
 
-    def flow(self, x: Tensor, *, rtol: float | None = None, atol: float | None = None) -> Tensor:
+    def flow(self, x: Tensor, *, n_steps: int | None = None, rtol: float | None = None) -> Tensor:
         """Where F̃ leads to over the stack's whole depth time, solved block by block with dopri8.
 
         Args:
             x: states, shape (batch, *state).
-            rtol: of the solver; 1e-10 in float64, 1e-6 in float32.
-            atol: likewise.
+            n_steps: steps a block; None leaves them to the solver.
+            rtol: its tolerance, relative and absolute; 1e-10 in float64, 1e-6 in float32.
 
         Returns:
             The state at the end, of x's shape: what the stack itself gives, but for the series' rest.
         """
-        fine = 1e-10 if x.dtype == torch.float64 else 1e-6
+        fine = rtol or (1e-10 if x.dtype == torch.float64 else 1e-6)
+        settings: dict[str, Any] = {"rtol": fine, "atol": fine} if n_steps is None else {"n_steps": n_steps}
+        times = torch.tensor([0.0, self.span], dtype=x.dtype, device=x.device)
         with torch.no_grad():
             for index in range(self.stack.depth):
                 g = self.block(index)
-                times = torch.tensor([0.0, self.span], dtype=x.dtype, device=x.device)
 
                 def field(t: Tensor, y: Tensor, g: Callable[..., Tensor] = g) -> Tensor:
                     return g(y, t / self.span)
 
-                x = odeint(field, x, times, method="dopri8", rtol=rtol or fine, atol=atol or fine)[-1]
+                x = odeint(field, x, times, method="dopri8", **settings)[-1]
         return x
 
     def _check(self, index: int, module: nn.Module, x: Tensor) -> None:
         """Once a block: whether F has derivatives, and whether they say anything."""
-        if index in self._checked or not isinstance(x, Tensor) or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if index in self._checked or _transformed(x):
             return
         check_field(module, x)
         if not self._checked:
@@ -118,11 +122,25 @@ class ModifiedField:
                 module(x)
             if seen.found:
                 warn_user(
-                    f"F has kinks ({', '.join(sorted(seen.found))}), where it has no derivatives: the modified "
-                    "field holds between kinks, and a step across one does not follow it. Compare "
-                    "modified_field(stack).flow(x) with stack(x), or use a smooth activation (tanh, GELU, SiLU)."
+                    f"F has kinks ({', '.join(sorted(seen.found))}), where it has no derivatives: the "
+                    "modified field holds between kinks, and a step across one does not follow it. Compare "
+                    "modified_field(stack).flow(x) with stack(x), or use a smooth activation (tanh, GELU)."
                 )
         self._checked.add(index)
+
+
+def _transformed(x: Any) -> bool:
+    """Whether it is a tensor within torch.func.jvp and the like, whose values can't be asked for."""
+    functorch: Any = vars(torch._C)["_functorch"]
+    return isinstance(x, Tensor) and functorch.is_functorch_wrapped_tensor(x)
+
+
+@cache
+def _first_jvp() -> None:
+    """A forward derivative of nothing: torch warns of its own deprecated functions at the first one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.func.jvp(torch.tanh, (torch.zeros(1),), (torch.zeros(1),))
 
 
 class _Kinks(TorchFunctionMode):
@@ -144,8 +162,8 @@ def modified_field(stack: ResidualStack, order: int = 1) -> ModifiedField:
 
     A step of a method of order p is the flow, after the time h, of F̃ = F + h^p f_{p+1} + h^{p+1} f_{p+2} + …,
     whose terms are elementary differentials of F by exact coefficients: for Euler
-    F̃ = F − h/2 F'F + h²(F'F'F/3 + F''(F, F)/12) − … So a network that is far from the flow of its own F is near
-    that of another field, as long as the corrections are small.
+    F̃ = F − h/2 F'F + h²(F'F'F/3 + F''(F, F)/12) − … So a network that is far from the flow of its own F is
+    near that of another field, as long as the corrections are small.
 
     Args:
         stack: blocks under a method with fixed steps, in eval mode; of one shared field or one a block, with
@@ -153,18 +171,18 @@ def modified_field(stack: ResidualStack, order: int = 1) -> ModifiedField:
         order: how many corrections are taken: 1 gives F + h^p f_{p+1}. p + order is at most 10.
 
     Returns:
-        A callable of x's shape, g(x) for a shared field and g(t, x) with the depth time t else; `.block(l)` is
-        block l's own, `.flow(x)` solves it over the stack.
+        A callable of x's shape, g(x) for a shared field and g(t, x) with the depth time t else; `.block(l)`
+        is block l's own, `.flow(x)` solves it over the stack.
 
     Raises:
         TypeError, ValueError: no ResidualStack; an adaptive solver, which takes steps of its own; an order
             below 1, or beyond what is implemented; when called, what `check_field` refuses.
 
     Note:
-        The series is asymptotic: it gets better with each term only while h‖F'‖ is small, and never converges in
-        general. A field with kinks (ReLU) has no higher derivatives at these: that is said in a warning. A
-        call takes some 2^m evaluations of F for a tree of m branches at a vertex: 3 in all for Euler at order
-        1, 11 at order 2, some hundred for rk4.
+        The series is asymptotic: it gets better with each term only while h‖F'‖ is small, and converges for
+        linear fields at most. A field with kinks (ReLU) has no higher derivatives at these: that is said in a
+        warning. A tree with m branches at its root takes m nested forward derivatives; rk4 at order 1 has
+        nine trees of five vertices, at order 2 twenty more.
 
     Source:
         Hairer, Lubich & Wanner, Geometric Numerical Integration, IX (2006).
@@ -187,8 +205,8 @@ def modified_field(stack: ResidualStack, order: int = 1) -> ModifiedField:
     tableau = get_tableau(stack.solver)
     if tableau.adaptive:
         raise ValueError(
-            f"{tableau.name} chooses its own steps, so no one field has them as its flow: set stack.solver to a "
-            "method with fixed steps, such as 'rk4'."
+            f"{tableau.name} chooses its own steps, so no one field has them as its flow: set stack.solver "
+            "to a method with fixed steps, such as 'rk4'."
         )
     check_whole("order", order, 1)
     if tableau.order + order > LARGEST_TREE:
@@ -241,20 +259,30 @@ def modified_value(
     field: Callable[[State], State], state: State, tableau: ButcherTableau, h: float, order: int
 ) -> State:
     """F̃ of one state: F and the trees of p + 1 … p + order vertices."""
-    values: dict[Tree, State] = {}
+    _first_jvp()
 
+    @cache
     def differential(tree: Tree) -> State:
-        if tree not in values:
-            values[tree] = _derivative(field, state, [differential(child) for child in tree])
-        return values[tree]
+        return _derivative(field, state, [differential(child) for child in tree])
+
+    def combined(weights: Mapping[Tree, float]) -> State:
+        """Σ c F(τ). Trees that differ in their last subtree alone take one derivative, being linear in it."""
+        groups: dict[Tree, dict[Tree, float]] = {}
+        for tree, c in weights.items():
+            groups.setdefault(tree[:-1], {})[tree[-1]] = c
+        terms = []
+        for others, lasts in groups.items():
+            [(only, c), *more] = lasts.items()
+            last = combined(lasts) if more else tuple(c * v for v in differential(only))
+            terms.append(_derivative(field, state, [*map(differential, others), last]))
+        return tuple(torch.stack(parts).sum(0) for parts in zip(*terms, strict=True))
 
     total = differential(())
     for size in range(tableau.order + 1, tableau.order + order + 1):
-        for tree in trees(size):
-            b = modified_coefficient(tableau, tree)
-            if b:
-                c = h ** (size - 1) * float(b / symmetry(tree))
-                total = tuple(t + c * v for t, v in zip(total, differential(tree), strict=True))
+        coefficients = {tree: modified_coefficient(tableau, tree) / symmetry(tree) for tree in trees(size)}
+        weights = {tree: h ** (size - 1) * float(b) for tree, b in coefficients.items() if b}
+        if weights:
+            total = tuple(t + v for t, v in zip(total, combined(weights), strict=True))
     return total
 
 

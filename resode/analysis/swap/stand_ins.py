@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from resode.analysis.swap.capture import Call, flat
@@ -24,16 +25,25 @@ class Whole(nn.Module):
 
 
 class Branch(nn.Module):
-    """F(x) of a branch that reads more than x: the context that its block was last called with."""
+    """F(x) of a branch that reads more than x: the context that its block was last called with.
+
+    Tensors of the context that have a row a sample are cut or repeated for an x of fewer or more rows.
+    """
 
     def __init__(self, branch: nn.Module) -> None:
         super().__init__()
         self.branch = branch
         self.context: tuple[Any, ...] = ()
+        self.rows = 0
 
     def forward(self, x: Tensor) -> Tensor:
         """F(x) in the context as it is."""
-        return self.branch(x, *self.context)
+        return self.branch(x, *[self._for_rows_of(x, c) for c in self.context])
+
+    def _for_rows_of(self, x: Tensor, c: Any) -> Any:
+        if not isinstance(c, Tensor) or not c.ndim or len(c) != self.rows or len(x) == self.rows:
+            return c
+        return torch.cat([c] * -(-len(x) // self.rows))[: len(x)]
 
     def __getstate__(self) -> dict[str, Any]:
         held = tuple(c.detach() if isinstance(c, Tensor) else c for c in self.context)
@@ -52,6 +62,7 @@ class HandOver(nn.Module):
         for field, n in zip(self.fields, self.counts, strict=True):
             if isinstance(field, Branch):
                 field.context, context = context[:n], context[n:]
+                field.rows = len(x)
         return x
 
 
