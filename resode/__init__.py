@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from resode import networks
 from resode.analysis.curvature import max_learning_rate
+from resode.analysis.depth.depth_step import depth_step
 from resode.analysis.depth.profile import DepthProfile, profile_depth
 from resode.analysis.rest.classify import Classification, classify
 from resode.analysis.rest.fixed_points import FixedPoints, find_fixed_points, find_several_fixed_points
@@ -78,6 +79,7 @@ __all__ = [
     "classify",
     "compare",
     "convert",
+    "depth_step",
     "distance_from_ode",
     "find_fixed_points",
     "find_several_fixed_points",

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resode.analysis.depth.tracing import Addition, call, tensors_in, trace
+from resode.analysis.depth.tracing import Addition, call, trace
+from resode.analysis.depth.watching import tensors_in
 from resode.analysis.swap.capture import Call, Uncuttable
 from resode.analysis.swap.cutting import Block, Cut, branch, common_factor, cut, replaced
 from resode.analysis.swap.stand_ins import Advance, Branch, HandOver, Rewritten, Whole
