@@ -140,17 +140,12 @@ class ScaledBranches(WatchesAdditions):
         """The addition, with its branch scaled where that is asked for."""
         if number in self.shortcuts:
             operand, owner = self.shortcuts[number]
-            self.kept[owner] = operands[operand].detach().clone()
+            self.kept[owner] = operands[operand].clone()
         result = func(*args, **kwargs)
         if number not in self.factors:
             return result
-        shortcut, c = self.kept.pop(number), self.factors[number]
-        with torch.no_grad():
-            edited = (
-                shortcut.expand_as(result).clone() if c == 0 else torch.lerp(shortcut, result.detach(), c)
-            )
-        if IN_PLACE.match(name):
-            with torch.no_grad():
-                result.copy_(edited)
-            return result
-        return edited.requires_grad_(result.requires_grad)
+        shortcut, c = self.kept.pop(number).expand_as(result), self.factors[number]
+        in_place = IN_PLACE.match(name)
+        whole = result.clone() if in_place else result
+        edited = shortcut.clone() if c == 0 else torch.lerp(shortcut, whole, c)
+        return result.copy_(edited) if in_place else edited
