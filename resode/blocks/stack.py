@@ -368,6 +368,7 @@ class ResidualStack(Checked):
         other = copy.deepcopy(self, {id(self.fields): fields})  # which takes these for the fields' copies
         other.stats = other.evaluations = None
         other.depth, other._step_size = len(origins), step_size
+        other.timed = tuple(map(takes_time, fields))
         other.stochastic_depth = tuple(self.stochastic_depth[index] for index in origins)
         return other
 

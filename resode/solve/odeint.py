@@ -75,7 +75,9 @@ def odeint(
         options: torchdiffeq's, with its meaning. Adaptive: first_step, min_step, max_step,
             max_num_steps (between two outputs), step_t, jump_t (times to end a step at; at jump_t the
             field jumps, and is evaluated on either side of it only), norm (of the error over the
-            tolerance: state -> number), dtype (of times), safety, ifactor, dfactor. Fixed: step_size or
+            tolerance: state -> number), dtype (of times), safety, ifactor, dfactor, and controller: "i",
+            "pi" (the default), "pi34", "pi42", "h211pi", "pid", or (pcoeff, icoeff, dcoeff) as diffrax and
+            torchode name them. Fixed: step_size or
             grid_constructor (a grid over [t[0], t[-1]]), interp ("linear" or "cubic" between its points),
             perturb (evaluate just inside each step).
         event_fn: `event_fn(t, y)` -> tensor; the solve ends where an entry first changes sign, and
