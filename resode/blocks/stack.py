@@ -504,7 +504,7 @@ class ResidualStack(Checked):
         index: int,
         several: bool,
         scale: Tensor | None,
-        clock: Callable[[Any, Tensor], Tensor] | None,
+        clock: Callable[[Any, Tensor], Tensor] | None = None,
     ) -> Callable[[Any, Tensor], Any]:
         """F_l of (s, state), times `scale`; one block call's. With a clock F_l takes the time of s too."""
         module = self.field(index)
