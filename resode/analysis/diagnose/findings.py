@@ -1,0 +1,426 @@
+r"""From what was measured to what is wrong: rules in the order of harm, and silence where none applies.
+
+Faults of one place (a number that is not finite, statistics, a shortcut, dead units, an idle or a strong branch)
+come before those of the whole depth, which they cause. Every threshold was fitted on one half of a clinic of
+healthy and broken networks and is reported on the other: `python -m tests.benchmarks.clinic`.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from resode.analysis.diagnose.measures import BlockMeasures, Measures
+
+WHOLE = "whole network"
+
+CAUSES = (
+    "non-finite",
+    "norm-statistics",
+    "no-shortcut",
+    "scaled-shortcut",
+    "subtracted-branch",
+    "stiff",
+    "overstep",
+    "dead",
+    "idle",
+    "strong-block",
+    "collapse",
+    "explosion",
+    "vanishing",
+    "learning-rate",
+)
+"""In the order in which findings are given: a fault of one place explains those of the whole depth."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong.
+
+    Args:
+        block: the name of a module, or "whole network".
+        cause: one of `resode.analysis.diagnose.findings.CAUSES`.
+        text: what is wrong there, in a sentence.
+        advice: what to do; tried on such networks.
+        evidence: the numbers that it rests on, by name.
+    """
+
+    block: str
+    cause: str
+    text: str
+    advice: str
+    evidence: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.block}: {self.cause}. {self.text} {self.advice}"
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Where a measure stops being ordinary.
+
+    Args:
+        variance: of the inputs over a batch norm's running variance, 0.9 quantile of the channels.
+        never_updated: how far off statistics that were never updated may be: variances as a ratio.
+        shortcut: relative difference of a shortcut's factor from its siblings'.
+        dead: share of units at 0.
+        idle: branch gain relative to the median.
+        strong: branch gain relative to the median; twice that for the first block.
+        strong_gain: gain relative to the median that goes with it.
+        sigma: largest singular value relative to the median; twice that for the first block.
+        alone: branch gain in networks with too few blocks for a median.
+        whole: largest singular value of the whole depth; its inverse is the least.
+        state_growth: ‖x_L‖/‖x_0‖.
+        gradient_ratio: first over last layer's gradient in networks without shortcuts, and its inverse.
+        collapse: how different the samples still are, relative to the inputs.
+        learning_rate: lr over its limit.
+    """
+
+    variance: float = 100.0
+    never_updated: float = 10.0
+    shortcut: float = 0.2
+    dead: float = 0.995
+    idle: float = 1e-3
+    strong: float = 6.0
+    strong_gain: float = 1.2
+    sigma: float = 6.0
+    alone: float = 30.0
+    whole: float = 1e3
+    state_growth: float = 1e3
+    gradient_ratio: float = 1e4
+    collapse: float = 1e-3
+    learning_rate: float = 10.0
+
+
+THRESHOLDS = Thresholds()
+
+FEWEST = 4  # blocks from which a median tells what is usual
+
+
+def findings(m: Measures, thresholds: Thresholds = THRESHOLDS) -> list[Finding]:
+    """What is wrong with the network that was measured, without its solver and its learning rate."""
+    if m.non_finite is not None:
+        return [_non_finite(m.non_finite)]
+    t = thresholds
+    found = [*_norm_statistics(m, t), *_shortcuts(m, t)]
+    if not any(f.cause == "norm-statistics" for f in found):  # which disturbs all that comes after it
+        found += [*_dead(m, t), *_idle(m, t)]
+    if not found:
+        found += _strong(m, t)
+    if not found:
+        found += _whole(m, t)
+    return in_order(found)
+
+
+def in_order(found: Iterable[Finding]) -> list[Finding]:
+    """By cause, most harmful first; the first finding of a place alone."""
+    kept: dict[str, Finding] = {}
+    for f in sorted(found, key=lambda f: CAUSES.index(f.cause)):
+        kept.setdefault(f.block if f.block != WHOLE else f"{WHOLE} {f.cause}", f)
+    return list(kept.values())
+
+
+def _non_finite(place: tuple[str, str]) -> Finding:
+    block, what = place
+    if what.startswith("the weights"):
+        advice = "Load weights of before, or initialise this module anew and train on."
+    elif what.startswith("the gradient"):
+        advice = (
+            "Look there for a function whose derivative is infinite at 0 (sqrt, norm, log, division): add "
+            "an ε under it."
+        )
+    else:
+        advice = (
+            "Its inputs and its weights are finite: look there for log, sqrt or a division without an ε, and "
+            "for an overflow (float16: take bfloat16 or float32)."
+        )
+    return Finding(
+        block or WHOLE, "non-finite", f"The first number that is not finite is in {what}.", advice
+    )
+
+
+def _norm_statistics(m: Measures, t: Thresholds) -> list[Finding]:
+    found = []
+    fresh = [n for n in m.norms if n.updates == 0]
+    far = [n for n in fresh if max(n.variance_ratio, 1 / max(n.variance_ratio, 1e-30)) > t.never_updated]
+    advice = "Measure its statistics anew: some 20 training batches through the model in training mode, without updates"
+    if far and len(fresh) == len(m.norms):
+        most = max(far, key=lambda n: abs(math.log(max(n.variance_ratio, 1e-30))))
+        return [
+            Finding(
+                most.name if len(far) == 1 else WHOLE,
+                "norm-statistics",
+                f"Batch norm has never seen a batch ({len(fresh)} modules), and its statistics are far from these "
+                f"inputs': {most.name} divides by a variance {most.variance_ratio:.3g} times too small.",
+                f"{advice}.",
+                {"variance_ratio": most.variance_ratio, "updates": 0.0},
+            )
+        ]
+    for n in m.norms:
+        unseen = n.updates == 0 and n in far
+        if unseen or n.variance_ratio > t.variance:
+            how = "was never updated" if unseen else "does not belong to these inputs"
+            found.append(
+                Finding(
+                    n.name,
+                    "norm-statistics",
+                    f"Its running variance {how}: the inputs' variance is {n.variance_ratio:.3g} times that.",
+                    f"{advice}; if these are no training inputs, compare how both are normalised.",
+                    {"variance_ratio": n.variance_ratio, "offset": n.offset},
+                )
+            )
+    return sorted(found, key=lambda f: -abs(math.log(f.evidence["variance_ratio"] or 1e-30)))[:3] if found else []
+
+
+def _shortcuts(m: Measures, t: Thresholds) -> list[Finding]:
+    found = []
+    known = [b for b in m.blocks if math.isfinite(b.shortcut)]
+    usual = statistics.median(b.shortcut for b in known) if len(known) >= 3 else 1.0
+    siblings = "in its siblings" if len(known) >= 3 else "in a residual block"
+    for b in known:
+        off = abs(b.shortcut - usual) > t.shortcut * abs(usual)
+        if off and abs(b.shortcut) < 1e-3:
+            found.append(_no_shortcut(b.name, f"Its shortcut is multiplied by {b.shortcut:.3g}", usual))
+        elif off:
+            found.append(
+                Finding(
+                    b.name,
+                    "scaled-shortcut",
+                    f"Its shortcut is {b.shortcut:.3g}·x, and {usual:.3g}·x {siblings}.",
+                    f"Make it {usual:.3g}·x, and train on where it was trained so.",
+                    {"factor": b.shortcut, "usual": usual},
+                )
+            )
+    for b, verb, usual_verb in _subtracted(m):
+        found.append(
+            Finding(
+                b.name,
+                "subtracted-branch",
+                f"It {verb}s F(x), and its siblings {usual_verb} it.",
+                f"Write x {'+' if usual_verb == 'add' else '−'} F(x), and train on where it was trained so.",
+                {"factor": b.factor},
+            )
+        )
+    return found + _without_shortcut(m)
+
+
+def _subtracted(m: Measures) -> list[tuple[BlockMeasures, str, str]]:
+    """Few blocks whose sign differs from that of the others; learned factors differ in size too."""
+    if len(m.blocks) < 3 or len({f"{abs(b.factor):.6g}" for b in m.blocks}) > 1:
+        return []
+    words = {True: "add", False: "subtract"}
+    usual = sum(b.factor > 0 for b in m.blocks) > 0.5 * len(m.blocks)
+    odd = [b for b in m.blocks if (b.factor > 0) != usual]
+    return [(b, words[not usual], words[usual]) for b in odd] if len(odd) <= 0.25 * len(m.blocks) else []
+
+
+def _no_shortcut(name: str, what: str, usual: float) -> Finding:
+    shown = "x" if usual == 1 else f"{usual:.3g}·x"
+    return Finding(
+        name,
+        "no-shortcut",
+        f"{what}: the state and its gradient pass through F alone.",
+        f"Give it the shortcut of its siblings, {shown} + F(x), and train on where it was trained so.",
+        {"factor": 0.0},
+    )
+
+
+def _without_shortcut(m: Measures) -> list[Finding]:
+    """Modules that keep their input's shape and hold fewer additions than their siblings of one class."""
+    classes: dict[str, list[tuple[str, int]]] = {}
+    for name, kind, additions, keeps in m.siblings:
+        if keeps and kind not in ("Sequential", "ModuleList"):
+            classes.setdefault(kind, []).append((name, additions))
+    found = []
+    for members in classes.values():
+        usual, times = Counter(n for _, n in members).most_common(1)[0]
+        odd = [name for name, n in members if n < usual]
+        if len(members) >= 3 and times >= 0.75 * len(members) and odd:
+            found += [_no_shortcut(name, "It has no shortcut, and its siblings have one", 1.0) for name in odd]
+    return found
+
+
+def _dead(m: Measures, t: Thresholds) -> list[Finding]:
+    shares = [(b.name, b.dead) for b in m.blocks if b.dead > t.dead]
+    names = {name for name, _ in shares}
+    shares += [(n, s) for n, s in m.dead_layers if s > t.dead and not any(n.startswith(b + ".") for b in names)]
+    return [
+        Finding(
+            name,
+            "dead",
+            f"{_percent(share)} of the units behind an activation are 0 at all inputs, and get no gradient.",
+            "Initialise the layer before it anew (its bias at 0) and train on with a smaller learning rate.",
+            {"share": share},
+        )
+        for name, share in shares[:5]
+    ]
+
+
+def _percent(share: float) -> str:
+    return "All" if share == 1 else f"{100 * share:.4g} %"
+
+
+def usual_branch_gain(m: Measures) -> float:
+    """The median gain of the branches, nan where there are too few."""
+    known = [b.branch_gain for b in m.blocks if math.isfinite(b.branch_gain)]
+    return statistics.median(known) if len(known) >= FEWEST else math.nan
+
+
+def _idle(m: Measures, t: Thresholds) -> list[Finding]:
+    usual = usual_branch_gain(m)
+    if not usual > 0:
+        return []
+    return [
+        Finding(
+            b.name,
+            "idle",
+            f"Its branch passes on {b.branch_gain:.2g} of a perturbation, the median branch {usual:.2g}: it adds "
+            "nothing that depends on its input.",
+            "Initialise its last layer anew (its scale, where it has one) and train on, or remove the block.",
+            {"branch_gain": b.branch_gain, "usual": usual},
+        )
+        for b in m.blocks
+        if b.branch_gain < t.idle * usual
+    ]
+
+
+def _strong(m: Measures, t: Thresholds) -> list[Finding]:
+    found = []
+    for b, score in strengths(m, t):
+        if score > 1:
+            usual = usual_branch_gain(m)
+            scale = usual / b.branch_gain if usual > 0 else 1 / b.branch_gain
+            times = f"{b.branch_gain / usual:.3g} times the median" if usual > 0 else f"{b.branch_gain:.3g}"
+            found.append(
+                (
+                    score,
+                    Finding(
+                        b.name,
+                        "strong-block",
+                        f"Its branch amplifies a random perturbation by {b.branch_gain:.3g}, {times}; the block's "
+                        f"largest singular value is at least {b.sigma:.3g}.",
+                        f"Multiply its branch by {scale:.2g} (its last layer's weights) and train on.",
+                        {"branch_gain": b.branch_gain, "usual": usual, "sigma": b.sigma, "scale": scale},
+                    ),
+                )
+            )
+    return [f for _, f in sorted(found, key=lambda pair: -pair[0])[:3]]
+
+
+def strengths(m: Measures, t: Thresholds = THRESHOLDS) -> list[tuple[BlockMeasures, float]]:
+    """Each block with how strong it is: above 1 an outlier against the network's own median."""
+    known = [b for b in m.blocks if math.isfinite(b.branch_gain)]
+    if len(known) < FEWEST:
+        return [(b, b.branch_gain / t.alone) for b in known]
+    branch = statistics.median(b.branch_gain for b in known)
+    gain = statistics.median(b.gain for b in known)
+    sigmas = [b.sigma for b in known if math.isfinite(b.sigma)]
+    sigma = statistics.median(sigmas) if sigmas else math.nan
+    if not branch > 0:  # most branches are switched off
+        return [(b, b.branch_gain / t.alone) for b in known]
+    found = []
+    for b in known:
+        allowed = 2.0 if b is m.blocks[0] else 1.0
+        by_gain = min(b.branch_gain / branch / t.strong, b.gain / gain / t.strong_gain)
+        by_sigma = b.sigma / sigma / t.sigma if math.isfinite(b.sigma) else 0.0
+        found.append((b, max(by_gain, by_sigma) / allowed))
+    return found
+
+
+def _whole(m: Measures, t: Thresholds) -> list[Finding]:
+    found = []
+    before, after, _ = m.spread
+    if not m.blocks and len(m.layers) > 1:
+        after = m.layers[-2].spread
+    if after < t.collapse * before:
+        found.append(
+            Finding(
+                WHOLE,
+                "collapse",
+                f"Different inputs come out as one state: they differ by {after:.2g} of its size at the end, and by "
+                f"{before:.2g} at the start.",
+                _steps_of_whole(m),
+                {"spread": after, "spread_of_inputs": before},
+            )
+        )
+    if m.blocks:
+        found += _gain_of_whole(m, t)
+    elif len(m.layers) > 2:
+        found += _gradients_of_layers(m, t)
+    return found
+
+
+def _steps_of_whole(m: Measures) -> str:
+    if m.blocks:
+        return "Start the blocks' last layers at 0 or divide them by √L, so that the first state is kept."
+    return "Give it shortcuts, x + F(x), or batch norm before the activations; or fewer layers."
+
+
+def _gain_of_whole(m: Measures, t: Thresholds) -> list[Finding]:
+    sigma = m.whole_sigma if math.isfinite(m.whole_sigma) else m.whole_gain
+    depth = len(m.blocks)
+    numbers = {"sigma": sigma, "gain": m.whole_gain, "state_growth": m.state_growth, "blocks": float(depth)}
+    if sigma > t.whole or m.state_growth > t.state_growth:
+        return [
+            Finding(
+                WHOLE,
+                "explosion",
+                f"{depth} blocks amplify a perturbation up to {sigma:.3g} times and the state {m.state_growth:.3g} "
+                "times; no single block stands out.",
+                f"Start each block's last layer at 0, or divide it by √{depth}, or take a norm before each branch.",
+                numbers,
+            )
+        ]
+    if sigma < 1 / t.whole:
+        factors = [b.shortcut for b in m.blocks if math.isfinite(b.shortcut)]
+        scaled = factors and statistics.median(factors) < 0.9
+        return [
+            Finding(
+                WHOLE,
+                "vanishing",
+                f"{depth} blocks leave at most {sigma:.3g} of a perturbation, and so of the gradient.",
+                (
+                    f"Their shortcuts are {statistics.median(factors):.3g}·x: make them x, and train on."
+                    if scaled
+                    else "Give each block the shortcut x, with nothing on it."
+                ),
+                numbers,
+            )
+        ]
+    return []
+
+
+def _gradients_of_layers(m: Measures, t: Thresholds) -> list[Finding]:
+    first, last = m.layers[0].gradient, m.layers[-2].gradient
+    if not last > 0 or not math.isfinite(first):
+        return []
+    ratio = first / last
+    numbers = {"gradient_ratio": ratio, "layers": float(len(m.layers))}
+    if 1 / t.gradient_ratio <= ratio <= t.gradient_ratio:
+        return []
+    grows = ratio > 1
+    return [
+        Finding(
+            WHOLE,
+            "explosion" if grows else "vanishing",
+            f"Without shortcuts the gradient is {ratio:.2g} times as large at the first of {len(m.layers)} layers as "
+            "at the last.",
+            "Give it shortcuts, x + F(x), with the last layer of each F divided by the root of their number; or "
+            "start the layers with He's variance (2/n for ReLU, 1/n for tanh) and batch norm between.",
+            numbers,
+        )
+    ]
+
+
+def block_scores(m: Measures, found: Sequence[Finding]) -> list[tuple[BlockMeasures, str]]:
+    """Every block with the cause that was found there, or an empty string."""
+    causes = {f.block: f.cause for f in reversed(found)}
+    result = []
+    for b in m.blocks:
+        owner = next((name for name in causes if b.name == name or b.name.startswith(name + ".")), None)
+        inner = next((name for name in causes if name.startswith(b.name + ".")), None)
+        result.append((b, causes.get(owner or inner or "", "")))
+    return result
