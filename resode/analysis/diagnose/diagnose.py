@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from resode.analysis.curvature import max_learning_rate
 from resode.analysis.depth.losses import LossFunction, batch_of, part, sample_losses
-from resode.analysis.diagnose.findings import THRESHOLDS, WHOLE, Finding, block_scores, findings, in_order
+from resode.analysis.diagnose.findings import THRESHOLDS, WHOLE, Finding, block_scores, findings
 from resode.analysis.diagnose.forecast import Forecast, forecast
 from resode.analysis.diagnose.measures import SAMPLES, Measures, measure
 from resode.analysis.diagnose.page import Diagnosis, DiagnosisRow, Training, Whole
@@ -92,7 +92,7 @@ def diagnose(
     with evaluating(model):
         m = measure(model, x, target, loss_fn, blocks, seed)
         found = findings(m)
-        if m.non_finite is None or m.solver_error is not None:
+        if m.non_finite is None:
             found = _with_solver(found, solver_findings(model, some, m))
         finite = m.non_finite is None and m.solver_error is None
         swap = _forecasts(model, x, solvers) if finite else {}
@@ -102,7 +102,7 @@ def diagnose(
         if training.ratio > THRESHOLDS.learning_rate:
             found.append(_too_fast(training))
     return Diagnosis(
-        in_order(found),
+        found,
         _whole(m),
         swap,
         training,
@@ -115,11 +115,15 @@ def diagnose(
 
 
 def _with_solver(found: list[Finding], solver: list[Finding]) -> list[Finding]:
-    """A step that is too long explains growth, and the block that grows."""
-    if not solver:
-        return found
+    """A step that is too long for a decaying mode explains growth, and the block that grows.
+
+    Without such a mode it is the strong block that makes the step too long.
+    """
+    known = [f for f in solver if f.cause == "stiff" or "eigenvalue" in f.evidence]
+    if not known:
+        return found or solver
     explained = {"strong-block", "explosion", "collapse", "vanishing"}
-    return solver + [f for f in found if f.cause not in explained]
+    return known + [f for f in found if f.cause not in explained]
 
 
 def _forecasts(model: nn.Module, x: Any, solvers: Sequence[str]) -> dict[str, Forecast]:

@@ -33,7 +33,10 @@ CAUSES = (
     "vanishing",
     "learning-rate",
 )
-"""In the order in which findings are given: a fault of one place explains those of the whole depth."""
+"""In this order where one place shows several: the earlier explains the later."""
+
+CONSEQUENCES = ("norm-statistics", "dead", "strong-block")
+"""Causes that another fault before them in the forward pass may bring about."""
 
 
 @dataclass(frozen=True)
@@ -105,14 +108,17 @@ def findings(m: Measures, thresholds: Thresholds = THRESHOLDS) -> list[Finding]:
     if m.non_finite is not None:
         return [_non_finite(m.non_finite)]
     t = thresholds
-    found = [*_norm_statistics(m, t), *_shortcuts(m, t)]
-    if not any(f.cause == "norm-statistics" for f in found):  # which disturbs all that comes after it
-        found += [*_dead(m, t), *_idle(m, t)]
-    if not found:
-        found += _strong(m, t)
-    if not found:
-        found += _whole(m, t)
-    return in_order(found)
+    local = [*_norm_statistics(m, t), *_shortcuts(m, t), *_dead(m, t), *_idle(m, t), *_strong(m, t)]
+    return first_causes(m, local) or _whole(m, t)
+
+
+def first_causes(m: Measures, local: Iterable[Finding]) -> list[Finding]:
+    """Faults of one place in the order of the forward pass, without what an earlier one may have caused.
+
+    A strong block disturbs the statistics and activations after it, and never those before.
+    """
+    ordered = sorted(in_order(local), key=lambda f: m.order.get(f.block, -1))
+    return [f for i, f in enumerate(ordered) if i == 0 or f.cause not in CONSEQUENCES]
 
 
 def in_order(found: Iterable[Finding]) -> list[Finding]:
@@ -143,36 +149,39 @@ def _non_finite(place: tuple[str, str]) -> Finding:
 
 
 def _norm_statistics(m: Measures, t: Thresholds) -> list[Finding]:
-    found = []
-    fresh = [n for n in m.norms if n.updates == 0]
-    far = [n for n in fresh if max(n.variance_ratio, 1 / max(n.variance_ratio, 1e-30)) > t.never_updated]
-    advice = "Measure its statistics anew: some 20 training batches through the model in training mode, without updates"
-    if far and len(fresh) == len(m.norms):
-        most = max(far, key=lambda n: abs(math.log(max(n.variance_ratio, 1e-30))))
+    advice = (
+        "Measure its statistics anew: some 20 training batches through the model in training mode, without updates"
+    )
+    unseen = [n for n in m.norms if n.untouched and (n.trained or _factor(n.variance_ratio) > t.never_updated)]
+    if len(unseen) > 1 and len(unseen) > 0.5 * len(m.norms):
         return [
             Finding(
-                most.name if len(far) == 1 else WHOLE,
+                WHOLE,
                 "norm-statistics",
-                f"Batch norm has never seen a batch ({len(fresh)} modules), and its statistics are far from these "
-                f"inputs': {most.name} divides by a variance {most.variance_ratio:.3g} times too small.",
+                f"{len(unseen)} of {len(m.norms)} batch norms have never seen a batch: their statistics are the 0 and "
+                f"1 that they were made with, and the inputs' variance at {unseen[0].name} is "
+                f"{unseen[0].variance_ratio:.3g}.",
                 f"{advice}.",
-                {"variance_ratio": most.variance_ratio, "updates": 0.0},
+                {"variance_ratio": unseen[0].variance_ratio},
             )
         ]
-    for n in m.norms:
-        unseen = n.updates == 0 and n in far
-        if unseen or n.variance_ratio > t.variance:
-            how = "was never updated" if unseen else "does not belong to these inputs"
-            found.append(
-                Finding(
-                    n.name,
-                    "norm-statistics",
-                    f"Its running variance {how}: the inputs' variance is {n.variance_ratio:.3g} times that.",
-                    f"{advice}; if these are no training inputs, compare how both are normalised.",
-                    {"variance_ratio": n.variance_ratio, "offset": n.offset},
-                )
-            )
-    return sorted(found, key=lambda f: -abs(math.log(f.evidence["variance_ratio"] or 1e-30)))[:3] if found else []
+    return [
+        Finding(
+            n.name,
+            "norm-statistics",
+            f"Its running variance {'was never updated' if n in unseen else 'does not belong to these inputs'}: their "
+            f"variance is {n.variance_ratio:.3g} times that.",
+            f"{advice}; if these are no training inputs, compare how both are normalised.",
+            {"variance_ratio": n.variance_ratio, "offset": n.offset},
+        )
+        for n in m.norms
+        if n in unseen or n.variance_ratio > t.variance
+    ]
+
+
+def _factor(ratio: float) -> float:
+    """How far a ratio is from 1, at least 1."""
+    return max(ratio, 1 / max(ratio, 1e-30))
 
 
 def _shortcuts(m: Measures, t: Thresholds) -> list[Finding]:
@@ -238,7 +247,7 @@ def _without_shortcut(m: Measures) -> list[Finding]:
     for members in classes.values():
         usual, times = Counter(n for _, n in members).most_common(1)[0]
         odd = [name for name, n in members if n < usual]
-        if len(members) >= 3 and times >= 0.75 * len(members) and odd:
+        if len(members) >= 3 and times > 0.5 * len(members) and 0 < len(odd) <= max(1, 0.25 * len(members)):
             found += [_no_shortcut(name, "It has no shortcut, and its siblings have one", 1.0) for name in odd]
     return found
 
@@ -288,26 +297,24 @@ def _idle(m: Measures, t: Thresholds) -> list[Finding]:
 
 
 def _strong(m: Measures, t: Thresholds) -> list[Finding]:
-    found = []
-    for b, score in strengths(m, t):
-        if score > 1:
-            usual = usual_branch_gain(m)
-            scale = usual / b.branch_gain if usual > 0 else 1 / b.branch_gain
-            times = f"{b.branch_gain / usual:.3g} times the median" if usual > 0 else f"{b.branch_gain:.3g}"
-            found.append(
-                (
-                    score,
-                    Finding(
-                        b.name,
-                        "strong-block",
-                        f"Its branch amplifies a random perturbation by {b.branch_gain:.3g}, {times}; the block's "
-                        f"largest singular value is at least {b.sigma:.3g}.",
-                        f"Multiply its branch by {scale:.2g} (its last layer's weights) and train on.",
-                        {"branch_gain": b.branch_gain, "usual": usual, "sigma": b.sigma, "scale": scale},
-                    ),
-                )
-            )
-    return [f for _, f in sorted(found, key=lambda pair: -pair[0])[:3]]
+    """The strongest block: after it the medians are no longer the network's own."""
+    scores = strengths(m, t)
+    b, score = max(scores, key=lambda pair: pair[1], default=(None, 0.0))
+    if b is None or not score > 1:
+        return []
+    usual = usual_branch_gain(m)
+    scale = usual / b.branch_gain if usual > 0 else 1 / b.branch_gain
+    times = f"{b.branch_gain:.3g}" + (f", {b.branch_gain / usual:.3g} times the median" if usual > 0 else "")
+    return [
+        Finding(
+            b.name,
+            "strong-block",
+            f"Its branch amplifies a random perturbation by {times}; the block's largest singular value is at least "
+            f"{b.sigma:.3g}.",
+            f"Multiply its branch by {scale:.2g} (its last layer's weights) and train on.",
+            {"branch_gain": b.branch_gain, "usual": usual, "sigma": b.sigma, "scale": scale},
+        )
+    ]
 
 
 def strengths(m: Measures, t: Thresholds = THRESHOLDS) -> list[tuple[BlockMeasures, float]]:

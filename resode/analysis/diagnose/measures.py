@@ -33,6 +33,9 @@ NAN = math.nan
 SAMPLES = 8
 """Samples whose Jacobians are probed, the first ones."""
 
+MANY = 300
+"""Evaluations of a block from which an adaptive solver is held by stiffness, or by a rough field."""
+
 _PROBES = 2
 _ROUNDS = 3  # of the power iteration for a block's largest singular value
 _WHOLE_ROUNDS = 5  # for the whole depth
@@ -46,14 +49,16 @@ class NormMeasures:
 
     Args:
         name: the module's.
-        updates: batches that its running statistics have seen; None where it does not count them.
+        untouched: whether its running statistics are those that it was made with, 0 and 1.
+        trained: whether its weights are not those that it was made with.
         variance_ratio: per channel, variance of these inputs over the running one; the 0.9 quantile.
         largest_ratio: of any channel.
         offset: |mean of these inputs − running mean| in running standard deviations, median of channels.
     """
 
     name: str
-    updates: int | None
+    untouched: bool
+    trained: bool
     variance_ratio: float
     largest_ratio: float
     offset: float
@@ -131,6 +136,7 @@ class Measures:
         spread: how the samples differ, ‖z − mean‖ / ‖z‖: (inputs, last state, outputs).
         loss: mean loss.
         evaluations: of F, for each block of each module that solves: {module: [evaluations]}.
+        order: modules as they return in the forward pass: {module: place}.
         notes: what could not be measured.
     """
 
@@ -150,6 +156,7 @@ class Measures:
     spread: tuple[float, float, float] = (NAN, NAN, NAN)
     loss: float = NAN
     evaluations: dict[str, list[int]] = field(default_factory=dict)
+    order: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -170,17 +177,20 @@ def measure(
     """
     samples = batch_of(x)
     found = Measures(samples, 0)
-    if (bad := _bad_weights(model)) is not None:
-        found.non_finite = bad
+    found.non_finite = _bad_weights(model)
+    if found.non_finite is not None:
+        return found
     watcher = _Watcher(model)
     activations = watcher.run(x, samples)
     found.norms, found.dead_layers = watcher.norm_measures(), watcher.dead_shares()
-    found.evaluations = watcher.evaluations
-    found.non_finite = found.non_finite or watcher.non_finite
-    found.solver_error = watcher.solver_error
-    if found.solver_error is not None:
+    found.evaluations, found.order = watcher.evaluations, watcher.order
+    found.non_finite, found.solver_error = watcher.non_finite, watcher.solver_error
+    if found.non_finite is not None or found.solver_error is not None:
         return found
     found.probed = max(1, min(SAMPLES, samples, _ENTRIES // max(1, activations)))
+    if max((n for calls in found.evaluations.values() for n in calls), default=0) > MANY:
+        found.notes.append("The blocks were not looked at: no few fixed steps take the place of the solver's.")
+        return found
     with _precise(model, watcher) as precise:
         some = _floating(part(x, 0, found.probed, samples), precise)
         _measure_blocks(found, precise, some, part(target, 0, found.probed, samples), loss_fn, blocks, seed)
@@ -200,10 +210,14 @@ def _bad_weights(model: nn.Module) -> tuple[str, str] | None:
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         if value.is_floating_point() and not bool(value.detach().isfinite().all()):
             owner, _, own = name.rpartition(".")
-            mask = own == "mask" or bool((value == -math.inf).any() and not value.isnan().any())
-            if isinstance(value, nn.Parameter) or not mask:  # attention masks hold −∞
+            if isinstance(value, nn.Parameter) or not _masked(value):
                 return owner, f"the weights: {own} of {owner or 'the model'}"
     return None
+
+
+def _masked(t: Tensor) -> bool:
+    """Whether a tensor holds −∞ beside finite numbers alone, as attention masks and masked logits do."""
+    return bool(t.isfinite().any()) and not bool((t.isnan() | (t == math.inf)).any())
 
 
 class _Watcher:
@@ -219,6 +233,8 @@ class _Watcher:
         self.non_finite: tuple[str, str] | None = None
         self.solver_error: tuple[str, SolverError] | None = None
         self.running: list[str] = []
+        self.order: dict[str, int] = {}
+        self.met: set[nn.Module] = set()
         self.activations = 0
         self.count = 1
 
@@ -235,10 +251,14 @@ class _Watcher:
                 for some, _, self.count in parts(x, None, size):
                     self.activations = 0
                     self.running.clear()
+                    self.met.clear()
                     call(self.model, some)
         except SolverError as error:
             solving = [n for n in self.running if isinstance(self.model.get_submodule(n), _SOLVING)]
             self.solver_error = (solving[-1] if solving else "", error)
+        except (ValueError, RuntimeError):
+            if self.non_finite is None:  # which solvers and others refuse
+                raise
         finally:
             for hook in hooks:
                 hook.remove()
@@ -247,7 +267,9 @@ class _Watcher:
     def _enter(self, module: nn.Module, args: Any) -> None:
         self.running.append(self.names[module])
         if isinstance(module, _BatchNorm) and module.running_var is not None and args:
-            self._add_statistics(module, args[0])
+            if module not in self.met:  # a solver's later stages meet other states than the block
+                self.met.add(module)
+                self._add_statistics(module, args[0])
 
     def _add_statistics(self, norm: _BatchNorm, x: Tensor) -> None:
         values = x.detach().transpose(0, 1).reshape(x.shape[1], -1).double() if x.ndim > 1 else x[:, None]
@@ -257,6 +279,7 @@ class _Watcher:
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         name = self.running.pop()
+        self.order.setdefault(name, len(self.order))
         y = next(tensors_in(output), None)
         if y is None:
             return
@@ -267,8 +290,7 @@ class _Watcher:
         elif first is not None and name:
             self.shapes[name] = type(module).__name__, first.shape == y.shape
         if self.non_finite is None and y.is_floating_point() and not bool(y.isfinite().all()):
-            masked = bool((y == -math.inf).any()) and not bool((y.isnan() | (y == math.inf)).any())
-            if not masked:
+            if not _masked(y):
                 self.non_finite = name, f"the output of {name or 'the model'}"
         if type(module).__name__ in _DEAD_ZONES:
             self.dead.setdefault(name, []).append(float((y == 0).double().mean()))
@@ -290,9 +312,10 @@ class _Watcher:
             running = norm.running_var.double() + norm.eps
             ratio = variance / running
             offset = (mean - norm.running_mean.double()).abs() / running.sqrt()
-            updates = None if norm.num_batches_tracked is None else int(norm.num_batches_tracked)
+            untouched = bool((norm.running_mean == 0).all() and (norm.running_var == 1).all())
+            trained = norm.weight is not None and bool((norm.weight != 1).any() and (norm.weight != 0).any())
             most = float(torch.quantile(ratio, 0.9)) if len(ratio) < 2**20 else float(ratio.median())
-            found.append(NormMeasures(name, updates, most, float(ratio.max()), float(offset.median())))
+            found.append(NormMeasures(name, untouched, trained, most, float(ratio.max()), float(offset.median())))
         return found
 
     def dead_shares(self) -> list[tuple[str, float]]:

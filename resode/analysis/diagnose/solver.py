@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from resode.analysis.depth.tracing import call
 from resode.analysis.diagnose.findings import Finding
-from resode.analysis.diagnose.measures import Measures
+from resode.analysis.diagnose.measures import MANY, Measures
 from resode.analysis.steps.limit import max_stable_step
 from resode.blocks import ODEBlock, ResidualStack
 from resode.solve import SolverError
@@ -27,7 +27,6 @@ from resode.tableaus import METHODS, get_tableau
 _SAMPLES = 2
 _FINER = 8
 _GROWS = 2.0  # a perturbation, in one block, and so much more than under finer steps
-_MANY = 300  # evaluations of a block from which an adaptive solver is looked at
 _ROUNDS = 30  # of the power iteration
 
 Field = Callable[[Tensor], Tensor]
@@ -65,9 +64,6 @@ _EULER = METHODS["euler"]
 
 @contextmanager
 def _entries(solving: dict[str, Any], states: dict[str, Tensor]):
-    def hook(name: str) -> Any:
-        return lambda module, args: states.setdefault(name, args[0].detach().clone()) and None
-
     def kept(name: str) -> Any:
         def keep(module: nn.Module, args: Any) -> None:
             states.setdefault(name, args[0].detach().clone())
@@ -173,7 +169,7 @@ def fastest_mode(field: Field, x: Tensor) -> float:
 def _stiff(name: str, module: Any, x: Tensor, m: Measures) -> tuple[float, Finding] | None:
     failed = m.solver_error is not None and m.solver_error[0] == name
     calls = m.evaluations.get(name, [0])
-    if not failed and max(calls) < _MANY:
+    if not failed and max(calls) <= MANY:
         return None
     index = calls.index(max(calls)) if calls else 0
     field, span = _field_of(module, index)
