@@ -249,7 +249,7 @@ ONE, SPAN = torch.ones(1), torch.tensor([0.0, 1.0])
         (dict(step_size=0.0), ValueError, "step_size must be positive"),
         (dict(step_size=0.1, n_steps=1), ValueError, "not both"),
         (dict(n_steps=0), ValueError, "at least 1, got 0"),
-        (dict(n_steps=2.5), ValueError, "integer of at least 1, got 2.5"),
+        (dict(n_steps=2.5), ValueError, "whole number of at least 1, got 2.5"),
         (dict(per_sample=True), ValueError, r"got \(1,\)"),
         (dict(per_sample=True, y0=(ONE, ONE)), ValueError, "got a tuple"),
         (dict(y0=(ONE, ONE.double())), ValueError, "share one dtype"),

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from resode.formulas import Cost
+from resode.modes import evaluating
 
 
 def count(model: nn.Module, x: Tensor) -> Cost:
@@ -33,14 +34,8 @@ def count(model: nn.Module, x: Tensor) -> Cost:
     """
     if x.ndim < 1 or len(x) == 0:
         raise ValueError(f"x must be a batch of at least one sample: got shape {tuple(x.shape)}.")
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            y = model(x)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        y = model(x)
     parameters = sum(p.numel() for p in model.parameters())
     macs, rest = divmod(counter.get_total_flops() // 2, len(x))
     assert not rest, "all samples take the same operations"

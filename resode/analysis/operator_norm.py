@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from resode.analysis.steps.contraction import largest
+from resode.checks import check_number
 from resode.jacobian.products import full_precision
 
 _ITERATIONS = 20  # of a bounded norm in a call, at most; five as a rule
@@ -78,8 +79,7 @@ def bound_operator_norm(conv: nn.Module, input_shape: Sequence[int], bound: floa
         0.5
     """
     shape = _checked(conv, input_shape)
-    if not 0 < bound < float("inf"):
-        raise ValueError(f"a bound on a norm must be positive and finite, got {bound}.")
+    check_number("bound", bound, above=0)
     parametrize.register_parametrization(conv, "weight", _Bounded(conv, shape, bound))
     return conv
 

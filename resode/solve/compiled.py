@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import types
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from resode.checks import warn_user
 from resode.solve.adaptive import Adaptive, Progress, adaptive_solve, error_norm
 from resode.solve.control import NUMPY, Control, next_step
 from resode.solve.dense import Step, interpolate
@@ -171,10 +171,9 @@ def compiled_solve(
     """
     solve = Adaptive(tableau, f, x, times[0], times[-1], control, resume)
     if x.requires_grad and torch.is_grad_enabled() and not solve.k0.requires_grad:
-        warnings.warn(
+        warn_user(
             "func's result has no gradient though the state has one (detach, no_grad or numpy in it?): the "
             "gradients will be those of a constant field.",
-            stacklevel=6,
         )
     outputs = np.array(times[1:-1], NUMPY[control.dtype])
     try:
@@ -384,9 +383,8 @@ def _tensor(value: Any, x: Tensor) -> Tensor:
 def _warn_of_eager(error: Exception) -> None:
     lines = [line.strip() for line in str(error).split("\n") if line.strip()]
     reason = " ".join(lines[: 2 if len(lines) > 1 and lines[1].startswith("Explanation") else 1])
-    warnings.warn(
+    warn_user(
         f"compile=True solves without compiling, because the field could not be compiled: "
         f"{type(error).__name__}: {reason} Branch by torch.where rather than by values, keep to torch's "
         "operations, or set compile=False.",
-        stacklevel=7,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resode.checks import one_of, warn_user
 from resode.solve.compiled import COMPILED_OPTIONS, key_of
 from resode.solve.control import MAX_STEPS
 from resode.solve.events import combined, solve_to_event, with_event_gradient
@@ -114,8 +114,7 @@ def odeint(
         >>> stats.n_rejected
         tensor([0, 0, 0])
     """
-    if gradient not in GRADIENTS:
-        raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}; got {gradient!r}.")
+    one_of("gradient", gradient, GRADIENTS)
     adjoint = {} if gradient == "adjoint" else None
     return _odeint(func, y0, t, rtol, atol, method, options, event_fn, args, step_size, n_steps, max_steps,
                    per_sample, return_stats, adjoint, gradient == "checkpoint", compile)  # fmt: skip
@@ -353,9 +352,8 @@ def _reached_by(func: Any, y: Tensor) -> Tensor:
 def _warn_of_a_single_step(settings: SolveSettings, t: Tensor, is_event: bool) -> None:
     given = settings.step_size is not None or settings.n_steps is not None or settings.grid() is not None
     if settings.fixed and not given and len(t) == 2 and not is_event:
-        warnings.warn(
+        warn_user(
             f"{settings.method.name} takes one step from t[0] to t[1]; give n_steps or step_size.",  # type: ignore[union-attr]
-            stacklevel=4,
         )
 
 
@@ -378,10 +376,9 @@ def _compiles(settings: SolveSettings, callbacks: Any, event_fn: Any) -> bool:
     reasons += ["gradient='checkpoint'"] if settings.checkpoint and not settings.fixed else []
     reasons += [f"{settings.method!r}, which torchdiffeq solves"] if isinstance(settings.method, str) else []
     if reasons:
-        warnings.warn(
+        warn_user(
             f"compile=True has no effect with {', '.join(reasons)}; compiled steps know the options "
             f"{', '.join(COMPILED_OPTIONS)} of adaptive methods, and none of fixed steps.",
-            stacklevel=4,
         )
     return not reasons
 

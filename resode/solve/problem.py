@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from resode.checks import warn_user
 from resode.solve.control import Callbacks, Tolerance
 from resode.solve.options import SolveSettings
 from resode.solve.step import all_finite
@@ -164,9 +164,7 @@ def callbacks_of(
         )
     unused = [name + suffix for name in found if name != "callback_step"]
     if settings.fixed and unused:
-        warnings.warn(
-            f"fixed steps are neither accepted nor rejected: {unused} are not called.", stacklevel=4
-        )
+        warn_user(f"fixed steps are neither accepted nor rejected: {unused} are not called.")
 
     def on_state(call: Any) -> Any:
         as_given = (lambda y: y) if split is None else split

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from resode.analysis.rest.fixed_points import SMALL, newton_direction, solver_slope
+from resode.checks import check_number
 from resode.jacobian.arnoldi import random_start, ritz_values
 from resode.jacobian.field_products import Field, Products
 from resode.jacobian.linearize import check_field, dense_jacobian
@@ -135,8 +136,8 @@ def classify(
     x = x.detach()
     if (solver is None) != (step_size is None):
         raise ValueError("a solver's map needs its step: give solver= and step_size= together, or neither.")
-    if step_size is not None and not 0 < step_size < math.inf:
-        raise ValueError(f"step_size must be positive and finite, got {step_size}.")
+    if step_size is not None:
+        check_number("step_size", step_size, above=0)
     residual = value.detach().flatten(1).abs().amax(1)
     spectra = [_spectrum(field, x[i : i + 1], value[i : i + 1].detach()) for i in range(len(x))]
     width = max(len(s.values) for s in spectra)

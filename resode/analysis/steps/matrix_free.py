@@ -9,7 +9,6 @@ decaying modes is an upper bound for methods, such as Euler, whose region leaves
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from resode.analysis.steps.contraction import apply, contraction_steps_of, logarithmic_norms_of
 from resode.analysis.steps.outlook import DEFLATED, Judge, Outlook, rough_exits, rounding
+from resode.checks import warn_user
 from resode.jacobian.krylov import KrylovSchur, Ritz, outermost
 from resode.jacobian.linearize import Field
 from resode.jacobian.matrices import DENSE_LIMIT, check_precision
@@ -126,11 +126,10 @@ def outer_spectra(
             found += part.solve(budget)
     lost = sum(not all(o.converged for o in s.outlooks) for s in found)
     if lost and warn:
-        warnings.warn(
+        warn_user(
             f"no convergence within {budget} products in {lost} of {len(found)} samples: their step limits "
             "are upper bounds, from the eigenvalues found. Raise budget= or rtol=.",
             RuntimeWarning,
-            stacklevel=6,  # of max_stable_step or step_limit
         )
     return found
 
