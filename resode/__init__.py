@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Any
 from resode import networks
 from resode.analysis.curvature import max_learning_rate
 from resode.analysis.depth.profile import DepthProfile, profile_depth
+from resode.analysis.diagnose.diagnose import diagnose
+from resode.analysis.diagnose.findings import Finding
+from resode.analysis.diagnose.forecast import Forecast
+from resode.analysis.diagnose.page import Diagnosis
 from resode.analysis.rest.classify import Classification, classify
 from resode.analysis.rest.fixed_points import FixedPoints, find_fixed_points, find_several_fixed_points
 from resode.analysis.steps.limit import max_stable_step, step_limit
@@ -59,7 +63,10 @@ __all__ = [
     "ButcherTableau",
     "Classification",
     "DepthProfile",
+    "Diagnosis",
+    "Finding",
     "FixedPoints",
+    "Forecast",
     "MaxStepsReached",
     "NonFiniteField",
     "NonFiniteState",
@@ -75,6 +82,7 @@ __all__ = [
     "SwapReport",
     "classify",
     "compare",
+    "diagnose",
     "find_fixed_points",
     "find_several_fixed_points",
     "imaginary_stability_interval",

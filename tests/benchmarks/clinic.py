@@ -1,6 +1,7 @@
-"""The clinic: healthy networks left alone, broken ones named, by cause, fitted on one half and told of the other.
+"""The clinic: healthy networks left alone, broken ones named, by cause, fitted on one half and told of the "
+"other.
 
-    python -m tests.benchmarks.clinic [--fit] [--treat] [--verbose]
+python -m tests.benchmarks.clinic [--fit] [--treat] [--verbose]
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ def main() -> None:
         counts[1] += right[0]
         counts[2] += right[1]
         if arguments.verbose or not all(right):
-            print(f"{'ok   ' if all(right) else 'wrong'} {b.name}: {b.culprit} {b.cause} | {place} {cause}", flush=True)
+            print(
+                f"{'ok   ' if all(right) else 'wrong'} {b.name}: {b.culprit} {b.cause} | {place} {cause}",
+                flush=True,
+            )
     print(f"\n{'':<20}{'fitted':>24}{'held out':>24}")
     print(f"{'cause':<20}" + 2 * f"{'n':>6}{'block':>9}{'cause':>9}")
     totals = {False: [0, 0, 0], True: [0, 0, 0]}
@@ -63,7 +67,9 @@ def main() -> None:
         line += f"{n:>6}{_percent(block, n):>9}{_percent(right, n):>9}"
     print(line)
     for half in (False, True):
-        print(f"healthy alarmed, {'held out' if half else 'fitted'}: {alarmed[half][0]} of {alarmed[half][1]}")
+        print(
+            f"healthy alarmed, {'held out' if half else 'fitted'}: {alarmed[half][0]} of {alarmed[half][1]}"
+        )
     print(f"{time.monotonic() - started:.0f} s")
 
 

@@ -135,7 +135,10 @@ def group(channels):
 def transformer(depth, width=WIDTH, post=False, scale=None, act=nn.GELU):
     blocks = []
     for _ in range(depth):
-        for branch in (Attention(width), nn.Sequential(nn.Linear(width, 2 * width), act(), nn.Linear(2 * width, width))):
+        for branch in (
+            Attention(width),
+            nn.Sequential(nn.Linear(width, 2 * width), act(), nn.Linear(2 * width, width)),
+        ):
             norm = nn.LayerNorm(width)
             s = 1.0 if scale is None else nn.Parameter(torch.full((width,), scale))
             blocks.append(Residual(branch, None if post else norm, s, norm if post else None))
@@ -207,7 +210,9 @@ def stack_net(solver="euler", depth=8, substeps=1, eta=0.5, shared=False, act="t
         return MLPField(WIDTH, activation=act)
 
     fields = field() if shared else [field() for _ in range(depth)]
-    stack = ResidualStack(fields, depth=depth if shared else None, solver=solver, step_size=eta, substeps=substeps)
+    stack = ResidualStack(
+        fields, depth=depth if shared else None, solver=solver, step_size=eta, substeps=substeps
+    )
     return nn.Sequential(flat(), stack, nn.Linear(WIDTH, 10))
 
 
@@ -223,10 +228,16 @@ def plain(depth, act=nn.ReLU, norm=False, gain=2.0):
 
 def chain(depth, block, width=WIDTH, norm=False):
     head = nn.Linear(width, 10)
-    return Chain(flat(width), [block(i) for i in range(depth)], nn.Sequential(nn.LayerNorm(width), head) if norm else head)
+    return Chain(
+        flat(width),
+        [block(i) for i in range(depth)],
+        nn.Sequential(nn.LayerNorm(width), head) if norm else head,
+    )
 
 
-def residual_mlps(depth, norm=None, scale=1.0, last=1.0, width=WIDTH, act=nn.ReLU, factor=1.0, post=None, norms=False):
+def residual_mlps(
+    depth, norm=None, scale=1.0, last=1.0, width=WIDTH, act=nn.ReLU, factor=1.0, post=None, norms=False
+):
     def block(i):
         s = nn.Parameter(torch.full((1,), float(scale))) if scale == 0 else scale
         return Residual(
@@ -344,8 +355,14 @@ def data(task: str) -> Data:
         ids = (start + step * torch.arange(9)) % 11
         return Data(ids[:1000, :8], ids[:1000, 1:], ids[1000:, :8], ids[1000:, 1:])
     images = load_data("digits")
-    x, y = ((t.float() - 78) / 96 if t.dtype == torch.uint8 else t for t in (images.train_images, images.train_labels))
-    tx, ty = ((t.float() - 78) / 96 if t.dtype == torch.uint8 else t for t in (images.test_images, images.test_labels))
+    x, y = (
+        (t.float() - 78) / 96 if t.dtype == torch.uint8 else t
+        for t in (images.train_images, images.train_labels)
+    )
+    tx, ty = (
+        (t.float() - 78) / 96 if t.dtype == torch.uint8 else t
+        for t in (images.test_images, images.test_labels)
+    )
     return Data(x, y.long(), tx, ty.long())
 
 

@@ -40,11 +40,11 @@ def diagnose(
 ) -> Diagnosis:
     r"""What is wrong with a network, if anything: on one page, with advice.
 
-    It costs a few forward and backward passes and needs no eigenvalue. What it looks at, in this order:
-    numbers that are not finite; batch norm's statistics against these inputs; shortcuts against their
-    siblings; dead activations; branches that pass nothing on; blocks that amplify a perturbation far more than
-    the others; the whole depth's gain; the solver's steps; the learning rate. Networks without shortcuts are
-    looked at too.
+    It costs a few forward and backward passes and needs no eigenvalue. It looks for numbers that are not
+    finite; at batch norm's statistics against these inputs; at shortcuts against their siblings; for dead
+    activations, branches that pass nothing on, and blocks that amplify a perturbation far more than the
+    others; at the whole depth's gain, the solver's steps and the learning rate. Of several faults of one
+    place the first in the forward pass comes first. Networks without shortcuts are looked at too.
 
     Args:
         model: any network; looked at in evaluation mode and put back into its own.
@@ -133,7 +133,7 @@ def _forecasts(model: nn.Module, x: Any, solvers: Sequence[str]) -> dict[str, Fo
 
 
 def _training(model: nn.Module, x: Any, target: Any, loss_fn: Any, lr: float) -> Training:
-    """lr against 2/λ_max, with the batch statistics that training would take."""
+    """Lr against 2/λ_max, with the batch statistics that training would take."""
 
     def loss(output: Any, wanted: Any) -> torch.Tensor:
         return sample_losses(output, wanted, loss_fn, batch_of(x)).mean()
@@ -154,7 +154,8 @@ def _too_fast(t: Training) -> Finding:
     return Finding(
         WHOLE,
         "learning-rate",
-        f"lr {t.lr:.3g} is {t.ratio:.3g} times its limit {t.limit:.3g}, beyond which the steepest direction of the "
+        f"lr {t.lr:.3g} is {t.ratio:.3g} times its limit {t.limit:.3g}, beyond which the steepest direction "
+        f"of the "
         "loss grows.",
         f"Start with {t.limit / 2:.2g}, or with a warm-up to {t.limit:.2g}.",
         {"lr": t.lr, "limit": t.limit, "ratio": t.ratio},

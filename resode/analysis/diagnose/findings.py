@@ -1,8 +1,8 @@
 r"""From what was measured to what is wrong: rules in the order of harm, and silence where none applies.
 
-Faults of one place (a number that is not finite, statistics, a shortcut, dead units, an idle or a strong branch)
-come before those of the whole depth, which they cause. Every threshold was fitted on one half of a clinic of
-healthy and broken networks and is reported on the other: `python -m tests.benchmarks.clinic`.
+Faults of one place (a number that is not finite, statistics, a shortcut, dead units, an idle or a strong
+branch) come before those of the whole depth, which they cause. Every threshold was fitted on one half of a
+clinic of healthy and broken networks and is reported on the other: `python -m tests.benchmarks.clinic`.
 """
 
 from __future__ import annotations
@@ -143,22 +143,24 @@ def _non_finite(place: tuple[str, str]) -> Finding:
             "Its inputs and its weights are finite: look there for log, sqrt or a division without an ε, and "
             "for an overflow (float16: take bfloat16 or float32)."
         )
-    return Finding(
-        block or WHOLE, "non-finite", f"The first number that is not finite is in {what}.", advice
-    )
+    return Finding(block or WHOLE, "non-finite", f"The first number that is not finite is in {what}.", advice)
 
 
 def _norm_statistics(m: Measures, t: Thresholds) -> list[Finding]:
     advice = (
-        "Measure its statistics anew: some 20 training batches through the model in training mode, without updates"
+        "Measure its statistics anew: some 20 training batches through the model in training mode, "
+        "without updates"
     )
-    unseen = [n for n in m.norms if n.untouched and (n.trained or _factor(n.variance_ratio) > t.never_updated)]
+    unseen = [
+        n for n in m.norms if n.untouched and (n.trained or _factor(n.variance_ratio) > t.never_updated)
+    ]
     if len(unseen) > 1 and len(unseen) > 0.5 * len(m.norms):
         return [
             Finding(
                 WHOLE,
                 "norm-statistics",
-                f"{len(unseen)} of {len(m.norms)} batch norms have never seen a batch: their statistics are the 0 and "
+                f"{len(unseen)} of {len(m.norms)} batch norms have never seen a batch: their statistics are "
+                f"the 0 and "
                 f"1 that they were made with, and the inputs' variance at {unseen[0].name} is "
                 f"{unseen[0].variance_ratio:.3g}.",
                 f"{advice}.",
@@ -169,7 +171,8 @@ def _norm_statistics(m: Measures, t: Thresholds) -> list[Finding]:
         Finding(
             n.name,
             "norm-statistics",
-            f"Its running variance {'was never updated' if n in unseen else 'does not belong to these inputs'}: their "
+            f"Its running variance "
+            f"{'was never updated' if n in unseen else 'does not belong to these inputs'}: their "
             f"variance is {n.variance_ratio:.3g} times that.",
             f"{advice}; if these are no training inputs, compare how both are normalised.",
             {"variance_ratio": n.variance_ratio, "offset": n.offset},
@@ -248,14 +251,18 @@ def _without_shortcut(m: Measures) -> list[Finding]:
         usual, times = Counter(n for _, n in members).most_common(1)[0]
         odd = [name for name, n in members if n < usual]
         if len(members) >= 3 and times > 0.5 * len(members) and 0 < len(odd) <= max(1, 0.25 * len(members)):
-            found += [_no_shortcut(name, "It has no shortcut, and its siblings have one", 1.0) for name in odd]
+            found += [
+                _no_shortcut(name, "It has no shortcut, and its siblings have one", 1.0) for name in odd
+            ]
     return found
 
 
 def _dead(m: Measures, t: Thresholds) -> list[Finding]:
     shares = [(b.name, b.dead) for b in m.blocks if b.dead > t.dead]
     names = {name for name, _ in shares}
-    shares += [(n, s) for n, s in m.dead_layers if s > t.dead and not any(n.startswith(b + ".") for b in names)]
+    shares += [
+        (n, s) for n, s in m.dead_layers if s > t.dead and not any(n.startswith(b + ".") for b in names)
+    ]
     return [
         Finding(
             name,
@@ -286,7 +293,8 @@ def _idle(m: Measures, t: Thresholds) -> list[Finding]:
         Finding(
             b.name,
             "idle",
-            f"Its branch passes on {b.branch_gain:.2g} of a perturbation, the median branch {usual:.2g}: it adds "
+            f"Its branch passes on {b.branch_gain:.2g} of a perturbation, the median branch {usual:.2g}: it "
+            f"adds "
             "nothing that depends on its input.",
             "Initialise its last layer anew (its scale, where it has one) and train on, or remove the block.",
             {"branch_gain": b.branch_gain, "usual": usual},
@@ -309,7 +317,8 @@ def _strong(m: Measures, t: Thresholds) -> list[Finding]:
         Finding(
             b.name,
             "strong-block",
-            f"Its branch amplifies a random perturbation by {times}; the block's largest singular value is at least "
+            f"Its branch amplifies a random perturbation by {times}; the block's largest singular value is "
+            f"at least "
             f"{b.sigma:.3g}.",
             f"Multiply its branch by {scale:.2g} (its last layer's weights) and train on.",
             {"branch_gain": b.branch_gain, "usual": usual, "sigma": b.sigma, "scale": scale},
@@ -347,7 +356,8 @@ def _whole(m: Measures, t: Thresholds) -> list[Finding]:
             Finding(
                 WHOLE,
                 "collapse",
-                f"Different inputs come out as one state: they differ by {after:.2g} of its size at the end, and by "
+                f"Different inputs come out as one state: they differ by {after:.2g} of its size at the "
+                f"end, and by "
                 f"{before:.2g} at the start.",
                 _steps_of_whole(m),
                 {"spread": after, "spread_of_inputs": before},
@@ -375,9 +385,11 @@ def _gain_of_whole(m: Measures, t: Thresholds) -> list[Finding]:
             Finding(
                 WHOLE,
                 "explosion",
-                f"{depth} blocks amplify a perturbation up to {sigma:.3g} times and the state {m.state_growth:.3g} "
+                f"{depth} blocks amplify a perturbation up to {sigma:.3g} times and the state "
+                f"{m.state_growth:.3g} "
                 "times; no single block stands out.",
-                f"Start each block's last layer at 0, or divide it by √{depth}, or take a norm before each branch.",
+                f"Start each block's last layer at 0, or divide it by √{depth}, or take a norm before each "
+                f"branch.",
                 numbers,
             )
         ]
@@ -413,9 +425,11 @@ def _gradients_of_layers(m: Measures, t: Thresholds) -> list[Finding]:
         Finding(
             WHOLE,
             "explosion" if grows else "vanishing",
-            f"Without shortcuts the gradient is {ratio:.2g} times as large at the first of {len(m.layers)} layers as "
+            f"Without shortcuts the gradient is {ratio:.2g} times as large at the first of {len(m.layers)} "
+            f"layers as "
             "at the last.",
-            "Give it shortcuts, x + F(x), with the last layer of each F divided by the root of their number; or "
+            "Give it shortcuts, x + F(x), with the last layer of each F divided by the root of their "
+            "number; or "
             "start the layers with He's variance (2/n for ReLU, 1/n for tanh) and batch norm between.",
             numbers,
         )

@@ -1,8 +1,8 @@
 r"""What another solver will cost, foretold from a few unlabelled inputs.
 
 Two numbers tell it beforehand: how far the logits drift, and the worst block's defect
-‖Φ_new(x) − Φ_old(x)‖ / ‖Φ_old(x)‖, Φ the block's map at the states that it meets. Whether a mode grows, or the
-step is within the new solver's limit, tells nearly nothing.
+‖Φ_new(x) − Φ_old(x)‖ / ‖Φ_old(x)‖, Φ the block's map at the states that it meets. Whether a mode grows, or
+the step is within the new solver's limit, tells nearly nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-r"""What a diagnosis rests on, measured in a few passes: states, statistics, gains and gradients, no eigenvalue.
+r"""What a diagnosis rests on: states, statistics, gains and gradients, in a few passes, without eigenvalues.
 
 The gain of a random perturbation u through a block y = S(x) + ηF(x) is ‖(S' + ηJ)ᵀu‖ / ‖u‖: for white u its
 mean square is the mean square of the singular values, forwards and backwards alike, so one backward pass over
@@ -168,13 +168,7 @@ def measure(
     blocks: str | Sequence[str] | None,
     seed: int,
 ) -> Measures:
-    """Everything that the findings rest on.
-
-    Args:
-        model: in evaluation mode.
-        x, target, loss_fn, blocks: as `resode.diagnose`.
-        seed: of the random perturbations.
-    """
+    """Everything that the findings rest on, of a model in evaluation mode; arguments as `resode.diagnose`."""
     samples = batch_of(x)
     found = Measures(samples, 0)
     found.non_finite = _bad_weights(model)
@@ -189,7 +183,9 @@ def measure(
         return found
     found.probed = max(1, min(SAMPLES, samples, _ENTRIES // max(1, activations)))
     if max((n for calls in found.evaluations.values() for n in calls), default=0) > MANY:
-        found.notes.append("The blocks were not looked at: no few fixed steps take the place of the solver's.")
+        found.notes.append(
+            "The blocks were not looked at: no few fixed steps take the place of the solver's."
+        )
         return found
     with _precise(model, watcher) as precise:
         some = _floating(part(x, 0, found.probed, samples), precise)
@@ -275,7 +271,9 @@ class _Watcher:
         values = x.detach().transpose(0, 1).reshape(x.shape[1], -1).double() if x.ndim > 1 else x[:, None]
         sums = [torch.full_like(values[:, 0], values.shape[1]), values.sum(1), values.square().sum(1)]
         before = self.sums.get(self.names[norm])
-        self.sums[self.names[norm]] = sums if before is None else [a + b for a, b in zip(before, sums)]
+        self.sums[self.names[norm]] = (
+            sums if before is None else [a + b for a, b in zip(before, sums, strict=True)]
+        )
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         name = self.running.pop()
@@ -315,7 +313,9 @@ class _Watcher:
             untouched = bool((norm.running_mean == 0).all() and (norm.running_var == 1).all())
             trained = norm.weight is not None and bool((norm.weight != 1).any() and (norm.weight != 0).any())
             most = float(torch.quantile(ratio, 0.9)) if len(ratio) < 2**20 else float(ratio.median())
-            found.append(NormMeasures(name, untouched, trained, most, float(ratio.max()), float(offset.median())))
+            found.append(
+                NormMeasures(name, untouched, trained, most, float(ratio.max()), float(offset.median()))
+            )
         return found
 
     def dead_shares(self) -> list[tuple[str, float]]:
@@ -382,7 +382,9 @@ def _measure_blocks(
         for hook in hooks:
             hook.remove()
     batch = found.probed
-    found.blocks = [_static(a, batch, name) for a, name in zip(traced.additions, block_names(model, traced))]
+    found.blocks = [
+        _static(a, batch, name) for a, name in zip(traced.additions, block_names(model, traced), strict=True)
+    ]
     _spreads(found, traced, x, batch)
     _gradients(found, traced, layers, target, loss_fn)
     if found.non_finite is not None:

@@ -154,7 +154,8 @@ class Diagnosis:
         if not math.isfinite(w.sigma):
             return f"the state grows {_short(w.state_growth)} times; its gain could not be measured."
         return (
-            f"a perturbation grows {_short(w.gain)} times through the depth, at most {_short(w.sigma)} (usual "
+            f"a perturbation grows {_short(w.gain)} times through the depth, at most {_short(w.sigma)} "
+            f"(usual "
             f"{low:g} to {high:g}); the state {_short(w.state_growth)} times."
         )
 
@@ -165,7 +166,8 @@ class Diagnosis:
             return
         values = sorted(r.branch_gain for r in known)
         yield (
-            f"branch gains {_short(values[0])} to {_short(values[-1])}, median {_short(values[len(values) // 2])}; "
+            f"branch gains {_short(values[0])} to {_short(values[-1])}, median "
+            f"{_short(values[len(values) // 2])}; "
             f"{sum(bool(r.cause) for r in self.rows) or 'none'} of {len(self.rows)} stands out."
         )
         for r in [r for r in self.rows if r.cause][:5]:

@@ -133,7 +133,8 @@ def _plain_overstep(block: str, solver: str, h: float, gain: float, finer: float
     return Finding(
         block,
         "overstep",
-        f"A step of {h:.4g} with {solver} amplifies a perturbation {gain:.3g} times, and {_FINER} times finer steps "
+        f"A step of {h:.4g} with {solver} amplifies a perturbation {gain:.3g} times, and {_FINER} times "
+        f"finer steps "
         f"{finer:.3g}.",
         f"Take {_FINER * now} substeps.",
         {"gain": gain, "finer": finer, "step": h, "substeps": float(_FINER * now)},
@@ -190,7 +191,8 @@ def _stiff(name: str, module: Any, x: Tensor, m: Measures) -> tuple[float, Findi
     return float(evaluations), Finding(
         block,
         "stiff",
-        f"Its mode λ = {eigenvalue:.4g} decays within {-1 / eigenvalue:.2g} of {span:.3g} and holds {module.solver}'s "
+        f"Its mode λ = {eigenvalue:.4g} decays within {-1 / eigenvalue:.2g} of {span:.3g} and holds "
+        f"{module.solver}'s "
         f"steps short: " + ("it gave up." if failed else f"{evaluations:,} evaluations."),
         stiff_advice(-eigenvalue * span, evaluations),
         {"eigenvalue": eigenvalue, "evaluations": float(evaluations), "span": span},
@@ -205,7 +207,8 @@ def stiff_advice(stiffness: float, evaluations: int) -> str:
     """The method to take for |λ|·T = stiffness, and what it costs."""
     stages = max(5, math.ceil(math.sqrt(stiffness / 0.65 / 4)))  # β ≈ 0.65 s² of rkc2, in four steps
     return (
-        f"Take a stabilised method, solver='rkc2_{stages}' with 4 steps (some {4 * stages:,} evaluations), or an "
+        f"Take a stabilised method, solver='rkc2_{stages}' with 4 steps (some {4 * stages:,} evaluations), "
+        f"or an "
         "implicit one (radau5, kvaerno5: a few dozen steps, each with a linear solve)."
     )
 
@@ -213,7 +216,11 @@ def stiff_advice(stiffness: float, evaluations: int) -> str:
 def _field_of(module: Any, index: int) -> tuple[Field, float]:
     """F of a block, of the state alone, and the depth time that it takes."""
     if isinstance(module, ResidualStack):
-        eta = module.step_size if module.step_sizes is None else float(module.step_sizes[index].detach().abs().max())
+        eta = (
+            module.step_size
+            if module.step_sizes is None
+            else float(module.step_sizes[index].detach().abs().max())
+        )
         return module.field(index), eta
     start, end = module.t
     func = copy.deepcopy(module.func)
