@@ -151,26 +151,23 @@ class Diagnosis:
         if w is None:
             return "no residual block adds a branch to the state that it starts from."
         low, high = w.usual
-        if not math.isfinite(w.sigma):
-            return f"the state grows {_short(w.state_growth)} times; its gain could not be measured."
         return (
-            f"a perturbation grows {_short(w.gain)} times through the depth, at most {_short(w.sigma)} "
-            f"(usual "
-            f"{low:g} to {high:g}); the state {_short(w.state_growth)} times."
+            f"gain {_short(w.gain)}, at most {_short(w.sigma)} (usual {low:g} to {high:g}); the state grows "
+            f"{_short(w.state_growth)} times."
         )
 
     def _block_lines(self) -> Iterator[str]:
-        known = [r for r in self.rows if math.isfinite(r.branch_gain)]
+        known = sorted(r.branch_gain for r in self.rows if math.isfinite(r.branch_gain))
         if not known:
             yield "no branch's gain to compare."
             return
-        values = sorted(r.branch_gain for r in known)
+        odd = [r for r in self.rows if r.cause]
         yield (
-            f"branch gains {_short(values[0])} to {_short(values[-1])}, median "
-            f"{_short(values[len(values) // 2])}; "
-            f"{sum(bool(r.cause) for r in self.rows) or 'none'} of {len(self.rows)} stands out."
+            f"branch gains {_short(known[0])} to {_short(known[-1])}, median "
+            f"{_short(known[len(known) // 2])}; {len(odd) or 'none'} of {len(self.rows)} "
+            f"{'stand' if len(odd) > 1 else 'stands'} out."
         )
-        for r in [r for r in self.rows if r.cause][:5]:
+        for r in odd[:5]:
             yield f"{r.block}: {r.cause}; gain {_short(r.gain)}, branch {_short(r.branch_gain)}"
 
     def _swap_lines(self) -> Iterator[str]:
@@ -180,10 +177,8 @@ class Diagnosis:
             if solver == self.solver:
                 yield f"{solver}: as it is."
                 continue
-            yield (
-                f"{solver}: {f.verdict} the accuracy (logits move by {_short(f.drift)}"
-                + (f", most in {f.worst_block}: {_short(f.defect)})." if f.worst_block else ").")
-            )
+            where = f"; most in {f.worst_block}: {_short(f.defect)}" if f.worst_block else ""
+            yield f"{solver} {f.verdict} accuracy: drift {_short(f.drift)}{where}."
 
     def _train_line(self) -> str:
         t = self.training
