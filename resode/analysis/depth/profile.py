@@ -26,8 +26,6 @@ from resode.tableaus import ButcherTableau, get_tableau
 
 NAN = math.nan
 
-_GROWS = 1.01  # |R(ηλ)| from which a step counts as too large
-
 
 @dataclass(frozen=True)
 class DepthRow:
@@ -169,21 +167,6 @@ class DepthProfile:
 
         return plots.depth_profile(self, path)
 
-    def diagnosis(self) -> list[str]:
-        """What is wrong, worst first: blocks whose step is too large, and what would be safe."""
-        bad = sorted((r for r in self.rows if r.growth > _GROWS), key=lambda r: -r.growth)
-        found = []
-        for r in bad:
-            text = (
-                f"{r.name}: η = {r.step_size:.4g} is too large for {r.solver}: λ = "
-                f"{show(r.growth_eigenvalue)} grows by {r.growth:.4g} a step; decaying modes need "
-                f"η ≤ {r.decaying_step:.4g} (set by λ = {show(r.limiting_eigenvalue)})"
-            )
-            if r.after:
-                text += f"; {r.after} follows, so this is no Euler step and the limit is a guide"
-            found.append(text + ".")
-        return found
-
     def __str__(self) -> str:
         columns = ["block", "kind", "η", "‖x‖", "‖F‖/‖x‖", "dead", "grad", "id·res", "max Re λ", "limit"]
         columns += ["decaying", "growth", "σ min", "σ max", "Δ loss" if self.has_target else "Δ output"]
@@ -208,7 +191,7 @@ class DepthProfile:
             gain = f"‖∏(I+ηJ)‖ = {s.norm:.4g}"
             bound = f"≤ ∏(1+ε) = {s.upper:.4g}" if s.exact else "(activations between)"
             lines.append(f"{s.first} … {s.last}: {gain} {bound}; without shortcuts ≤ {s.plain:.3g}")
-        return "\n".join(lines + self.diagnosis()[:5])
+        return "\n".join(lines)
 
 
 def show(value: complex) -> str:
@@ -264,7 +247,7 @@ def profile_depth(
         batch_size: samples at once; more are taken in parts.
 
     Returns:
-        DepthProfile; print it, `.to_csv(path)`, `.plot(path)`, `.diagnosis()`.
+        DepthProfile; print it, `.to_csv(path)`, `.plot(path)`.
 
     Raises:
         ValueError: training mode, a random output, no residual block found, shapes that do not fit.

@@ -339,7 +339,7 @@ def strengths(m: Measures, t: Thresholds = THRESHOLDS) -> list[tuple[BlockMeasur
         return [(b, b.branch_gain / t.alone) for b in known]
     found = []
     for b in known:
-        allowed = 2.0 if b is m.blocks[0] else 1.0
+        allowed = 2.0 if b.name == m.blocks[0].name else 1.0
         by_gain = min(b.branch_gain / branch / t.strong, b.gain / gain / t.strong_gain)
         by_sigma = b.sigma / sigma / t.sigma if math.isfinite(b.sigma) else 0.0
         found.append((b, max(by_gain, by_sigma) / allowed))
