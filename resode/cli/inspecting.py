@@ -1,4 +1,4 @@
-"""Look inside: the diagnosis and the depth profile of any network, a run's report, several runs side by side."""
+"""Look inside: diagnosis and depth profile of any network, a run's report, several runs side by side."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def diagnose(
     if lr is not None and target is not None and finite:
         training = _training(model, some, part(target, 0, min(SAMPLES, samples), samples), loss_fn, float(lr))
         if training.ratio > THRESHOLDS.learning_rate:
-            found.append(_too_fast(training))
+            found.append(too_fast(training))
     return Diagnosis(
         found,
         _whole(m),
@@ -150,7 +150,8 @@ def _training(model: nn.Module, x: Any, target: Any, loss_fn: Any, lr: float) ->
     return Training(lr, limit, lr / limit if limit > 0 else math.inf)
 
 
-def _too_fast(t: Training) -> Finding:
+def too_fast(t: Training) -> Finding:
+    """A learning rate beyond its limit."""
     return Finding(
         WHOLE,
         "learning-rate",
