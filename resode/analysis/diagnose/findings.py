@@ -89,7 +89,7 @@ class Thresholds:
     idle: float = 1e-3
     strong: float = 6.0
     strong_gain: float = 1.2
-    sigma: float = 6.0
+    sigma: float = 8.0
     alone: float = 30.0
     whole: float = 1e3
     state_growth: float = 1e3
@@ -279,71 +279,72 @@ def _percent(share: float) -> str:
     return "All" if share == 1 else f"{100 * share:.4g} %"
 
 
-def usual_branch_gain(m: Measures) -> float:
-    """The median gain of the branches, nan where there are too few."""
-    known = [b.branch_gain for b in m.blocks if math.isfinite(b.branch_gain)]
-    return statistics.median(known) if len(known) >= FEWEST else math.nan
+def siblings_of(m: Measures, b: BlockMeasures) -> list[BlockMeasures]:
+    """Blocks of the same class and place within it; all blocks where those are too few."""
+    known = [c for c in m.blocks if math.isfinite(c.branch_gain)]
+    own = [c for c in known if c.sibling == b.sibling]
+    return own if len(own) >= FEWEST else known
+
+
+def usual_branch_gain(m: Measures, b: BlockMeasures) -> float:
+    """The median gain of its siblings' branches, nan where there are too few."""
+    known = siblings_of(m, b)
+    return statistics.median(c.branch_gain for c in known) if len(known) >= FEWEST else math.nan
 
 
 def _idle(m: Measures, t: Thresholds) -> list[Finding]:
-    usual = usual_branch_gain(m)
-    if not usual > 0:
-        return []
-    return [
-        Finding(
-            b.name,
-            "idle",
-            f"Its branch passes on {b.branch_gain:.2g} of a perturbation, the median branch {usual:.2g}: it "
-            f"adds "
-            "nothing that depends on its input.",
-            "Initialise its last layer anew (its scale, where it has one) and train on, or remove the block.",
-            {"branch_gain": b.branch_gain, "usual": usual},
-        )
-        for b in m.blocks
-        if b.branch_gain < t.idle * usual
-    ]
+    found = []
+    for b in m.blocks:
+        usual = usual_branch_gain(m, b)
+        if usual > 0 and b.branch_gain < t.idle * usual:
+            found.append(
+                Finding(
+                    b.name,
+                    "idle",
+                    f"Its branch passes on {b.branch_gain:.2g} of a perturbation, the median branch {usual:.2g}: "
+                    "it adds nothing that depends on its input.",
+                    "Initialise its last layer anew (its scale, where it has one) and train on, or remove the "
+                    "block.",
+                    {"branch_gain": b.branch_gain, "usual": usual},
+                )
+            )
+    return found
 
 
 def _strong(m: Measures, t: Thresholds) -> list[Finding]:
     """The strongest block: after it the medians are no longer the network's own."""
-    scores = strengths(m, t)
+    scores = [(b, strength(m, b, t)) for b in m.blocks if math.isfinite(b.branch_gain)]
     b, score = max(scores, key=lambda pair: pair[1], default=(None, 0.0))
     if b is None or not score > 1:
         return []
-    usual = usual_branch_gain(m)
+    usual = usual_branch_gain(m, b)
     scale = usual / b.branch_gain if usual > 0 else 1 / b.branch_gain
     times = f"{b.branch_gain:.3g}" + (f", {b.branch_gain / usual:.3g} times the median" if usual > 0 else "")
     return [
         Finding(
             b.name,
             "strong-block",
-            f"Its branch amplifies a random perturbation by {times}; the block's largest singular value is "
-            f"at least "
-            f"{b.sigma:.3g}.",
+            f"Its branch amplifies a random perturbation by {times}; the block's largest singular value is at "
+            f"least {b.sigma:.3g}.",
             f"Multiply its branch by {scale:.2g} (its last layer's weights) and train on.",
             {"branch_gain": b.branch_gain, "usual": usual, "sigma": b.sigma, "scale": scale},
         )
     ]
 
 
-def strengths(m: Measures, t: Thresholds = THRESHOLDS) -> list[tuple[BlockMeasures, float]]:
-    """Each block with how strong it is: above 1 an outlier against the network's own median."""
-    known = [b for b in m.blocks if math.isfinite(b.branch_gain)]
-    if len(known) < FEWEST:
-        return [(b, b.branch_gain / t.alone) for b in known]
-    branch = statistics.median(b.branch_gain for b in known)
-    gain = statistics.median(b.gain for b in known)
-    sigmas = [b.sigma for b in known if math.isfinite(b.sigma)]
-    sigma = statistics.median(sigmas) if sigmas else math.nan
-    if not branch > 0:  # most branches are switched off
-        return [(b, b.branch_gain / t.alone) for b in known]
-    found = []
-    for b in known:
-        allowed = 2.0 if b.name == m.blocks[0].name else 1.0
-        by_gain = min(b.branch_gain / branch / t.strong, b.gain / gain / t.strong_gain)
-        by_sigma = b.sigma / sigma / t.sigma if math.isfinite(b.sigma) else 0.0
-        found.append((b, max(by_gain, by_sigma) / allowed))
-    return found
+def strength(m: Measures, b: BlockMeasures, t: Thresholds = THRESHOLDS) -> float:
+    """How strong a block is against its siblings: above 1 an outlier."""
+    known = siblings_of(m, b)
+    branch = statistics.median(c.branch_gain for c in known)
+    if len(known) < FEWEST or not branch > 0:  # none to compare with, or most branches are switched off
+        return b.branch_gain / t.alone
+    gain = statistics.median(c.gain for c in known)
+    sigmas = [c.sigma for c in known if math.isfinite(c.sigma)]
+    own = sum(c.sibling == b.sibling for c in known) >= FEWEST
+    allowed = 2.0 if b.name == m.blocks[0].name or not own else 1.0
+    by_gain = min(b.branch_gain / branch / t.strong, b.gain / gain / t.strong_gain)
+    by_sigma = b.sigma / statistics.median(sigmas) / t.sigma if math.isfinite(b.sigma) else 0.0
+    return max(by_gain, by_sigma) / allowed
 
 
 def _whole(m: Measures, t: Thresholds) -> list[Finding]:
@@ -386,10 +387,9 @@ def _gain_of_whole(m: Measures, t: Thresholds) -> list[Finding]:
                 WHOLE,
                 "explosion",
                 f"{depth} blocks amplify a perturbation up to {sigma:.3g} times and the state "
-                f"{m.state_growth:.3g} "
-                "times; no single block stands out.",
-                f"Start each block's last layer at 0, or divide it by √{depth}, or take a norm before each "
-                f"branch.",
+                f"{m.state_growth:.3g} times; no single block stands out.",
+                f"Multiply each branch by 1/√{depth} = {depth**-0.5:.2g} (step_size in a ResidualStack), or "
+                "start its last layer at 0, or take a norm before it. A smaller learning rate does not help.",
                 numbers,
             )
         ]

@@ -71,6 +71,7 @@ class BlockMeasures:
     Args:
         name: of the module that is the block.
         label: of the addition, numbered where its module holds several.
+        sibling: its module's class and which of the module's additions it is.
         kind: of the shortcut, see `resode.analysis.depth.tracing.Addition`.
         keeps_shape: whether y has x's shape.
         shortcut: c where S(x) = c·x, nan where it is something else.
@@ -86,6 +87,7 @@ class BlockMeasures:
 
     name: str
     label: str
+    sibling: str
     kind: str
     keeps_shape: bool
     shortcut: float
@@ -382,8 +384,9 @@ def _measure_blocks(
         for hook in hooks:
             hook.remove()
     batch = found.probed
+    names = block_names(model, traced)
     found.blocks = [
-        _static(a, batch, name) for a, name in zip(traced.additions, block_names(model, traced), strict=True)
+        _static(a, name, _sibling(model, a, name)) for a, name in zip(traced.additions, names, strict=True)
     ]
     _spreads(found, traced, x, batch)
     _gradients(found, traced, layers, target, loss_fn)
@@ -425,10 +428,19 @@ def block_names(model: nn.Module, traced: Trace) -> list[str]:
     return names
 
 
-def _static(a: Addition, batch: int, name: str) -> BlockMeasures:
+def _sibling(model: nn.Module, a: Addition, name: str) -> str:
+    """The class of its module, with the addition's number where the module holds several."""
+    owner = model.get_submodule(name)
+    place = (
+        "" if isinstance(owner, _SOLVING) or name != a.module else a.name.removeprefix(a.module or "model")
+    )
+    return type(owner).__name__ + place
+
+
+def _static(a: Addition, name: str, sibling: str) -> BlockMeasures:
     """What the forward pass alone tells of a block."""
     x, y = a.x.double(), a.y.double()
-    b = BlockMeasures(name, a.name, a.kind, a.keeps_shape, NAN, a.factor)
+    b = BlockMeasures(name, a.name, sibling, a.kind, a.keeps_shape, NAN, a.factor)
     if a.kind == "identity":
         b.shortcut = 1.0
     elif a.kind == "parameter-free" and a.shortcut.shape == a.x.shape:
