@@ -175,13 +175,21 @@ def nan_weight(model, rng):
 
 
 class Log(nn.Module):
+    """log x, or log max(x, ε)."""
+
+    least = 0.0
+
     def forward(self, x):
-        return torch.log(x)
+        return torch.log(x.clamp_min(self.least) if self.least else x)
 
 
 class RootAtZero(nn.Module):
+    """√(x where x > 0), or √(ε + …)."""
+
+    least = 0.0
+
     def forward(self, x):
-        return torch.sqrt(torch.abs(x * (x > 0)))
+        return torch.sqrt(torch.abs(x * (x > 0)) + self.least)
 
 
 def log_of_negative(model, rng):

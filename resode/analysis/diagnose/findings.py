@@ -12,6 +12,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from resode.analysis.diagnose.measures import BlockMeasures, Measures
 
@@ -135,7 +136,7 @@ def _non_finite(place: tuple[str, str]) -> Finding:
         advice = "Load weights of before, or initialise this module anew and train on."
     elif what.startswith("the gradient"):
         advice = (
-            "Look there for a function whose derivative is infinite at 0 (sqrt, norm, log, division): add "
+            "Look right after it for a function whose derivative is infinite at 0 (sqrt, norm, log, division): add "
             "an ε under it."
         )
     else:
@@ -258,17 +259,18 @@ def _without_shortcut(m: Measures) -> list[Finding]:
 
 
 def _dead(m: Measures, t: Thresholds) -> list[Finding]:
-    shares = [(b.name, b.dead) for b in m.blocks if b.dead > t.dead]
-    names = {name for name, _ in shares}
+    off = sum(b.ratio == 0 for b in m.blocks) > 0.5 * len(m.blocks)  # branches that start at 0 are not dead
+    shares = [(b.name, b.dead) for b in m.blocks if b.dead > t.dead and not (off and b.ratio == 0)]
+    within = tuple(f"{b.name}." for b in m.blocks)
     shares += [
-        (n, s) for n, s in m.dead_layers if s > t.dead and not any(n.startswith(b + ".") for b in names)
+        (name, share) for name, share in m.dead_layers if share > t.dead and not name.startswith(within)
     ]
     return [
         Finding(
             name,
             "dead",
             f"{_percent(share)} of the units behind an activation are 0 at all inputs, and get no gradient.",
-            "Initialise the layer before it anew (its bias at 0) and train on with a smaller learning rate.",
+            "Set the bias of the layer before it to 0, or initialise that layer anew, and train on.",
             {"share": share},
         )
         for name, share in shares[:5]
@@ -301,9 +303,10 @@ def _idle(m: Measures, t: Thresholds) -> list[Finding]:
                 Finding(
                     b.name,
                     "idle",
-                    f"Its branch passes on {b.branch_gain:.2g} of a perturbation, the median branch {usual:.2g}: "
+                    f"Its branch passes on {b.branch_gain:.2g} of a perturbation, the median {usual:.2g}: "
                     "it adds nothing that depends on its input.",
-                    "Initialise its last layer anew (its scale, where it has one) and train on, or remove the "
+                    "Initialise its last layer anew (its scale, where it has one) and train on, or remove "
+                    "the "
                     "block.",
                     {"branch_gain": b.branch_gain, "usual": usual},
                 )
@@ -324,7 +327,8 @@ def _strong(m: Measures, t: Thresholds) -> list[Finding]:
         Finding(
             b.name,
             "strong-block",
-            f"Its branch amplifies a random perturbation by {times}; the block's largest singular value is at "
+            f"Its branch amplifies a random perturbation by {times}; the block's largest singular value is "
+            f"at "
             f"least {b.sigma:.3g}.",
             f"Multiply its branch by {scale:.2g} (its last layer's weights) and train on.",
             {"branch_gain": b.branch_gain, "usual": usual, "sigma": b.sigma, "scale": scale},
@@ -348,22 +352,7 @@ def strength(m: Measures, b: BlockMeasures, t: Thresholds = THRESHOLDS) -> float
 
 
 def _whole(m: Measures, t: Thresholds) -> list[Finding]:
-    found = []
-    before, after, _ = m.spread
-    if not m.blocks and len(m.layers) > 1:
-        after = m.layers[-2].spread
-    if after < t.collapse * before:
-        found.append(
-            Finding(
-                WHOLE,
-                "collapse",
-                f"Different inputs come out as one state: they differ by {after:.2g} of its size at the "
-                f"end, and by "
-                f"{before:.2g} at the start.",
-                _steps_of_whole(m),
-                {"spread": after, "spread_of_inputs": before},
-            )
-        )
+    found = [*_collapse(m, t)]
     if m.blocks:
         found += _gain_of_whole(m, t)
     elif len(m.layers) > 2:
@@ -371,10 +360,33 @@ def _whole(m: Measures, t: Thresholds) -> list[Finding]:
     return found
 
 
-def _steps_of_whole(m: Measures) -> str:
-    if m.blocks:
-        return "Start the blocks' last layers at 0 or divide them by √L, so that the first state is kept."
-    return "Give it shortcuts, x + F(x), or batch norm before the activations; or fewer layers."
+def _collapse(m: Measures, t: Thresholds) -> list[Finding]:
+    before, after, _ = m.spread
+    if not m.blocks and len(m.layers) > 1:
+        after = m.layers[-2].spread
+    if not after < t.collapse * before:
+        return []
+    advice = (
+        "Start the blocks' last layers at 0 or divide them by √L, so that the first state is kept."
+        if m.blocks
+        else "Give it shortcuts, x + F(x), or batch norm before the activations; or fewer layers."
+    )
+    spreads = [before, *(layer.spread for layer in m.layers)]
+    drops = [b / a if a > 0 else 0.0 for a, b in pairwise(spreads)]
+    where = ""
+    if drops and min(drops) < t.collapse**0.5:  # in one layer, not from layer to layer
+        name = m.layers[drops.index(min(drops))].name
+        where, advice = f", most of it in {name}", f"Initialise {name} anew, and train on."
+    return [
+        Finding(
+            WHOLE,
+            "collapse",
+            f"Different inputs come out as one state: they differ by {after:.2g} of its size at the end, and by "
+            f"{before:.2g} at the start{where}.",
+            advice,
+            {"spread": after, "spread_of_inputs": before},
+        )
+    ]
 
 
 def _gain_of_whole(m: Measures, t: Thresholds) -> list[Finding]:
