@@ -54,8 +54,9 @@ def why_diverged(
     except (ValueError, TypeError, RuntimeError, ArithmeticError):
         return None  # it takes other inputs, or cannot be differentiated
     first = next((f for cause in BLAMED for f in found.findings if f.cause == cause), None)
-    beyond = found.training is not None and found.training.ratio > 1
-    return too_fast(found.training) if first is None and beyond else first
+    if first is None and found.training is not None and found.training.ratio > 1:
+        return too_fast(found.training)
+    return first
 
 
 @torch.no_grad()

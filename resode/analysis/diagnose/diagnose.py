@@ -156,8 +156,7 @@ def too_fast(t: Training) -> Finding:
         WHOLE,
         "learning-rate",
         f"lr {t.lr:.3g} is {t.ratio:.3g} times its limit {t.limit:.3g}, beyond which the steepest direction "
-        f"of the "
-        "loss grows.",
+        f"of the loss grows.",
         f"Start with {t.limit / 2:.2g}, or with a warm-up to {t.limit:.2g}.",
         {"lr": t.lr, "limit": t.limit, "ratio": t.ratio},
     )

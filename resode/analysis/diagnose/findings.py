@@ -136,7 +136,8 @@ def _non_finite(place: tuple[str, str]) -> Finding:
         advice = "Load weights of before, or initialise this module anew and train on."
     elif what.startswith("the gradient"):
         advice = (
-            "Look right after it for a function whose derivative is infinite at 0 (sqrt, norm, log, division): add "
+            "Look right after it for a function whose derivative is infinite at 0 (sqrt, norm, log, "
+            "division): add "
             "an ε under it."
         )
     else:
@@ -161,8 +162,7 @@ def _norm_statistics(m: Measures, t: Thresholds) -> list[Finding]:
                 WHOLE,
                 "norm-statistics",
                 f"{len(unseen)} of {len(m.norms)} batch norms have never seen a batch: their statistics are "
-                f"the 0 and "
-                f"1 that they were made with, and the inputs' variance at {unseen[0].name} is "
+                f"the 0 and 1 that they were made with, and the inputs' variance at {unseen[0].name} is "
                 f"{unseen[0].variance_ratio:.3g}.",
                 f"{advice}.",
                 {"variance_ratio": unseen[0].variance_ratio},
@@ -306,8 +306,7 @@ def _idle(m: Measures, t: Thresholds) -> list[Finding]:
                     f"Its branch passes on {b.branch_gain:.2g} of a perturbation, the median {usual:.2g}: "
                     "it adds nothing that depends on its input.",
                     "Initialise its last layer anew (its scale, where it has one) and train on, or remove "
-                    "the "
-                    "block.",
+                    "the block.",
                     {"branch_gain": b.branch_gain, "usual": usual},
                 )
             )
@@ -328,8 +327,7 @@ def _strong(m: Measures, t: Thresholds) -> list[Finding]:
             b.name,
             "strong-block",
             f"Its branch amplifies a random perturbation by {times}; the block's largest singular value is "
-            f"at "
-            f"least {b.sigma:.3g}.",
+            f"at least {b.sigma:.3g}.",
             f"Multiply its branch by {scale:.2g} (its last layer's weights) and train on.",
             {"branch_gain": b.branch_gain, "usual": usual, "sigma": b.sigma, "scale": scale},
         )
@@ -381,7 +379,8 @@ def _collapse(m: Measures, t: Thresholds) -> list[Finding]:
         Finding(
             WHOLE,
             "collapse",
-            f"Different inputs come out as one state: they differ by {after:.2g} of its size at the end, and by "
+            f"Different inputs come out as one state: they differ by {after:.2g} of its size at the end, "
+            f"and by "
             f"{before:.2g} at the start{where}.",
             advice,
             {"spread": after, "spread_of_inputs": before},
@@ -438,8 +437,7 @@ def _gradients_of_layers(m: Measures, t: Thresholds) -> list[Finding]:
             WHOLE,
             "explosion" if grows else "vanishing",
             f"Without shortcuts the gradient is {ratio:.2g} times as large at the first of {len(m.layers)} "
-            f"layers as "
-            "at the last.",
+            f"layers as at the last.",
             "Give it shortcuts, x + F(x), with the last layer of each F divided by the root of their "
             "number; or "
             "start the layers with He's variance (2/n for ReLU, 1/n for tanh) and batch norm between.",

@@ -25,6 +25,7 @@ from resode.analysis.depth.gradients import EdgeProducts, rows, split_gradient
 from resode.analysis.depth.losses import LossFunction, batch_of, part, parts, prediction, sample_losses
 from resode.analysis.depth.tracing import Addition, Trace, call, tensors_in, trace
 from resode.blocks import ODEBlock, ResidualStack
+from resode.jacobian.places import Place
 from resode.solve import SolverError
 from resode.tableaus import METHODS
 
@@ -133,7 +134,6 @@ class Measures:
         dead_layers: activations outside of blocks: (module, share of units at 0).
         whole_gain: gain of a random perturbation from the first block's x to the last block's y.
         whole_sigma: its largest singular value, from below, in the worst sample.
-        from_second: whole_gain from the second block on.
         state_growth: ‖x_L‖ / ‖x_0‖ in the worst sample.
         spread: how the samples differ, ‖z − mean‖ / ‖z‖: (inputs, last state, outputs).
         loss: mean loss.
@@ -153,7 +153,6 @@ class Measures:
     dead_layers: list[tuple[str, float]] = field(default_factory=list)
     whole_gain: float = NAN
     whole_sigma: float = NAN
-    from_second: float = NAN
     state_growth: float = NAN
     spread: tuple[float, float, float] = (NAN, NAN, NAN)
     loss: float = NAN
@@ -372,7 +371,7 @@ def _floating(x: Any, model: nn.Module) -> Any:
 def _measure_blocks(
     found: Measures, model: nn.Module, x: Any, target: Any, loss_fn: Any, blocks: Any, seed: int
 ) -> None:
-    layers: list[tuple[str, GradientEdge, Tensor]] = []
+    layers: list[tuple[str, Place, Tensor]] = []
     hooks = [
         module.register_forward_hook(_keeping(layers, name))
         for name, module in model.named_modules()
@@ -401,11 +400,11 @@ def _measure_blocks(
         _measure_whole(found, traced, generator)
 
 
-def _keeping(kept: list[tuple[str, GradientEdge, Tensor]], name: str) -> Callable[..., None]:
+def _keeping(kept: list[tuple[str, Place, Tensor]], name: str) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.grad_fn is not None:
-            edge = GradientEdge(output.grad_fn, output.output_nr)
-            kept.append((name, edge, output.detach()))
+            place = Place((GradientEdge(output.grad_fn, output.output_nr),), (output.shape,))
+            kept.append((name, place, output.detach()))
 
     return hook
 
@@ -477,18 +476,18 @@ def spread(t: Tensor, batch: int) -> float:
 
 
 def _gradients(
-    found: Measures, traced: Trace, layers: list[tuple[str, GradientEdge, Tensor]], target: Any, loss_fn: Any
+    found: Measures, traced: Trace, layers: list[tuple[str, Place, Tensor]], target: Any, loss_fn: Any
 ) -> None:
     """One backward pass of the loss: gradients at every block's x and every layer's output."""
     batch = found.probed
     with torch.enable_grad():
         losses = sample_losses(traced.output, target, loss_fn, batch)
-        edges = [a.at_x for a in traced.additions] + [edge for _, edge, _ in layers]
-        if not losses.requires_grad or not edges:
+        places = [a.at_x for a in traced.additions] + [place for _, place, _ in layers]
+        if not losses.requires_grad or not places:
             return
-        gradients = torch.autograd.grad(losses.sum(), edges, retain_graph=True, allow_unused=True)
+        gradients = _gradients_at(losses.sum(), places, losses)
     found.loss = float(losses.detach().mean())
-    norms = [NAN if g is None else float(g.double().norm()) / batch**0.5 for g in gradients]
+    norms = [float(g.double().norm()) / batch**0.5 for g in gradients]
     for b, norm in zip(found.blocks, norms, strict=False):
         b.gradient = norm
     own = norms[len(found.blocks) :]
@@ -500,12 +499,20 @@ def _gradients(
     if not math.isfinite(found.loss):
         found.non_finite = "", "the loss"
         return
-    places = [b.name for b in found.blocks] + [name for name, _, _ in layers]
-    infinite = [i for i, g in enumerate(gradients) if g is not None and not bool(g.isfinite().all())]
+    names = [b.name for b in found.blocks] + [name for name, _, _ in layers]
+    infinite = [i for i, g in enumerate(gradients) if not bool(g.isfinite().all())]
     if infinite:  # the backward pass goes from the end, so the last layer with a bad gradient is the first
         in_layers = [i for i in infinite if i >= len(found.blocks)]
-        place = places[(in_layers or infinite)[-1]]
-        found.non_finite = place, f"the gradient at the output of {place}"
+        name = names[(in_layers or infinite)[-1]]
+        found.non_finite = name, f"the gradient at the output of {name}"
+
+
+def _gradients_at(y: Tensor | Place, places: Sequence[Place], u: Tensor) -> list[Tensor]:
+    """The gradients of a loss, or of u at a place, at several places, in one pass."""
+    edges = [edge for place in places for edge in place.edges]
+    ends, seeds = (y, None) if isinstance(y, Tensor) else (y.edges, y.cut(u))
+    back = iter(torch.autograd.grad(ends, edges, seeds, retain_graph=True, allow_unused=True))
+    return [place.gradient([next(back) for _ in place.edges], u) for place in places]
 
 
 def _random(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -552,11 +559,8 @@ def _measure_whole(found: Measures, traced: Trace, generator: torch.Generator) -
     """Gains from the first block's x, and from every other one's, to the last block's y."""
     first, last = traced.additions[0], traced.additions[-1]
     u = _random(last.y, generator)
-    edges = [a.at_x for a in traced.additions]
-    back = torch.autograd.grad(last.at_y, edges, u, retain_graph=True, allow_unused=True)
-    size = float(u.norm())
-    gains = [NAN if g is None else float(g.norm()) / size for g in back]
-    found.whole_gain, found.from_second = gains[0], gains[1] if len(gains) > 1 else NAN
+    [back] = _gradients_at(last.at_y, [first.at_x], u)
+    found.whole_gain = _quotient(back, u)
     products = EdgeProducts(last.at_y, first.at_x, last.y, first.x, found.probed)
     found.whole_sigma = largest_singular_value(products, u, found.probed, _WHOLE_ROUNDS)
     before, after = (rows(t.double(), found.probed).norm(dim=1) for t in (first.x, last.y))

@@ -152,8 +152,8 @@ class Diagnosis:
             return "no residual block adds a branch to the state that it starts from."
         low, high = w.usual
         return (
-            f"gain {_short(w.gain)}, at most {_short(w.sigma)} (usual {low:g} to {high:g}); the state grows "
-            f"{_short(w.state_growth)} times."
+            f"gain {_short(w.gain)}, at most {_short(w.sigma)} (usual {low:g} to {high:g}); ‖x_L‖/‖x_0‖ "
+            f"{_short(w.state_growth)}."
         )
 
     def _block_lines(self) -> Iterator[str]:

@@ -134,8 +134,7 @@ def _plain_overstep(block: str, solver: str, h: float, gain: float, finer: float
         block,
         "overstep",
         f"A step of {h:.4g} with {solver} amplifies a perturbation {gain:.3g} times, and {_FINER} times "
-        f"finer steps "
-        f"{finer:.3g}.",
+        f"finer steps {finer:.3g}.",
         f"Take {_FINER * now} substeps.",
         {"gain": gain, "finer": finer, "step": h, "substeps": float(_FINER * now)},
     )
@@ -208,8 +207,7 @@ def stiff_advice(stiffness: float, evaluations: int) -> str:
     stages = max(5, math.ceil(math.sqrt(stiffness / 0.65 / 4)))  # β ≈ 0.65 s² of rkc2, in four steps
     return (
         f"Take a stabilised method, solver='rkc2_{stages}' with 4 steps (some {4 * stages:,} evaluations), "
-        f"or an "
-        "implicit one (radau5, kvaerno5: a few dozen steps, each with a linear solve)."
+        f"or an implicit one (radau5, kvaerno5: a few dozen steps, each with a linear solve)."
     )
 
 
