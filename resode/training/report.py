@@ -222,7 +222,7 @@ def _stability(network: nn.Module, x: torch.Tensor) -> str:
         for s in stages
         for r in s.rows
     ]  # fmt: skip
-    columns = ["block", "solver", "limit", "growing modes", "limit without them", "set by λ", "inside"]
+    columns = ["block", "solver", "limit", "growing modes", "limit without them", "set by λ", "within it"]
     picture = _figure(plots.stage_spectra(stages, methods), "eigenvalues over the stability regions")
     return text + picture + _table(columns, rows)
 
