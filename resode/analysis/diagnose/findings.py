@@ -89,7 +89,7 @@ class Thresholds:
     dead: float = 0.995
     idle: float = 1e-3
     strong: float = 6.0
-    strong_gain: float = 1.2
+    strong_gain: float = 1.08
     sigma: float = 8.0
     alone: float = 30.0
     whole: float = 1e3

@@ -25,10 +25,10 @@ from resode.tableaus import METHODS, get_tableau
 INPUTS = 16
 """Inputs that are looked at, the first ones."""
 
-KEEPS = 0.10
+KEEPS = 0.25
 """Drift of the logits up to which networks kept their accuracy within 2 points."""
 
-LOSES = 0.50
+LOSES = 0.45
 """Drift from which they lost more than 10 points."""
 
 
