@@ -28,6 +28,7 @@ _SAMPLES = 2
 _FINER = 8
 _GROWS = 2.0  # a perturbation, in one block, and so much more than under finer steps
 _ROUNDS = 30  # of the power iteration
+_RKC_STEPS = 4
 
 Field = Callable[[Tensor], Tensor]
 
@@ -193,7 +194,7 @@ def _stiff(name: str, module: Any, x: Tensor, m: Measures) -> tuple[float, Findi
         f"Its mode λ = {eigenvalue:.4g} decays within {-1 / eigenvalue:.2g} of {span:.3g} and holds "
         f"{module.solver}'s "
         f"steps short: " + ("it gave up." if failed else f"{evaluations:,} evaluations."),
-        stiff_advice(-eigenvalue * span, evaluations),
+        stiff_advice(-eigenvalue * span),
         {"eigenvalue": eigenvalue, "evaluations": float(evaluations), "span": span},
     )
 
@@ -202,12 +203,20 @@ def _finer_or_looser(module: Any) -> str:
     return f"Loosen rtol (it is {module.rtol:g}) and atol ({module.atol:g}), or make the field smoother."
 
 
-def stiff_advice(stiffness: float, evaluations: int) -> str:
+def stiff_advice(stiffness: float) -> str:
     """The method to take for |λ|·T = stiffness, and what it costs."""
-    stages = max(5, math.ceil(math.sqrt(stiffness / 0.65 / 4)))  # β ≈ 0.65 s² of rkc2, in four steps
+    stages = max(5, math.ceil(math.sqrt(stiffness / _RKC_STEPS / 0.65)))  # the interval of rkc2 is 0.65 s²
+    try:
+        get_tableau(f"rkc2_{stages}")
+    except ValueError:  # no stabilised methods here: Euler has the longest interval an evaluation
+        steps = math.ceil(1.05 * stiffness / 2)
+        return (
+            f"Take solver='euler' with {steps:,} steps (n_steps, or substeps of a stack), as many evaluations: "
+            "so short steps are exact enough; or damp that mode, which says nothing after that time."
+        )
     return (
-        f"Take a stabilised method, solver='rkc2_{stages}' with 4 steps (some {4 * stages:,} evaluations), "
-        f"or an implicit one (radau5, kvaerno5: a few dozen steps, each with a linear solve)."
+        f"Take solver='rkc2_{stages}', a stabilised method, with {_RKC_STEPS} steps (n_steps, or substeps of "
+        f"a stack): {_RKC_STEPS * stages:,} evaluations; or an implicit one, whose few steps each solve a system."
     )
 
 
