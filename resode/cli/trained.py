@@ -264,7 +264,7 @@ def _run_stability(
         say(f"stage {number} ({stage.name}): states {size}, trained with {stage.solver}, {h}", "bold")
         stages.append(stage)
         table(
-            ["block", "solver", "limit", "growing", "decaying", "set by λ", "largest |R|", "inside"],
+            ["block", "solver", "limit", "growing", "decaying", "set by λ", "largest |R|", "within"],
             [
                 [
                     str(row.block),
@@ -287,9 +287,12 @@ def _run_stability(
     say("growing   modes with Re λ > 0, which make that limit 0")
     say("decaying  the limit of all other modes, set by λ")
     say("|R|       what a step of h multiplies a mode by, at most; growing modes included")
-    say("inside    whether the step h is within the limit of the decaying modes")
+    say("within    whether the step h is within the limit of the decaying modes")
     if any(not row.complete for stage in stages for row in stage.rows):
         say("≥ ≤ ?     bounds from the outer eigenvalues, of states too large for all of them")
+    more = next(iter(plain_batches(dataset, limit=max(samples, 16))))[0]
+    for line in _forecasts(network, more, methods):
+        say(line, "bold")
     if stages:
         from resode import plots
 
@@ -300,21 +303,30 @@ def _run_stability(
 
 
 def _verdicts(stage: Any, methods: list[str]) -> list[str]:
-    """Whether the trained step is inside with the stage's own method, and what the others would allow."""
+    """The blocks whose step decaying modes do not bear, and the step that all of them do."""
     lines = []
     for name in dict.fromkeys([stage.solver, *methods]):
         rows = [row for row in stage.rows if row.solver == name]
         if not rows:
             continue
-        outside = [str(row.block) for row in rows if not row.inside]
+        over = [str(row.block) for row in rows if not row.inside]
         least = min(rows, key=lambda row: row.decaying_step)
         allowed = ("" if least.exact else "at most ") + _number(least.decaying_step, 3)
         kind = "as trained" if name == stage.solver else "would be"
-        where = (
-            f"outside in block{'s' if len(outside) > 1 else ''} {', '.join(outside)}" if outside else "inside"
-        )
-        lines.append(f"  {name}, {kind}: {where}; all blocks allow steps up to {allowed}")
+        where = f"in block{'s' if len(over) > 1 else ''} {', '.join(over)}" if over else "nowhere"
+        lines.append(f"  {name}, {kind}: over the limit {where}; all blocks allow steps up to {allowed}")
     return lines
+
+
+def _forecasts(network: Any, images: Any, methods: list[str]) -> list[str]:
+    """What swapping to each method will do, which no limit tells."""
+    from resode.analysis.diagnose.forecast import forecast
+    from resode.blocks import ResidualStack
+
+    stacks = [module for module in network.modules() if isinstance(module, ResidualStack)]
+    names = [name for name in methods if stacks and METHODS[name].explicit]
+    found = {name: forecast(network, images, name) for name in names if name != stacks[0].solver}
+    return [f"{name} {f.verdict} accuracy: the logits drift by {f.drift:.3g}" for name, f in found.items()]
 
 
 def _runs() -> list[str]:

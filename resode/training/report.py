@@ -1,4 +1,4 @@
-"""A run as one HTML file: training curves, solver swap, stability and depth profile, nothing fetched."""
+"""A run as one HTML file: diagnosis, curves, solver swap, stability and depth profile, nothing fetched."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import nn
 from resode import plots
 from resode.analysis.depth.profile import DepthProfile, profile_depth, show
 from resode.analysis.depth.tracing import trace
+from resode.analysis.diagnose.diagnose import diagnose
 from resode.analysis.steps.block_limits import block_limits
 from resode.analysis.swap.report import SwapReport, swap_report
 from resode.blocks import ResidualStack
@@ -79,7 +80,7 @@ def write_report(
     x, target = next(iter(plain_batches(images, limit=samples)))
     summary, config = folder.read_summary() or {}, folder.read_config()
     stacks = [m for m in network.modules() if isinstance(m, ResidualStack)]
-    parts = [_facts(summary, stacks), _curves(folder)]
+    parts = [_diagnosis(network, images), _facts(summary, stacks), _curves(folder)]
     if stacks:
         parts.append(_swap(swap_report(network, plain_batches(images, limit=64 * samples))))
         parts.append(_stability(network, x[:2]))
@@ -124,6 +125,13 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return "–" if math.isnan(value) else "∞" if math.isinf(value) else f"{value:.4g}"
     return str(value)
+
+
+def _diagnosis(network: nn.Module, images: ImageData) -> str:
+    x, target = next(iter(plain_batches(images, limit=32)))
+    found = diagnose(network, x, target)
+    figure = _figure(found.plot(), "gain of a perturbation by block") if found.rows else ""
+    return f"<h2>Diagnosis</h2>{found._repr_html_()}<details><summary>Blocks</summary>{figure}</details>"
 
 
 def _facts(summary: dict[str, Any], stacks: list[ResidualStack]) -> str:
@@ -214,7 +222,7 @@ def _stability(network: nn.Module, x: torch.Tensor) -> str:
         for s in stages
         for r in s.rows
     ]  # fmt: skip
-    columns = ["block", "solver", "limit", "growing modes", "limit without them", "set by λ", "inside"]
+    columns = ["block", "solver", "limit", "growing modes", "limit without them", "set by λ", "within it"]
     picture = _figure(plots.stage_spectra(stages, methods), "eigenvalues over the stability regions")
     return text + picture + _table(columns, rows)
 
@@ -236,17 +244,12 @@ def _profile_tables(profile: DepthProfile) -> str:
         "σ max": "sigma_max", "ε": "epsilon", "F with −g": "boosting", "Δ loss without": "loss_change",
     }  # fmt: skip
     rows = [[getattr(r, field) for field in columns.values()] for r in profile.rows]
-    found = profile.diagnosis()
-    items = "".join(f'<li class="bad">{escape(text)}</li>' for text in found[:10])
-    more = f"<p>… and {len(found) - 10} more blocks.</p>" if len(found) > 10 else ""
-    diagnosis = f"<ul>{items}</ul>{more}" if found else "<p>No block's step is beyond its limit.</p>"
     stages = _table(
         ["stage", "blocks", "‖∏(I+ηJ)‖", "∏(1+ε)", "∏(1−ε)", "without shortcuts at most"],
         [[f"{s.first} … {s.last}", s.blocks, s.norm, s.upper, s.lower, s.plain] for s in profile.stages],
     )
     return (
         f"<p>{len(profile.rows)} residual additions at {profile.samples} test images.</p>"
-        f"<h3>Diagnosis</h3>{diagnosis}"
         + _figure(plots.depth_profile(profile), "features, gradients and limits over depth")
         + _table(list(columns), rows)
         + (f"<h3>Gain through a stage</h3>{stages}" if profile.stages else "")
