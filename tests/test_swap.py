@@ -96,7 +96,7 @@ def test_recalibration_uses_the_solvers_own_statistics():
 
 def test_a_generator_is_read_once_and_a_table_and_csv_hold_every_row(tmp_path):
     report = swap_report(classifier(), ((X, labels_of(0.1)) for _ in range(1)), ("euler", "heun2"), (1, 3))
-    assert len(str(report).splitlines()) == 5 and "as trained" in str(report).splitlines()[1]
+    assert len(str(report).splitlines()) == 6 and "as trained" in str(report).splitlines()[1]
     report.to_csv(tmp_path / "swap.csv")
     rows = list(csv.DictReader((tmp_path / "swap.csv").read_text().splitlines()))
     assert [(r["solver"], r["substeps"]) for r in rows] == [
@@ -125,8 +125,8 @@ def test_wrong_arguments_say_the_rule(model, data, options, message):
 def test_a_table_comes_back_as_it_was_written(tmp_path):
     """None, adaptive rows and every digit."""
     rows = [
-        SwapRow("euler", 1, 1 / 3, 0.1 + 0.2, 0.9, 0.0, 7.0, True),
-        SwapRow("dopri5", None, None, 0.25, None, 1e-17, 32.1, False),
+        SwapRow("euler", 1, 1 / 3, "keeps", 0.1 + 0.2, 0.9, 0.0, 0.1, 0.0, "1.fields.0", 7.0, True),
+        SwapRow("dopri5", None, None, "may lose", 0.25, None, 1e-17, None, 1e-3, "", 32.1, False),
     ]
     SwapReport(rows).to_csv(tmp_path / "swap.csv")
     assert SwapReport.from_csv(tmp_path / "swap.csv").rows == rows
