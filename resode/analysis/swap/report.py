@@ -168,8 +168,8 @@ class SwapReport:
             >>> rk4 = SwapRow("rk4", 1, 1.0, "loses", 0.80, 0.90, 0.6, 0.4, 0.3, "1.fields.0", 28.0, False)
             >>> print(SwapReport([own, rk4], "training batches").causes())
             rk4 loses 15.0 points: 10.0 to batch norm's statistics (measured anew at training batches,
-            they come back), 5.0 to the solver: the network has learnt its own solver's steps. Train
-            with --swap-proof.
+            they come back), 5.0 to the solver: the network has learnt its own solver's steps. Train it
+            with resode.SwapProof (--swap-proof).
         """
         try:
             trained = self._trained()
@@ -191,7 +191,7 @@ class SwapReport:
         if by_solver > drop / 2:
             parts.append(
                 f"{100 * by_solver:.1f} to the solver: the network has learnt its own solver's steps. Train "
-                "with --swap-proof"
+                "it with resode.SwapProof (--swap-proof)"
             )
         said = f"{worst.solver}{steps} loses {100 * lost:.1f} points: {', '.join(parts)}."
         return textwrap.fill(said, 92)
