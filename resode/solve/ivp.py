@@ -61,11 +61,11 @@ class DenseOutput:
         Raises:
             ValueError: a time outside the solve.
         """
-        times = inside(torch.as_tensor(t).detach(), self.t_min, self.t_max)
+        times = inside(_as_times(t), self.t_min, self.t_max)
         if times is None or times.ndim > 1:
             raise ValueError(
                 "dense output holds for one time or a vector of times from "
-                f"{self.t_min:g} to {self.t_max:g}; got {torch.as_tensor(t).tolist()}."
+                f"{self.t_min:g} to {self.t_max:g}; got {_as_times(t).tolist()}."
             )
         path = self.at(np.array(times.reshape(-1).tolist()))
         if not path:
@@ -368,8 +368,8 @@ def _zeros_to_end(terminal: Any) -> float:
     """How many zeros of an event end the solve, from its attribute `terminal`."""
     if terminal is None or terminal is False or (isinstance(terminal, int | float) and terminal == 0):
         return math.inf
-    whole = isinstance(terminal, int | float | np.integer | np.bool_) and terminal == int(terminal)
-    if not whole or terminal < 0:
+    whole = isinstance(terminal, int | float | np.integer | np.bool_) and terminal % 1 == 0
+    if not whole or not 0 < terminal < math.inf:
         raise ValueError(
             f"an event's attribute terminal must be True, False or the number of zeros that ends the solve, "
             f"got {terminal!r}."
@@ -395,6 +395,11 @@ def _rounding(t_span: Any) -> float:
     return max((torch.finfo(s.dtype).eps for s in numbers if s.is_floating_point()), default=0.0)
 
 
+def _as_times(t: Any) -> Tensor:
+    """Times as a tensor of their own dtype; Python's numbers are float64."""
+    return t.detach() if isinstance(t, Tensor) else torch.as_tensor(np.asarray(t, np.float64))
+
+
 def inside(t: Tensor, start: float, end: float, coarse: float = 0.0) -> Tensor | None:
     """Times in float64, moved into [start, end] where a rounding is all that they are outside; None else.
 
@@ -414,7 +419,7 @@ def inside(t: Tensor, start: float, end: float, coarse: float = 0.0) -> Tensor |
 
 
 def _t_eval(t_eval: Any, start: float, end: float, coarse: float) -> Tensor:
-    given = torch.as_tensor(t_eval).detach()
+    given = _as_times(t_eval)
     times = inside(given, start, end, coarse)
     forward = 1 if end > start else -1
     if given.ndim != 1 or not (given.diff() * forward > 0).all():
