@@ -145,7 +145,7 @@ def _adaptive(
     if value_of(event, start, y0) <= 0:
         return start, y, (0, 0, 0)
     progress = None
-    for times, _, f in segments(counted, [start, forward * math.inf], settings, real):
+    for times, _, f in segments(counted, np.array([start, forward * math.inf]), settings, real):
         solve = Adaptive(tableau, f, y, times[0], times[-1], control, progress)
         for step in solve.steps():
             within = Within(step.start.item(), step.end.item(), step.x, step.k[0], step.x_end, step.k[-1])

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from resode.analysis.depth.losses import LossFunction, parts, prediction, sample_losses
-from resode.analysis.depth.tracing import Addition, ScaledBranches, call, tensors_in, trace
+from resode.analysis.depth.sums import ScaledBranches
+from resode.analysis.depth.tracing import Addition, call, trace
+from resode.analysis.depth.watching import tensors_in
 
 
 def run_edited(model: nn.Module, x: Any, edits: Sequence[tuple[Addition, float]]) -> Any:
@@ -26,16 +28,27 @@ def run_edited(model: nn.Module, x: Any, edits: Sequence[tuple[Addition, float]]
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         for a, c in edits:
-            if a.number < 0:  # a module, not an addition
+            if not a.shortcuts:  # a module, not an addition
                 hook = model.get_submodule(a.module).register_forward_hook(_scaled(c))
                 stack.callback(hook.remove)
-        additions = [(a, c) for a, c in edits if a.number >= 0]
-        stack.enter_context(_python_attention())
-        if additions:
-            stack.enter_context(ScaledBranches(additions))
+        stack.enter_context(scaling(ScaledBranches(*branch_factors(edits))))
         return call(model, x)
+
+
+def branch_factors(
+    edits: Sequence[tuple[Addition, float]],
+) -> tuple[dict[int, float], dict[int, tuple[int, int]]]:
+    """What `ScaledBranches` takes for (addition, c) pairs."""
+    factors = {number: c for a, c in edits for number in a.shortcuts}
+    return factors, {leaf: (side, n) for a, _ in edits for n, (leaf, side) in a.shortcuts.items()}
+
+
+@contextmanager
+def scaling(mode: ScaledBranches) -> Iterator[None]:
+    """Within it additions are the mode's, numbered as in a trace: attention runs unfused, as it did there."""
+    with sdpa_kernel(SDPBackend.MATH), _python_attention(), mode:
+        yield
 
 
 @contextmanager
