@@ -25,6 +25,7 @@ from resode.solve.options import SolveSettings, tolerances
 from resode.solve.result import NonFiniteState, SolverError, Stats
 from resode.solve.states import States
 from resode.solve.step import Counted, Field, all_finite, as_stage, combine, stages
+from resode.stability.multistep import EXPLICIT_ADAMS, ORDER
 from resode.tableaus import ButcherTableau
 
 SHARED_TIMES = ("step_t", "jump_t", "step_size", "grid_constructor", "perturb")
@@ -353,6 +354,9 @@ def call_torchdiffeq(
 ) -> Any:
     """torchdiffeq.odeint with what `settings` asks for."""
     options = dict(settings.options)
+    if settings.method == EXPLICIT_ADAMS:
+        # torchdiffeq climbs to order 12, whose stability region hardly holds a step.
+        options.setdefault("max_order", ORDER)
     if settings.step_size is not None:
         options["step_size"] = settings.step_size
     rtol, atol = tolerances(y0.dtype, settings.rtol, settings.atol)
