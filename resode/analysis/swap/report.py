@@ -349,7 +349,7 @@ class _Swap:
         self.some = next(iter(batches))[0][:INPUTS].to(self.device)
         self.own_logits = self.logits
         self.before = self._outputs()
-        if training_batches is not None:  # so that a row's drift is the solver's, and no lag of the statistics
+        if training_batches is not None:  # so that a row's drift is the solver's, not the statistics' lag
             with self._measured():
                 self.own_logits, self.before = self._evaluate()[0], self._outputs()
 
