@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from resode import ResidualStack, SwapProof, train
+from resode.blocks.solving import set_solver
 from resode.training.data import load_data
-from resode.training.evaluate import plain_batches, score, set_solver
+from resode.training.evaluate import plain_batches, score
 
 
 def test_draws_are_even_repeatable_and_start_where_asked():
