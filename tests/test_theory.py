@@ -12,7 +12,7 @@ os.environ["RESODE_FAST"] = "1"  # before theory.verdict reads it
 from theory import __main__ as command
 from theory import seeds, verdict
 
-CLAIMS = [*(f"A{n}" for n in range(1, 9)), *(f"B{n}" for n in range(1, 10)), *(f"C{n}" for n in range(1, 9))]
+CLAIMS = [*(f"A{n}" for n in range(1, 9)), *(f"B{n}" for n in range(1, 10)), *(f"C{n}" for n in range(1, 10))]
 
 
 @pytest.fixture(autouse=True)
