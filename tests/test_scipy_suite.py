@@ -61,7 +61,19 @@ CALLS = {
     "test_tbound_respected_larger_interval": [dict(method="RK45")],
     "test_tbound_respected_oscillator": [dict(method="RK45")],
 }
-OTHERWISE = {}
+WORDS = "the error is of the same type and says the same in other words"
+BEYOND = "a time beyond the solve is refused, where scipy extrapolates"
+OTHERWISE = {
+    "test_duplicate_timestamps": BEYOND,
+    "test_no_integration": BEYOND,
+    "test_empty": "an infinite t_span needs a terminal event here",
+    "test_event_terminal_iv": WORDS,
+    "test_args_single_value": WORDS,
+    "test_initial_state_finiteness": WORDS,
+    "test_t_eval_early_event": "Solution.message has other words, and the empty y is (0, n), not ()",
+    "test_array_rtol": "the warning of a tolerance that is too fine has other words",
+}
+"""The tests that see a difference, which is meant."""
 
 
 def cases():
@@ -71,7 +83,7 @@ def cases():
             yield pytest.param(name, arguments, marks=marks, id=f"{name[5:]}-{i}")
 
 
-@pytest.mark.parametrize(("name", "arguments"), cases())
+@pytest.mark.parametrize(("name", "arguments"), list(cases()))
 def test_scipys_own(name, arguments, monkeypatch):
     monkeypatch.setattr(suite, "solve_ivp", adapted)
     getattr(suite, name)(**arguments)
