@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from resode import networks
 from resode.analysis.curvature import max_learning_rate
+from resode.analysis.depth.depth_step import depth_step
 from resode.analysis.depth.profile import DepthProfile, profile_depth
 from resode.analysis.diagnose.diagnose import diagnose
 from resode.analysis.diagnose.findings import Finding
@@ -18,6 +19,8 @@ from resode.analysis.rest.classify import Classification, classify
 from resode.analysis.rest.fixed_points import FixedPoints, find_fixed_points, find_several_fixed_points
 from resode.analysis.steps.limit import max_stable_step, step_limit
 from resode.analysis.steps.penalty import StepLimitPenalty
+from resode.analysis.swap.convert import convert
+from resode.analysis.swap.modified import distance_from_ode, modified_field
 from resode.analysis.swap.proof import SwapProof
 from resode.analysis.swap.report import SwapReport, swap_report
 from resode.blocks import ODEBlock, ResidualStack
@@ -27,12 +30,14 @@ from resode.solve import (
     NonFiniteState,
     Solution,
     SolverError,
+    SolverStep,
     Stats,
     StepSizeUnderflow,
     odeint,
     odeint_adjoint,
     odeint_event,
     solve_ivp,
+    steps,
 )
 from resode.stability import (
     StepLimit,
@@ -74,6 +79,7 @@ __all__ = [
     "ResidualStack",
     "Solution",
     "SolverError",
+    "SolverStep",
     "Stats",
     "StepLimit",
     "StepLimitPenalty",
@@ -82,13 +88,17 @@ __all__ = [
     "SwapReport",
     "classify",
     "compare",
+    "convert",
+    "depth_step",
     "diagnose",
+    "distance_from_ode",
     "find_fixed_points",
     "find_several_fixed_points",
     "imaginary_stability_interval",
     "load",
     "max_learning_rate",
     "max_stable_step",
+    "modified_field",
     "networks",
     "odeint",
     "odeint_adjoint",
@@ -99,6 +109,7 @@ __all__ = [
     "solve_ivp",
     "stability_function",
     "step_limit",
+    "steps",
     "swap_report",
     "train",
 ]

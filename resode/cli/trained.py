@@ -57,17 +57,20 @@ def evaluate(
 
 @command(
     "resode swap runs/demo",
-    "resode swap runs/demo --solvers euler,rk4 --substeps 1,8 --recalibrate",
+    "resode swap runs/demo --solvers euler,rk4 --substeps 1,8 --calibration-images 500",
 )
 def swap(
     run: _Run,
     solvers: Annotated[str, typer.Option(help="Methods, with commas.")] = "euler,midpoint,rk4,dopri5",
     substeps: Annotated[str, typer.Option(help="Solver steps a block, with commas.")] = "1,2,4",
     recalibrate: Annotated[
-        bool, typer.Option("--recalibrate", help="Also with batch-norm statistics of the new solver.")
-    ] = False,
+        bool,
+        typer.Option(
+            "--recalibrate/--no-recalibrate", help="Also with batch-norm statistics of the new solver."
+        ),
+    ] = True,
     calibration_images: Annotated[
-        int | None, flag("Training images that --recalibrate measures at. Default 5000.")
+        int | None, flag("Training images that these are measured at. Default 2000.")
     ] = None,
     limit: Annotated[int | None, flag("Only so many test images, of all classes.")] = None,
     model: _OwnModel = None,
@@ -77,7 +80,8 @@ def swap(
 ) -> None:
     """Change the solver, keep the weights.
 
-    Accuracy, drift of the logits and F evaluations of a trained network under other solvers and steps.
+    What is foretold from unlabelled images, and the accuracy, drift of the logits and F evaluations of a
+    trained network under other solvers and steps.
     """
     from resode.training.evaluate import calibration_batches, images_of, load, plain_batches
     from resode.training.files import replacing
@@ -86,31 +90,32 @@ def swap(
     counts = separated(substeps, int, "--substeps")
     if calibration_images is not None and not recalibrate:
         raise ValueError(
-            f"--calibration-images {calibration_images} belongs to --recalibrate. Add it, or leave both out."
+            f"--calibration-images {calibration_images} says at what to recalibrate. Leave it out, or "
+            "--no-recalibrate."
         )
     network = load(run, model=own_model(model), device=device)
     images = images_of(run, data, data_dir)
     place = next(network.parameters()).device
-    calibration = (
-        calibration_batches(images, 5000 if calibration_images is None else calibration_images, place)
-        if recalibrate
-        else None
-    )
 
     from resode import plots
+    from resode.analysis.diagnose.forecast import INPUTS
     from resode.analysis.swap.report import swap_report
+    from resode.blocks.statistics import tracked_norms
 
+    normed = recalibrate and bool(tracked_norms(network))
+    count = min(2000, len(images.train_images)) if calibration_images is None else calibration_images
     result = swap_report(
         network,
         plain_batches(images, "test", place, limit),
         solvers=tuple(methods),
         substeps=tuple(counts),
-        recalibrate=calibration,
+        recalibrate=calibration_batches(images, count, place) if normed else False,
     )
-    again = ["recalibrated %"] if recalibrate else []
-    columns = ["solver", "substeps", "accuracy %", *again, "drift", "F calls", "step"]
+    again = ["recalibrated %"] if normed else []
+    columns = ["solver", "substeps", "forecast", "accuracy %", *again, "drift", "F calls", "step"]
     table(columns, [_swap_row(row) for row in result.rows], words=("step",))
-    say("\ndrift: how far the logits moved, relative to their size, from those of the trained solver.")
+    say(f"\n{result.causes()}\n\nforecast: of the accuracy, from {INPUTS} images and no label.")
+    say("drift: how far the logits moved, relative to their size, from those of the trained solver.")
     folder = _figures(run)
     with replacing(folder / "swap.csv") as path:
         result.to_csv(path)
@@ -125,6 +130,7 @@ def _swap_row(row: Any) -> list[str]:
     return [
         row.solver,
         "-" if row.substeps is None else str(row.substeps),
+        row.forecast,
         f"{100 * row.accuracy:.2f}",
         *again,
         f"{row.logit_drift:.3f}",

@@ -20,10 +20,11 @@ from resode.analysis.diagnose.diagnose import diagnose
 from resode.analysis.steps.block_limits import block_limits
 from resode.analysis.swap.report import SwapReport, swap_report
 from resode.blocks import ResidualStack
+from resode.blocks.statistics import tracked_norms
 from resode.checks import check_whole
 from resode.tableaus import METHODS
 from resode.training.data.datasets import ImageData
-from resode.training.evaluate import images_of, load, plain_batches
+from resode.training.evaluate import calibration_batches, images_of, load, plain_batches
 from resode.training.folder import RunFolder
 from resode.training.plan import Model
 
@@ -82,7 +83,10 @@ def write_report(
     stacks = [m for m in network.modules() if isinstance(m, ResidualStack)]
     parts = [_diagnosis(network, images), _facts(summary, stacks), _curves(folder)]
     if stacks:
-        parts.append(_swap(swap_report(network, plain_batches(images, limit=64 * samples))))
+        normed = bool(tracked_norms(network))
+        calibration = calibration_batches(images, min(2000, len(images.train_images))) if normed else False
+        shown = plain_batches(images, limit=64 * samples)
+        parts.append(_swap(swap_report(network, shown, recalibrate=calibration)))
         parts.append(_stability(network, x[:2]))
     parts.append(_profile(network, x, target))
     parts.append(_settings(config))
@@ -169,12 +173,23 @@ def _curves(folder: RunFolder) -> str:
 
 
 def _swap(report: SwapReport) -> str:
-    columns = ["solver", "substeps", "accuracy %", "logit drift", "F evaluations", ""]
+    columns = [
+        "solver",
+        "substeps",
+        "forecast",
+        "accuracy %",
+        "recalibrated %",
+        "logit drift",
+        "F evaluations",
+        "",
+    ]
     rows = [
         [
             r.solver,
             "adaptive" if r.substeps is None else r.substeps,
+            r.forecast,
             100 * r.accuracy,
+            *([] if r.accuracy_recalibrated is None else [100 * r.accuracy_recalibrated]),
             r.logit_drift,
             r.nfe,
             "as trained" if r.as_trained else "",
@@ -184,7 +199,9 @@ def _swap(report: SwapReport) -> str:
     return (
         "<h2>The same weights under other solvers</h2>"
         "<p>A network that has learnt an ODE keeps its accuracy under every finer solver; one that has "
-        "learnt its own solver's steps does not.</p>"
+        "learnt its own solver's steps does not. The forecast was made from unlabelled images; "
+        f"recalibrated means batch norm's statistics measured anew at {report.calibration}.</p>"
+        f"<p><b>{escape(report.causes())}</b></p>"
         + _figure(plots.swap_accuracy(report), "accuracy and drift over the step size")
         + _table(columns, rows)
         + _critical(report)
@@ -196,7 +213,11 @@ def _critical(report: SwapReport) -> str:
         steps = report.critical_steps()
     except ValueError:  # trained with other substeps than these
         return ""
-    shown = ", ".join(f"{solver} {step:g}" if step else f"{solver} none" for solver, step in steps.items())
+    trained = {row.solver for row in report.rows if row.as_trained}
+    shown = ", ".join(
+        f"{solver} {step:g}" if step else f"{solver} {'only as trained' if solver in trained else 'none'}"
+        for solver, step in steps.items()
+    )
     return (
         f"<p>Largest step that keeps the accuracy within a point, as all finer ones do: {escape(shown)}.</p>"
     )

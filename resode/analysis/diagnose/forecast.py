@@ -93,9 +93,14 @@ def forecast(model: nn.Module, x: Any, solver: str, substeps: int = 1) -> Foreca
                     differs = float((new - old).norm()) / size if size > 0 else 0.0
                     if differs > defect or not math.isfinite(differs):
                         worst, defect = _block(name, stack, i % stack.depth), differs
-    size = float(before.norm())
-    drift = float((after - before).norm()) / size if size > 0 else math.nan
-    return Forecast(drift, worst, defect, verdict(drift))
+    moved = drift(after, before)
+    return Forecast(moved, worst, defect, verdict(moved))
+
+
+def drift(after: Tensor, before: Tensor) -> float:
+    """‖after − before‖ / ‖before‖; nan where before is 0."""
+    size = float(before.double().norm())
+    return float((after.double() - before.double()).norm()) / size if size > 0 else math.nan
 
 
 def verdict(drift: float) -> str:
