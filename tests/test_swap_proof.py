@@ -78,7 +78,7 @@ def test_training_draws_and_leaves_the_networks_own_solver(tmp_path):
     assert all(solvers == {("euler", 1)} for solvers, _, _ in seen)
     half = len(seen) // 2  # of 7 blocks in three stacks
     assert {nfe for _, nfe, _ in seen[:half]} == {7} and {nfe for _, nfe, _ in seen[half:]} == {7, 14}
-    assert run.summary["nfe"] == 7, "evaluated with its own solver"
+    assert 7 < run.summary["nfe"] < 14, "of the second epoch, all of whose batches draw"
 
 
 @pytest.mark.slow
