@@ -11,6 +11,10 @@ from resode import networks
 from resode.analysis.curvature import max_learning_rate
 from resode.analysis.depth.depth_step import depth_step
 from resode.analysis.depth.profile import DepthProfile, profile_depth
+from resode.analysis.diagnose.diagnose import diagnose
+from resode.analysis.diagnose.findings import Finding
+from resode.analysis.diagnose.forecast import Forecast
+from resode.analysis.diagnose.page import Diagnosis
 from resode.analysis.rest.classify import Classification, classify
 from resode.analysis.rest.fixed_points import FixedPoints, find_fixed_points, find_several_fixed_points
 from resode.analysis.steps.limit import max_stable_step, step_limit
@@ -64,7 +68,10 @@ __all__ = [
     "ButcherTableau",
     "Classification",
     "DepthProfile",
+    "Diagnosis",
+    "Finding",
     "FixedPoints",
+    "Forecast",
     "MaxStepsReached",
     "NonFiniteField",
     "NonFiniteState",
@@ -83,6 +90,7 @@ __all__ = [
     "compare",
     "convert",
     "depth_step",
+    "diagnose",
     "distance_from_ode",
     "find_fixed_points",
     "find_several_fixed_points",

@@ -270,6 +270,12 @@ class ResidualStack(Checked):
             self.evaluations = cost.evaluations
         return (x, torch.stack(path)) if return_path else x
 
+    def advance(self, index: int, x: Tensor) -> Tensor:
+        """The state after block `index` alone, from the state x before it; of x's shape."""
+        self._check(x)
+        self.field(index)  # which says where there is no such block
+        return self._through(range(index, index + 1), x, _Cost(), False)[0]
+
     def refine(self, k: int) -> ResidualStack:
         """A stack of k times the blocks and η/k, over the same depth time.
 
