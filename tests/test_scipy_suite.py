@@ -29,7 +29,10 @@ def adapted(
     y0 = y0.to(torch.float64) if y0.is_floating_point() else y0
     keep = {k: v for k, v in options.items() if k in ("first_step", "max_step")}
     keep |= {k: torch.as_tensor(options.get(k, v)) for k, v in (("rtol", 1e-3), ("atol", 1e-6))}
-    s = resode.solve_ivp(as_numpy(fun), t_span, y0, OURS[name], t_eval, True, watched or None, args, **keep)
+    field = as_numpy(
+        lambda t, y, *a: np.reshape(fun(t, y, *a), y.shape)
+    )  # a vectorized one has a column more
+    s = resode.solve_ivp(field, t_span, y0, OURS[name], t_eval, True, watched or None, args, **keep)
     s.t, s.y, s.nfev, s.njev, s.nlu = s.t.numpy(), s.y.numpy().T, s.stats.nfe, 0, 0
     dense, s.sol = s.sol, lambda t: dense(np.asarray(t)).numpy().T
     s.t_events = None if s.t_events is None else [t.numpy() for t in s.t_events]
