@@ -41,12 +41,16 @@ class StepLimit:
         residual: ‖Jv − λv‖₂ of the limiting eigenvalue and its unit eigenvector v; None if not known.
         condition: condition number 1/|w*v| of the limiting eigenvalue, w and v its unit left and right
             eigenvectors: a change of J by ε moves it by up to condition·ε. None if not known.
-        converged: whether the eigenvalues it rests on were found to tolerance (always so for dense ones).
+        converged: whether `step` is exact to its error. Where not, it is an upper bound; or no bound at all,
+            the limit of the eigenvalues as they were computed, where `error` is inf: then rounding may have
+            moved them anywhere, as the condition number says, or none has been found yet.
         method: the method's name.
-        decaying_converged: whether `decaying_step` is known; where not, it is an upper bound.
-        error: relative error of `decaying_step`, as far as the eigenvalue's condition and residual tell;
-            None where all eigenvalues were computed. Else `growing` lists those modes that were found.
+        decaying_converged: the same of `decaying_step`.
+        error: relative error of `decaying_step`, as far as the eigenvalues' conditions and residuals tell;
+            None for eigenvalues that were given, which count as exact.
         logarithmic_norm: μ₂(J) = λ_max((J + J*)/2), the fastest growth of ‖x‖ at any moment; None as above.
+        complete: whether all eigenvalues were computed; else `growing` lists those modes that were found.
+        decaying_eigenvalue: the λ that sets `decaying_step`, in the way of `limiting_eigenvalue`.
     """
 
     step: Any
@@ -62,36 +66,14 @@ class StepLimit:
     logarithmic_norm: Any = None
     decaying_converged: Any = True
     error: Any = None
+    complete: Any = True
+    decaying_eigenvalue: Any = None
 
     def __str__(self) -> str:
-        steps = _plain(self.step)
+        steps = plain(self.step)
         if steps.ndim:
             return self._summary(steps)
-        lines = []
-        count = len(self.growing)
-        least = "" if self.error is None else "at least "
-        if math.isinf(self.step):
-            lines.append(f"{self.method}: stable at every step size.")
-        elif self.step > 0:
-            lines.append(
-                f"{self.method}: stable up to step {self.step:.6g}; "
-                f"λ = {_show(self.limiting_eigenvalue)} leaves the region first."
-            )
-        elif count:
-            lines.append(
-                f"{self.method}: no small step is stable: {least}{count} "
-                f"{'mode grows' if count == 1 else 'modes grow'} with the equation itself, "
-                f"fastest λ = {_show(self.limiting_eigenvalue)}."
-            )
-            if math.isfinite(self.decaying_step):
-                others = "it" if count == 1 else "them"
-                bound = "" if self.decaying_converged else "at most "
-                lines.append(f"  Without {others} the limit would be {bound}{self.decaying_step:.6g}.")
-        else:
-            lines.append(
-                f"{self.method}: no small step is stable, because λ = {_show(self.limiting_eigenvalue)} "
-                "lies on the imaginary axis, of which the method's region holds no segment at 0."
-            )
+        lines = self._verdict()
         further = [pair for pair in self.intervals if pair[0] > 0]
         if further:
             shown = ", ".join(f"[{a:.6g}, {b:.6g}]" for a, b in further[:4])
@@ -107,19 +89,67 @@ class StepLimit:
                 "(contraction limit), because J is not normal "
                 f"(logarithmic norm {self.logarithmic_norm:.6g})."
             )
-        if not self.converged:
-            lines.append("  Not converged: an eigenvalue that limits the step further may be missing.")
         return "\n".join(lines)
 
+    def _verdict(self) -> list[str]:
+        """What the step limit is, or what is known of it; and how sure that is."""
+        limiting, count = f"λ = {_show(self.limiting_eigenvalue)}", len(self.growing)
+        unsure = self.error is not None and math.isinf(self.error)
+        if self.step == 0 and count:
+            least = "" if self.complete else "at least "
+            grow = "mode grows" if count == 1 else "modes grow"
+            lines = [
+                f"{self.method}: no small step is stable: {least}{count} {grow} with the equation itself, "
+                f"fastest {limiting}."
+            ]
+            if math.isfinite(self.decaying_step):
+                others = "it" if count == 1 else "them"
+                lines.append(f"  Without {others} the limit would be {self._figure(self.decaying_step)}.")
+            return lines
+        if self.converged and self.step == 0:
+            return [
+                f"{self.method}: no small step is stable, because {limiting} "
+                "lies on the imaginary axis, of which the method's region holds no segment at 0."
+            ]
+        if self.converged:
+            if math.isinf(self.step):
+                return [f"{self.method}: stable at every step size."]
+            return [f"{self.method}: stable up to step {self.step:.6g}; {limiting} leaves the region first."]
+        if not unsure:
+            return [
+                f"{self.method}: stable up to a step ≤ {self.step:.6g}, an upper bound from {limiting}: "
+                "not converged, an eigenvalue that limits the step further may be missing or within rounding."
+            ]
+        lines = [
+            f"{self.method}: the limit is not known; the eigenvalues as computed would allow "
+            f"{self.step:.6g}, which is no bound."
+        ]
+        if self.complete:
+            lines.append(
+                f"  They are ill-conditioned: rounding moves {limiting} by up to its condition number "
+                f"{self.condition:.3g} times that of J, and others likewise."
+            )
+        else:
+            lines.append("  Not converged: no eigenvalue has been found well enough.")
+        return lines
+
+    def _figure(self, value: float) -> str:
+        """The limit of the decaying modes: a figure, a bound, or neither."""
+        if self.decaying_converged:
+            return f"{value:.6g}"
+        if self.error is not None and math.isinf(self.error):
+            return f"about {value:.6g}, as the eigenvalues were computed (no bound: they are ill-conditioned)"
+        return f"≤ {value:.6g} (an upper bound)"
+
     def _summary(self, steps: np.ndarray) -> str:
-        decaying = _plain(self.decaying_step)
+        decaying = plain(self.decaying_step)
         unstable = int((steps == 0).sum())
         lines = [
             f"{self.method}, {steps.size} spectra: stable up to step {steps.min():.6g} in all of them, "
             f"{np.median(steps):.6g} in half, {steps.max():.6g} at most."
         ]
         if unstable:
-            worst: Complexes = _plain(self.limiting_eigenvalue)[steps == 0]
+            worst: Complexes = plain(self.limiting_eigenvalue)[steps == 0]
             where = f"in {unstable}" if unstable < steps.size else "in any of them"
             reason = (
                 f"no small step is stable {where}, fastest λ = {_show(worst[worst.real.argmax()])}; "
@@ -129,10 +159,10 @@ class StepLimit:
                 lines.append(f"  N{reason[1:]}")
             else:
                 lines = [f"{self.method}, {steps.size} spectra: {reason}"]
-        open_ended = int((~_plain(self.decaying_converged) & np.ones(steps.shape, dtype=bool)).sum())
+        open_ended = int((~plain(self.decaying_converged) & np.ones(steps.shape, dtype=bool)).sum())
         if unstable and open_ended:
             lines.append(f"  Without growing modes it is an upper bound in {open_ended}.")
-        missing = int((~_plain(self.converged)).sum())
+        missing = int((~plain(self.converged)).sum())
         if missing:
             lines.append(f"  {missing} not converged.")
         return "\n".join(lines)
@@ -189,7 +219,8 @@ def eigenvalue_step_limit(
     rays = ray_polynomials(tableau, allowed_growth(growth))
     shape, n = values.shape[:-1], values.shape[-1]
     given: Complexes = values.reshape(-1, n)
-    tau = rounding_of_spectrum(values, eps) if tolerance is None else _plain(tolerance)
+    size = np.abs(values).max(axis=-1, keepdims=True)
+    tau = rounding(n, eps) * size if tolerance is None else plain(tolerance)
     if not (tau >= 0).all():
         raise ValueError(f"a tolerance must be at least 0, got {tolerance}.")
     tau = np.broadcast_to(tau, values.shape).reshape(given.shape)
@@ -201,31 +232,52 @@ def eigenvalue_step_limit(
         parts = [_exits_of_many(rays, *row) for row in zip(lam, growing, strict=True)]
         exits, intervals = np.stack([p[0] for p in parts]), [p[1] for p in parts]
     step = exits.min(axis=1)
+    slow = np.where(growing, np.inf, exits)
     # Of those that allow no step at all the worst: the fastest growth, else the fastest oscillation.
-    fastest = np.where(growing, given.real, -np.inf).argmax(axis=1)
+    axis = np.where(lam.real == 0, np.abs(lam), -1.0)
     fastest = np.where(
-        growing.any(axis=1), fastest, np.where(lam.real == 0, np.abs(lam), -1.0).argmax(axis=1)
+        growing.any(axis=1), np.where(growing, given.real, -np.inf).argmax(axis=1), axis.argmax(axis=1)
     )
-    first = np.where(step == 0, fastest, exits.argmin(axis=1))
-    limiting = lam[np.arange(len(given)), first]
-    paired = (np.abs(given - limiting.conj()[:, None]) <= tau).any(axis=1)
-    limiting = np.where(paired & (limiting.imag < 0), limiting.conj(), limiting)
+    lines = np.arange(len(given))
+    chosen = {
+        "limiting_eigenvalue": (step, np.where(step == 0, fastest, exits.argmin(axis=1))),
+        "decaying_eigenvalue": (
+            slow.min(axis=1),
+            np.where(slow.min(axis=1) == 0, axis.argmax(axis=1), slow.argmin(axis=1)),
+        ),
+    }
+    shown = {
+        name: like(
+            eigenvalues, np.where(np.isinf(least), np.nan, upper_of_pairs(lam[lines, i], given, tau)), shape
+        )
+        for name, (least, i) in chosen.items()
+    }
     fast_first = [row[mask][np.argsort(-row[mask].real)] for row, mask in zip(given, growing, strict=True)]
     return StepLimit(
         step=like(eigenvalues, step, shape),
-        limiting_eigenvalue=like(eigenvalues, np.where(np.isinf(step), np.nan, limiting), shape),
         intervals=nested(intervals, shape),
         growing=nested([like(eigenvalues, row, row.shape) for row in fast_first], shape),
-        decaying_step=like(eigenvalues, np.where(growing, np.inf, exits).min(axis=1), shape),
+        decaying_step=like(eigenvalues, slow.min(axis=1), shape),
         converged=like(eigenvalues, np.ones(len(given), dtype=bool), shape),
         decaying_converged=like(eigenvalues, np.ones(len(given), dtype=bool), shape),
         method=tableau.name,
+        **shown,
     )
 
 
-def rounding_of_spectrum(values: Complexes, eps: float) -> np.ndarray:
-    """τ = 8·√n·ε·max|λ| of spectra (…, n), shape (…, 1)."""
-    return 8 * math.sqrt(values.shape[-1]) * eps * np.abs(values).max(axis=-1, keepdims=True)
+def upper_of_pairs(chosen: Complexes, values: Complexes, tau: np.ndarray) -> Complexes:
+    """One eigenvalue (B,) of each spectrum (B, n): of a conjugate pair the one above the real axis."""
+    paired = (np.abs(values - chosen.conj()[:, None]) <= tau).any(axis=1)
+    return np.where(paired & (chosen.imag < 0), chosen.conj(), chosen)
+
+
+def rounding(n: int, eps: float) -> float:
+    """τ/‖J‖ = 8√n·ε: the share of ‖J‖ up to which eigenvalues count as 0, for n rows in a dtype of spacing ε.
+
+    A few times what a backward stable routine leaves in n eigenvalues. Where only eigenvalues are known, the
+    largest of them stands for ‖J‖.
+    """
+    return 8 * math.sqrt(n) * eps
 
 
 def as_counted(values: Complexes, tau: np.ndarray) -> Complexes:
@@ -246,6 +298,13 @@ def _exits(rays: RayPolynomials, lam: np.ndarray) -> tuple[np.ndarray, list[list
         unstable[nonzero[i * _CHUNK : (i + 1) * _CHUNK], : part.shape[1]] = part
     unstable = unstable.reshape(*lam.shape, -1, 2)
     return unstable[..., 0, 0], [complement(row) for row in unstable]
+
+
+def first_exits(rays: RayPolynomials, lam: Complexes) -> np.ndarray:
+    """First exit of each eigenvalue, any shape, as it was counted: inf where it never leaves."""
+    upper, place = np.unique(lam.real + 1j * np.abs(lam.imag), return_inverse=True)
+    exits = _exits(rays, upper[None])[0][0] if lam.size else np.zeros(0)
+    return exits[place].reshape(lam.shape)
 
 
 def _exits_of_many(
@@ -280,7 +339,8 @@ def allowed_growth(growth: tuple[int, float] | None) -> Fraction:
     return 1 + Fraction(math.expm1(2 * math.log1p(tol) / steps))
 
 
-def _plain(values: Any) -> np.ndarray:
+def plain(values: Any) -> np.ndarray:
+    """A tensor, array or number as an array."""
     if isinstance(values, Tensor):
         values = values.detach().cpu().resolve_conj().resolve_neg().numpy()
     return np.asarray(values)
@@ -292,7 +352,7 @@ def checked_spectrum(eigenvalues: Any) -> tuple[Complexes, float]:
         floating = eigenvalues.is_floating_point() or eigenvalues.is_complex()
         eps = torch.finfo(eigenvalues.dtype).eps if floating else _EPS
         wide = torch.complex128 if eigenvalues.is_complex() else torch.float64
-        values = _plain(eigenvalues.to(wide))
+        values = plain(eigenvalues.to(wide))
         numeric = eigenvalues.dtype != torch.bool
     else:
         values = np.asarray(eigenvalues)

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from resode.analysis.steps.blocks import BlockGroup, block_groups
-from resode.analysis.steps.limit import DENSE_STATE, step_limit
-from resode.analysis.steps.matrix_free import outer_spectra
-from resode.analysis.steps.outlook import amplification
 from resode.blocks import ResidualStack
-from resode.jacobian.linearize import jacobian
-from resode.jacobian.matrices import all_eigenvalues
+from resode.jacobian.spectrum import SpectrumOptions, spectrum
+from resode.stability import eigenvalue_step_limit
+from resode.stability.function import amplification
 from resode.tableaus import ButcherTableau, get_tableau
 
 SAMPLES = 2
@@ -26,7 +24,7 @@ SAMPLES = 2
 _FAR = 2.0  # a decaying mode that one step multiplies by so much is far outside
 _FINER = 10.0  # how much smaller the logits must be with steps inside the limit
 _SUBSTEPS = 64  # the finest that is tried
-_VECTORS = 32  # of the Krylov space, for large states
+_OPTIONS = SpectrumOptions(budget=32, check=False)  # a quick look, for large states
 
 
 @dataclass(frozen=True)
@@ -112,19 +110,18 @@ def _overstep(stage: BlockGroup, block: int, tableau: ButcherTableau) -> Overste
     field, x, step = stage.fields[block], stage.states[block], stage.steps[block]
     if not bool(x.isfinite().all()):
         return None
-    if x[0].numel() <= DENSE_STATE:
-        eigenvalues = all_eigenvalues(jacobian(copy.deepcopy(field).double(), x.double()).numpy()).ravel()
-    else:
-        spectra = outer_spectra(field, x, [tableau], budget=_VECTORS, verify=False, warn=False)
-        eigenvalues = np.concatenate([s.ritz.values for s in spectra])
+    if x[0].numel() <= _OPTIONS.dense_up_to:
+        field, x = copy.deepcopy(field).double(), x.double()
+    found = spectrum(field, x, _OPTIONS, [tableau])
+    eigenvalues = found.values[np.isfinite(found.values)]
     decaying = eigenvalues[eigenvalues.real < 0]
     if not len(decaying):
         return None
-    growths = amplification(step * decaying, tableau)
+    growths = amplification(tableau, step * decaying)
     most = int(np.argmax(growths))
     if growths[most] < _FAR:
         return None
-    limit = float(step_limit(eigenvalues=decaying[most : most + 1], solver=stage.solver).step)
+    limit = float(eigenvalue_step_limit(decaying[most : most + 1], tableau).step)
     substeps = math.ceil(step / limit) if limit > step / _SUBSTEPS else _SUBSTEPS
     mode = complex(decaying[most])
     return Overstep(stage.name, block, stage.solver, step, limit, mode, float(growths[most]), substeps)

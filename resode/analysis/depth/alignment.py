@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resode.analysis.depth.gradients import rows
+from resode.jacobian.products import rows
 from resode.analysis.depth.losses import LossFunction, sample_losses
 
 

@@ -17,11 +17,12 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from resode.analysis.depth.alignment import boosting, class_means, cosine, error_correction
 from resode.analysis.depth.block_spectrum import BlockSpectrum, block_spectrum
-from resode.analysis.depth.gradients import EdgeProducts, rows, split_gradient
+from resode.analysis.depth.gradients import split_gradient
 from resode.analysis.depth.lesion import run_edited
 from resode.analysis.depth.losses import LossFunction, batch_of, part, parts, prediction, sample_losses
 from resode.analysis.depth.tracing import Addition, Trace, call, tensors_in, trace
-from resode.jacobian.arnoldi import random_start, singular_values
+from resode.jacobian.lanczos import random_start, singular_values
+from resode.jacobian.products import JacobianProducts, rows
 from resode.tableaus import ButcherTableau, get_tableau
 
 NAN = math.nan
@@ -67,7 +68,8 @@ class DepthRow:
         sigma_min: smallest singular value of the block's Jacobian S' + ηJ in any sample.
         sigma_max: the largest.
         epsilon: ‖ηJ‖₂; every singular value lies in [1 − ε, 1 + ε] where S is the identity.
-        converged: whether the outermost eigenvalues and singular values have settled to 1e-2.
+        converged: whether both limits are exact, and singular values known to 1e-2.
+        exact: whether `decaying_step` is exact; else it is an upper bound, or `note` says that none is known.
         loss_change: the mean loss without this block (y = S(x)) less that of the network.
         output_change: ‖z' − z‖ / ‖z‖ of the outputs without this block, over all samples.
         note: what could not be measured.
@@ -103,9 +105,17 @@ class DepthRow:
     sigma_max: float = NAN
     epsilon: float = NAN
     converged: bool = True
+    exact: bool = True
     loss_change: float = NAN
     output_change: float = NAN
     note: str = ""
+
+    @property
+    def decaying(self) -> str:
+        """`decaying_step` as it is printed: a figure, or a bound with its sign."""
+        return ("" if self.exact or self.decaying_step != self.decaying_step else "≤ ") + _short(
+            self.decaying_step
+        )
 
 
 @dataclass(frozen=True)
@@ -177,7 +187,8 @@ class DepthProfile:
             text = (
                 f"{r.name}: η = {r.step_size:.4g} is too large for {r.solver}: λ = "
                 f"{show(r.growth_eigenvalue)} grows by {r.growth:.4g} a step; decaying modes need "
-                f"η ≤ {r.decaying_step:.4g} (set by λ = {show(r.limiting_eigenvalue)})"
+                f"η {'≤' if r.exact else 'below'} {r.decaying_step:.4g} "
+                f"(set by λ = {show(r.limiting_eigenvalue)})"
             )
             if r.after:
                 text += f"; {r.after} follows, so this is no Euler step and the limit is a guide"
@@ -191,9 +202,10 @@ class DepthProfile:
         for r in self.rows:
             effect = r.loss_change if self.has_target else r.output_change
             numbers = (r.step_size, r.state_norm, r.ratio, r.inactive, r.gradient, r.gradient_cosine)
-            more = (complex(r.rightmost).real, r.step_limit, r.decaying_step, r.growth)
-            last = (r.sigma_min, r.sigma_max, effect)
-            table.append([r.name, r.kind, *(_short(v) for v in (*numbers, *more, *last))])
+            limits = (("" if r.converged or r.step_limit == 0 else "≤ ") + _short(r.step_limit), r.decaying)
+            last = (r.growth, r.sigma_min, r.sigma_max, effect)
+            cells = [*map(_short, numbers), _short(complex(r.rightmost).real), *limits, *map(_short, last)]
+            table.append([r.name, r.kind, *cells])
         widths = [max(len(row[i]) for row in table) for i in range(len(columns))]
         lines = [
             "  ".join(
@@ -308,9 +320,23 @@ def profile_depth(
     found = []
     for i, measures in enumerate(merged.rows):
         spectrum = spectra_found[i].values if spectra_found else {}
-        notes = [spectra_found[i].note] if spectra_found and spectra_found[i].note else []
+        notes = spectra_found[i].notes if spectra_found else []
         found.append(DepthRow(**{**measures, **spectrum}, note="; ".join(notes)))
     return DepthProfile(found, stages, merged.loss, batch, target is not None)
+
+
+def _check_finite(additions: list[Addition], output: Any) -> None:
+    """Name the first block whose numbers are not finite."""
+    for i, a in enumerate(additions):
+        for what, t in (("state before", a.x), ("branch F(x) of", a.increment), ("output of", a.y)):
+            if not bool(torch.isfinite(t).all()):
+                where = f"the {what} block {a.name}, number {i},"
+                raise ValueError(
+                    f"a profile needs finite numbers: {where} holds inf or nan, the first in the network. Look for "
+                    f"it in {'what comes before it' if what == 'state before' else 'that block'}: weights and statistics."
+                )
+    if not all(bool(torch.isfinite(t).all()) for t in tensors_in(output) if t.is_floating_point()):
+        raise ValueError("a profile needs finite numbers: the output holds inf or nan, and no block does.")
 
 
 def _numbered(additions: list[Addition]) -> list[tuple[int, Addition]]:
@@ -375,6 +401,7 @@ def _profile_part(
     """The profile of a few samples, without the spectra."""
     traced = trace(model, x, blocks)
     additions = traced.additions
+    _check_finite(additions, traced.output)
     if not additions:
         raise ValueError(
             "no residual block was found: nothing in this network adds a branch with weights to the state "
@@ -521,7 +548,7 @@ def _joined(a: Addition, b: Addition) -> bool:
 
 def _gain(run: list[Addition], spectra: list[BlockSpectrum], batch: int) -> StageGradient:
     first, last = run[0], run[-1]
-    products = EdgeProducts(last.at_y, first.at_x, last.y, first.x, batch)
+    products = JacobianProducts.between(last.at_y, first.at_x, last.y, first.x, batch)
     flat = rows(first.x, batch)
     start = random_start(len(flat), flat.shape[1], first.x)
     sizes = [float(s.values.get("epsilon", NAN)) for s in spectra]
