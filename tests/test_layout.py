@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "networks": {"blocks", "fields", "shortcuts", "formulas", "state_dicts"},
     "analysis": {"tableaus", "stability", "jacobian", "solve", "blocks", "formulas"},
     "plots": {"tableaus", "stability"},
-    "training": {"networks", "analysis", "blocks", "solve", "jacobian", "tableaus", "plots"},
+    "training": {"networks", "analysis", "blocks", "solve", "jacobian", "stability", "tableaus", "plots"},
 }
 EVERYWHERE = {"checks", "tables", "modes"}  # import nothing of resode
 ON_TOP = {"cli", "__init__"}  # may import everything

@@ -332,7 +332,9 @@ def test_wrong_settings_of_the_callback(wrong):
 
 
 def test_no_records_are_a_table_without_rows():
-    assert StepLimits(images()).to_csv() == ("update,stage,solver,step,growing,decaying_step,amplification\n")
+    assert StepLimits(images()).to_csv() == (
+        "update,stage,solver,step,growing,decaying_step,amplification,exact\n"
+    )
     StepLimits(images()).plot()
 
 

@@ -134,7 +134,9 @@ def eigenvalues_with_errors(matrix: Matrices, eps: float) -> Row:
         found = _eigenpairs(better, np.log(stretch) - logs)
     with np.errstate(over="ignore", invalid="ignore"):
         errors = found.conditions * rounded + found.moved
-    return Row(unit * found.values, unit * errors, unit * found.residuals, found.conditions, unit * scale, True)
+    return Row(
+        unit * found.values, unit * errors, unit * found.residuals, found.conditions, unit * scale, True
+    )
 
 
 def _is_normal(matrix: Matrices) -> bool:
@@ -192,8 +194,7 @@ def evened(matrix: Matrices) -> tuple[Matrices, Floats]:
     n = len(matrix)
     u, off = np.zeros(n), ~np.eye(n, dtype=bool) & (matrix != 0)
     for _ in range(_EVENINGS):
-        with np.errstate(over="ignore"):
-            now = matrix * np.exp(u[:, None] - u[None])
+        now = matrix * np.exp(np.where(off, u[:, None] - u[None], 0.0))
         squares = np.where(off, np.abs(now) ** 2, 0.0)
         gradient = squares.sum(axis=1) - squares.sum(axis=0)
         if np.abs(gradient).max() <= 1e-6 * (squares.sum() / n + 1e-300):
@@ -203,7 +204,7 @@ def evened(matrix: Matrices) -> tuple[Matrices, Floats]:
         step = -scipy.linalg.solve(laplacian, gradient, assume_a="pos", check_finite=False) / 2
         size = float(np.abs(step[:, None] - step[None])[off].max())
         u = u + step * min(1.0, 2.0 / size)
-    return np.where(off | np.eye(n, dtype=bool), matrix * np.exp(u[:, None] - u[None]), 0), u
+    return matrix * np.exp(np.where(off, u[:, None] - u[None], 0.0)), u
 
 
 def spectral_norms(matrices: Matrices) -> Floats:

@@ -37,6 +37,7 @@ _LOOK = 40  # vectors between two looks at the Ritz values
 _LOOKS = 6  # without a change, after which Ritz values that might yet move past the limit are let be
 _LARGE = 4096  # entries of a state from which reading the basis costs more than a product
 _STRIDE = 4
+_MARGIN = 4.0  # of a search's errors: a condition number may turn out so much larger with right eigenvectors
 RIGHT = 60
 """Products for right eigenvectors."""
 
@@ -73,6 +74,7 @@ class Row:
         scale: ‖J‖₂, about.
         complete, normal: as in `Spectrum`.
         products: that it took.
+        steady: as in `Spectrum`.
         left: left eigenvectors of the values that set a limit, by index, until they are checked.
         known: left eigenvectors of other values, real and imaginary parts, orthonormal, (n, r).
     """
@@ -85,6 +87,7 @@ class Row:
     complete: bool = False
     normal: bool = False
     products: int = 0
+    steady: bool = False
     left: dict[int, Tensor] | None = None
     known: Tensor | None = None
 
@@ -108,6 +111,7 @@ def gathered(
         origin=origin,
         complete=np.array([r.complete for r in rows]),
         normal=np.array([r.normal for r in rows]),
+        steady=np.array([r.steady for r in rows]),
         growth=growth,
         rtol=rtol,
         products=max(r.products for r in rows),
@@ -172,7 +176,7 @@ class _Part:
             self._check_finite(krylov, active)
             ritz = [krylov.ritz(row) for row in range(len(active))]
             spectrum = self._spectrum(ritz, active, krylov.whole, products.count)
-            exits = [self._exits(spectrum, active, number) for number in range(len(self.search.tableaus))]
+            exits = self._look(spectrum, active)
             last = products.count >= self.search.budget or krylov.whole
             enough = np.logical_and.reduce([e.converged & (e.settled | e.hopeless) for e in exits])
             for row in np.flatnonzero(enough | last):
@@ -198,8 +202,8 @@ class _Part:
         if not finite.all():
             bad = [active[row] for row in torch.nonzero(~finite).flatten().tolist()]
             raise ValueError(
-                f"a Jacobian must be finite: products with that of sample {bad[0]} are not, or too large to "
-                f"be squared ({len(bad)} such samples here). F may have an infinite slope there, as sqrt at 0, "
+                f"a Jacobian must be finite: products with that of sample {bad[0]} are not ({len(bad)} such "
+                "samples here), or too large to be squared. F may have an infinite slope there, as sqrt at 0, "
                 "or its derivative may overflow."
             )
 
@@ -222,28 +226,31 @@ class _Part:
             with np.errstate(invalid="ignore", over="ignore"):
                 factor = np.ones_like(r.conditions) if normal else r.conditions
                 errors = factor * (r.residuals + ROUNDINGS * self.search.eps * r.scale)
+            errors = errors if normal or not self.search.check else _MARGIN * errors
             rows.append(Row(r.values, errors, r.residuals, r.conditions, r.scale, whole, normal, count))
         s = self.search
         return gathered(rows, self.n, s.eps, s.rtol, s.growth)
 
-    def _exits(self, spectrum: Spectrum, active: list[int], number: int) -> FirstExits:
-        """One method's exits, and whether they have not changed for long."""
-        tableau, rtol = self.search.tableaus[number], self.search.rtol
-        exits = FirstExits(spectrum, tableau)
-        steady = np.zeros(len(active), dtype=bool)
+    def _look(self, spectrum: Spectrum, active: list[int]) -> list[FirstExits]:
+        """Every method's exits, after a note of which rows have not changed for long."""
+        rtol = self.search.rtol
+        exits = [FirstExits(spectrum, tableau) for tableau in self.search.tableaus]
         for row, sample in enumerate(active):
-            if number == 0:
-                self.past[sample].append(np.full(len(self.search.tableaus), np.nan))
-            self.past[sample][-1][number] = now = exits.estimate[row]
-            before = [looks[number] for looks in self.past[sample][-_LOOKS - 1 : -1]]
-            steady[row] = len(before) == _LOOKS and all(abs(p - now) <= rtol * now for p in before)
-            close = len(before) >= 2 and all(abs(p - now) <= 0.1 * rtol * now for p in before[-2:])
-            if close and self.normal[sample] and np.isfinite(now):
+            past, now = self.past[sample], np.array([e.estimate[row] for e in exits])
+
+            def unchanged(looks: int, part: float, past: Any = past, now: Any = now) -> bool:
+                before = past[-looks:]
+                with np.errstate(invalid="ignore"):
+                    return len(before) == looks and all((np.abs(p - now) <= part * now).all() for p in before)
+
+            spectrum.steady[row] = unchanged(_LOOKS, rtol)
+            if self.normal[sample] and unchanged(2, 0.1 * rtol):
                 # The edge of a cluster whose members mix: the hull's is found before any of them is.
-                residual = spectrum.residuals[row, exits.mode[row]]
-                if residual <= 1e-2 * spectrum.scale[row]:
-                    spectrum.errors[row, exits.mode[row]] = self.search.eps * spectrum.scale[row]
-        return FirstExits(spectrum, tableau, steady)
+                for mode in {int(e.mode[row]) for e in exits}:
+                    if spectrum.residuals[row, mode] <= 1e-2 * spectrum.scale[row]:
+                        spectrum.errors[row, mode] = self.search.eps * spectrum.scale[row]
+            past.append(now)
+        return [FirstExits(spectrum, tableau) for tableau in self.search.tableaus]
 
     def _wanted(self, row: int, values: Complexes) -> np.ndarray:
         """The order in which eigenvalues are kept when a space is cut back."""
@@ -267,15 +274,17 @@ class _Part:
         exits: list[FirstExits],
     ) -> None:
         """One sample's result, and the left eigenvectors of what sets its limits."""
+        margin = 1.0 if self.normal[sample] or not self.search.check else _MARGIN
         found = Row(
             ritz.values,
-            spectrum.errors[row],
+            spectrum.errors[row] / margin,
             ritz.residuals,
             np.ones_like(ritz.conditions) if self.normal[sample] else ritz.conditions.copy(),
             ritz.scale,
             krylov.whole,
             self.normal[sample],
             spectrum.products,
+            bool(spectrum.steady[row]),
         )
         self.found[sample] = found
         if found.normal or krylov.whole or not self.search.check:

@@ -29,7 +29,7 @@ class SpectrumOptions:
 
     Args:
         k: eigenvalues that limit the step, and largest ones, to hold on to where J is not formed.
-        rtol: relative accuracy of step limits; None for 1e-6 in float64 and 1e-4 in float32.
+        rtol: relative accuracy of step limits; None for 1e-6 in float64, 1e-4 in float32.
         budget: products a sample, where J is not formed.
         growth: as in `resode.stability.eigenvalue_step_limit`.
         dense_up_to: entries of a state up to which J is formed.
@@ -57,9 +57,9 @@ class SpectrumOptions:
             raise ValueError(f"rtol must be a number between 0 and 1, got {self.rtol!r}.")
         allowed_growth(self.growth)
 
-    def accuracy(self, dtype: torch.dtype) -> float:
-        """The relative accuracy of step limits in a dtype."""
-        return self.rtol or (1e-6 if dtype == torch.float64 else 1e-4)
+    def accuracy(self, eps: float) -> float:
+        """The relative accuracy of step limits, of a J in a dtype of this spacing."""
+        return self.rtol or (1e-6 if eps <= 2.0**-52 else max(1e-4, 8 * eps))
 
 
 def spectrum(
@@ -89,7 +89,7 @@ def spectrum(
         ([[-5.0, -2.0]], [True])
     """
     options = SpectrumOptions() if options is None else options
-    n, eps, rtol = x[0].numel(), torch.finfo(x.dtype).eps, options.accuracy(x.dtype)
+    n, eps, rtol = x[0].numel(), torch.finfo(x.dtype).eps, options.accuracy(torch.finfo(x.dtype).eps)
     check_precision(rounding(n, eps), n, eps)
     tableaus = [get_tableau(method) for method in methods]
     source = _Source(subject, x)
@@ -131,8 +131,7 @@ def matrix_spectrum(
             Row(v, np.full(n, ROUNDINGS * eps * scale), known, known, scale, True)
             for v, scale in zip(np.asarray(eigenvalues).reshape(-1, n), scales, strict=True)
         ]
-    rtol = options.rtol or (1e-6 if eps <= 2.0**-52 else 1e-4)
-    found = gathered(rows, n, eps, rtol, options.growth, jacobians)
+    found = gathered(rows, n, eps, options.accuracy(eps), options.growth, jacobians)
     return replace(found, shape=values.shape[:-2])
 
 

@@ -159,12 +159,21 @@ class StepLimit:
                 lines.append(f"  N{reason[1:]}")
             else:
                 lines = [f"{self.method}, {steps.size} spectra: {reason}"]
-        open_ended = int((~plain(self.decaying_converged) & np.ones(steps.shape, dtype=bool)).sum())
-        if unstable and open_ended:
-            lines.append(f"  Without growing modes it is an upper bound in {open_ended}.")
-        missing = int((~plain(self.converged)).sum())
-        if missing:
-            lines.append(f"  {missing} not converged.")
+        none = np.zeros(steps.shape, dtype=bool) if self.error is None else np.isinf(plain(self.error))
+        exact = plain(self.decaying_converged) | np.zeros(steps.shape, dtype=bool)
+        converged = plain(self.converged) | np.zeros(steps.shape, dtype=bool)
+        if (~converged & ~none).any():
+            lines.append(f"  An upper bound in {int((~converged & ~none).sum())}: not converged.")
+        if unstable and (converged & ~exact & ~none).any():
+            lines.append(
+                f"  Without growing modes it is an upper bound in {int((converged & ~exact & ~none).sum())}."
+            )
+        if none.any():
+            worst = np.where(none, plain(self.condition), 0.0).max()
+            lines.append(
+                f"  {int(none.sum())} where none is known: eigenvalues are ill-conditioned or were not found "
+                f"(condition {worst:.3g})."
+            )
         return "\n".join(lines)
 
 

@@ -57,6 +57,7 @@ class Spectrum:
         origin: the tensor or array that came, whose kind results take.
         complete: whether the values are all of them, bool, shape (B,).
         normal: whether J commutes with its transpose, to rounding, bool, shape (B,).
+        steady: whether a search for more of them has changed no limit for long, bool, shape (B,).
         growth: as in `eigenvalue_step_limit`.
         rtol: relative accuracy of limits that was sought.
         products: with each J or its transpose, that finding them took.
@@ -73,6 +74,7 @@ class Spectrum:
     origin: Any
     complete: np.ndarray
     normal: np.ndarray
+    steady: np.ndarray
     growth: tuple[int, float] | None = None
     rtol: float = 1e-6
     products: int = 0
@@ -108,14 +110,10 @@ class FirstExits:
     Args:
         spectrum: the eigenvalues.
         tableau: the method.
-        steady: whether a search for them has brought no change for long, bool, shape (B,).
     """
 
-    def __init__(
-        self, spectrum: Spectrum, tableau: ButcherTableau, steady: np.ndarray | bool = False
-    ) -> None:
+    def __init__(self, spectrum: Spectrum, tableau: ButcherTableau) -> None:
         self.spectrum, self.tableau = spectrum, tableau
-        self.steady = np.broadcast_to(steady, spectrum.scale.shape)
         self.rays = ray_polynomials(tableau, allowed_growth(spectrum.growth))
         self.lines = np.arange(len(spectrum.scale))
         present = np.isfinite(spectrum.values)
@@ -173,7 +171,7 @@ class FirstExits:
     @cached_property
     def known(self) -> np.ndarray:
         """Whether the decaying eigenvalues that were found set the limit beyond doubt."""
-        return self.accurate & (self.steady | ~self.threatened)
+        return self.accurate & (self.spectrum.steady | ~self.threatened)
 
     @cached_property
     def all_seen(self) -> np.ndarray:
@@ -200,7 +198,7 @@ class FirstExits:
         """Whether the step limit is exact to its error; where a mode surely grows it is 0."""
         error, value = (a[self.lines, self.fastest] for a in (self.errors, self.values))
         rightmost = self.values.real.max(axis=1) <= value.real + error
-        rightmost &= error <= self.spectrum.rtol**0.5 * np.abs(value)
+        rightmost &= error <= ACCEPTED * self.spectrum.rtol**0.5 * np.abs(value)
         return np.where(self.unstable, self.spectrum.complete | rightmost, self.settled & ~self.doubtful)
 
     @property

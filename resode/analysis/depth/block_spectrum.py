@@ -13,7 +13,7 @@ from resode.analysis.depth.gradients import block_products, increment_products
 from resode.analysis.depth.tracing import Addition
 from resode.blocks import ResidualStack
 from resode.jacobian.lanczos import random_start, singular_values
-from resode.jacobian.products import Combination, JacobianProducts, rows
+from resode.jacobian.products import Combination, rows
 from resode.jacobian.spectrum import SpectrumOptions, formed, matrix_spectrum, spectrum
 from resode.stability.function import amplification
 from resode.stability.limits import plain
