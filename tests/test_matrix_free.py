@@ -377,7 +377,7 @@ def test_a_contraction_limit_where_no_eigenvalue_converges():
     x = torch.zeros(1, 50, dtype=torch.float64)
     limit = step_limit(linear(j), x, solver="rk4", matrix_free=True)
     assert not limit.converged and math.isinf(limit.error)
-    assert "1 where none is known" in str(limit)
+    assert "limit is not known" in str(limit) and "condition number" in str(limit)
     assert float(limit.contraction_step) == pytest.approx(
         step_limit(j, solver="rk4").contraction_step, rel=1e-3
     )
@@ -403,7 +403,7 @@ def test_growing_modes_of_a_large_state_are_a_lower_bound():
         step_limit(field, x),
     )
     assert not free.decaying_converged.any() and 0 < len(free.growing[0]) <= len(dense.growing[0])
-    assert (free.decaying_step >= dense.decaying_step).all() and "an upper bound in 1" in str(free)
+    assert (free.decaying_step >= (1 - 1e-6) * dense.decaying_step).all() and "≤" in str(free)
     formed = step_limit(field, x, matrix_free=True)
     assert formed.decaying_converged.all() and formed.complete.all()
     torch.testing.assert_close(formed.decaying_step, dense.decaying_step, rtol=1e-6, atol=0)

@@ -38,8 +38,7 @@ _LOOKS = 6  # without a change, after which Ritz values that might yet move past
 _LARGE = 4096  # entries of a state from which reading the basis costs more than a product
 _STRIDE = 4
 _MARGIN = 4.0  # of a search's errors: a condition number may turn out so much larger with right eigenvectors
-RIGHT = 60
-"""Products for right eigenvectors."""
+_RIGHT = 60  # products for right eigenvectors
 
 
 @dataclass(frozen=True)
@@ -324,7 +323,7 @@ class _Part:
         products = self.products_of(samples)
         start = torch.stack(starts).to(self.x.dtype)
         try:
-            krylov = KrylovSchur(products.jvp, start, min(self.space, RIGHT))
+            krylov = KrylovSchur(products.jvp, start, min(self.space, _RIGHT))
             krylov.grow(krylov.size)
         except RuntimeError:  # without a second derivative: what the left space says stands
             return

@@ -14,7 +14,7 @@ from resode.checks import check_whole, warn_user
 from resode.jacobian.krylov import norm_estimate
 from resode.jacobian.linearize import Field, dense_jacobian
 from resode.jacobian.matrices import DENSE_LIMIT, check_precision, checked_matrices, eigenvalues_with_errors
-from resode.jacobian.outer import RIGHT, SPACE, Row, Search, gathered, outer_rows
+from resode.jacobian.outer import SPACE, Row, Search, gathered, outer_rows
 from resode.jacobian.products import JacobianProducts, full_precision
 from resode.stability.limits import allowed_growth, rounding
 from resode.stability.spectra import ROUNDINGS, FirstExits, Spectrum
@@ -150,17 +150,18 @@ def _searched(
     x = source.x
     n, eps = x[0].numel(), torch.finfo(x.dtype).eps
     wide = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
-    # Where J can be formed, a search that lasts as long as that would is given up.
-    budget = options.budget if n > options.dense_up_to else min(options.budget, max(SPACE, n // 2))
+    # Where J can be formed, a search that lasts about as long as that is given up.
+    can_be_formed = n <= options.dense_up_to and n + SPACE <= options.budget
+    budget = min(max(SPACE, n // 2), options.budget - n) if can_be_formed else options.budget
     search = Search(tableaus, options.k, rtol, budget, options.growth, eps, options.check)
     rows = outer_rows(source.products, x.detach().flatten(1).to(wide), search)
-    if n > options.dense_up_to:
+    if not can_be_formed:
         return rows
     found = gathered(rows, n, eps, rtol, options.growth)
     settled = np.logical_and.reduce(
         [exits.converged & exits.settled for exits in (FirstExits(found, t) for t in tableaus)]
     )
-    open_ = [i for i in np.flatnonzero(~settled) if rows[i].products + n <= options.budget + RIGHT]
+    open_ = np.flatnonzero(~settled).tolist()
     for i, row in zip(open_, source.all_eigenvalues(open_, eps), strict=True):
         rows[i] = replace(row, products=rows[i].products + n)
     return rows

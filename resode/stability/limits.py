@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Any
 
@@ -71,10 +71,12 @@ class StepLimit:
 
     def __str__(self) -> str:
         steps = plain(self.step)
+        if steps.size == 1 and steps.ndim:
+            return str(self._only())
         if steps.ndim:
             return self._summary(steps)
         lines = self._verdict()
-        further = [pair for pair in self.intervals if pair[0] > 0]
+        further = [pair for pair in self.intervals if pair[0] > 0 and self.converged]
         if further:
             shown = ", ".join(f"[{a:.6g}, {b:.6g}]" for a, b in further[:4])
             lines.append(f"  Stable again for steps in {shown}{', …' if len(further) > 4 else ''}.")
@@ -90,6 +92,15 @@ class StepLimit:
                 f"(logarithmic norm {self.logarithmic_norm:.6g})."
             )
         return "\n".join(lines)
+
+    def _only(self) -> StepLimit:
+        """The one limit of a batch that holds one."""
+        intervals, growing = self.intervals, self.growing
+        for _ in plain(self.step).shape:
+            intervals, growing = intervals[0], growing[0]
+        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("intervals", "growing")}
+        values = {k: v if v is None or isinstance(v, str) else plain(v).item() for k, v in rest.items()}
+        return StepLimit(intervals=intervals, growing=growing, **values)
 
     def _verdict(self) -> list[str]:
         """What the step limit is, or what is known of it; and how sure that is."""
@@ -142,32 +153,33 @@ class StepLimit:
         return f"≤ {value:.6g} (an upper bound)"
 
     def _summary(self, steps: np.ndarray) -> str:
-        decaying = plain(self.decaying_step)
+        decaying, no = plain(self.decaying_step), np.zeros(steps.shape, dtype=bool)
+        none = no if self.error is None else np.isinf(plain(self.error))
+        exact, converged = plain(self.decaying_converged) | no, plain(self.converged) | no
         unstable = int((steps == 0).sum())
+        sign, slow_sign = ("" if every.all() else "≤ " for every in (converged, exact))
         lines = [
-            f"{self.method}, {steps.size} spectra: stable up to step {steps.min():.6g} in all of them, "
-            f"{np.median(steps):.6g} in half, {steps.max():.6g} at most."
+            f"{self.method}, {steps.size} spectra: stable up to step {sign}{steps.min():.6g} in all of them, "
+            f"{sign}{np.median(steps):.6g} in half, {sign}{steps.max():.6g} at most."
         ]
         if unstable:
             worst: Complexes = plain(self.limiting_eigenvalue)[steps == 0]
             where = f"in {unstable}" if unstable < steps.size else "in any of them"
             reason = (
                 f"no small step is stable {where}, fastest λ = {_show(worst[worst.real.argmax()])}; "
-                f"without growing modes: {decaying.min():.6g} in all, {np.median(decaying):.6g} in half."
+                f"without growing modes: {slow_sign}{decaying.min():.6g} in all, "
+                f"{slow_sign}{np.median(decaying):.6g} in half."
             )
             if unstable < steps.size:
                 lines.append(f"  N{reason[1:]}")
             else:
                 lines = [f"{self.method}, {steps.size} spectra: {reason}"]
-        none = np.zeros(steps.shape, dtype=bool) if self.error is None else np.isinf(plain(self.error))
-        exact = plain(self.decaying_converged) | np.zeros(steps.shape, dtype=bool)
-        converged = plain(self.converged) | np.zeros(steps.shape, dtype=bool)
-        if (~converged & ~none).any():
-            lines.append(f"  An upper bound in {int((~converged & ~none).sum())}: not converged.")
-        if unstable and (converged & ~exact & ~none).any():
-            lines.append(
-                f"  Without growing modes it is an upper bound in {int((converged & ~exact & ~none).sum())}."
-            )
+        for what, some in (
+            ("I", ~converged & ~none),
+            ("Without growing modes i", converged & ~exact & ~none),
+        ):
+            if some.any() and (unstable or what == "I"):
+                lines.append(f"  {what}t is an upper bound in {int(some.sum())}: not converged.")
         if none.any():
             worst = np.where(none, plain(self.condition), 0.0).max()
             lines.append(

@@ -124,7 +124,9 @@ class FirstExits:
         self.counted[small & (np.abs(self.values) <= self.errors)] = 0  # as good as 0
         self.exits = first_exits(self.rays, self.counted)
         self.grows = self.counted.real > 0
-        self.surely_grows = self.grows & (self.values.real > spectrum.tau + self.errors)
+        # The union of discs of n times the first-order errors holds all eigenvalues, however ill-conditioned.
+        wide = np.where((spectrum.normal | ~spectrum.complete)[:, None], 1, spectrum.n) * self.errors
+        self.surely_grows = self.grows & (self.values.real > spectrum.tau + wide)
         self.slow = np.where(self.grows, np.inf, self.exits)
         self.mode = self.slow.argmin(axis=1)  # index of the decaying mode that leaves first
         self.estimate = self.slow[self.lines, self.mode]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from resode.analysis.steps.blocks import block_groups
@@ -96,9 +97,11 @@ def block_limits(
     Raises:
         ValueError: the network has no blocks, or a block couples samples or changes its input.
     """
-    network = copy.deepcopy(network).float().eval()
+    network = copy.deepcopy(network).eval()
+    wide = any(p.dtype == torch.float64 for p in network.parameters())
+    network, images = (network.double(), images.double()) if wide else (network.float(), images.float())
     options = SpectrumOptions(budget=budget)
-    for stage in block_groups(network, images.float(), blocks):
+    for stage in block_groups(network, images, blocks):
         stage.check_finite()
         rows, spectra = [], []
         for block, (field, x, step) in enumerate(zip(stage.fields, stage.states, stage.steps, strict=True)):
