@@ -51,34 +51,37 @@ def largest(
         >>> float(largest(lambda v: v @ a, torch.ones(1, 3), 1e-6).value)
         2.0...
     """
-    n = start.shape[1]
-    stride = 1 if len(start) == 1 else 4  # vectors between two looks
     tiny = torch.finfo(torch.float64).tiny
     x, done = start.double(), 0
     while True:
-        size = min(vectors, n, products - done)
-        basis = torch.zeros(len(x), size + 1, n, dtype=torch.float64, device=x.device)
-        tridiagonal = torch.zeros(len(x), size, size, dtype=torch.float64, device=x.device)
-        basis[:, 0] = x / x.norm(dim=1, keepdim=True).clamp_min(tiny)
-        for j in range(size):
-            w, column, beta = orthogonalized(
-                product(basis[:, j].to(start.dtype)).double(), basis[:, : j + 1], torch.finfo(start.dtype).eps
-            )
-            tridiagonal[:, j, : j + 1] = tridiagonal[:, : j + 1, j] = column
-            basis[:, j + 1] = w
-            if (j + 1) % stride and j + 1 < size:
-                continue
-            gone = torch.diag_embed((basis[:, : j + 1].norm(dim=2) < 0.5).double())
-            theta, y = torch.linalg.eigh(tridiagonal[:, : j + 1, : j + 1] - 1e300 * gone)
-            top, residual = y[:, :, -1], beta * y[:, -1, -1].abs()
+        found, count = _cycle(product, x, start.dtype, rtol, min(vectors, start.shape[1], products - done))
+        x, done = found.vector, done + count
+        enough = bool((found.residual <= rtol * found.size.clamp_min(tiny)).all())
+        if enough or done >= products or count == start.shape[1]:
+            return found
+
+
+def _cycle(product: Operator, x: Tensor, dtype: torch.dtype, rtol: float, size: int) -> tuple[TopPair, int]:
+    """The top from one basis of up to `size` vectors, and how many it took."""
+    stride = 1 if len(x) == 1 else 4  # vectors between two looks
+    eps, tiny = torch.finfo(dtype).eps, torch.finfo(torch.float64).tiny
+    basis = torch.zeros(len(x), size + 1, x.shape[1], dtype=torch.float64, device=x.device)
+    projected = torch.zeros(len(x), size, size, dtype=torch.float64, device=x.device)
+    basis[:, 0] = x / x.norm(dim=1, keepdim=True).clamp_min(tiny)
+    j = 0
+    while True:
+        w = product(basis[:, j].to(dtype)).double()
+        basis[:, j + 1], column, rest = orthogonalized(w, basis[:, : j + 1], eps)
+        projected[:, j, : j + 1] = projected[:, : j + 1, j] = column
+        j += 1
+        if j % stride and j < size:
+            continue
+        absent = torch.diag_embed((basis[:, :j].norm(dim=2) < 0.5).double())  # past an invariant space
+        theta, y = torch.linalg.eigh(projected[:, :j, :j] - 1e300 * absent)
+        residual = rest * y[:, -1, -1].abs()
+        if j == size or bool((residual <= rtol * theta[:, -1].abs()).all() | (rest == 0).all()):
             moduli = torch.where(theta > -1e299, theta.abs(), 0.0).amax(1)
-            if bool((residual <= rtol * theta[:, -1].abs().clamp_min(tiny)).all() | (beta == 0).all()):
-                break
-        done += j + 1
-        x = (top[:, None] @ basis[:, : j + 1])[:, 0]
-        enough = bool((residual <= rtol * moduli.clamp_min(tiny)).all())
-        if enough or done >= products or j + 1 == n:
-            return TopPair(theta[:, -1], x, residual, moduli)
+            return TopPair(theta[:, -1], (y[:, None, :, -1] @ basis[:, :j])[:, 0], residual, moduli), j
 
 
 def orthogonalized(w: Tensor, basis: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -165,7 +165,8 @@ class _Pairs:
 
 def _eigenpairs(balanced: Matrices, logs: Floats) -> _Pairs:
     """Eigenvalues and conditions, where `logs` are the logarithms of D."""
-    values, left, right = scipy.linalg.eig(balanced, left=True, right=True, check_finite=False)
+    found: Any = scipy.linalg.eig(balanced, left=True, right=True, check_finite=False)
+    values, left, right = found
     residuals = np.linalg.norm(balanced @ right - right * values, axis=0)
     overlaps = np.abs((left.conj() * right).sum(axis=0))
     stretch = np.exp(np.clip(logs - logs.mean(), -300, 300))[:, None]
@@ -180,8 +181,8 @@ def evened(matrix: Matrices) -> tuple[Matrices, Floats]:
     """D A D⁻¹ of least Frobenius norm over all diagonal D > 0, and log D.
 
     It takes to a symmetric matrix what a diagonal D took from one, and a triangular matrix to its diagonal,
-    where LAPACK's balancing, row by row, stops long before. Σ |a_ij|² e^{2(u_i − u_j)} is convex in u = log D,
-    and Newton's step solves a graph's Laplacian.
+    where LAPACK's balancing, row by row, stops long before. Σ |a_ij|² e^{2(u_i − u_j)} is convex in
+    u = log D, and Newton's step solves a graph's Laplacian.
 
     Source:
         Osborne, On pre-conditioning of matrices, J. ACM 7 (1960), for what is sought.

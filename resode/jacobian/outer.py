@@ -1,10 +1,10 @@
-r"""The outer eigenvalues of large Jacobians that are not formed, sought until every method's limit has settled.
+r"""The outer eigenvalues of large Jacobians, sought until every method's limit has settled.
 
 The first exit from a stability region is an outer matter: where no mode grows, the eigenvalue that sets the
 limit is the largest of R(ηJ), and Krylov spaces find it first. Two things they cannot know, and both are
-said: nothing is certain that was not seen, so a limit is `converged` or not, never certified; and where modes
-grow, eigenvalues that barely decay may lie anywhere near the imaginary axis, so that the limit of the decaying
-modes is an upper bound for methods, such as Euler, whose region leaves that axis at once.
+said: nothing is certain that was not seen, so a limit is `converged` or not, never certified; and where
+modes grow, eigenvalues that barely decay may lie anywhere near the imaginary axis, so that the limit of the
+decaying modes is an upper bound for methods, such as Euler, whose region leaves that axis at once.
 
 A small residual alone proves nothing where J is far from normal: pseudo-eigenvalues have one too. So the
 eigenvalues that set a limit are checked by both of their eigenvectors.
@@ -202,8 +202,8 @@ class _Part:
             bad = [active[row] for row in torch.nonzero(~finite).flatten().tolist()]
             raise ValueError(
                 f"a Jacobian must be finite: products with that of sample {bad[0]} are not ({len(bad)} such "
-                "samples here), or too large to be squared. F may have an infinite slope there, as sqrt at 0, "
-                "or its derivative may overflow."
+                "samples here), or too large to be squared. F may have an infinite slope there, as sqrt "
+                "at 0, or its derivative may overflow."
             )
 
     def _test_normality(self, products: Any, active: list[int]) -> None:
@@ -307,7 +307,7 @@ class _Part:
             found.known = torch.linalg.qr(torch.cat([v.real, v.imag[turning]]).T)[0]
 
     def _check_right_eigenvectors(self) -> None:
-        """Put 1/|w*v| with right eigenvectors v, from a small Krylov space of J, for what the left space says."""
+        """Condition numbers 1/|w*v| with right eigenvectors v, from a small Krylov space of J."""
         samples = [sample for sample in self.samples if self.found[sample].left]
         if not samples:
             return

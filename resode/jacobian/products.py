@@ -51,8 +51,10 @@ class JacobianProducts:
         only once.
 
         Args:
-            at_y, at_x: where J leads to and where it comes from.
-            y, x: tensors of their shapes; the batch may be their second dimension.
+            at_y: where J leads to.
+            at_x: where it comes from.
+            y: a tensor of the shape there; the batch may be its second dimension.
+            x: likewise.
             batch: samples.
             factor: what J is multiplied by.
         """

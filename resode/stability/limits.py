@@ -99,7 +99,9 @@ class StepLimit:
         for _ in plain(self.step).shape:
             intervals, growing = intervals[0], growing[0]
         rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("intervals", "growing")}
-        values = {k: v if v is None or isinstance(v, str) else plain(v).item() for k, v in rest.items()}
+        values: dict[str, Any] = {
+            k: v if v is None or isinstance(v, str) else plain(v).item() for k, v in rest.items()
+        }
         return StepLimit(intervals=intervals, growing=growing, **values)
 
     def _verdict(self) -> list[str]:
@@ -301,7 +303,7 @@ def rounding(n: int, eps: float) -> float:
     return 8 * math.sqrt(n) * eps
 
 
-def as_counted(values: Complexes, tau: np.ndarray) -> Complexes:
+def as_counted(values: Complexes, tau: np.ndarray | float) -> Complexes:
     """Eigenvalues with |λ| ≤ τ set to 0 and those with |Re λ| ≤ τ moved onto the imaginary axis."""
     counted = values.copy()
     counted.real[np.abs(values.real) <= tau] = 0

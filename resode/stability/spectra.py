@@ -117,9 +117,9 @@ class FirstExits:
         self.rays = ray_polynomials(tableau, allowed_growth(spectrum.growth))
         self.lines = np.arange(len(spectrum.scale))
         present = np.isfinite(spectrum.values)
-        self.values = np.where(present, spectrum.values, 0)
+        self.values: Complexes = np.where(present, spectrum.values, 0)
         self.errors = np.where(present, spectrum.errors, 0.0)
-        self.counted = as_counted(self.values, spectrum.tau)
+        self.counted: Complexes = as_counted(self.values, spectrum.tau)
         small = self.errors <= _FIRST_ORDER * spectrum.scale[:, None]
         self.counted[small & (np.abs(self.values) <= self.errors)] = 0  # as good as 0
         self.exits = first_exits(self.rays, self.counted)
@@ -164,8 +164,8 @@ class FirstExits:
         unsure = complete & (np.abs(self.values.real) <= reach + s.tau)
         matters = complete | (np.isfinite(self.slow) & (reach > s.rtol * scale / 2))
         row, place = np.nonzero((near | unsure) & matters & (reach > 0) & (self.counted != 0))
-        moved = self.values[row, place, None] + reach[row, place, None] * _AROUND
-        moved = as_counted(moved, s.tau[row])
+        around: Complexes = self.values[row, place, None] + reach[row, place, None] * _AROUND
+        moved = as_counted(around, s.tau[row])
         exits = np.where(moved.real > 0, np.inf, first_exits(self.rays, moved)).min(axis=1)
         before = exits < (1 - ACCEPTED * s.rtol) * self.estimate[row]
         return np.bincount(row[before], minlength=len(self.lines)) > 0
@@ -198,7 +198,8 @@ class FirstExits:
     @property
     def converged(self) -> np.ndarray:
         """Whether the step limit is exact to its error; where a mode surely grows it is 0."""
-        error, value = (a[self.lines, self.fastest] for a in (self.errors, self.values))
+        error: Floats = self.errors[self.lines, self.fastest]
+        value: Complexes = self.values[self.lines, self.fastest]
         rightmost = self.values.real.max(axis=1) <= value.real + error
         rightmost &= error <= ACCEPTED * self.spectrum.rtol**0.5 * np.abs(value)
         return np.where(self.unstable, self.spectrum.complete | rightmost, self.settled & ~self.doubtful)
@@ -226,7 +227,7 @@ class FirstExits:
         """What is known of every Jacobian."""
         s = self.spectrum
         index, decaying, error = self.mode.copy(), self.estimate.copy(), self.error.copy()
-        for row in np.flatnonzero(~self.known):
+        for row in np.flatnonzero(~self.known).tolist():
             index[row], decaying[row], error[row] = self.bound(row)
         first = np.where(self.unstable, self.fastest, index)
         least = np.where(self.surely_grows, self.exits, np.inf).min(axis=1)

@@ -330,10 +330,10 @@ def _check_finite(additions: list[Addition], output: Any) -> None:
     for i, a in enumerate(additions):
         for what, t in (("state before", a.x), ("branch F(x) of", a.increment), ("output of", a.y)):
             if not bool(torch.isfinite(t).all()):
-                where = f"the {what} block {a.name}, number {i},"
                 raise ValueError(
-                    f"a profile needs finite numbers: {where} holds inf or nan, the first in the network. Look for "
-                    f"it in {'what comes before it' if what == 'state before' else 'that block'}: weights and statistics."
+                    f"a profile needs finite numbers: the {what} block {a.name}, number {i}, holds inf or "
+                    "nan, the first in the network. Look for it in the weights and statistics "
+                    f"{'before it' if what == 'state before' else 'of that block'}."
                 )
     if not all(bool(torch.isfinite(t).all()) for t in tensors_in(output) if t.is_floating_point()):
         raise ValueError("a profile needs finite numbers: the output holds inf or nan, and no block does.")

@@ -49,8 +49,8 @@ class BlockGroup:
                 if what == "states before" or not field(x).isfinite().all():
                     raise ValueError(
                         f"step limits belong to finite states: the {what} block {block} of "
-                        f"{self.name or 'the stack'} hold inf or nan, the first in the network. Look for it in "
-                        "the weights and the images."
+                        f"{self.name or 'the stack'} hold inf or nan, the first in the network. Look for it "
+                        "in the weights and the images."
                     )
 
 

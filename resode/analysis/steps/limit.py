@@ -125,9 +125,9 @@ def _warn_if_unknown(limit: StepLimit) -> None:
     )
     if unknown.any():
         warn_user(
-            "the eigenvalues are so ill-conditioned that rounding may have moved them anywhere: no step limit "
-            f"is known{f' in {int(unknown.sum())} of {unknown.size}' if unknown.ndim else ''}, and the figure is "
-            "that of the eigenvalues as computed. step_limit says more.",
+            f"no step limit is known in {int(unknown.sum())} of {unknown.size} spectra: their eigenvalues are "
+            "so ill-conditioned that rounding may have moved them anywhere, and the figure is that of the "
+            "eigenvalues as computed. step_limit says more.",
             RuntimeWarning,
         )
 
