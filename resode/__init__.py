@@ -14,6 +14,7 @@ from resode.analysis.rest.classify import Classification, classify
 from resode.analysis.rest.fixed_points import FixedPoints, find_fixed_points, find_several_fixed_points
 from resode.analysis.steps.limit import max_stable_step, step_limit
 from resode.analysis.steps.penalty import StepLimitPenalty
+from resode.analysis.swap.proof import SwapProof
 from resode.analysis.swap.report import SwapReport, swap_report
 from resode.blocks import ODEBlock, ResidualStack
 from resode.solve import (
@@ -70,6 +71,7 @@ __all__ = [
     "StepLimit",
     "StepLimitPenalty",
     "StepSizeUnderflow",
+    "SwapProof",
     "SwapReport",
     "classify",
     "compare",

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import difflib
+import math
 import sys
 import warnings
 from collections.abc import Iterable
 from typing import Any
+
+# Between the library and its caller: a module's call, a hook of the way back, a context.
+_NOT_THE_USER = ("resode", "torch", "torchdiffeq", "contextlib", "functools")
+
+
+class WrongNumber(TypeError, ValueError):
+    """An argument that should be a number is something else; to be caught as either of its parents."""
 
 
 def check_whole(name: str, value: Any, least: int | None = None) -> int:
     """The value as an int, where it is a whole number of at least `least`.
 
     Raises:
-        TypeError: not an integer (a bool is none).
+        WrongNumber: not an integer (a bool is none).
         ValueError: below `least`.
 
     Example:
@@ -21,10 +29,56 @@ def check_whole(name: str, value: Any, least: int | None = None) -> int:
         3
     """
     if isinstance(value, bool) or not hasattr(type(value), "__index__"):
-        raise TypeError(f"{name} must be a whole number, got {value!r}.")
+        at_least = "" if least is None else f" of at least {least}"
+        raise WrongNumber(f"{name} must be a whole number{at_least}, got {value!r}.")
     number = value.__index__()
     if least is not None and number < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+    return number
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+) -> float:
+    """The value as a float, where it is finite and within the bounds that are given.
+
+    Args:
+        name: of the argument, for the message.
+        value: a real number; a bool or a string is none.
+        least: the smallest value allowed.
+        above: what the value must exceed, instead.
+        most: the largest value allowed.
+        below: what the value must stay under, instead.
+
+    Raises:
+        WrongNumber: not a number.
+        ValueError: infinite, nan, or out of bounds.
+
+    Example:
+        >>> check_number("momentum", 0, least=0, below=1)
+        0.0
+    """
+    bounds = {"at least": least, "above": above, "at most": most, "below": below}
+    words = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)
+    rule = f"{name} must be a finite number{' ' + words if words else ''}, got {value!r}."
+    if isinstance(value, bool | str | bytes) or not hasattr(value, "__float__"):
+        raise WrongNumber(rule)
+    number = float(value)
+    inside = (
+        math.isfinite(number)
+        and (least is None or number >= least)
+        and (above is None or number > above)
+        and (most is None or number <= most)
+        and (below is None or number < below)
+    )
+    if not inside:
+        raise ValueError(rule)
     return number
 
 
@@ -34,16 +88,17 @@ def did_you_mean(name: object, valid: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
-def one_of(name: str, value: Any, valid: Iterable[str]) -> Any:
+def one_of(name: str, value: Any, valid: Iterable[Any]) -> Any:
     """The value, where it is one of the valid ones.
 
     Raises:
         ValueError: it is not; the message lists them.
     """
     names = list(valid)
-    if value not in names:
+    if not any(isinstance(value, type(known)) and value == known for known in names):
+        words = [str(known) for known in names]
         raise ValueError(
-            f"{name} must be one of {', '.join(names)}; got {value!r}.{did_you_mean(value, names)}"
+            f"{name} must be one of {', '.join(words)}; got {value!r}.{did_you_mean(value, words)}"
         )
     return value
 
@@ -51,6 +106,6 @@ def one_of(name: str, value: Any, valid: Iterable[str]) -> Any:
 def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn at the line that called the library, however deep inside it this is."""
     level, frame = 1, sys._getframe(0)
-    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("resode", "contextlib"):
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_THE_USER:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level if frame is not None else 2)

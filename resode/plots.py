@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from resode.checks import check_number
 from resode.stability import (
     eigenvalue_step_limit,
     imaginary_stability_interval,
@@ -68,8 +69,7 @@ def stability_region(
         'Re ηλ'
     """
     tableaus = _tableaus(method_or_methods)
-    if not (0 < step_size < math.inf):
-        raise ValueError(f"step_size must be positive and finite, got {step_size}.")
+    check_number("step_size", step_size, above=0)
     lam, tau = (None, None) if eigenvalues is None else _counted(eigenvalues)
     z = None if lam is None else lam * step_size
     left, right, bottom, top = _window(tableaus, z)

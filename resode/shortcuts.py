@@ -8,7 +8,6 @@ that stride does.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable
 from typing import cast
@@ -16,6 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from resode.checks import check_number, check_whole, one_of
 from resode.formulas import Cost, Shape, chain, cost_of
 
 SHORTCUTS = ("A", "B", "C", "D", "gated", "input_gated")
@@ -32,8 +32,7 @@ def _check_images(name: str, x: Tensor, channels: int) -> None:
 
 def _check_sizes(**sizes: int) -> None:
     for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1: got {value!r}.")
+        check_whole(name, value, 1)
 
 
 class PadShortcut(nn.Module):
@@ -177,8 +176,7 @@ class GatedShortcut(nn.Module):
 
     def __init__(self, alpha: float = 1.0) -> None:
         super().__init__()
-        if not math.isfinite(alpha):
-            raise ValueError(f"alpha must be finite: got {alpha!r}.")
+        check_number("alpha", alpha)
         self.alpha = nn.Parameter(torch.tensor(float(alpha)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -213,8 +211,7 @@ class InputGatedShortcut(nn.Module):
     def __init__(self, channels: int, *, alpha: float = 0.9) -> None:
         super().__init__()
         _check_sizes(channels=channels)
-        if not 0 < alpha < 1:
-            raise ValueError(f"alpha must lie between 0 and 1, as a sigmoid does: got {alpha!r}.")
+        check_number("alpha", alpha, above=0, below=1)
         self.channels = channels
         self.score = nn.Linear(channels, 1)
         nn.init.zeros_(self.score.weight)
@@ -321,10 +318,7 @@ def make_shortcut(
         >>> make_shortcut("A", 16, 16), make_shortcut("A", 16, 32, 2)
         (Identity(), PadShortcut(16, 32, stride=2, zeros='around'))
     """
-    if kind not in SHORTCUTS:
-        close = difflib.get_close_matches(str(kind), SHORTCUTS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"shortcut must be one of {', '.join(map(repr, SHORTCUTS))}: got {kind!r}.{hint}")
+    one_of("shortcut", kind, SHORTCUTS)
     _check_sizes(in_channels=in_channels, out_channels=out_channels, stride=stride)
     same = in_channels == out_channels and stride == 1
     if kind == "C" or (kind in ("B", "D") and not same):

@@ -50,7 +50,7 @@ def test_coarsening_a_shared_field_divides_its_depth():
 
 @pytest.mark.parametrize("k", [4, 0, 1.5, True])
 def test_coarsening_needs_a_divisor(k):
-    with pytest.raises(ValueError, match="a whole number that divides 6"):
+    with pytest.raises(ValueError, match="whole number"):
         ResidualStack(smooth(), depth=6).coarsen(k)
 
 
@@ -137,11 +137,11 @@ def test_state_dicts_stay_the_same_across_solvers_with_learnt_steps():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"learn_step": "row"}, ValueError, "False, True, 'block', 'channel'; got 'row'"),
+        ({"learn_step": "row"}, ValueError, "False, True, block, channel; got 'row'"),
         ({"learn_step": 1}, ValueError, "got 1"),
         ({"channels": 3}, ValueError, "learn_step='channel'"),
         ({"channels": 0, "learn_step": "channel"}, ValueError, "at least 1, got 0"),
-        ({"stochastic_depth": 1.0}, ValueError, "below 1: got 1.0"),
+        ({"stochastic_depth": 1.0}, ValueError, "below 1, got 1.0"),
         ({"stochastic_depth": [0.1, 0.2]}, ValueError, "got 2 for 1 blocks"),
         ({"stochastic_depth": "half"}, ValueError, "got 'half'"),
     ],

@@ -66,6 +66,16 @@ def test_the_model_comes_back_as_it_was():
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.values(), strict=True))
 
 
+def test_frozen_modules_stay_frozen():
+    """A norm in evaluation mode within a network in training mode: fine-tuning's usual state."""
+    model = classifier(norm=True).train()
+    norm = next(m for m in model.modules() if isinstance(m, nn.BatchNorm1d)).eval()
+    modes = [m.training for m in model.modules()]
+    batches = [(X, labels_of(0.5**4))]
+    swap_report(model, batches, ("rk4",), recalibrate=batches)
+    assert [m.training for m in model.modules()] == modes and not norm.training
+
+
 def test_recalibration_uses_the_solvers_own_statistics():
     """Fresh statistics (mean 0, variance 1) are wrong for X; recalibrated ones normalise it."""
     model = classifier(norm=True).eval()

@@ -6,7 +6,6 @@ Gradient descent x ← x − η∇L(x) is a residual step with F = −∇L: it i
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from resode.checks import check_number, check_whole, warn_user
 from resode.jacobian.lanczos import largest
 
 Loss = Callable[[Any, Any], Tensor]
@@ -68,8 +68,7 @@ def max_learning_rate(
         >>> max_learning_rate(model, nn.MSELoss(), (x, x))  # L = 5/2 (w − 1)², L'' = 5
         0.4
     """
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}.")
+    check_number("momentum", momentum, least=0, below=1)
     steepest = largest_hessian_eigenvalue(
         model, loss_fn, data, batch_size=batch_size, tol=tol, max_iter=max_iter
     )
@@ -99,8 +98,7 @@ def largest_hessian_eigenvalue(
         >>> largest_hessian_eigenvalue(model, nn.MSELoss(), (x, torch.zeros(2, 1).double()))
         9.0
     """
-    if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 1:
-        raise ValueError(f"max_iter must be an integer of at least 1, got {max_iter!r}.")
+    check_whole("max_iter", max_iter, 1)
     check_modes(model, batch_size)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
@@ -115,11 +113,10 @@ def largest_hessian_eigenvalue(
         )
         value, residual = float(top.value[0]), float(top.residual[0])
     if residual > goal * float(top.size[0]):
-        warnings.warn(
+        warn_user(
             f"the largest Hessian eigenvalue {value:.6g} has a residual of {residual:.1e} after {max_iter} "
             "products; raise max_iter.",
             RuntimeWarning,
-            stacklevel=2,
         )
     return value
 
@@ -136,8 +133,7 @@ class Hessian:
         x, target = data
         self.parts: list[tuple[Any, Any, float]] = [(x, target, 1.0)]
         if size is not None:
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"batch_size must be an integer of at least 1, got {size!r}.")
+            check_whole("batch_size", size, 1)
             if not isinstance(x, Tensor) or not isinstance(target, Tensor):
                 raise ValueError("only tensors x and target can be taken in parts.")
             pieces = zip(x.split(size), target.split(size), strict=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from resode.checks import check_number
 from resode.jacobian.lanczos import largest
 from resode.jacobian.products import full_precision
 
@@ -78,8 +79,7 @@ def bound_operator_norm(conv: nn.Module, input_shape: Sequence[int], bound: floa
         0.5
     """
     shape = _checked(conv, input_shape)
-    if not 0 < bound < float("inf"):
-        raise ValueError(f"a bound on a norm must be positive and finite, got {bound}.")
+    check_number("bound", bound, above=0)
     parametrize.register_parametrization(conv, "weight", _Bounded(conv, shape, bound))
     return conv
 

@@ -25,6 +25,7 @@ from resode.blocks.held import (
     refuse_dropout,
     refuse_low_precision,
 )
+from resode.checks import check_whole, one_of
 from resode.formulas import Cost, Shape, cost_of
 from resode.solve.adaptive import Progress, adaptive_solve
 from resode.solve.control import Control
@@ -34,6 +35,7 @@ from resode.solve.result import Stats
 from resode.solve.step import Counted
 from resode.state_dicts import Checked
 from resode.tableaus import METHODS, ButcherTableau
+from resode.whole_blocks import first_time, warned
 
 WEIGHTS = ("constant", "linear")
 GRADIENTS = ("autograd", "checkpoint")
@@ -121,21 +123,16 @@ class ResidualStack(Checked):
             raise TypeError(f"fields must be an nn.Module or a non-empty sequence of them, got {kinds}.")
         if shared and depth is None:
             raise ValueError("a shared field needs depth, the number of blocks that use it.")
-        if depth is not None and (not isinstance(depth, int) or isinstance(depth, bool) or depth < 1):
-            raise ValueError(f"depth must be an integer of at least 1, got {depth!r}.")
+        if depth is not None:
+            depth = check_whole("depth", depth, 1)
         if not shared and depth not in (None, len(modules)):
             raise ValueError(
                 f"depth={depth} and {len(modules)} fields disagree: leave depth out, "
                 "or pass the one module itself (not in a list) to share it."
             )
-        if weights not in WEIGHTS:
-            raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}; got {weights!r}.")
-        if gradient not in GRADIENTS:
-            raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}; got {gradient!r}.")
-        if learn_step not in LEARN_STEP or not isinstance(learn_step, bool | str):
-            raise ValueError(
-                f"learn_step must be one of {', '.join(map(repr, LEARN_STEP))}; got {learn_step!r}."
-            )
+        one_of("weights", weights, WEIGHTS)
+        one_of("gradient", gradient, GRADIENTS)
+        one_of("learn_step", learn_step, LEARN_STEP)
         if channels is not None and learn_step != "channel":
             raise ValueError(
                 "channels says how many steps a block learns, and so needs learn_step='channel'."
@@ -196,9 +193,7 @@ class ResidualStack(Checked):
 
     @substeps.setter
     def substeps(self, n: int) -> None:
-        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-            raise ValueError(f"substeps must be an integer of at least 1, got {n!r}.")
-        self._substeps = n
+        self._substeps = check_whole("substeps", n, 1)
 
     def field(self, index: int) -> nn.Module:
         """The field F_l of block l, 0 ≤ l < depth."""
@@ -224,15 +219,16 @@ class ResidualStack(Checked):
             raise TypeError(f"x must be a floating tensor, got {getattr(x, 'dtype', type(x).__name__)}.")
         self._check(x)
         path, cost = [x], _Cost()
-        if checkpoints(self.gradient):
-            # L/k inputs and, one segment at a time, k blocks that save some 4 states an evaluation.
-            size = max(1, round(math.sqrt(self.depth / (4 * len(self._tableau.b) * self.substeps))))
-            for first in range(0, self.depth, size):
-                path += self._checkpointed(
-                    range(self.depth)[first : first + size], path[-1], cost, return_path
-                )
-        else:
-            path += self._through(range(self.depth), x, cost, return_path)
+        with warned(self.fields) if first_time(self) else nullcontext():
+            if checkpoints(self.gradient):
+                # L/k inputs and, one segment at a time, k blocks that save some 4 states an evaluation.
+                size = max(1, round(math.sqrt(self.depth / (4 * len(self._tableau.b) * self.substeps))))
+                for first in range(0, self.depth, size):
+                    path += self._checkpointed(
+                        range(self.depth)[first : first + size], path[-1], cost, return_path
+                    )
+            else:
+                path += self._through(range(self.depth), x, cost, return_path)
         x = path[-1]
         if not torch.compiler.is_exporting():
             self.stats = cost.finish(whole=not self.per_sample)
@@ -253,8 +249,7 @@ class ResidualStack(Checked):
         Returns:
             A new stack; this one is unchanged.
         """
-        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-            raise ValueError(f"a stack is refined into a whole number of blocks a block, got k={k!r}.")
+        k = check_whole("k", k, 1)
         origins = [index for index in range(self.depth) for _ in range(k)]
         finer = self._rebuilt(origins, self.step_size / k)
         if self.step_sizes is not None:
@@ -285,10 +280,11 @@ class ResidualStack(Checked):
         Raises:
             ValueError: k does not divide the depth.
         """
-        if not isinstance(k, int) or isinstance(k, bool) or k < 1 or self.depth % k:
+        k = check_whole("k", k, 1)
+        if self.depth % k:
             raise ValueError(
                 f"a stack of {self.depth} blocks is coarsened by a whole number that divides {self.depth}, "
-                f"got k={k!r}."
+                f"got k={k}."
             )
         coarser = self._rebuilt(list(range(0, self.depth, k)), self.step_size * k)
         if self.step_sizes is not None:
@@ -442,7 +438,7 @@ class ResidualStack(Checked):
         held = None
         if several and module.training:
             refuse_dropout(module, self.solver)
-            held = FrozenDuringStep(module, statistics=nodes is None)
+            held = FrozenDuringStep(module)
         first = True
 
         def f(s: Any, y: Tensor) -> Any:
@@ -454,8 +450,6 @@ class ResidualStack(Checked):
                     between = {
                         name: torch.lerp(p, nodes[1][name], _like(s, p)) for name, p in nodes[0].items()
                     }
-                    if held is not None and not first:  # statistics move at the first stage alone
-                        between |= _copied_statistics(module)
                     dy = evaluate(module, y, index, between)
                 first = False
             return dy if scale is None else dy * scale
@@ -506,16 +500,6 @@ def _node(field: nn.Module, statistics: bool) -> dict[str, Tensor]:
     return node
 
 
-def _copied_statistics(field: nn.Module) -> dict[str, Tensor]:
-    """Copies of the statistics that a call would move, for it to move instead."""
-    return {
-        f"{name}.{key}" if name else key: value.clone()
-        for name, module in field.named_modules()
-        if isinstance(module, _BatchNorm) and module.training
-        for key, value in module.named_buffers()
-    }
-
-
 def _drop_rates(p: float | Sequence[float], depth: int) -> tuple[float, ...]:
     """The probability to drop each block."""
     rates = tuple(p) if isinstance(p, Iterable) and not isinstance(p, str) else (p,) * depth
@@ -534,9 +518,7 @@ def _channels(field: nn.Module, channels: int | None) -> int:
         channels = next((n for n in found if isinstance(n, int)), None)
         if channels is None:
             raise ValueError("learn_step='channel' needs channels=, the size of dimension 1 of the state.")
-    if not isinstance(channels, int) or isinstance(channels, bool) or channels < 1:
-        raise ValueError(f"channels must be a whole number of at least 1, got {channels!r}.")
-    return channels
+    return check_whole("channels", channels, 1)
 
 
 def _check_same_structure(modules: Sequence[nn.Module]) -> None:

@@ -18,8 +18,6 @@ from resode.fields.parts import (
     make_activation,
     make_conv,
     make_norm,
-    one_of,
-    positive,
 )
 from resode.fields.stable import AntisymmetricField, HamiltonianField, ParabolicField
 from resode.fields.threshold import SoftThresholdField
@@ -46,6 +44,4 @@ __all__ = [
     "make_activation",
     "make_conv",
     "make_norm",
-    "one_of",
-    "positive",
 ]

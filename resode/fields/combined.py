@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from resode.fields.parts import positive
+from resode.checks import check_whole
 from resode.formulas import Cost, Shape, cost_of
 
 
@@ -32,7 +32,7 @@ class Augmented(nn.Module):
     def __init__(self, block: nn.Module, *, extra: int, dim: int = 1, keep: bool = False) -> None:
         super().__init__()
         self.block = block
-        self.extra = positive("extra", extra)
+        self.extra = check_whole("extra", extra, 1)
         self.dim = dim
         self.keep = keep
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from resode.fields.parts import SqueezeExcitation, make_activation, make_conv, make_norm, positive
+from resode.checks import check_whole
+from resode.fields.parts import SqueezeExcitation, make_activation, make_conv, make_norm
 from resode.formulas import Cost, Shape, chain
 
 
@@ -118,7 +119,7 @@ class BottleneckField(ImageField):
         zero_init_last: bool = False,
     ) -> None:
         super().__init__()
-        if positive("channels", channels) % positive("expansion", expansion):
+        if check_whole("channels", channels, 1) % check_whole("expansion", expansion, 1):
             raise ValueError(
                 f"a bottleneck's channels must be a multiple of its expansion: got {channels}, {expansion}."
             )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from resode.fields.parts import make_activation, positive
+from resode.checks import check_whole
+from resode.fields.parts import make_activation
 from resode.formulas import Cost, Shape, chain
 
 
@@ -40,8 +41,8 @@ class MLPField(nn.Module):
         zero_init_last: bool = False,
     ) -> None:
         super().__init__()
-        self.width = positive("width", width)
-        hidden = width if hidden is None else positive("hidden", hidden)
+        self.width = check_whole("width", width, 1)
+        hidden = width if hidden is None else check_whole("hidden", hidden, 1)
         self.fc1 = nn.Linear(width, hidden)
         self.act = make_activation(activation)
         self.fc2 = nn.Linear(hidden, width)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection
-
 import torch
 from torch import Tensor, nn
 
+from resode.checks import check_whole, one_of
 from resode.formulas import Cost, Shape, chain
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -25,22 +23,6 @@ MONOTONE = ("relu", "elu", "softplus", "tanh")
 
 NORMS = ("batch", "group", "none")
 """Normalizations by name; `make_norm` says what each is."""
-
-
-def one_of(what: str, value: object, valid: Collection[str]) -> str:
-    """`value` if it is among `valid`; otherwise a ValueError that lists them and suggests the closest."""
-    if isinstance(value, str) and value in valid:
-        return value
-    close = difflib.get_close_matches(str(value), list(valid), n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"{what} must be one of {', '.join(map(repr, valid))}: got {value!r}.{hint}")
-
-
-def positive(what: str, value: object) -> int:
-    """`value` if it is a whole number of at least 1; otherwise a ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{what} must be a whole number of at least 1: got {value!r}.")
-    return value
 
 
 def make_activation(name: str) -> nn.Module:
@@ -67,7 +49,7 @@ def make_norm(kind: str, channels: int) -> nn.Module:
         >>> make_norm("group", 16).num_groups, make_norm("group", 640).num_groups
         (4, 32)
     """
-    positive("channels", channels)
+    check_whole("channels", channels, 1)
     if one_of("norm", kind, NORMS) == "batch":
         return nn.BatchNorm2d(channels)
     if kind == "group":
@@ -112,7 +94,7 @@ class SqueezeExcitation(nn.Module):
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
         super().__init__()
-        hidden = max(positive("channels", channels) // positive("reduction", reduction), 4)
+        hidden = max(check_whole("channels", channels, 1) // check_whole("reduction", reduction, 1), 4)
         self.fc1 = nn.Conv2d(channels, hidden, 1)
         self.act = nn.ReLU()
         self.fc2 = nn.Conv2d(hidden, channels, 1)

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from resode.fields.parts import MONOTONE, make_activation, one_of, positive
+from resode.checks import check_number, check_whole, one_of
+from resode.fields.parts import MONOTONE, make_activation
 from resode.formulas import Cost, Shape
 
 
@@ -16,8 +17,8 @@ class StableField(nn.Module):
 
     def __init__(self, size: int, *, kernel_size: int | None, activation: str) -> None:
         super().__init__()
-        self.size = positive("size", size)
-        if kernel_size is not None and positive("kernel_size", kernel_size) % 2 == 0:
+        self.size = check_whole("size", size, 1)
+        if kernel_size is not None and check_whole("kernel_size", kernel_size, 1) % 2 == 0:
             raise ValueError(f"kernel_size must be odd, so that the resolution is kept: got {kernel_size}.")
         self.kernel_size = kernel_size
         one_of(
@@ -97,8 +98,7 @@ class AntisymmetricField(StableField):
         self, size: int, *, kernel_size: int | None = None, gamma: float = 0.0, activation: str = "tanh"
     ) -> None:
         super().__init__(size, kernel_size=kernel_size, activation=activation)
-        if not 0 <= gamma < math.inf:
-            raise ValueError(f"gamma must be finite and at least 0, since it damps: got {gamma!r}.")
+        check_number("gamma", gamma, least=0)
         self.gamma = gamma
         self.weight, self.bias = self._operator(size)
 
@@ -186,8 +186,7 @@ class HamiltonianField(StableField):
         super().__init__(size, kernel_size=kernel_size, activation=activation)
         if size % 2:
             raise ValueError(f"a Hamiltonian state has two halves: size must be even, got {size}.")
-        if not 0 <= leapfrog < math.inf:
-            raise ValueError(f"leapfrog is the stack's step size, finite and at least 0: got {leapfrog!r}.")
+        check_number("leapfrog", leapfrog, least=0)
         self.leapfrog = leapfrog
         self.weight1, self.bias1 = self._operator(size // 2)
         self.weight2, self.bias2 = self._operator(size // 2)

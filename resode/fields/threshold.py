@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
-from resode.fields.parts import positive
+from resode.checks import check_number, check_whole
 from resode.formulas import Cost, Shape, cost_of
 
 
@@ -36,10 +34,9 @@ class SoftThresholdField(nn.Module):
 
     def __init__(self, branch: nn.Module, *, threshold: float = 0.1, channels: int | None = None) -> None:
         super().__init__()
-        if not 0 <= threshold < math.inf:
-            raise ValueError(f"threshold must be finite and at least 0: got {threshold!r}.")
+        check_number("threshold", threshold, least=0)
         self.branch = branch
-        count = 1 if channels is None else positive("channels", channels)
+        count = 1 if channels is None else check_whole("channels", channels, 1)
         self.threshold = nn.Parameter(torch.full((count,), float(threshold)))
 
     def _tau(self, z: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from resode.checks import check_whole, one_of
 from resode.fields.conv import ImageField
-from resode.fields.parts import make_activation, make_conv, make_norm, one_of, positive
+from resode.fields.parts import make_activation, make_conv, make_norm
 from resode.formulas import Cost, Shape, cost_of
 
 
@@ -48,8 +49,8 @@ class TimeMLPField(nn.Module):
         self, width: int, *, hidden: int | None = None, activation: str = "tanh", zero_init_last: bool = False
     ) -> None:
         super().__init__()
-        self.width = positive("width", width)
-        hidden = width if hidden is None else positive("hidden", hidden)
+        self.width = check_whole("width", width, 1)
+        hidden = width if hidden is None else check_whole("hidden", hidden, 1)
         self.act = make_activation(activation)
         self.fc1 = nn.Linear(width + 1, hidden)
         self.fc2 = nn.Linear(hidden + 1, width)
@@ -100,7 +101,7 @@ class TimeConvField(ImageField):
     ) -> None:
         super().__init__()
         norm = one_of("norm", norm, ("group", "none"))
-        self.channels = positive("channels", channels)
+        self.channels = check_whole("channels", channels, 1)
         self.bn1 = make_norm(norm, channels)
         self.conv1 = make_conv(channels + 1, channels, 3, norm=norm)
         self.bn2 = make_norm(norm, channels)

@@ -292,13 +292,14 @@ class _Part:
         modes |= {int(e.fastest[row]) for e in exits if e.unstable[row]}
         found.left = {}
         for i in sorted(modes):
-            if (np.abs(ritz.values - ritz.values[i]) <= 1e3 * krylov.eps * ritz.scale).sum() > 1:
+            near: Floats = np.abs(ritz.values - ritz.values[i])
+            if (near <= 1e3 * krylov.eps * ritz.scale).sum() > 1:
                 found.conditions[i] = krylov.condition(row, ritz.values[i])
             else:
                 found.left[i] = krylov.vector(row, ritz.vectors[:, [i]])[0]
         # A right eigenvector is orthogonal to every other left one: with those projected out, little is left.
-        apart = np.abs(ritz.values[:, None] - ritz.values[list(modes)][None])
-        apart = np.minimum(apart, np.abs(ritz.values[:, None] - ritz.values[list(modes)].conj()[None]))
+        chosen = ritz.values[list(modes)]
+        apart: Any = np.abs(ritz.values[:, None] - np.concatenate([chosen, chosen.conj()]))
         others = (ritz.errors <= 1e-2 * ritz.scale) & (apart > 1e-9 * ritz.scale).all(axis=1)
         others = np.flatnonzero(others & (ritz.values.imag >= 0))
         if len(others):

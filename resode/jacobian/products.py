@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 from resode.jacobian.linearize import Field
+from resode.jacobian.places import Place, pulled_back
 
 
 class JacobianProducts:
@@ -43,9 +43,9 @@ class JacobianProducts:
 
     @classmethod
     def between(
-        cls, at_y: GradientEdge, at_x: GradientEdge, y: Tensor, x: Tensor, batch: int, factor: float = 1.0
+        cls, at_y: Place, at_x: Place, y: Tensor, x: Tensor, batch: int, factor: float = 1.0
     ) -> JacobianProducts:
-        """Products with `factor` times the Jacobian between two edges of a graph that is kept.
+        """Products with `factor` times the Jacobian between two places of a graph that is kept.
 
         No field is at hand there, so that `jvp` raises a RuntimeError where a function can be differentiated
         only once.
@@ -66,7 +66,7 @@ class JacobianProducts:
     def _set(self, batch: int, factor: float, *, constant: bool) -> None:
         self.count = 0  # products of one vector a row
         self._batch, self._factor, self._constant = batch, factor, constant
-        self._same = isinstance(self._ends[0], GradientEdge) and self._ends[0] == self._ends[1]
+        self._same = self.field is None and self._ends[0] == self._ends[1]
         self._direction: Tensor | None = None
         self._pulled: Tensor | None = None
         self._twice = True  # whether the backward pass can itself be differentiated
@@ -84,11 +84,17 @@ class JacobianProducts:
         if self._constant:
             return torch.zeros_like(self.x, requires_grad=False)
         with torch.inference_mode(False), full_precision():
-            at_y, at_x = self._ends
-            (product,) = torch.autograd.grad(
-                at_y, at_x, u.to(self.y.dtype), retain_graph=True, allow_unused=True
-            )
-        return torch.zeros_like(self.x) if product is None else self._factor * product
+            return self._factor * self._pull(u.to(self.y.dtype))
+
+    def _pull(self, u: Tensor, *, create_graph: bool = False) -> Tensor:
+        """Autograd's gradient at x of u at y."""
+        at_y, at_x = self._ends
+        if self.field is None:
+            return pulled_back(at_y, at_x, u, create_graph=create_graph)
+        (product,) = torch.autograd.grad(
+            at_y, at_x, u, retain_graph=True, create_graph=create_graph, allow_unused=True
+        )
+        return torch.zeros_like(self.x, requires_grad=False) if product is None else product
 
     def vjp(self, u: Tensor) -> Tensor:
         """Jᵀu (rows, n) of u (rows, m)."""
@@ -140,14 +146,11 @@ class JacobianProducts:
 
     def _backward_twice(self, direction: Tensor) -> Tensor:
         """uᵀJ is linear in u, and its derivative along u is J."""
-        if self._direction is None:
-            at_y, at_x = self._ends
+        if self._direction is None or self._pulled is None:
             self._direction = torch.zeros_like(self.y).requires_grad_()
-            (self._pulled,) = torch.autograd.grad(
-                at_y, at_x, self._direction, create_graph=True, allow_unused=True
-            )
-        if self._pulled is None:  # y does not depend on x
-            return torch.zeros_like(self.y)
+            self._pulled = self._pull(self._direction, create_graph=True)
+        if not self._pulled.requires_grad and not self._pulled.any():  # y does not depend on x
+            return torch.zeros_like(self.y, requires_grad=False)
         product = None
         if self._pulled.requires_grad:
             (product,) = torch.autograd.grad(

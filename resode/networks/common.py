@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from resode.blocks.held import FrozenStatistics, StochasticDepth, checkpoints, moving_norms, probability
+from resode.checks import one_of
 from resode.fields import (
     ACTIVATIONS,
     NORMS,
     SqueezeExcitation,
     make_conv,
     make_norm,
-    one_of,
 )
 from resode.formulas import Cost, cost_of
 from resode.shortcuts import SHORTCUTS, make_shortcut

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from resode.blocks import ResidualStack
-from resode.fields import ConvField, make_activation, make_norm, positive
+from resode.checks import check_whole
+from resode.fields import ConvField, make_activation, make_norm
 from resode.formulas import Cost, Shape, chain
 from resode.networks.common import SMALL, Style, check_images, head, make_drop, make_stem
 from resode.networks.resnet import PreActBlock, blocks_a_stage
@@ -114,15 +115,15 @@ class ODENet(Checked):
         def transition(channels: int, rate: float) -> nn.Module:
             return Transition(channels, 2 * channels, 2, style, make_drop(rate))
 
-        w = positive("width", width)
-        self.in_channels = positive("in_channels", in_channels)
+        w = check_whole("width", width, 1)
+        self.in_channels = check_whole("in_channels", in_channels, 1)
         self.conv1, self.pool = make_stem(in_channels, w, style)
         self.layer1 = nn.Sequential(*stack(w, rates[:n]))
         self.layer2 = nn.Sequential(transition(w, rates[n]), *stack(2 * w, rates[n + 1 : 2 * n]))
         self.layer3 = nn.Sequential(transition(2 * w, rates[2 * n]), *stack(4 * w, rates[2 * n + 1 :]))
         self.bn = make_norm(style.norm, 4 * w)
         self.act = make_activation(style.activation)
-        self.linear = nn.Linear(4 * w, positive("num_classes", num_classes))
+        self.linear = nn.Linear(4 * w, check_whole("num_classes", num_classes, 1))
 
     def stacks(self) -> list[ResidualStack]:
         """The stages' stacks, to read or to set: `for stack in model.stacks(): stack.solver = "rk4"`."""

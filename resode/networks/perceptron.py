@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from resode.blocks import ResidualStack
-from resode.fields import MLPField, make_activation, one_of, positive
+from resode.checks import check_whole, one_of
+from resode.fields import MLPField, make_activation
 from resode.formulas import Cost, Shape, chain
 from resode.networks.common import Style, advance
 from resode.state_dicts import Checked
@@ -73,10 +74,10 @@ class ResidualMLP(Checked):
     ) -> None:
         super().__init__()
         self.in_features = _features(in_channels, image_size, in_features)
-        self.input = nn.Linear(self.in_features, positive("width", width))
+        self.input = nn.Linear(self.in_features, check_whole("width", width, 1))
         fields = [
             MLPField(width, hidden=hidden, activation=activation, zero_init_last=zero_init_last)
-            for _ in range(positive("depth", depth))
+            for _ in range(check_whole("depth", depth, 1))
         ]
         with torch.no_grad():
             for field in fields:
@@ -95,7 +96,7 @@ class ResidualMLP(Checked):
             gradient=gradient,
             stochastic_depth=Style(stochastic_depth=stochastic_depth).drop_rates(depth),
         )
-        self.linear = nn.Linear(width, positive("num_classes", num_classes))
+        self.linear = nn.Linear(width, check_whole("num_classes", num_classes, 1))
 
     def stacks(self) -> list[ResidualStack]:
         """The one stack, in a list as `ODENet` gives its own."""
@@ -143,16 +144,16 @@ class PlainMLP(Checked):
         super().__init__()
         self.gradient = one_of("gradient", gradient, ("autograd", "checkpoint"))
         self.in_features = _features(in_channels, image_size, in_features)
-        self.input = nn.Linear(self.in_features, positive("width", width))
+        self.input = nn.Linear(self.in_features, check_whole("width", width, 1))
         self.blocks = nn.Sequential(
             *(
                 nn.Sequential(
                     MLPField(width, hidden=hidden, activation=activation), make_activation(activation)
                 )
-                for _ in range(positive("depth", depth))
+                for _ in range(check_whole("depth", depth, 1))
             )
         )
-        self.linear = nn.Linear(width, positive("num_classes", num_classes))
+        self.linear = nn.Linear(width, check_whole("num_classes", num_classes, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (batch, num_classes) of images or vectors (batch, …) of in_features numbers."""
@@ -167,8 +168,8 @@ class PlainMLP(Checked):
 
 def _features(in_channels: int, image_size: int, in_features: int | None) -> int:
     if in_features is not None:
-        return positive("in_features", in_features)
-    return positive("in_channels", in_channels) * positive("image_size", image_size) ** 2
+        return check_whole("in_features", in_features, 1)
+    return check_whole("in_channels", in_channels, 1) * check_whole("image_size", image_size, 1) ** 2
 
 
 def _flatten(x: Tensor, features: int) -> Tensor:

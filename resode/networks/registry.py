@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from resode.checks import did_you_mean
 from resode.networks.common import IMAGENET, SMALL, Style
 from resode.networks.odenet import ODENet
 from resode.networks.perceptron import PlainMLP, ResidualMLP
@@ -52,7 +52,7 @@ class Network:
         for option in options:
             if option not in self.options:
                 raise ValueError(
-                    f"{self.name} has no option {option!r}.{_suggest(option, self.options)} "
+                    f"{self.name} has no option {option!r}.{did_you_mean(option, self.options)} "
                     f"Its options are {', '.join(self.options)}."
                 )
         return self.construct(**options)
@@ -299,7 +299,7 @@ def find(name: str) -> Network:
         raise ValueError(f"there is no {name}: {family.prefix}… has {family.rule}. The nearest: {nearest}.")
     rules = "; ".join(f"{family.prefix}… with {family.rule}" for family in FAMILIES)
     raise ValueError(
-        f"there is no network {name!r}.{_suggest(str(name), _LISTED)} "
+        f"there is no network {name!r}.{did_you_mean(str(name), _LISTED)} "
         f"Networks: {', '.join(_LISTED)}. Families: {rules}."
     )
 
@@ -322,8 +322,3 @@ def build(name: str, **options: Any) -> nn.Module:
         torch.Size([2, 5])
     """
     return find(name)(**options)
-
-
-def _suggest(word: str, words: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(words), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""

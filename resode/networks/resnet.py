@@ -16,7 +16,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from resode.fields import make_activation, make_conv, make_norm, positive
+from resode.checks import check_whole
+from resode.fields import make_activation, make_conv, make_norm
 from resode.formulas import Cost, Shape, chain, cost_of
 from resode.networks.common import (
     IMAGENET,
@@ -265,14 +266,14 @@ class CifarResNet(Checked):
         n = blocks_a_stage(depth, 6, 2)
         block = PlainBlock if style.shortcut == "none" else BasicBlock
         drops = style.drops(3 * n)
-        self.in_channels, self.gradient = positive("in_channels", in_channels), style.gradient
-        self.conv1, self.pool = make_stem(in_channels, positive("width", width), style)
+        self.in_channels, self.gradient = check_whole("in_channels", in_channels, 1), style.gradient
+        self.conv1, self.pool = make_stem(in_channels, check_whole("width", width, 1), style)
         self.bn1 = make_norm(style.norm, width)
         self.act = make_activation(style.activation)
         self.layer1 = _stage(block, n, width, width, 1, style, drops)
         self.layer2 = _stage(block, n, width, 2 * width, 2, style, drops)
         self.layer3 = _stage(block, n, 2 * width, 4 * width, 2, style, drops)
-        self.linear = nn.Linear(4 * width, positive("num_classes", num_classes))
+        self.linear = nn.Linear(4 * width, check_whole("num_classes", num_classes, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (batch, num_classes) of images (batch, in_channels, H, W)."""
@@ -321,7 +322,7 @@ class PreActResNet(Checked):
         style: Style = SMALL,
     ) -> None:
         super().__init__()
-        n = positive("blocks", blocks)
+        n = check_whole("blocks", blocks, 1)
         if style.shortcut == "none":
             raise ValueError(
                 "a pre-activation network is a sum over its shortcuts and cannot do without: choose "
@@ -329,16 +330,16 @@ class PreActResNet(Checked):
             )
         block = PreActBottleneck if bottleneck else PreActBlock
         drops = style.drops(3 * n)
-        w0, w1, w2, w3 = (positive("width", w) for w in widths)
+        w0, w1, w2, w3 = (check_whole("width", w, 1) for w in widths)
         c1, c2, c3 = (block.expansion * w for w in (w1, w2, w3))
-        self.in_channels, self.gradient = positive("in_channels", in_channels), style.gradient
+        self.in_channels, self.gradient = check_whole("in_channels", in_channels, 1), style.gradient
         self.conv1, self.pool = make_stem(in_channels, w0, style)
         self.layer1 = _stage(block, n, w0, w1, 1, style, drops)
         self.layer2 = _stage(block, n, c1, w2, 2, style, drops)
         self.layer3 = _stage(block, n, c2, w3, 2, style, drops)
         self.bn = make_norm(style.norm, c3)
         self.act = make_activation(style.activation)
-        self.linear = nn.Linear(c3, positive("num_classes", num_classes))
+        self.linear = nn.Linear(c3, check_whole("num_classes", num_classes, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (batch, num_classes) of images (batch, in_channels, H, W)."""
@@ -405,8 +406,8 @@ class ImageNetResNet(Checked):
                 raise ValueError(f"plain ImageNet networks have 18 or 34 layers: got {depth}.")
             block = PlainBlock
         drops = style.drops(sum(counts))
-        e, w = block.expansion, positive("width", width)
-        self.in_channels, self.gradient = positive("in_channels", in_channels), style.gradient
+        e, w = block.expansion, check_whole("width", width, 1)
+        self.in_channels, self.gradient = check_whole("in_channels", in_channels, 1), style.gradient
         self.conv1, self.maxpool = make_stem(in_channels, w, style)
         self.bn1 = make_norm(style.norm, w)
         self.act = make_activation(style.activation)
@@ -414,7 +415,7 @@ class ImageNetResNet(Checked):
         self.layer2 = _stage(block, counts[1], e * w, 2 * w, 2, style, drops)
         self.layer3 = _stage(block, counts[2], e * 2 * w, 4 * w, 2, style, drops)
         self.layer4 = _stage(block, counts[3], e * 4 * w, 8 * w, 2, style, drops)
-        self.fc = nn.Linear(e * 8 * w, positive("num_classes", num_classes))
+        self.fc = nn.Linear(e * 8 * w, check_whole("num_classes", num_classes, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (batch, num_classes) of images (batch, in_channels, H, W)."""
@@ -469,7 +470,7 @@ class HighwayNet(Checked):
     ) -> None:
         super().__init__()
         Style(norm=norm, activation=activation, gradient=gradient)  # checks
-        self.in_channels, self.gradient = positive("in_channels", in_channels), gradient
+        self.in_channels, self.gradient = check_whole("in_channels", in_channels, 1), gradient
         self.drop = nn.Dropout(probability("dropout", dropout))
         self.pool = nn.MaxPool2d(2, ceil_mode=True)
         self.act = make_activation(activation)
@@ -486,7 +487,7 @@ class HighwayNet(Checked):
         self.layer2 = stage(32, 80, 5)
         self.layer3 = stage(80, 128, 5)
         self.conv = make_conv(128, 100, 1, norm="none")
-        self.linear = nn.Linear(100, positive("num_classes", num_classes))
+        self.linear = nn.Linear(100, check_whole("num_classes", num_classes, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (batch, num_classes) of images (batch, in_channels, H, W)."""
@@ -524,7 +525,7 @@ def _zero(norm: nn.Module, conv: nn.Conv2d) -> None:
 
 def blocks_a_stage(depth: int, period: int, offset: int) -> int:
     """The n of a depth of period·n + offset layers; a ValueError for any other depth."""
-    n, rest = divmod(positive("depth", depth) - offset, period)
+    n, rest = divmod(check_whole("depth", depth, 1) - offset, period)
     if rest or n < 1:
         raise ValueError(f"depth must be {period}n + {offset} with n of at least 1: got {depth}.")
     return n

@@ -26,7 +26,7 @@ def _explain(solve: Adaptive, mask: np.ndarray) -> tuple[str, str, complex | Non
     """Why the first marked sample can't go on, from its Jacobian's eigenvalues."""
     i, (time,) = int(mask.nonzero()[0][0]), solve.as_times(solve.time[None])
     eigenvalues = spectrum(solve.f, time, solve.x, i if solve.control.per_sample else None)
-    left = (solve.end - float(solve.time[i])) * solve.forward
+    left = float(solve.end[i] - solve.time[i]) * solve.forward
     return explain(solve.tableau, eigenvalues, float(solve.progress.step[i]), left)
 
 
@@ -43,8 +43,9 @@ def too_many_steps(solve: Adaptive, spent: np.ndarray) -> SolverError:
     else:
         advice = f"Raise max_steps, loosen rtol and atol, or, if it is stiff, try {STIFF_SOLVER}."
     where = _where(spent, solve.time, solve.progress.step)
-    goal = f"before {solve.end:g}"
-    if math.isinf(solve.end):
+    end = float(solve.end[int(spent.nonzero()[0][0])])
+    goal = f"before {end:g}"
+    if math.isinf(end):
         goal = "without an event"
         advice = f"Check event_fn's sign and t's direction. {advice[0].upper()}{advice[1:]}"
     return MaxStepsReached(

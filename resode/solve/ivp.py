@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from resode.checks import warn_user
 from resode.solve.adaptive import Adaptive, Progress
 from resode.solve.control import MAX_STEPS
 from resode.solve.dense import Step, interpolate
@@ -252,9 +252,7 @@ class _Equal:
         self.forward = 1.0 if end > start else -1.0
         self.x, self.f, self.counted = y0, counted, counted
         if settings.step_size is None and settings.n_steps is None:
-            warnings.warn(
-                f"{tableau.name} takes one step over t_span; give n_steps or step_size.", stacklevel=3
-            )
+            warn_user(f"{tableau.name} takes one step over t_span; give n_steps or step_size.")
         self.n = steps_between(start, end, settings.step_size, settings.n_steps)
         self.taken = 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resode.solve.control import MAX_STEPS, Callbacks, Control, Tolerance
+from resode.checks import check_whole, one_of, warn_user
+from resode.solve.control import MAX_STEPS, Callbacks, Control, Tolerance, controller_filter
 from resode.solve.fixed import INTERPOLATIONS, Grid, grid_of_size
 from resode.tableaus import METHODS, ButcherTableau
 
@@ -21,7 +21,7 @@ NATIVE = tuple(name for name, tableau in METHODS.items() if tableau.explicit)
 
 ADAPTIVE_OPTIONS = (
     "first_step", "min_step", "max_step", "max_num_steps", "step_t", "jump_t", "norm", "dtype", "safety",
-    "ifactor", "dfactor",
+    "ifactor", "dfactor", "controller",
 )  # fmt: skip
 FIXED_OPTIONS = ("step_size", "grid_constructor", "interp", "perturb")
 
@@ -67,8 +67,7 @@ class SolveSettings:
             ValueError: an unknown or impossible option or step.
         """
         _check_steps(self.step_size, self.n_steps)
-        if not isinstance(self.max_steps, int) or isinstance(self.max_steps, bool) or self.max_steps < 1:
-            raise ValueError(f"max_steps must be an integer of at least 1, got {self.max_steps!r}.")
+        check_whole("max_steps", self.max_steps, 1)
         if isinstance(self.method, str):
             if self.per_sample or self.n_steps is not None:
                 raise ValueError(
@@ -82,7 +81,7 @@ class SolveSettings:
             _check_known(self.options, ADAPTIVE_OPTIONS, self.method.name, hint)
             return
         if "norm" in self.options:
-            warnings.warn(f"{self.method.name} takes fixed steps, which no norm steers.", stacklevel=4)
+            warn_user(f"{self.method.name} takes fixed steps, which no norm steers.")
         known = (*FIXED_OPTIONS, "norm")
         _check_known(self.options, known, f"{self.method.name} with fixed steps")
         given = [name for name in ("step_size", "n_steps") if getattr(self, name) is not None]
@@ -93,8 +92,7 @@ class SolveSettings:
     def grid(self) -> Grid | None:
         """The grid that options ask for; None where steps are equal between outputs."""
         interp, perturb = self.options.get("interp", "linear"), bool(self.options.get("perturb", False))
-        if interp not in INTERPOLATIONS:
-            raise ValueError(f"interp must be one of {', '.join(INTERPOLATIONS)}; got {interp!r}.")
+        one_of("interp", interp, INTERPOLATIONS)
         if "grid_constructor" in self.options:
             return Grid(self.options["grid_constructor"], interp, perturb)
         if "step_size" in self.options:
@@ -133,6 +131,7 @@ class SolveSettings:
             safety=positive("safety", 0.9),
             shrink=shrink,
             grow=grow,
+            filter=controller_filter(o.get("controller", "pi")),
             norm=None if norm is None else _measured(norm, self.per_sample),
             per_sample=self.per_sample,
             dtype=torch.promote_types(dtype, y0.dtype.to_real()),
@@ -195,8 +194,8 @@ def _check_steps(step_size: float | None, n_steps: int | None) -> None:
         )
     if step_size is not None and not 0 < step_size < math.inf:
         raise ValueError(f"step_size must be positive and finite, got {step_size}; t gives the direction.")
-    if n_steps is not None and (not isinstance(n_steps, int) or isinstance(n_steps, bool) or n_steps < 1):
-        raise ValueError(f"n_steps must be an integer of at least 1, got {n_steps!r}.")
+    if n_steps is not None:
+        check_whole("n_steps", n_steps, 1)
 
 
 def resolve_method(method: str | ButcherTableau | None) -> ButcherTableau | str:
@@ -263,10 +262,9 @@ def tolerances(
         )
     finest = 4 * torch.finfo(dtype).eps
     if float(pair[0].min()) < finest:
-        warnings.warn(
+        warn_user(
             f"rtol={float(pair[0].min()):g} is finer than {dtype} resolves; {finest:.2g} is used. "
             "Use a float64 state for less.",
-            stacklevel=7,
         )
         r = r.clamp(min=finest) if isinstance(r, Tensor) else finest
     return r, a

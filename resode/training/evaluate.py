@@ -15,6 +15,8 @@ from torch.nn.functional import cross_entropy
 
 from resode import networks
 from resode.blocks import ODEBlock, ResidualStack
+from resode.checks import check_whole, one_of
+from resode.modes import evaluating
 from resode.training.data import Batches, ImageData, load_data
 from resode.training.files import RunError, unpack
 from resode.training.folder import NoSuchRun, RunFolder, check_format
@@ -161,10 +163,9 @@ def plain_batches(
     Raises:
         ValueError: no such split, or a limit below 1.
     """
-    if split not in ("test", "train"):
-        raise ValueError(f"split must be 'test' or 'train', got {split!r}.")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1 image, got {limit}.")
+    one_of("split", split, ("test", "train"))
+    if limit is not None:
+        check_whole("limit", limit, 1)
     images, labels = (
         (data.test_images, data.test_labels) if split == "test" else (data.train_images, data.train_labels)
     )
@@ -196,8 +197,7 @@ def calibration_batches(data: ImageData, count: int, device: torch.device | str 
         >>> [len(labels) for _, labels in calibration_batches(load_data("digits"), 700)]
         [350, 350]
     """
-    if count < 1:
-        raise ValueError(f"statistics need at least 1 training image, got {count}.")
+    check_whole("count", count, 1)
     chosen = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(0))[:count]
     batches = -(-len(chosen) // EVALUATION_BATCH)
     return Batches(
@@ -227,25 +227,19 @@ def score(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Score
     Raises:
         ValueError: there are no images.
     """
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
     solving = solving_modules(network)
     losses: list[Tensor] = []
     hits: list[Tensor] = []
     evaluations: list[Tensor] = []
     images = 0
     begun = time.perf_counter()
-    try:
-        with torch.inference_mode():
-            for inputs, labels in batches:
-                logits = network(inputs).float()
-                losses.append(cross_entropy(logits, labels, reduction="sum").double())
-                hits.append((logits.argmax(dim=1) == labels).sum())
-                evaluations.append(torch.as_tensor(evaluations_of_last_call(solving) * len(labels)))
-                images += len(labels)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(network), torch.inference_mode():
+        for inputs, labels in batches:
+            logits = network(inputs).float()
+            losses.append(cross_entropy(logits, labels, reduction="sum").double())
+            hits.append((logits.argmax(dim=1) == labels).sum())
+            evaluations.append(torch.as_tensor(evaluations_of_last_call(solving) * len(labels)))
+            images += len(labels)
     if not images:
         raise ValueError("there are no images to evaluate on: the batches are empty.")
     return Score(

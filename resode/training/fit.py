@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
+from resode.checks import check_whole, one_of
+
 __all__ = ["fit"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -60,11 +62,9 @@ def fit(
         >>> round(model.weight.item(), 4), round(model.bias.item(), 4)
         (3.0, -1.0)
     """
-    if method not in ("adam", "sgd", "lbfgs"):
-        raise ValueError(f"method must be one of 'adam', 'sgd', 'lbfgs': got {method!r}.")
-    for name, value in (("steps", steps), ("batch_size", 1 if batch_size is None else batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1: got {value!r}.")
+    one_of("method", method, ("adam", "sgd", "lbfgs"))
+    check_whole("steps", steps, 1)
+    check_whole("batch_size", 1 if batch_size is None else batch_size, 1)
     if len(x) != len(target) or not len(x):
         raise ValueError(f"every sample needs its target: got {len(x)} samples and {len(target)} targets.")
     if method == "lbfgs" and (batch_size is not None or weight_decay):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from resode.analysis.steps.block_limits import BlockLimit, block_limit
 from resode.analysis.steps.blocks import block_groups
+from resode.checks import check_number, check_whole
 from resode.jacobian.linearize import check_field
 from resode.jacobian.spectrum import SpectrumOptions, spectrum
 from resode.modes import evaluating
@@ -96,14 +97,11 @@ class StepLimits:
         vectors: int = 24,
         share: float = 0.04,
     ) -> None:
-        if every is not None and not (isinstance(every, int) and not isinstance(every, bool) and every >= 1):
-            raise ValueError(f"every must be a whole number of updates, at least 1; got {every!r}.")
-        whole = isinstance(samples, int) and isinstance(vectors, int)
-        if not whole or samples < 1 or vectors < 2 or not 0 < share < 1:
-            raise ValueError(
-                "samples must be a whole number of at least 1, vectors of at least 2, share between 0 and 1; "
-                f"got {samples}, {vectors} and {share}."
-            )
+        if every is not None:
+            check_whole("every", every, 1)
+        check_whole("samples", samples, 1)
+        check_whole("vectors", vectors, 2)
+        check_number("share", share, above=0, below=1)
         if isinstance(solvers, str):
             raise TypeError(
                 f"solvers must be a sequence of methods' names, got {solvers!r}: put it in a list."

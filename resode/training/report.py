@@ -19,6 +19,7 @@ from resode.analysis.depth.tracing import trace
 from resode.analysis.steps.block_limits import block_limits
 from resode.analysis.swap.report import SwapReport, swap_report
 from resode.blocks import ResidualStack
+from resode.checks import check_whole
 from resode.tableaus import METHODS
 from resode.training.data.datasets import ImageData
 from resode.training.evaluate import images_of, load, plain_batches
@@ -71,8 +72,7 @@ def write_report(
         NoSuchRun, RunError: as `resode.load`.
         ValueError: samples below 1.
     """
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}.")
+    check_whole("samples", samples, 1)
     folder = RunFolder.open(run)
     network = load(run, model=model)
     images = images_of(run, data, data_dir)

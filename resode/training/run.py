@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resode.modes import evaluating
 from resode.solve import SolverError
 from resode.tableaus import get_tableau
 from resode.training.data import Batches, ImageData, load_data
@@ -356,9 +357,8 @@ def _check_output(network: nn.Module, data: ImageData, device: torch.device) -> 
         device=device,
     )
     images = next(iter(probe))[0]
-    network.eval()
     try:
-        with torch.no_grad():
+        with evaluating(network), torch.no_grad():
             logits = network(images)
     except (SolverError, torch.OutOfMemoryError):
         raise
@@ -367,7 +367,6 @@ def _check_output(network: nn.Module, data: ImageData, device: torch.device) -> 
             f"a classifier of {data.title} takes float32 images {tuple(images.shape)}, and this network "
             f"fails with them: {type(error).__name__}: {error}"
         ) from error
-    network.train()
     if not isinstance(logits, torch.Tensor) or logits.shape != (2, len(data.classes)):
         got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise ValueError(

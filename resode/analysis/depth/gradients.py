@@ -172,11 +172,11 @@ def gradient_parts(
             f"g is the gradient at x + F(x), so it has x's shape: got x {tuple(x.shape)}, "
             f"g {tuple(g.shape)}. Where F changes the shape, give the shortcut that does so too."
         )
-    identity = g.clone() if shortcut is None else _pulled_back("S(x)", shortcut, x, g)
-    return GradientParts(identity, step_size * _pulled_back("F(x)", field, x, g))
+    identity = g.clone() if shortcut is None else _gradient_at("S(x)", shortcut, x, g)
+    return GradientParts(identity, step_size * _gradient_at("F(x)", field, x, g))
 
 
-def _pulled_back(name: str, f: Field, x: Tensor, g: Tensor) -> Tensor:
+def _gradient_at(name: str, f: Field, x: Tensor, g: Tensor) -> Tensor:
     """The gradient at x of f alone, of x's shape."""
     norms = moving_norms(f) if isinstance(f, nn.Module) else []
     with torch.inference_mode(False), torch.enable_grad(), FrozenStatistics(norms):

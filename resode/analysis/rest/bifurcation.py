@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resode.checks import check_number, check_whole
 from resode.solve.step import rk_step
 from resode.tableaus import ButcherTableau, get_tableau
 
@@ -45,8 +46,7 @@ class Bifurcation:
             [1, 2, 4, 3, 0]
         """
         keep = self.orbits.shape[1]
-        if not tol > 0:
-            raise ValueError(f"tol must be positive, got {tol}.")
+        check_number("tol", tol, above=0)
         if keep < 2:
             raise ValueError("a period shows in two states or more: keep=1 was asked of the orbits.")
         bound = tol * (1 + self.orbits.abs().amax(1))
@@ -102,8 +102,8 @@ def bifurcation(
         raise ValueError(f"a map needs an explicit solver, {tableau.name} is implicit.")
     if step_sizes.ndim != 1 or not len(step_sizes) or not bool((step_sizes > 0).all()):
         raise ValueError(f"step_sizes must be positive, shape (m,): got shape {tuple(step_sizes.shape)}.")
-    if transient < 0 or keep < 1:
-        raise ValueError(f"transient must be at least 0 and keep at least 1, got {transient} and {keep}.")
+    check_whole("transient", transient, 0)
+    check_whole("keep", keep, 1)
     x, kept = torch.full_like(step_sizes, x0), []
     with torch.no_grad():
         for n in range(transient + keep):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from resode.analysis.rest.fixed_points import SMALL, newton_direction, solver_slope
+from resode.checks import check_number
 from resode.jacobian.linearize import Field, check_field, dense_jacobian
 from resode.jacobian.spectrum import SpectrumOptions, spectrum
 from resode.stability.function import amplification
@@ -131,8 +132,8 @@ def classify(
     x = x.detach()
     if (solver is None) != (step_size is None):
         raise ValueError("a solver's map needs its step: give solver= and step_size= together, or neither.")
-    if step_size is not None and not 0 < step_size < math.inf:
-        raise ValueError(f"step_size must be positive and finite, got {step_size}.")
+    if step_size is not None:
+        check_number("step_size", step_size, above=0)
     residual = value.detach().flatten(1).abs().amax(1)
     spectra = _spectra(field, x, value.detach())
     width = max(len(s.values) for s in spectra)

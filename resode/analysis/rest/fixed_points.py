@@ -6,7 +6,6 @@ cancel: such a point is named spurious.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resode.checks import check_number, check_whole, warn_user
 from resode.jacobian.gmres import gmres
 from resode.jacobian.lanczos import random_start
 from resode.jacobian.linearize import Field, check_field, dense_jacobian
@@ -181,9 +181,8 @@ def find_several_fixed_points(
         >>> sorted(round(abs(float(x)), 6) for x in found.points)
         [0.0, 1.0, 3.0]
     """
-    for name, value in (("max_points", max_points), ("attempts", attempts)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+    check_whole("max_points", max_points, 1)
+    check_whole("attempts", attempts, 1)
     options: dict[str, Any] = {"tol": tol, "max_iter": max_iter, "solver": solver, "step_size": step_size}
     known, iterations = x0[:0], []
     starts, vain = x0, 0
@@ -219,12 +218,10 @@ def _checked(
     check_field(field, x0)
     if x0.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"fixed points are found in float32 or float64, got x0 of {x0.dtype}.")
-    if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 1:
-        raise ValueError(f"max_iter must be an integer of at least 1, got {max_iter!r}.")
+    check_whole("max_iter", max_iter, 1)
     if tol is None:
         tol = 1e-10 if x0.dtype == torch.float64 else 1e-5
-    if not 0 < tol < float("inf"):
-        raise ValueError(f"tol must be positive, got {tol}.")
+    check_number("tol", tol, above=0)
     if (solver is None) != (step_size is None):
         raise ValueError(
             "a solver's map needs its step: give solver= and step_size= together, or neither for F."
@@ -247,9 +244,7 @@ def solver_slope(field: Field, solver: str | ButcherTableau, step_size: Any) -> 
             f"the map of an implicit solver is not computed: {tableau.name} is one. Its fixed points are "
             "those of F, unless its stages cancel."
         )
-    if isinstance(step_size, bool) or not 0 < float(step_size) < float("inf"):
-        raise ValueError(f"step_size must be positive and finite, got {step_size!r}.")
-    h = float(step_size)
+    h = check_number("step_size", step_size, above=0)
 
     def slope(x: Tensor) -> Tensor:
         k = stages(tableau, lambda t, x: field(x), [0.0] * len(tableau.b), x, h)
@@ -493,11 +488,10 @@ def _differentiable(residual: Field, points: Tensor, converged: Tensor) -> Tenso
 
     def backward(g: Tensor) -> Tensor:
         if torch.is_grad_enabled():  # under create_graph=True
-            warnings.warn(
+            warn_user(
                 "the gradient of a fixed point is differentiable once: with create_graph=True what it "
                 "depends on is left out of second derivatives.",
                 RuntimeWarning,
-                stacklevel=2,
             )
         with torch.no_grad():
             return _implicit(residual, points, converged, g)
@@ -519,13 +513,12 @@ def _implicit(residual: Callable[[Tensor], Tensor], x: Tensor, converged: Tensor
     bad = (left > 1e4 * tol * size) & (size > 0)
     lost = ~converged & (size > 0)
     if bool((bad | lost).any()):
-        warnings.warn(
+        warn_user(
             f"the gradient of a fixed point solves with F's transposed Jacobian: {int(bad.sum())} of "
             f"{len(bad)} solves did not converge, and {int(lost.sum())} samples are no fixed points. "
             "Their gradients are not to be trusted: where J is singular, the point does not depend on the "
             "parameters smoothly.",
             RuntimeWarning,
-            stacklevel=2,
         )
     return -solution.reshape(g.shape)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from resode.analysis.rest.classify import classify
 from resode.analysis.rest.fixed_points import find_fixed_points, find_several_fixed_points
+from resode.checks import check_number, check_whole
 from resode.jacobian.linearize import Field, check_field, dense_jacobian
 from resode.solve.step import rk_step
 from resode.stability import eigenvalue_step_limit, stability_function
@@ -43,8 +44,7 @@ class StabilityLoss:
 
 
 def _map(field: Field, tableau: ButcherTableau, h: float) -> Field:
-    if not 0 < h < math.inf:
-        raise ValueError(f"step_size must be positive and finite, got {h}.")
+    check_number("step_size", h, above=0)
     return lambda x: rk_step(tableau, lambda t, x: field(x), 0.0, x, h)
 
 
@@ -99,8 +99,7 @@ def stability_losses(
         )
     if isinstance(x0, Tensor) and x0.dtype == torch.float32:
         raise TypeError("cycles are followed in float64, got x0 of torch.float32: give x0.double().")
-    if not 0 < max_step < math.inf:
-        raise ValueError(f"max_step must be positive and finite, got {max_step}.")
+    check_number("max_step", max_step, above=0)
     found = find_fixed_points(field, x0)
     if not found.converged.all():
         raise ValueError(f"no fixed point was found from x0: max|F| is {float(found.residual):.3g} at best.")
@@ -243,11 +242,8 @@ def lyapunov_exponents(
         if not fields:
             raise ValueError("field must be a callable, or a non-empty sequence of them; got an empty one.")
     else:
-        count = 1000 if n_steps is None else n_steps
-        if count < 1 or transient < 0:
-            raise ValueError(
-                f"n_steps must be at least 1 and transient at least 0, got {count}, {transient}."
-            )
+        count = check_whole("n_steps", 1000 if n_steps is None else n_steps, 1)
+        check_whole("transient", transient, 0)
         fields = [field] * (transient + count)
     check_field(fields[0], x0)
     batch, n = len(x0), x0[0].numel()

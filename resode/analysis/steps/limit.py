@@ -125,7 +125,7 @@ def _warn_if_unknown(limit: StepLimit) -> None:
     )
     if unknown.any():
         warn_user(
-            f"no step limit is known in {int(unknown.sum())} of {unknown.size} spectra: their eigenvalues are "
+            f"no step limit is known in {int(unknown.sum())} of {unknown.size} spectra: eigenvalues are "
             "so ill-conditioned that rounding may have moved them anywhere, and the figure is that of the "
             "eigenvalues as computed. step_limit says more.",
             RuntimeWarning,

@@ -10,6 +10,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from resode.checks import check_whole
+
 
 @dataclass(frozen=True)
 class DepthConvergence:
@@ -74,8 +76,9 @@ def depth_convergence(
     """
     found = list(depths)
     least = 3 if reference is None else 2
-    whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in found)
-    if len(found) < least or not whole or any(a >= b for a, b in pairwise(found)):
+    for depth in found:
+        check_whole("each of depths", depth, 1)
+    if len(found) < least or any(a >= b for a, b in pairwise(found)):
         raise ValueError(
             f"depths must be {least} or more increasing whole numbers"
             f"{' (a reference makes two do)' if reference is None else ''}, got {found}."

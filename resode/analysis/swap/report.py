@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from resode.blocks import ResidualStack
+from resode.modes import evaluating
 from resode.tableaus import METHODS, get_tableau
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -258,18 +259,14 @@ def _evaluate(
 ) -> tuple[Tensor, Tensor, float]:
     """Logits (N, classes) in float64, labels (N,), and field evaluations a sample, in evaluation mode."""
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
     logits, labels, calls = [], [], 0.0
-    try:
+    with evaluating(model):
         for images, targets in batches:
             logits.append(model(images.to(device)).double())
             labels.append(targets.to(device))
             for stack in stacks:
                 assert stack.stats is not None
                 calls += len(images) * float(torch.as_tensor(stack.stats.nfe, dtype=torch.float64).mean())
-    finally:
-        model.train(training)
     if not logits:
         raise ValueError("the loader gave no batches; it must hold at least one (images, labels).")
     result = torch.cat(logits)
@@ -284,19 +281,16 @@ def _recalibrated_accuracy(
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     saved = [({k: v.clone() for k, v in m.named_buffers()}, m.momentum) for m in norms]
     device = next(model.parameters()).device
-    training = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        for m in norms:
-            m.reset_running_stats()
-            m.momentum = None  # a plain average over the batches
-            m.train()
-        for images, _ in training_batches:
-            model(images.to(device))
-        return _accuracy(*_evaluate(model, stacks, batches)[:2])
+        with evaluating(model):
+            for m in norms:
+                m.reset_running_stats()
+                m.momentum = None  # a plain average over the batches
+                m.train()
+            for images, _ in training_batches:
+                model(images.to(device))
+            return _accuracy(*_evaluate(model, stacks, batches)[:2])
     finally:
-        for module, mode in training.items():
-            module.training = mode
         for m, (buffers, momentum) in zip(norms, saved, strict=True):
             m.momentum = momentum
             for name, value in m.named_buffers():

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from resode.checks import warn_user
 from resode.training.data import cifar
 from resode.training.data.archives import DataError, fetch, replacing
 from resode.training.data.batches import check_images
@@ -243,10 +243,9 @@ def _load_cifar(source: Path, cache: Path) -> ImageData:
         with replacing(file) as stream:
             np.savez(stream, **arrays, key=key)
     except OSError as error:
-        warnings.warn(
+        warn_user(
             f"the decoded images cannot be kept in {cache} ({error}), so every run decodes them again; "
             "name a folder that can be written with cache_dir or RESODE_CACHE.",
-            stacklevel=3,
         )
     return _cifar_data(arrays)
 
