@@ -53,6 +53,7 @@ class Search:
         growth: as in `eigenvalue_step_limit`.
         eps: spacing of J's dtype.
         check: whether to check the eigenvalues that set limits by their right eigenvectors.
+        least: products a sample, at least.
     """
 
     tableaus: Sequence[ButcherTableau]
@@ -62,6 +63,7 @@ class Search:
     growth: tuple[int, float] | None
     eps: float
     check: bool = True
+    least: int = 0
 
 
 @dataclass
@@ -178,6 +180,7 @@ class _Part:
             exits = self._look(spectrum, active)
             last = products.count >= self.search.budget or krylov.whole
             enough = np.logical_and.reduce([e.converged & (e.settled | e.hopeless) for e in exits])
+            enough &= products.count >= self.search.least
             for row in np.flatnonzero(enough | last):
                 self._keep(krylov, active[row], int(row), ritz[row], spectrum, exits)
             left = [row for row, sample in enumerate(active) if sample not in self.found]

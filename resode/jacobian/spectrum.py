@@ -31,6 +31,7 @@ class SpectrumOptions:
         k: eigenvalues that limit the step, and largest ones, to hold on to where J is not formed.
         rtol: relative accuracy of step limits; None for 1e-6 in float64, 1e-4 in float32.
         budget: products a sample, where J is not formed.
+        least: products a sample before a search may end, where more is wanted than what limits a step.
         growth: as in `resode.stability.eigenvalue_step_limit`.
         dense_up_to: entries of a state up to which J is formed.
         search: whether to seek outer eigenvalues first, whatever the size; J is formed, within
@@ -49,6 +50,7 @@ class SpectrumOptions:
     dense_up_to: int = 1024
     search: bool = False
     check: bool = True
+    least: int = 0
 
     def __post_init__(self) -> None:
         for name, least in (("k", 1), ("budget", 1), ("dense_up_to", 0)):
@@ -153,7 +155,7 @@ def _searched(
     # Where J can be formed, a search that lasts about as long as that is given up.
     can_be_formed = n <= options.dense_up_to and n + SPACE <= options.budget
     budget = min(max(SPACE, n // 2), options.budget - n) if can_be_formed else options.budget
-    search = Search(tableaus, options.k, rtol, budget, options.growth, eps, options.check)
+    search = Search(tableaus, options.k, rtol, budget, options.growth, eps, options.check, options.least)
     rows = outer_rows(source.products, x.detach().flatten(1).to(wide), search)
     if not can_be_formed:
         return rows

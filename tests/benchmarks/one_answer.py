@@ -70,11 +70,11 @@ class Structured:
         return float(np.linalg.cond(np.linalg.eig(m)[1]))
 
 
-def structured(count: int, seed: int = 0) -> Iterator[Structured]:
-    """Matrices of order 100 to 1,000, mostly small ones, of ten kinds in turn."""
+def structured(count: int, largest: int = 1000, seed: int = 0) -> Iterator[Structured]:
+    """Matrices of order 100 to `largest`, mostly small ones, of ten kinds in turn."""
     rng = np.random.default_rng(seed)
     for i in range(count):
-        n = int(100 * 10 ** (rng.random() ** 2))
+        n = int(100 * (largest / 100) ** (rng.random() ** 2))
         yield KINDS[i % len(KINDS)](n, rng)
 
 
@@ -155,11 +155,11 @@ KINDS = (tridiagonal, toeplitz, circulant, permutation, orthogonal, grcar, compa
 KINDS += (random_shifted,)
 
 
-def matrices(count: int, seconds: float = 1e9) -> int:
+def matrices(count: int, seconds: float = 1e9, largest: int = 1000) -> int:
     """Print a table of structured matrices; the number of failures."""
     begun, wrong, seen = time.perf_counter(), 0, 0
     rows: dict[str, list[tuple]] = defaultdict(list)
-    for m in structured(count):
+    for m in structured(count, largest):
         if time.perf_counter() - begun > seconds:
             break
         seen += 1

@@ -34,6 +34,7 @@ from resode.analysis.depth.watching import tensors_in
 from resode.checks import check_whole
 from resode.jacobian.lanczos import random_start, singular_values
 from resode.jacobian.products import JacobianProducts, rows
+from resode.jacobian.spectrum import SpectrumOptions, formed
 from resode.tableaus import ButcherTableau, get_tableau
 
 NAN = math.nan
@@ -233,7 +234,7 @@ class DepthProfile:
         solvers = ", ".join(dict.fromkeys(r.solver for r in self.rows if r.solver)) or "no solver"
         lines.append(f"{len(self.rows)} residual additions, {self.samples} samples, limits for {solvers}")
         for s in self.stages:
-            gain = f"‖∏(I+ηJ)‖ = {s.norm:.4g}"
+            gain = f"‖∏(I+ηJ)‖ = {s.norm:.4g}" if s.norm == s.norm else "‖∏(I+ηJ)‖ not measured,"
             bound = f"≤ ∏(1+ε) = {s.upper:.4g}" if s.exact else "(activations between)"
             lines.append(f"{s.first} … {s.last}: {gain} {bound}; without shortcuts ≤ {s.plain:.3g}")
         lines += [f"{r.name}: {_beside(r.split_error)}" for r in self.rows if r.split_error > _SPLIT]
@@ -633,9 +634,10 @@ def _gain(run: list[Addition], spectra: list[BlockSpectrum], batch: int) -> Stag
     sizes = [float(s.values.get("epsilon", NAN)) for s in spectra]
     try:
         sigma, _ = singular_values(products.jvp, products.vjp, start, 40)
-        norm, smallest = float(sigma[:, 0].max()), float(sigma[:, -1].min())
-    except RuntimeError:
-        norm = smallest = NAN  # an operation without a second derivative
+    except RuntimeError:  # an operation without a second derivative: Jᵀ alone, where J can be formed
+        small = flat.shape[1] <= SpectrumOptions.dense_up_to
+        sigma = torch.linalg.svdvals(formed(products, flat)) if small else torch.full((1, 1), NAN)
+    norm, smallest = float(sigma[:, 0].max()), float(sigma[:, -1].min())
     exact = all(b.at_x == a.at_y for a, b in itertools.pairwise(run))
     return StageGradient(
         first=first.name,

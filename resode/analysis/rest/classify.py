@@ -21,6 +21,7 @@ from resode.tableaus import ButcherTableau, get_tableau
 KINDS = ("node", "spiral", "saddle", "centre", "degenerate")
 
 _NEUTRAL = 1e-12  # distance of |R(ηλ)| from 1
+_LEAST = 240  # products with a Jacobian that is not formed: the rightmost eigenvalue may limit no step
 _SAFETY = 16.0  # times the first-order error: what may make a part of an eigenvalue count as 0
 
 
@@ -184,7 +185,7 @@ class _Spectrum:
 
 def _spectra(field: Field, x: Tensor, value: Tensor) -> list[_Spectrum]:
     """Of every sample; of a search those that are known, and the rightmost."""
-    found = spectrum(field, x, SpectrumOptions(rtol=1e-3, check=False))
+    found = spectrum(field, x, SpectrumOptions(rtol=1e-3, check=False, least=_LEAST))
     eps = max(float(torch.finfo(x.dtype).eps), 2.0**-52)
     result = []
     for i in range(len(x)):

@@ -49,8 +49,9 @@ def max_stable_step(
         k: eigenvalues that limit the step, and largest ones, to hold on to where J is not formed; without
             effect where it is.
         growth: (N, tol) allows |R|^N ≤ 1 + tol instead of |R| ≤ 1, see `eigenvalue_step_limit`.
-        matrix_free: of a field: whether to seek outer eigenvalues by products with J (True), or to form J and
-            take all of them (False, up to 4,096 entries a state); None forms J up to 1,024 entries.
+        matrix_free: of a field: whether to seek outer eigenvalues by products with J first (True; J is
+            formed, up to 1,024 entries, where they do not decide), or to form J and take all of them (False,
+            up to 4,096 entries a state); None forms J up to 1,024 entries.
         rtol: of a field, matrix-free: relative accuracy of the limit; None for 1e-6 in float64 and 1e-4 in
             float32.
         budget: of a field, matrix-free: products a sample; beyond it a RuntimeWarning tells that a limit did
@@ -61,7 +62,7 @@ def max_stable_step(
         for a field a tensor (batch,). 0 where a mode grows at every small step, inf where nothing limits it.
 
     Raises:
-        TypeError: integer matrices, an x that is no floating-point tensor, a field without x or an x without
+        TypeError: arrays or tensors of integers, an x that is no floating-point tensor, a field without x or an x without
             a field.
         ValueError: matrices not square, empty or not finite; an unknown solver; states that are too large;
             fields that cannot be linearized (`resode.jacobian.linearize.check_field`); an implicit method
@@ -96,8 +97,9 @@ def step_limit(
 ) -> StepLimit:
     r"""The largest stable step with all that it rests on; arguments and errors as `max_stable_step`.
 
-    Eigenvalues are compared with τ = n·ε·‖J‖₂, ε that of the dtype that came: |λ| ≤ τ counts as 0, |Re λ| ≤ τ
-    as on the imaginary axis, and Re λ > τ as growing. For a matrix the contraction limit and the logarithmic
+    Eigenvalues are compared with τ = 8√n·ε·‖J‖₂, ε that of the dtype that came: |λ| ≤ τ counts as 0,
+    |Re λ| ≤ τ as on the imaginary axis, and Re λ > τ as growing. A limit is exact to its `error` where
+    `converged`; else it is an upper bound, or nothing is known, and the printed line says so. For a matrix the contraction limit and the logarithmic
     norm stand beside the spectral limit, because eigenvalues alone do not bound what a non-normal matrix
     does for a while.
 
