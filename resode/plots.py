@@ -28,7 +28,7 @@ from resode.stability import (
 )
 from resode.stability.intervals import ray_polynomials
 from resode.stability.limits import StepLimit, as_counted, checked_spectrum, rounding
-from resode.stability.rays import Complexes
+from resode.stability.unstable_rays import Complexes
 from resode.tableaus import ButcherTableau, get_tableau
 
 Method = str | ButcherTableau

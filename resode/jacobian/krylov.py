@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from resode.jacobian.lanczos import Operator
-from resode.stability.rays import Complexes, Floats
+from resode.stability.unstable_rays import Complexes, Floats
 
 _PLAIN = 2048  # entries up to which vectors are not sketched
 _BREAKDOWN = 16.0  # times ε: what is left of a product that lies in the space

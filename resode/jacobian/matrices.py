@@ -14,8 +14,8 @@ from torch import Tensor
 
 from resode.jacobian.krylov import norm_estimate
 from resode.jacobian.outer import Row
-from resode.stability.rays import Complexes, Floats
 from resode.stability.spectra import ROUNDINGS
+from resode.stability.unstable_rays import Complexes, Floats
 
 DENSE_LIMIT = 4096
 """Rows of the largest matrix whose eigenvalues are computed densely."""

@@ -23,8 +23,8 @@ from torch import Tensor
 from resode.jacobian.krylov import KrylovSchur, Ritz, outermost
 from resode.stability.intervals import ray_polynomials
 from resode.stability.limits import allowed_growth, first_exits
-from resode.stability.rays import Complexes, Floats
 from resode.stability.spectra import ROUNDINGS, FirstExits, Spectrum
+from resode.stability.unstable_rays import Complexes, Floats
 from resode.tableaus import ButcherTableau
 
 SPACE = 160
@@ -295,7 +295,7 @@ class _Part:
         modes |= {int(e.fastest[row]) for e in exits if e.unstable[row]}
         found.left = {}
         for i in sorted(modes):
-            near: Floats = np.abs(ritz.values - ritz.values[i])
+            near: Any = np.abs(ritz.values - ritz.values[i])
             if (near <= 1e3 * krylov.eps * ritz.scale).sum() > 1:
                 found.conditions[i] = krylov.condition(row, ritz.values[i])
             else:
@@ -304,7 +304,7 @@ class _Part:
         chosen = ritz.values[list(modes)]
         apart: Any = np.abs(ritz.values[:, None] - np.concatenate([chosen, chosen.conj()]))
         others = (ritz.errors <= 1e-2 * ritz.scale) & (apart > 1e-9 * ritz.scale).all(axis=1)
-        others = np.flatnonzero(others & (ritz.values.imag >= 0))
+        others: Any = np.flatnonzero(others & (ritz.values.imag >= 0))
         if len(others):
             v = krylov.vector(row, ritz.vectors[:, others])
             turning = torch.as_tensor(ritz.values[others].imag > 0)

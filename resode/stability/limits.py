@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from resode.stability.binding import binding
 from resode.stability.intervals import Interval, ray_polynomials
-from resode.stability.pruning import binding
-from resode.stability.rays import Complexes, RayPolynomials, complement
+from resode.stability.unstable_rays import Complexes, RayPolynomials, complement
 from resode.tableaus import ButcherTableau, get_tableau
 
 _MANY = 4096  # eigenvalues beyond which those that cannot bind are sorted out first

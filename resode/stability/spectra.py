@@ -26,7 +26,7 @@ from resode.stability.limits import (
     rounding,
     upper_of_pairs,
 )
-from resode.stability.rays import Complexes, Floats
+from resode.stability.unstable_rays import Complexes, Floats
 from resode.tableaus import ButcherTableau, get_tableau
 
 ROUNDINGS = 4.0

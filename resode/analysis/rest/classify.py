@@ -15,7 +15,7 @@ from resode.checks import check_number
 from resode.jacobian.linearize import Field, check_field, dense_jacobian
 from resode.jacobian.spectrum import SpectrumOptions, spectrum
 from resode.stability.function import amplification
-from resode.stability.rays import Complexes, Floats
+from resode.stability.unstable_rays import Complexes, Floats
 from resode.tableaus import ButcherTableau, get_tableau
 
 KINDS = ("node", "spiral", "saddle", "centre", "degenerate")

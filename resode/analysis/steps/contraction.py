@@ -12,8 +12,8 @@ from resode.jacobian.outer import MEMORY
 from resode.jacobian.products import JacobianProducts, full_precision
 from resode.stability import stability_coefficients
 from resode.stability.limits import StepLimit, plain
-from resode.stability.rays import Floats
 from resode.stability.spectra import Spectrum
+from resode.stability.unstable_rays import Floats
 from resode.tableaus import ButcherTableau
 
 _AMPLE = 100.0  # times 1/‖J‖: more than any method's contraction limit

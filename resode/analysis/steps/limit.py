@@ -16,8 +16,8 @@ from resode.jacobian.matrices import DENSE_LIMIT, Matrices, checked_matrices, sp
 from resode.jacobian.spectrum import SpectrumOptions, matrix_spectrum, spectrum
 from resode.stability import StepLimit, eigenvalue_step_limit
 from resode.stability.limits import checked_spectrum, like, plain
-from resode.stability.rays import Complexes
 from resode.stability.spectra import limits
+from resode.stability.unstable_rays import Complexes
 from resode.tableaus import ButcherTableau, get_tableau
 
 BUDGET = SpectrumOptions.budget
@@ -62,8 +62,8 @@ def max_stable_step(
         for a field a tensor (batch,). 0 where a mode grows at every small step, inf where nothing limits it.
 
     Raises:
-        TypeError: arrays or tensors of integers, an x that is no floating-point tensor, a field without x or an x without
-            a field.
+        TypeError: arrays or tensors of integers, an x that is no floating-point tensor, a field without x or
+            an x without a field.
         ValueError: matrices not square, empty or not finite; an unknown solver; states that are too large;
             fields that cannot be linearized (`resode.jacobian.linearize.check_field`); an implicit method
             where J is not formed; matrix_free, rtol or budget without a field; a dtype too coarse for so
@@ -99,9 +99,9 @@ def step_limit(
 
     Eigenvalues are compared with τ = 8√n·ε·‖J‖₂, ε that of the dtype that came: |λ| ≤ τ counts as 0,
     |Re λ| ≤ τ as on the imaginary axis, and Re λ > τ as growing. A limit is exact to its `error` where
-    `converged`; else it is an upper bound, or nothing is known, and the printed line says so. For a matrix the contraction limit and the logarithmic
-    norm stand beside the spectral limit, because eigenvalues alone do not bound what a non-normal matrix
-    does for a while.
+    `converged`; else it is an upper bound, or nothing is known, and the printed line says so. For a matrix the
+    contraction limit and the logarithmic norm stand beside the spectral limit, because eigenvalues alone do
+    not bound what a non-normal matrix does for a while.
 
     Returns:
         StepLimit; for a batch, and for a field, what it holds has the batch's shape.

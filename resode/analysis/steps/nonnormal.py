@@ -18,8 +18,8 @@ from resode.jacobian.matrices import Matrices, checked_matrices, spectral_norms
 from resode.jacobian.spectrum import matrix_spectrum
 from resode.stability import stability_coefficients, stability_properties
 from resode.stability.limits import like, plain
-from resode.stability.rays import Floats, bernstein_matrix
 from resode.stability.spectra import limits
+from resode.stability.unstable_rays import Floats, bernstein_matrix
 from resode.tableaus import ButcherTableau, get_tableau
 
 
