@@ -291,8 +291,8 @@ class _Part:
         self.found[sample] = found
         if found.normal or krylov.whole or not self.search.check:
             return
-        modes = {int(e.mode[row]) for e in exits if np.isfinite(e.estimate[row])}
-        modes |= {int(e.fastest[row]) for e in exits if e.unstable[row]}
+        modes: set[int] = {int(e.mode[row]) for e in exits if np.isfinite(e.estimate[row])}
+        modes |= {int(e.fastest[row]) for e in exits if bool(e.unstable[row])}
         found.left = {}
         for i in sorted(modes):
             near: Any = np.abs(ritz.values - ritz.values[i])

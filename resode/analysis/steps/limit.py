@@ -99,9 +99,9 @@ def step_limit(
 
     Eigenvalues are compared with τ = 8√n·ε·‖J‖₂, ε that of the dtype that came: |λ| ≤ τ counts as 0,
     |Re λ| ≤ τ as on the imaginary axis, and Re λ > τ as growing. A limit is exact to its `error` where
-    `converged`; else it is an upper bound, or nothing is known, and the printed line says so. For a matrix the
-    contraction limit and the logarithmic norm stand beside the spectral limit, because eigenvalues alone do
-    not bound what a non-normal matrix does for a while.
+    `converged`; else it is an upper bound, or nothing is known, and the printed line says so. For a matrix
+    the contraction limit and the logarithmic norm stand beside the spectral limit, because eigenvalues alone
+    do not bound what a non-normal matrix does for a while.
 
     Returns:
         StepLimit; for a batch, and for a field, what it holds has the batch's shape.
