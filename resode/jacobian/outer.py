@@ -292,7 +292,7 @@ class _Part:
         if found.normal or krylov.whole or not self.search.check:
             return
         modes: set[int] = {int(e.mode[row]) for e in exits if np.isfinite(e.estimate[row])}
-        modes |= {int(e.fastest[row]) for e in exits if bool(e.unstable[row])}
+        modes |= {int(e.fastest[row]) for e in exits if e.unstable[row]}
         found.left = {}
         for i in sorted(modes):
             near: Any = np.abs(ritz.values - ritz.values[i])
@@ -328,17 +328,21 @@ class _Part:
         start = torch.stack(starts).to(self.x.dtype)
         try:
             krylov = KrylovSchur(products.jvp, start, min(self.space, _RIGHT))
-            krylov.grow(krylov.size)
+            ritz: list[Ritz] = []
+            while krylov.used < krylov.size:
+                krylov.grow(_RIGHT // 3)
+                ritz = [krylov.ritz(place) for place in range(len(samples))]
+                if all(self._found_right(self.found[s], r) for s, r in zip(samples, ritz, strict=True)):
+                    break
         except RuntimeError:  # without a second derivative: what the left space says stands
             return
-        for place, sample in enumerate(samples):
-            row, ritz = self.found[sample], krylov.ritz(place)
+        for place, (sample, r) in enumerate(zip(samples, ritz, strict=True)):
+            row = self.found[sample]
             assert row.left is not None
             for i, w in row.left.items():
-                near = int(np.abs(ritz.values - row.values[i]).argmin())
-                condition = np.inf
-                if ritz.residuals[near] <= 0.1 * max(abs(row.values[i]), 1e-3 * ritz.scale):
-                    v = krylov.vector(place, ritz.vectors[:, [near]])[0]
+                near, condition = self._nearest(row, i, r), np.inf
+                if near is not None:
+                    v = krylov.vector(place, r.vectors[:, [near]])[0]
                     overlap = float((w * v).sum().abs() / (w.norm() * v.norm()))  # wᵀJ = λwᵀ: no conjugate
                     condition = 1 / overlap if overlap > 2.0**-52 else np.inf
                 row.conditions[i] = condition
@@ -346,3 +350,14 @@ class _Part:
                 row.errors[i] = max(row.errors[i], condition * (row.residuals[i] + rounded))
             row.products += products.count
             row.left = row.known = None
+
+    @staticmethod
+    def _nearest(row: Row, i: int, ritz: Ritz, part: float = 0.1) -> int | None:
+        """Index of the Ritz value of J that is one of Jᵀ's, found to `part`; None where there is none yet."""
+        near = int(np.abs(ritz.values - row.values[i]).argmin())
+        found = ritz.residuals[near] <= part * max(abs(row.values[i]), 1e-3 * ritz.scale)
+        return near if found else None
+
+    def _found_right(self, row: Row, ritz: Ritz) -> bool:
+        """Whether every eigenvalue that sets a limit has its right eigenvector."""
+        return all(self._nearest(row, i, ritz, 1e-3) is not None for i in row.left or {})

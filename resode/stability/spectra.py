@@ -131,7 +131,7 @@ class FirstExits:
         self.mode = self.slow.argmin(axis=1)  # index of the decaying mode that leaves first
         self.estimate = self.slow[self.lines, self.mode]
         self.fastest = np.where(self.surely_grows, self.values.real, -np.inf).argmax(axis=1)
-        self.unstable = self.surely_grows.any(axis=1)
+        self.unstable = np.asarray(self.surely_grows.any(axis=1))
         self.doubtful = (self.grows & ~self.surely_grows).any(axis=1)
 
     @property
