@@ -9,11 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from resode import networks
 from resode.analysis.curvature import max_learning_rate
+from resode.analysis.depth.depth_step import depth_step
 from resode.analysis.depth.profile import DepthProfile, profile_depth
+from resode.analysis.diagnose.diagnose import diagnose
+from resode.analysis.diagnose.findings import Finding
+from resode.analysis.diagnose.forecast import Forecast
+from resode.analysis.diagnose.page import Diagnosis
 from resode.analysis.rest.classify import Classification, classify
 from resode.analysis.rest.fixed_points import FixedPoints, find_fixed_points, find_several_fixed_points
 from resode.analysis.steps.limit import max_stable_step, step_limit
 from resode.analysis.steps.penalty import StepLimitPenalty
+from resode.analysis.swap.convert import convert
+from resode.analysis.swap.modified import distance_from_ode, modified_field
 from resode.analysis.swap.proof import SwapProof
 from resode.analysis.swap.report import SwapReport, swap_report
 from resode.blocks import ODEBlock, ResidualStack
@@ -23,12 +30,14 @@ from resode.solve import (
     NonFiniteState,
     Solution,
     SolverError,
+    SolverStep,
     Stats,
     StepSizeUnderflow,
     odeint,
     odeint_adjoint,
     odeint_event,
     solve_ivp,
+    steps,
 )
 from resode.stability import (
     StepLimit,
@@ -59,7 +68,10 @@ __all__ = [
     "ButcherTableau",
     "Classification",
     "DepthProfile",
+    "Diagnosis",
+    "Finding",
     "FixedPoints",
+    "Forecast",
     "MaxStepsReached",
     "NonFiniteField",
     "NonFiniteState",
@@ -67,6 +79,7 @@ __all__ = [
     "ResidualStack",
     "Solution",
     "SolverError",
+    "SolverStep",
     "Stats",
     "StepLimit",
     "StepLimitPenalty",
@@ -75,12 +88,17 @@ __all__ = [
     "SwapReport",
     "classify",
     "compare",
+    "convert",
+    "depth_step",
+    "diagnose",
+    "distance_from_ode",
     "find_fixed_points",
     "find_several_fixed_points",
     "imaginary_stability_interval",
     "load",
     "max_learning_rate",
     "max_stable_step",
+    "modified_field",
     "networks",
     "odeint",
     "odeint_adjoint",
@@ -91,6 +109,7 @@ __all__ = [
     "solve_ivp",
     "stability_function",
     "step_limit",
+    "steps",
     "swap_report",
     "train",
 ]

@@ -112,7 +112,7 @@ def trace(model: nn.Module, x: Any, blocks: str | Sequence[str] | None = None) -
     _refuse_adaptive(model)
     inputs: list[Tensor] = []
     given = _with_gradients(x, inputs)
-    names = _matching(model, blocks)
+    names = matching(model, blocks)
     with watching(model, inputs, names) as recorder:
         output = call(model, given)
     if recorder.overwrote_saved():
@@ -172,7 +172,12 @@ def _with_gradients(x: Any, found: list[Tensor]) -> Any:
     return x
 
 
-def _matching(model: nn.Module, blocks: str | Sequence[str] | None) -> set[str] | None:
+def matching(model: nn.Module, blocks: str | Sequence[str] | None) -> set[str] | None:
+    """The names of the modules that patterns (* and ? stand for anything but a dot) name; None for None.
+
+    Raises:
+        ValueError: a pattern that names none; the message lists modules.
+    """
     if blocks is None:
         return None
     patterns = [blocks] if isinstance(blocks, str) else list(blocks)
@@ -385,7 +390,7 @@ class _Finder:
         )
 
     def refused(self) -> list[tuple[str, str]]:
-        """Additions of a branch with weights to a state, outside all blocks, that are none of its blocks."""
+        """Additions of a branch with weights to a state, outside all blocks, that are no blocks, and why."""
         found: dict[str, str] = {}
         for value, record in self.recorder.sums.items():
             fork = self.graph.fork(value) if value in self.graph.at else None
@@ -398,6 +403,11 @@ class _Finder:
             if self.graph.cut(fork, value):
                 why = "it adds to one part of a cut state what comes from others, and these never meet again"
             found.setdefault(record.module or "model", why)
+        for value in self.graph.order:
+            own = isinstance(value[0], torch.autograd.function.BackwardCFunction)
+            if own and value not in self.inside:
+                why = f"{type(value[0]).__name__} is a gradient of its own, which hides what is added"
+                found.setdefault(self.recorder.where.get(value) or "model", why)
         return list(found.items())
 
     def outside(self) -> list[str]:

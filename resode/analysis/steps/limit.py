@@ -16,6 +16,7 @@ from resode.jacobian.matrices import DENSE_LIMIT, Matrices, checked_matrices, sp
 from resode.jacobian.spectrum import SpectrumOptions, matrix_spectrum, spectrum
 from resode.stability import StepLimit, eigenvalue_step_limit
 from resode.stability.limits import checked_spectrum, like, plain
+from resode.stability.multistep import EXPLICIT_ADAMS
 from resode.stability.spectra import limits
 from resode.stability.unstable_rays import Complexes
 from resode.tableaus import ButcherTableau, get_tableau
@@ -45,7 +46,7 @@ def max_stable_step(
             with up to 4,096 rows; or a field F(x) in eval mode, together with x.
         x: states, shape (batch, *state), where a field is given, of any size.
         eigenvalues: the spectrum, shape (n,) or (…, n): alone, or with its matrix to spare its computation.
-        solver: a name in METHODS, or a tableau.
+        solver: a name in METHODS, or a tableau, or "explicit_adams" (order 4, by its root condition).
         k: eigenvalues that limit the step, and largest ones, to hold on to where J is not formed; without
             effect where it is.
         growth: (N, tol) allows |R|^N ≤ 1 + tol instead of |R| ≤ 1, see `eigenvalue_step_limit`.
@@ -145,6 +146,8 @@ def _limit(
     details: bool,
 ) -> StepLimit:
     """Which of the ways to a step limit the arguments ask for."""
+    if solver == EXPLICIT_ADAMS:
+        return _of_adams(subject, x, eigenvalues, options.growth)
     tableau = get_tableau(solver)
     is_field = callable(subject) and not isinstance(subject, torch.Tensor)
     if not is_field and (matrix_free is not None or options.rtol is not None or options.budget != BUDGET):
@@ -173,6 +176,20 @@ def _limit(
             "Pass the Jacobian alone, or a callable F."
         )
     return _of_matrices(subject, eigenvalues, tableau, options, details=details)
+
+
+def _of_adams(subject: Any, x: Any, eigenvalues: Any, growth: Any) -> StepLimit:
+    """By the root condition at all eigenvalues: given, or of a matrix, or of a field's Jacobian at x."""
+    if eigenvalues is None and subject is None:
+        raise ValueError(
+            "give a Jacobian, eigenvalues=, or a field and the states x at which to linearize it; got none."
+        )
+    if eigenvalues is None:
+        if x is not None:
+            check_field(subject, x)
+            subject = jacobian(subject, x)
+        eigenvalues = torch.linalg.eigvals(torch.as_tensor(subject))
+    return eigenvalue_step_limit(eigenvalues, EXPLICIT_ADAMS, growth=growth)
 
 
 def _of_field(
