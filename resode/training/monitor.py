@@ -12,11 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from resode.analysis.steps.block_limits import BlockLimit, block_limit
 from resode.analysis.steps.blocks import block_groups
-from resode.analysis.steps.matrix_free import outer_spectra
-from resode.analysis.steps.outlook import amplification
 from resode.checks import check_number, check_whole
 from resode.jacobian.linearize import check_field
+from resode.jacobian.spectrum import SpectrumOptions, spectrum
 from resode.modes import evaluating
 from resode.tableaus import METHODS, get_tableau
 from resode.training.files import DamagedFile, replacing
@@ -47,6 +47,7 @@ class GroupRecord:
         growing: the most growing modes that were found in a block.
         decaying_step: the least limit over the other modes of a block, as far as they were found.
         amplification: the largest |R(hλ)| of a block, growing modes included: at most 1 inside the region.
+        exact: whether `decaying_step` is exact; else it is what the eigenvalues that were found allow.
     """
 
     update: int
@@ -56,6 +57,7 @@ class GroupRecord:
     growing: int
     decaying_step: float
     amplification: float
+    exact: bool = False
 
 
 class StepLimits:
@@ -155,7 +157,8 @@ class StepLimits:
         path = loop.folder.path / FILE
         if self.records or not path.exists():
             return
-        kinds = {"stage": str, "solver": str, "update": int, "growing": int}
+        kinds: dict[str, Any] = {"stage": str, "solver": str, "update": int, "growing": int}
+        kinds["exact"] = "True".__eq__
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         try:
@@ -174,35 +177,31 @@ class StepLimits:
         if self.images is None:
             raise ValueError("there are no images to watch: pass images= to StepLimits.")
         begun = time.perf_counter()
+        options = SpectrumOptions(budget=self.vectors, search=True, check=False)
         devices = [self.images.device] if self.images.device.type == "cuda" else []
         with torch.random.fork_rng(devices), evaluating(network):
             for stage in block_groups(network, self.images[: self.samples]):
                 solvers = self.solvers or [stage.solver]
-                tableaus = [get_tableau(solver) for solver in solvers]
-                found: list[list[tuple[int, float, float]]] = [[] for _ in solvers]
-                for field, x, step in zip(stage.fields, stage.states, stage.steps, strict=True):
+                found: list[list[BlockLimit]] = [[] for _ in solvers]
+                for block, (field, x, step) in enumerate(
+                    zip(stage.fields, stage.states, stage.steps, strict=True)
+                ):
                     if not self.records:
                         check_field(field, x)
-                    spectra = outer_spectra(field, x, tableaus, budget=self.vectors, verify=False, warn=False)
-                    for number, tableau in enumerate(tableaus):
-                        some = [s.outlooks[number] for s in spectra]
-                        largest = max(
-                            float(amplification(step * s.ritz.values, tableau).max(initial=0.0))
-                            for s in spectra
-                        )
-                        growing = max(len(o.modes) for o in some)
-                        found[number].append((growing, min(o.estimate for o in some), largest))
-                for solver, blocks in zip(solvers, found, strict=True):
-                    growing, limits, sizes = zip(*blocks, strict=True)
+                    some = spectrum(field, x, options, solvers)
+                    for number, solver in enumerate(solvers):
+                        found[number].append(block_limit(some, solver, step, block))
+                for solver, rows in zip(solvers, found, strict=True):
                     self.records.append(
                         GroupRecord(
                             update,
                             stage.name,
                             solver,
                             max(stage.steps),
-                            max(growing),
-                            min(limits),
-                            max(sizes),
+                            max(row.growing for row in rows),
+                            min(row.decaying_step for row in rows),
+                            max(row.amplification for row in rows),
+                            all(row.exact for row in rows),
                         )
                     )
         self.costs.append(time.perf_counter() - begun)
