@@ -89,3 +89,54 @@ def test_the_check_sees_a_wrong_arrow(tmp_path):
     file = tmp_path / "x.py"
     file.write_text("from resode.cli import main\nimport matplotlib.pyplot\n")
     assert list(imports(file)) == [("cli", True), ("matplotlib", True)]
+
+
+def imported_modules(path: Path, known: set[str]) -> set[str]:
+    """The modules of resode that a file imports anywhere: in functions and for types too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (inner & known) or {node.module or ""}
+    return found & known
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Modules that reach themselves, each circle once."""
+    found: list[list[str]] = []
+    done: set[str] = set()
+
+    def visit(name: str, way: list[str]) -> None:
+        if name in way:
+            found.append([*way[way.index(name) :], name])
+        elif name not in done:
+            for other in sorted(graph.get(name, ())):
+                visit(other, [*way, name])
+            done.add(name)
+
+    for name in sorted(graph):
+        visit(name, [])
+    return found
+
+
+def test_no_module_imports_itself_around_a_corner():
+    """Imports inside functions and for types count too: they only hide a circle.
+
+    Left out are figures, which know every result's type and are drawn on demand, and the command line.
+    """
+    names = {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in PACKAGE.rglob("*.py")
+    }
+    graph = {
+        name: imported_modules(path, set(names)) - {name}
+        for name, path in names.items()
+        if not name.startswith(("resode.plots", "resode.cli")) and name != "resode"
+    }
+    assert circles(graph) == []
+
+
+def test_a_circle_is_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c", "a"]]

@@ -72,7 +72,7 @@ def test_frozen_modules_stay_frozen():
     norm = next(m for m in model.modules() if isinstance(m, nn.BatchNorm1d)).eval()
     modes = [m.training for m in model.modules()]
     batches = [(X, labels_of(0.5**4))]
-    swap_report(model, batches, ("rk4",), training_batches=batches)
+    swap_report(model, batches, ("rk4",), recalibrate=batches)
     assert [m.training for m in model.modules()] == modes and not norm.training
 
 

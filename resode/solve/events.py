@@ -16,13 +16,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import scipy  # whose submodules are loaded when first named
 import torch
-from scipy.optimize import brentq
 from torch import Tensor
 
 from resode.solve.adaptive import Adaptive
 from resode.solve.control import Callbacks
 from resode.solve.fixed import Grid, one_step
+from resode.solve.foreign import foreign_methods, stops_at_events
 from resode.solve.native import (
     Evaluations,
     call_torchdiffeq,
@@ -30,10 +31,10 @@ from resode.solve.native import (
     segments,
     zero_with_gradient,
 )
-from resode.solve.options import SolveSettings, torchdiffeq_methods
+from resode.solve.options import SolveSettings
 from resode.solve.result import MaxStepsReached, NonFiniteState, Stats
 from resode.solve.step import Field, all_finite, combine, stages
-from resode.tableaus import METHODS, ButcherTableau
+from resode.tableaus import ButcherTableau
 
 Event = Callable[[Tensor, Any], Tensor]
 """c(t, y) of a 0-D t and the state."""
@@ -96,14 +97,8 @@ def _by_torchdiffeq(
     event: Event,
     callbacks: Callbacks | None,
 ) -> tuple[Tensor, Tensor]:
-    from torchdiffeq._impl.odeint import SOLVERS
-
-    if not hasattr(SOLVERS[str(settings.method)], "integrate_until_event"):
-        able = [
-            name
-            for name in torchdiffeq_methods()
-            if name not in METHODS and hasattr(SOLVERS[name], "integrate_until_event")
-        ]
+    if not stops_at_events(str(settings.method)):
+        able = [name for name in foreign_methods() if stops_at_events(name)]
         raise ValueError(
             f"{settings.method!r} can't stop at an event; use a method of resode's or {', '.join(able)}."
         )
@@ -239,7 +234,7 @@ def root(event: Event, at: Callable[[float], Tensor], begin: float, end: float) 
         def value(s: float) -> float:
             return ends[s] if s in ends else value_of(event, s, at(s))
 
-        return float(brentq(value, begin, end, xtol=tiny, rtol=4 * 2.0**-52))  # type: ignore[arg-type]
+        return float(scipy.optimize.brentq(value, begin, end, xtol=tiny, rtol=4 * 2.0**-52))
 
 
 def with_event_gradient(

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import scipy.linalg
+import scipy  # whose submodules are loaded when first named
 import torch
 
 from resode.analysis.steps.matrix_free import BUDGET, field_limit

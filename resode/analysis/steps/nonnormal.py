@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.optimize
+import scipy  # whose submodules are loaded when first named
 
 from resode.jacobian.matrices import Matrices, all_eigenvalues, checked_matrices, spectral_norms
 from resode.stability import eigenvalue_step_limit, stability_coefficients, stability_properties

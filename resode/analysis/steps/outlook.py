@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-import scipy.spatial
+import scipy  # whose submodules are loaded when first named
 
 from resode.jacobian.krylov import Ritz
 from resode.stability import imaginary_stability_interval, stability_coefficients
