@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from resode.analysis.rest.fixed_points import FixedPoints, find_fixed_points, find_several_fixed_points
     from resode.analysis.steps.limit import max_stable_step, step_limit
     from resode.analysis.steps.penalty import StepLimitPenalty
+    from resode.analysis.swap.proof import SwapProof
     from resode.analysis.swap.report import SwapReport, swap_report
     from resode.training.compare import compare
     from resode.training.evaluate import load
@@ -56,6 +57,7 @@ _LAZY = {
     ),
     "resode.analysis.steps.limit": ("max_stable_step", "step_limit"),
     "resode.analysis.steps.penalty": ("StepLimitPenalty",),
+    "resode.analysis.swap.proof": ("SwapProof",),
     "resode.analysis.swap.report": ("SwapReport", "swap_report"),
     "resode.training.compare": ("compare",),
     "resode.training.evaluate": ("load",),
@@ -81,6 +83,7 @@ __all__ = [
     "StepLimit",
     "StepLimitPenalty",
     "StepSizeUnderflow",
+    "SwapProof",
     "SwapReport",
     "classify",
     "compare",

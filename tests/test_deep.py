@@ -24,7 +24,7 @@ def test_depth_converges_at_the_solvers_order(case):
 
 @pytest.mark.parametrize(("weights", "order"), [("constant", 1), ("linear", 2)])
 def test_sampling_smooth_weights_limits_the_order(weights, order):
-    """FrozenDuringStep over a block the weights lie off by O(η), joined by lines by O(η²): no solver can be better."""
+    """Held over a block the weights lie off by O(η), joined by lines by O(η²): no solver can be better."""
     slope = blocks.sampled(weights, DEPTHS)
     assert slope("euler") == pytest.approx(1, abs=0.1)
     for solver in ("midpoint", "kutta3", "rk4"):

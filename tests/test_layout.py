@@ -1,6 +1,8 @@
 """The import directions: tableaus at the bottom, the command line on top."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -140,3 +142,14 @@ def test_no_module_imports_itself_around_a_corner():
 
 def test_a_circle_is_found():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c", "a"]]
+
+
+def test_solving_waits_for_nothing_else():
+    """Figures, analyses, training, torchdiffeq and scipy's large parts are loaded when first asked for."""
+    program = (
+        "import sys, torch, resode; resode.odeint(lambda t, y: -y, torch.ones(2), torch.tensor([0.0, 1.0]));"
+        "print(*(set(sys.modules) & {'torchdiffeq', 'scipy.optimize', 'scipy.integrate', 'matplotlib',"
+        "'lightning', 'resode.analysis', 'resode.training', 'resode.networks'}), sep=', ')"
+    )
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == ""

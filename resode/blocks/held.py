@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
@@ -65,35 +66,93 @@ class StochasticDepth(nn.Module):
 
 
 class FrozenDuringStep:
-    """The batch norms and masks of a field in training, for one block call.
+    """What keeps a field in training one field for one block call, however often a solver evaluates it.
+
+    A batch norm that normalised every stage by its own batch would make F another function at each of them,
+    and none of those would be the one that evaluation mode meets. So the batch statistics of the first
+    evaluation serve all others, gradients through them included, and the running statistics move there alone.
+    Masks of `StochasticDepth` are drawn there too.
 
     Args:
-        field: running statistics move at its first evaluation only; masks of `StochasticDepth` are
-            drawn then and used again.
-        statistics: see to the running statistics; otherwise to the masks alone.
+        field: in training.
+        own_statistics: let every evaluation normalise by its own batch. For the adjoint equation, which
+            solves the field anew on its way back and could not differentiate statistics of the way there.
     """
 
-    def __init__(self, field: nn.Module, statistics: bool = True):
-        self.norms = moving_norms(field) if statistics else []
-        self.drops = [m for m in field.modules() if isinstance(m, StochasticDepth) and m.training and m.p > 0]
+    def __init__(self, field: nn.Module, own_statistics: bool = False):
+        modules = list(field.modules())
+        self.norms = [
+            m for m in modules if isinstance(m, _BatchNorm) and (m.training or m.running_var is None)
+        ]
+        self.drops = [m for m in modules if isinstance(m, StochasticDepth) and m.training and m.p > 0]
         self.masks: dict[nn.Module, Tensor] = {}
+        self.own_statistics = own_statistics
+        self.statistics: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {norm: [] for norm in self.norms}
         self.first = True
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
         """One evaluation of the field."""
+        first, self.first = self.first, False
+        before = [vars(norm).get("forward") for norm in self.norms]
         for drop in self.drops:
             drop.held = self.masks
         try:
-            if self.first:
-                self.first = False
-                yield
-            else:
-                with FrozenStatistics(self.norms):
+            if self.own_statistics:
+                with nullcontext() if first else FrozenStatistics(self.norms):
                     yield
+                return
+            for norm in self.norms:
+                vars(norm)["forward"] = (self._measuring if first else self._holding)(norm)
+            yield
         finally:
             for drop in self.drops:
                 drop.held = None
+            for norm, forward in zip(self.norms, before, strict=True):
+                vars(norm).pop("forward", None)
+                if forward is not None:
+                    vars(norm)["forward"] = forward
+
+    def _measuring(self, norm: _BatchNorm) -> Callable[[Tensor], Tensor]:
+        """The norm as it is, which also notes the statistics of each of its calls."""
+        forward = norm.forward
+
+        def measure(x: Tensor) -> Tensor:
+            y = forward(x)
+            self.statistics[norm].append(batch_statistics(norm, x))
+            return y
+
+        return measure
+
+    def _holding(self, norm: _BatchNorm) -> Callable[[Tensor], Tensor]:
+        """The norm with the statistics of the first evaluation, call by call."""
+        noted = iter(self.statistics[norm])
+
+        def hold(x: Tensor) -> Tensor:
+            mean, variance = next(noted)
+            scale = torch.rsqrt(variance + norm.eps)
+            scale = scale if norm.weight is None else scale * norm.weight
+            shift = -mean * scale if norm.bias is None else norm.bias - mean * scale
+            shape = (-1, *[1] * (x.ndim - 2))
+            return (x * scale.view(shape) + shift.view(shape)).to(x.dtype)
+
+        return hold
+
+
+def batch_statistics(norm: _BatchNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of x (B, C, …) by channel, over all processes if synchronised."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    dims = [0, *range(2, x.ndim)]
+    if not (isinstance(norm, nn.SyncBatchNorm) and dist.is_initialized()):
+        variance, mean = torch.var_mean(wide, dims, correction=0)
+        return mean, variance
+    from torch.distributed.nn.functional import all_reduce  # costs too much for `import resode`
+
+    count = wide.new_full((1,), x.numel() / x.shape[1])
+    sums = torch.cat([wide.sum(dims), wide.square().sum(dims), count])
+    sums = all_reduce(sums, group=norm.process_group or dist.group.WORLD)
+    mean, square = (sums[:-1] / sums[-1]).chunk(2)
+    return mean, square - mean.square()
 
 
 def checkpoints(gradient: str) -> bool:

@@ -39,8 +39,9 @@ class ODEBlock(nn.Module):
             func, in training, where the solve takes more than one evaluation.
 
     Note:
-        Train-mode batch normalisation in func updates its running statistics once a call, at the first
-        evaluation; `StochasticDepth` draws its mask once a call.
+        Train-mode batch normalisation in func normalises every evaluation of a call by the batch statistics
+        of the first, which alone moves its running statistics (with "adjoint" each by its own);
+        `StochasticDepth` draws its mask once a call.
 
     Source:
         Chen et al., Neural Ordinary Differential Equations (2018).
@@ -101,7 +102,7 @@ class ODEBlock(nn.Module):
         if isinstance(func, nn.Module) and func.training:
             if not fixed or self.n_steps != 1 or len(self._tableau.b) > 1:
                 refuse_dropout(func, self.solver)
-            func = _Once(func)
+            func = _Once(func, self.gradient == "adjoint")
         y, self.stats = odeint(
             func,
             x,
@@ -123,12 +124,12 @@ class ODEBlock(nn.Module):
 
 
 class _Once(nn.Module):
-    """A field in training for one block call: statistics that move once, masks that are held."""
+    """A field in training for one block call: one set of batch statistics, masks that are held."""
 
-    def __init__(self, func: nn.Module):
+    def __init__(self, func: nn.Module, adjoint: bool):
         super().__init__()
         self.func = func
-        self.once = FrozenDuringStep(func)
+        self.once = FrozenDuringStep(func, own_statistics=adjoint)
         for name in CALLBACKS:
             for callback in (name, f"{name}_adjoint"):
                 if hasattr(func, callback):

@@ -436,7 +436,7 @@ class ResidualStack(Checked):
         held = None
         if several and module.training:
             refuse_dropout(module, self.solver)
-            held = FrozenDuringStep(module, statistics=nodes is None)
+            held = FrozenDuringStep(module)
         first = True
 
         def f(s: Any, y: Tensor) -> Any:
@@ -448,8 +448,6 @@ class ResidualStack(Checked):
                     between = {
                         name: torch.lerp(p, nodes[1][name], _like(s, p)) for name, p in nodes[0].items()
                     }
-                    if held is not None and not first:  # statistics move at the first stage alone
-                        between |= _copied_statistics(module)
                     dy = evaluate(module, y, index, between)
                 first = False
             return dy if scale is None else dy * scale
@@ -498,16 +496,6 @@ def _node(field: nn.Module, statistics: bool) -> dict[str, Tensor]:
                 if value is not None:
                     node[f"{name}.{key}" if name else key] = value
     return node
-
-
-def _copied_statistics(field: nn.Module) -> dict[str, Tensor]:
-    """Copies of the statistics that a call would move, for it to move instead."""
-    return {
-        f"{name}.{key}" if name else key: value.clone()
-        for name, module in field.named_modules()
-        if isinstance(module, _BatchNorm) and module.training
-        for key, value in module.named_buffers()
-    }
 
 
 def _drop_rates(p: float | Sequence[float], depth: int) -> tuple[float, ...]:

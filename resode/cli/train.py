@@ -87,6 +87,9 @@ def train(
     ] = None,
     seed: Annotated[int | None, flag("Of weights, order and augmentation.", _RECIPE)] = None,
     validation: Annotated[int | None, flag("Training images held out.", _RECIPE)] = None,
+    swap_proof: Annotated[
+        bool | None, flag("Draw a solver for each batch, so that other solvers keep the accuracy.", _RECIPE)
+    ] = None,
     eval_solver: Annotated[str | None, flag("Test accuracy also under this method.", _RECIPE)] = None,
     eval_substeps: Annotated[int | None, flag("Its steps a block.", _RECIPE)] = None,
     refine_at: Annotated[

@@ -24,7 +24,13 @@ from torch import Tensor
 
 from resode.solve.control import NUMPY, Control, Tolerance, next_step
 from resode.solve.dense import Step, interpolate
-from resode.solve.failures import field_not_finite, nothing_finite, step_underflow, too_many_steps
+from resode.solve.failures import (
+    Standing,
+    field_not_finite,
+    nothing_finite,
+    step_underflow,
+    too_many_steps,
+)
 from resode.solve.result import Stats
 from resode.solve.step import Field, Time, combine, increment, stages
 from resode.tableaus import ButcherTableau
@@ -92,7 +98,7 @@ class Adaptive:
         self.k0 = f(self.as_times(self.time[None])[0], x)
         bad = ~np.isfinite(self._numbers(control.measure(self.k0.detach())))
         if bad.any():
-            raise field_not_finite(self, bad)
+            raise field_not_finite(self.standing(bad, np.zeros_like(self.time)), self.k0)
         if resume is None:
             if control.first_step is None:
                 step = self._first_step()
@@ -127,9 +133,20 @@ class Adaptive:
     def _mask(self, keep: np.ndarray) -> Tensor:
         return torch.from_numpy(keep).to(self.x.device).view(self.column)
 
-    def sample(self, x: Tensor, i: int) -> Tensor:
-        """One sample's part of a state, or all of it where there is one for all."""
-        return x[i] if self.control.per_sample else x
+    def standing(self, mask: np.ndarray, step: np.ndarray | None = None) -> Standing:
+        """Where the first marked sample stands, for an error; it would try `step`, or progress's."""
+        i, (t,) = int(mask.nonzero()[0][0]), self.as_times(self.time[None])
+        return Standing(
+            self.tableau,
+            self.f,
+            t,
+            self.x,
+            sample=i if self.control.per_sample else None,
+            time=float(self.time[i]),
+            step=float((self.progress.step if step is None else step)[i]),
+            end=self.end,
+            several=len(mask) > 1,
+        )
 
     def steps(self, outputs: np.ndarray | None = None) -> Iterator[Step]:
         """Goes to the end, giving every step that passes an output; every step kept where outputs is None.
@@ -159,14 +176,14 @@ class Adaptive:
                 return
             spent = active & (progress.n_accepted + progress.n_rejected >= self.limit)
             if spent.any():
-                raise too_many_steps(self, spent)
+                raise too_many_steps(self.standing(spent), control.max_steps)
             # Stretched by 1 % rather than leaving a sliver for another step.
             reaches = step * 1.01 >= left
             size = np.where(reaches, left, step)
             new_time = np.where(reaches, end, time + forward * size)
             stuck = active & (new_time == time)
             if stuck.any():
-                raise step_underflow(self, stuck)
+                raise step_underflow(self.standing(stuck))
             told = (self.as_times(time[None])[0], x, torch.from_numpy(size)[0]) if callbacks else None
             if callbacks is not None and told is not None:
                 callbacks.step(*told)
@@ -191,7 +208,7 @@ class Adaptive:
                 self.rejected = self.rejected | failed
                 underflow = failed & (self._too_small(progress.step) | (size <= control.min_step))
                 if underflow.any():
-                    raise nothing_finite(self, underflow, k)
+                    raise nothing_finite(self.standing(underflow), k)
                 continue
             keep = active & (error <= 1)
             if control.min_step > 0:
@@ -233,7 +250,7 @@ class Adaptive:
                     self.limit = np.where(passed, count + control.max_steps, self.limit)
                 yield Step(time, self.time, x, k, new_x)
             if not all_kept and (underflow := self.rejected & self._too_small(progress.step)).any():
-                raise step_underflow(self, underflow)
+                raise step_underflow(self.standing(underflow))
 
     def _first_step(self) -> np.ndarray:
         """A first step whose error should be near the tolerance, (B,); one call of f."""

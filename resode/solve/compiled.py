@@ -213,7 +213,7 @@ def _attempts(solve: Adaptive, outputs: np.ndarray, key: Any) -> list[_Attempt]:
                 solve.progress.n_accepted + solve.progress.n_rejected >= control.max_steps
             )
             if spent.any():
-                raise too_many_steps(solve, spent)
+                raise too_many_steps(solve.standing(spent), control.max_steps)
         x, k0, state, flags, made = run(f.f, x, k0, state, end, tolerance)
         tried = [_Attempt(*a) for a in made]
         attempts += len(tried)

@@ -41,7 +41,7 @@ FORMAT = 1
 
 
 LOCK = ".lock"
-"""FrozenDuringStep by the process that writes into a run folder."""
+"""Held by the process that writes into a run folder."""
 
 
 _UNFINISHED = re.compile(r"\.[\w-]+\.(yaml|csv|json|safetensors)\.\w{8}|\.[\w-]+-\d+\.(png|csv)")

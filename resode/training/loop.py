@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -21,6 +21,8 @@ from lightning.fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from resode.analysis.swap.proof import SwapProof
+from resode.blocks.statistics import measure_statistics
 from resode.solve import SolverError
 from resode.training.data import Batches
 from resode.training.divergence import find_overstep
@@ -41,6 +43,9 @@ from resode.training.task import ClassificationTask
 
 LOOK_EVERY = 1.0
 """Seconds between two looks at the losses on the device."""
+
+AVERAGE_BATCHES = 50
+"""Training batches that the statistics of averaged weights are measured on."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -117,6 +122,8 @@ class TrainingLoop:
             if self.recipe.ema
             else None
         )
+
+        self.proof = SwapProof(task.network, seed=self.recipe.seed) if self.recipe.swap_proof else None
 
         self.total = task.updates
         self.epoch = 0  # epochs done
@@ -212,7 +219,8 @@ class TrainingLoop:
         """One update of the weights."""
         with losing() if self.processes.size > 1 else nullcontext():
             with _compiling() if self.recipe.compile else nullcontext():
-                self._step(batch)
+                with self._solver():  # checkpoints are computed again on the way back
+                    self._step(batch)
         self.index += 1
         for callback in self.callbacks:
             callback.after_update(self)
@@ -238,6 +246,10 @@ class TrainingLoop:
         self.hits += result["correct"]
         self.nfe = self.nfe + evaluations_of_last_call(self.solving)
         self.nfe_backward += recomputations_of_last_call(self.solving)
+
+    def _solver(self) -> AbstractContextManager[None]:
+        """The solver that this update is taken with."""
+        return nullcontext() if self.proof is None else self.proof.batch(self.update, self.total)
 
     def _check_all_used(self) -> None:
         """DDP waits for the gradient of every parameter, so it must have come from the first update on."""
@@ -304,6 +316,8 @@ class TrainingLoop:
     def _end_epoch(self) -> None:
         """Evaluate, and write the epoch's row of metrics."""
         self._check_weights()
+        if self.average is not None and self.update == self.total:
+            self._measure_average()
         steps, loss = self.steps, self.mean_loss()
         hits, nfe = int(self.processes.total(self.hits)), float(self.processes.mean(self.nfe))
         row = self.processes.from_first(lambda: self._row(steps, loss, hits, nfe))
@@ -313,6 +327,12 @@ class TrainingLoop:
         self.epoch += 1
         self._start_tally()
         self.processes.from_first(self._write_epoch)
+
+    def _measure_average(self) -> None:
+        """Averaged statistics are of many networks: those of the averaged weights take their place."""
+        self.batches.set_epoch(self.epoch)
+        some = islice(self.batches, AVERAGE_BATCHES)
+        measure_statistics(self.kept, (images.to(self.fabric.device) for images, _ in some))
 
     def _row(self, steps: int, loss: float, hits: int, nfe: float) -> dict[str, Any]:
         """Evaluate; an epoch's row of metrics."""

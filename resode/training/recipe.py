@@ -113,6 +113,8 @@ class Recipe:
         sync_batch_norm: take batch statistics over the whole batch where several GPUs have a part each.
         seed: of the initial weights, the order of the images and their augmentation.
         validation: training images held out and reported after every epoch.
+        swap_proof: draw a solver anew for each batch in the second half of the run, so that the network keeps
+            its accuracy under other solvers; see `resode.SwapProof`.
         eval_solver: method of every `ResidualStack` under which the test images are evaluated a second
             time after every epoch; None for once, as trained.
         eval_substeps: its steps a block; None for those of the network.
@@ -158,6 +160,7 @@ class Recipe:
     sync_batch_norm: bool = False
     seed: int = 0
     validation: int = 0
+    swap_proof: bool = False
     eval_solver: str | None = None
     eval_substeps: int | None = None
     refine_at: tuple[int, ...] = ()

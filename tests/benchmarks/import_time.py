@@ -32,7 +32,9 @@ def main() -> None:
     ratios = sorted(b / a for a, b in pairs)
     ratio = with_resode / torch_alone
     print(f"import torch   {torch_alone:.3f} s\nimport resode  {with_resode:.3f} s (torch with it)")
-    print(f"ratio {ratio:.3f} of medians over {rounds} rounds, {ratios[0]:.3f} to {ratios[-1]:.3f}; bar {BAR}")
+    print(
+        f"ratio {ratio:.3f} of medians over {rounds} rounds, {ratios[0]:.3f} to {ratios[-1]:.3f}; bar {BAR}"
+    )
     raise SystemExit(ratio > BAR)
 
 
