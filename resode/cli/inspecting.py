@@ -11,6 +11,7 @@ import typer
 from resode.cli.terminal import command, fits, flag, say, separated, table
 from resode.cli.train import own_model
 from resode.cli.trained import _methods
+from resode.tables import short, short_complex
 
 
 @command(
@@ -107,11 +108,6 @@ def _beside(source: Path | None) -> Path:
 
 
 def _show(found: Any) -> None:
-    from resode.analysis.depth.profile import show
-
-    def number(value: float) -> str:
-        return "-" if value != value else "∞" if value == float("inf") else f"{value:.3g}"
-
     effect = "loss_change" if found.has_target else "output_change"
     names = {
         "η": "step_size",
@@ -129,7 +125,7 @@ def _show(found: Any) -> None:
     table(
         ["block", *names, "max Re λ"],
         [
-            [r.name, *(number(getattr(r, field)) for field in names.values()), show(r.rightmost)]
+            [r.name, *(short(getattr(r, field)) for field in names.values()), short_complex(r.rightmost)]
             for r in found.rows
         ],
     )

@@ -14,6 +14,7 @@ from resode.cli.terminal import command, flag, say, separated, table
 from resode.cli.train import own_model
 from resode.solve.options import NATIVE
 from resode.tableaus import METHODS
+from resode.tables import short, short_complex
 
 _Run = Annotated[Path, typer.Argument(help="Run folder or weights file.", metavar="RUN", show_default=False)]
 _OwnModel = Annotated[str | None, flag("For a network of your own: package.module:function.")]
@@ -217,8 +218,8 @@ def _method_stability(names: list[str], figure: Path | None) -> None:
                 p.name,
                 str(p.order),
                 str(p.stages),
-                _number(p.real_interval),
-                _number(p.imaginary_interval),
+                short(p.real_interval, 4),
+                short(p.imaginary_interval, 4),
                 p.letters,
             ]
             for p in found
@@ -269,10 +270,10 @@ def _run_stability(
                 [
                     str(row.block),
                     row.solver,
-                    _number(row.step, 3) + ("" if row.converged else " ?"),
+                    short(row.step) + ("" if row.converged else " ?"),
                     ("" if row.complete or not row.growing else "≥ ") + str(row.growing),
-                    ("" if row.exact else "≤ ") + _number(row.decaying_step, 3),
-                    _complex(row.limiting_eigenvalue),
+                    ("" if row.exact else "≤ ") + short(row.decaying_step),
+                    short_complex(row.limiting_eigenvalue, 2),
                     f"{row.amplification:.3g}",
                     ("yes" if row.exact else "?") if row.inside else "no",
                 ]
@@ -308,7 +309,7 @@ def _verdicts(stage: Any, methods: list[str]) -> list[str]:
             continue
         outside = [str(row.block) for row in rows if not row.inside]
         least = min(rows, key=lambda row: row.decaying_step)
-        allowed = ("" if least.exact else "at most ") + _number(least.decaying_step, 3)
+        allowed = ("" if least.exact else "at most ") + short(least.decaying_step)
         kind = "as trained" if name == stage.solver else "would be"
         where = (
             f"outside in block{'s' if len(outside) > 1 else ''} {', '.join(outside)}" if outside else "inside"
@@ -322,16 +323,6 @@ def _runs() -> list[str]:
     return sorted(
         str(config.parent) for place in ("*", "runs/*") for config in Path().glob(f"{place}/config.yaml")
     )
-
-
-def _number(value: float, digits: int = 4) -> str:
-    return "∞" if value == float("inf") else f"{value:.{digits}g}"
-
-
-def _complex(value: complex) -> str:
-    if value != value:
-        return "-"
-    return f"{value.real:.2g}" + (f" ± {abs(value.imag):.2g}i" if value.imag else "")
 
 
 @command("resode methods")

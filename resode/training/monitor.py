@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +17,7 @@ from resode.checks import check_number, check_whole
 from resode.jacobian.linearize import check_field
 from resode.modes import evaluating
 from resode.tableaus import METHODS, get_tableau
+from resode.tables import read_records, records_text
 from resode.training.files import DamagedFile, replacing
 
 FILE = "step_limits.csv"
@@ -155,12 +154,9 @@ class StepLimits:
         path = loop.folder.path / FILE
         if self.records or not path.exists():
             return
-        kinds = {"stage": str, "solver": str, "update": int, "growing": int}
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
         try:
-            found = [GroupRecord(**{k: kinds.get(k, float)(v) for k, v in row.items()}) for row in rows]
-        except (TypeError, ValueError) as error:
+            found = read_records(GroupRecord, path)
+        except ValueError as error:
             raise DamagedFile(f"{path} is no sound table of step limits: {error}. Remove it.") from error
         self.records = [record for record in found if record.update < loop.update]
 
@@ -209,13 +205,7 @@ class StepLimits:
 
     def to_csv(self) -> str:
         """The records, one row each."""
-        text = io.StringIO()
-        rows = [asdict(record) for record in self.records]
-        names = [field.name for field in fields(GroupRecord)]
-        table = csv.DictWriter(text, fieldnames=names, lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
-        return text.getvalue()
+        return records_text(GroupRecord, self.records)
 
     def plot(self, path: str | None = None) -> Any:
         """Draw them over the updates; see `resode.plots.step_limits`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -14,13 +13,14 @@ import torch
 from torch import nn
 
 from resode import plots
-from resode.analysis.depth.profile import DepthProfile, profile_depth, show
+from resode.analysis.depth.profile import DepthProfile, profile_depth
 from resode.analysis.depth.tracing import trace
 from resode.analysis.steps.block_limits import block_limits
 from resode.analysis.swap.report import SwapReport, swap_report
 from resode.blocks import ResidualStack
 from resode.checks import check_whole
 from resode.tableaus import METHODS
+from resode.tables import short, short_complex
 from resode.training.data.datasets import ImageData
 from resode.training.evaluate import images_of, load, plain_batches
 from resode.training.folder import RunFolder
@@ -120,9 +120,9 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def _text(value: Any) -> str:
     if isinstance(value, complex):
-        return show(value) if value == value else "–"
+        return short_complex(value)
     if isinstance(value, float):
-        return "–" if math.isnan(value) else "∞" if math.isinf(value) else f"{value:.4g}"
+        return short(value, 4)
     return str(value)
 
 

@@ -2,10 +2,9 @@ r"""The depth profile of any residual network: features, gradients and eigenvalu
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from resode.analysis.depth.losses import LossFunction, batch_of, part, parts, pr
 from resode.analysis.depth.tracing import Addition, Trace, call, tensors_in, trace
 from resode.jacobian.arnoldi import random_start, singular_values
 from resode.tableaus import ButcherTableau, get_tableau
+from resode.tables import plain_table, records_text, short, short_complex
 
 NAN = math.nan
 
@@ -157,11 +157,7 @@ class DepthProfile:
 
     def to_csv(self, path: str | Path) -> None:
         """Write the rows as CSV, under their field names."""
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow([f.name for f in fields(DepthRow)])
-            for row in self.rows:
-                writer.writerow([_cell(getattr(row, f.name)) for f in fields(DepthRow)])
+        Path(path).write_text(records_text(DepthRow, self.rows), encoding="utf-8")
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw it; see `resode.plots.depth_profile`."""
@@ -176,8 +172,8 @@ class DepthProfile:
         for r in bad:
             text = (
                 f"{r.name}: η = {r.step_size:.4g} is too large for {r.solver}: λ = "
-                f"{show(r.growth_eigenvalue)} grows by {r.growth:.4g} a step; decaying modes need "
-                f"η ≤ {r.decaying_step:.4g} (set by λ = {show(r.limiting_eigenvalue)})"
+                f"{short_complex(r.growth_eigenvalue)} grows by {r.growth:.4g} a step; decaying modes need "
+                f"η ≤ {r.decaying_step:.4g} (set by λ = {short_complex(r.limiting_eigenvalue)})"
             )
             if r.after:
                 text += f"; {r.after} follows, so this is no Euler step and the limit is a guide"
@@ -187,21 +183,14 @@ class DepthProfile:
     def __str__(self) -> str:
         columns = ["block", "kind", "η", "‖x‖", "‖F‖/‖x‖", "dead", "grad", "id·res", "max Re λ", "limit"]
         columns += ["decaying", "growth", "σ min", "σ max", "Δ loss" if self.has_target else "Δ output"]
-        table = [columns]
+        table = []
         for r in self.rows:
             effect = r.loss_change if self.has_target else r.output_change
             numbers = (r.step_size, r.state_norm, r.ratio, r.inactive, r.gradient, r.gradient_cosine)
             more = (complex(r.rightmost).real, r.step_limit, r.decaying_step, r.growth)
             last = (r.sigma_min, r.sigma_max, effect)
-            table.append([r.name, r.kind, *(_short(v) for v in (*numbers, *more, *last))])
-        widths = [max(len(row[i]) for row in table) for i in range(len(columns))]
-        lines = [
-            "  ".join(
-                cell.ljust(w) if i < 2 else cell.rjust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in table
-        ]
+            table.append([r.name, r.kind, *(short(v) for v in (*numbers, *more, *last))])
+        lines = plain_table(columns, table, words=2)
         solvers = ", ".join(dict.fromkeys(r.solver for r in self.rows if r.solver)) or "no solver"
         lines.append(f"{len(self.rows)} residual additions, {self.samples} samples, limits for {solvers}")
         for s in self.stages:
@@ -209,26 +198,6 @@ class DepthProfile:
             bound = f"≤ ∏(1+ε) = {s.upper:.4g}" if s.exact else "(activations between)"
             lines.append(f"{s.first} … {s.last}: {gain} {bound}; without shortcuts ≤ {s.plain:.3g}")
         return "\n".join(lines + self.diagnosis()[:5])
-
-
-def show(value: complex) -> str:
-    """A real or complex number in short."""
-    value = complex(value)
-    if value.imag == 0 or value != value:
-        return f"{value.real:.4g}"
-    return f"{value.real:.4g} ± {abs(value.imag):.4g}i"
-
-
-def _short(value: float) -> str:
-    return "-" if value != value else "∞" if math.isinf(value) else f"{value:.3g}"
-
-
-def _cell(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return "x".join(map(str, value))
-    if isinstance(value, complex):
-        return repr(value.real) if value.imag == 0 else f"{value.real!r}{value.imag:+}j"
-    return value
 
 
 def profile_depth(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from resode.blocks import ResidualStack
 from resode.modes import evaluating
 from resode.tableaus import METHODS, get_tableau
+from resode.tables import plain_table, read_records, records_text
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -52,10 +52,7 @@ class SwapReport:
 
     def to_csv(self, path: str | Path) -> None:
         """Write the rows as CSV, under their field names."""
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, [f.name for f in fields(SwapRow)])
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in self.rows)
+        Path(path).write_text(records_text(SwapRow, self.rows), encoding="utf-8")
 
     @classmethod
     def from_csv(cls, path: str | Path) -> SwapReport:
@@ -76,16 +73,10 @@ class SwapReport:
             ...     SwapReport.from_csv(folder + "/swap.csv") == report
             True
         """
-        names = [f.name for f in fields(SwapRow)]
-        with open(path, newline="") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames is None or list(reader.fieldnames) != names:
-                raise ValueError(
-                    f"a swap table has the columns {', '.join(names)}: {path} has "
-                    f"{', '.join(reader.fieldnames or []) or 'none'}. `resode swap RUN` writes one."
-                )
-            rows = list(reader)
-        return cls([_row_of(path, number, row) for number, row in enumerate(rows, 1)])
+        try:
+            return cls(read_records(SwapRow, path))
+        except ValueError as error:
+            raise ValueError(f"{path} is no swap table, as `resode swap RUN` writes one: {error}.") from None
 
     def critical_steps(self, drop: float = 0.01) -> dict[str, float]:
         """For each fixed-step solver the largest step that, as all finer ones, keeps the trained accuracy.
@@ -129,20 +120,17 @@ class SwapReport:
 
     def __str__(self) -> str:
         recalibrated = any(row.accuracy_recalibrated is not None for row in self.rows)
-        head = f"{'solver':<12}{'substeps':>9}{'accuracy':>10}" + ("  recalibrated" if recalibrated else "")
-        lines = [head + f"{'logit drift':>13}{'F evaluations':>15}"]
+        columns = ["solver", "substeps", "accuracy", "recalibrated", "logit drift", "F evaluations", ""]
+        table = []
         for row in self.rows:
             steps = "adaptive" if row.substeps is None else str(row.substeps)
-            line = f"{row.solver:<12}{steps:>9}{row.accuracy:>10.2%}"
-            if recalibrated:
-                value = row.accuracy_recalibrated
-                line += f"{'—' if value is None else f'{value:.2%}':>14}"
-            lines.append(
-                line
-                + f"{row.logit_drift:>13.2e}{row.nfe:>15.1f}"
-                + ("  as trained" if row.as_trained else "")
-            )
-        return "\n".join(lines)
+            again = row.accuracy_recalibrated
+            cells = [row.solver, steps, f"{row.accuracy:.2%}", "—" if again is None else f"{again:.2%}"]
+            cells += [f"{row.logit_drift:.2e}", f"{row.nfe:.1f}", "as trained" if row.as_trained else ""]
+            table.append(cells)
+        shown = [number for number, name in enumerate(columns) if name != "recalibrated" or recalibrated]
+        columns, *table = [[row[number] for number in shown] for row in (columns, *table)]
+        return "\n".join(plain_table(columns, table))
 
 
 def swap_report(
@@ -225,23 +213,6 @@ def swap_report(
         for stack, (name, n) in zip(stacks, came_with, strict=True):
             stack.solver, stack.substeps = name, n
     return SwapReport(rows)
-
-
-def _row_of(path: str | Path, number: int, entries: dict[str, str]) -> SwapRow:
-    """A line of a table as `SwapReport.to_csv` writes it."""
-    try:
-        return SwapRow(
-            solver=entries["solver"],
-            substeps=int(entries["substeps"]) if entries["substeps"] else None,
-            step_size=float(entries["step_size"]) if entries["step_size"] else None,
-            accuracy=float(entries["accuracy"]),
-            accuracy_recalibrated=float(text) if (text := entries["accuracy_recalibrated"]) else None,
-            logit_drift=float(entries["logit_drift"]),
-            nfe=float(entries["nfe"]),
-            as_trained={"True": True, "False": False}[entries["as_trained"]],
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"row {number} of {path} is no row of a swap table: {entries} ({error}).") from None
 
 
 def _reusable(batches: Batches) -> Batches:
