@@ -38,15 +38,13 @@ def short_complex(value: complex, digits: int = 4) -> str:
 def _cell(value: Any) -> Any:
     if isinstance(value, tuple):
         return "x".join(map(str, value))
-    if isinstance(value, complex):
-        return repr(value.real) if value.imag == 0 else f"{value.real!r}{value.imag:+}j"
     return "" if value is None else value
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     r"""A table as comma-separated values, numbers to the last digit; what is None stays empty.
 
-    Shapes are written 3x8x8, complex numbers 1.0+2.0j, or as real ones where they are.
+    Shapes are written 3x8x8.
 
     Example:
         >>> csv_text(["step", "limit"], [[1, 0.5], [2, None]])

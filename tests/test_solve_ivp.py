@@ -127,7 +127,7 @@ def test_steps_can_be_limited_or_given():
         (dict(t_span=(0, 0)), ValueError, "two different finite times"),
         (dict(t_span=(0, 1, 2)), ValueError, "two times, the start and the end"),
         (dict(t_span=torch.tensor([0.0, 1.0], requires_grad=True)), ValueError, "no gradient; use odeint"),
-        (dict(y0=[1.0]), TypeError, "got list"),
+        (dict(y0=[1.0]), TypeError, "is a float"),
         (dict(y0=(START,)), TypeError, "solve tuples with odeint"),
         (dict(method="Radau"), ValueError, "unknown method 'Radau'"),
         (dict(method="implicit_adams"), ValueError, "torchdiffeq's, use it with odeint"),

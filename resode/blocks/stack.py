@@ -35,6 +35,7 @@ from resode.solve.result import Stats
 from resode.solve.step import Counted
 from resode.state_dicts import Checked
 from resode.tableaus import METHODS, ButcherTableau
+from resode.whole_blocks import first_time, warned
 
 WEIGHTS = ("constant", "linear")
 GRADIENTS = ("autograd", "checkpoint")
@@ -218,15 +219,16 @@ class ResidualStack(Checked):
             raise TypeError(f"x must be a floating tensor, got {getattr(x, 'dtype', type(x).__name__)}.")
         self._check(x)
         path, cost = [x], _Cost()
-        if checkpoints(self.gradient):
-            # L/k inputs and, one segment at a time, k blocks that save some 4 states an evaluation.
-            size = max(1, round(math.sqrt(self.depth / (4 * len(self._tableau.b) * self.substeps))))
-            for first in range(0, self.depth, size):
-                path += self._checkpointed(
-                    range(self.depth)[first : first + size], path[-1], cost, return_path
-                )
-        else:
-            path += self._through(range(self.depth), x, cost, return_path)
+        with warned(self.fields) if first_time(self) else nullcontext():
+            if checkpoints(self.gradient):
+                # L/k inputs and, one segment at a time, k blocks that save some 4 states an evaluation.
+                size = max(1, round(math.sqrt(self.depth / (4 * len(self._tableau.b) * self.substeps))))
+                for first in range(0, self.depth, size):
+                    path += self._checkpointed(
+                        range(self.depth)[first : first + size], path[-1], cost, return_path
+                    )
+            else:
+                path += self._through(range(self.depth), x, cost, return_path)
         x = path[-1]
         if not torch.compiler.is_exporting():
             self.stats = cost.finish(whole=not self.per_sample)

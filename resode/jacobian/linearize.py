@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from resode.whole_blocks import called
+
 Field = Callable[[Tensor], Tensor]
 
 _ENTRIES = 2**21  # entries of a replicated state, so that the graph of F over it stays in memory
@@ -82,6 +84,9 @@ def check_field(field: Field, x: Tensor) -> Tensor:
             F changes the shape, is not floating-point, writes into its input, is random, lets rows interact,
             returns infinite numbers, or is detached from x. The message says which, and what to do.
 
+    Warns:
+        UserWarning: F returns its own input plus a term with weights, as a whole residual block does.
+
     Example:
         >>> check_field(torch.nn.ReLU(inplace=True), torch.ones(1, 2))
         Traceback (most recent call last):
@@ -107,7 +112,7 @@ def check_field(field: Field, x: Tensor) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
         state = x.detach().clone()
         version = state._version
-        y = field(state)
+        y = called(field, state)
         if state._version != version:
             raise ValueError(
                 "a field must not change its input: F writes into x, as ReLU(inplace=True) does when it "

@@ -5,12 +5,11 @@ the whole of a coupled state is the case B = 1. A step is kept where its error e
 
     err = ‖ h Σ_i (b_i − b̂_i) k_i / (atol + rtol max(|x|, |x⁺|)) ‖_rms  ≤  1,
 
-and the next step is h · 0.9 err^(−α) err_previous^β, within [0.2 h, 10 h] and not above h after a
-rejection. Finished samples stay where they are: their step is 0.
+and the next step follows from this error and those of the steps before (`control.next_step`), within
+[0.2 h, 10 h] and not above h after a rejection. Finished samples stay where they are: their step is 0.
 
 Source:
-    Hairer, Nørsett & Wanner, Solving Ordinary Differential Equations I, II.4 (error norm, first
-    step); Hairer & Wanner, Solving Ordinary Differential Equations II, IV.2 (the PI controller).
+    Hairer, Nørsett & Wanner, Solving Ordinary Differential Equations I, II.4 (error norm, first step).
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resode.solve.control import NUMPY, Control, Tolerance, next_step
-from resode.solve.dense import Step, interpolate
+from resode.solve.control import NUMPY, Control, Tolerance, decide, plan
+from resode.solve.dense import Step, between
 from resode.solve.failures import (
     Standing,
     field_not_finite,
@@ -35,7 +34,7 @@ from resode.solve.result import Stats
 from resode.solve.step import Field, Time, combine, increment, stages
 from resode.tableaus import ButcherTableau
 
-FIRST_ERROR = 1e-4  # err_previous of the first step, as in Hairer's codes: there is none before it
+FIRST_ERROR = 1e-4  # before the first step, as in Hairer's codes, where an error before lowers the step
 
 
 @dataclass
@@ -46,7 +45,7 @@ class Progress:
     """
 
     step: np.ndarray  # the step size to try next, (B,), positive
-    previous_error: np.ndarray  # (B,)
+    errors: np.ndarray  # of the last two steps taken, (2, B)
     nfe: np.ndarray  # (B,) int64, as the two below
     n_accepted: np.ndarray
     n_rejected: np.ndarray
@@ -63,14 +62,15 @@ class Adaptive:
     """A solve from `start` to `end` under way: `x`, `time` and `progress` say where it stands.
 
     With control.per_sample the state is a batch, x of shape (B, *state), and f gets t of shape
-    (B, 1, …, 1). Without, x has any shape, f gets a 0-D t, and B = 1 below.
+    (B, 1, …, 1). Without, x has any shape, f gets a 0-D t, and B = 1 below. A sample whose `end` is set to
+    its `time` stays there.
 
     Args:
         tableau: an explicit method with an error estimate.
         f: the field of t and x.
         x: the state at the start.
-        start: time of the start.
-        end: time of the end, on either side; infinite to go on until the caller stops.
+        start: time of the start; one, or each sample's own, (B,).
+        end: time of the end likewise, on the same side for all; infinite to go on until the caller stops.
         control: how steps are chosen.
         resume: where an earlier interval of the same solve ended.
 
@@ -83,18 +83,18 @@ class Adaptive:
         tableau: ButcherTableau,
         f: Field,
         x: Tensor,
-        start: float,
-        end: float,
+        start: float | np.ndarray,
+        end: float | np.ndarray,
         control: Control,
         resume: Progress | None = None,
     ):
         batch = x.shape[0] if control.per_sample else 1
-        self.tableau, self.f, self.control, self.end = tableau, f, control, end
-        self.forward = 1.0 if end > start else -1.0
+        self.tableau, self.f, self.control = tableau, f, control
+        self.time, self.end = (np.full(batch, s, NUMPY[control.dtype]) for s in (start, end))
+        self.forward = -1.0 if (self.end < self.time).any() else 1.0
         self.column = (batch,) + (1,) * (x.ndim - 1) if control.per_sample else ()
         self.real = x.dtype.to_real()
         self.x = x
-        self.time = np.full(batch, start, NUMPY[control.dtype])
         self.k0 = f(self.as_times(self.time[None])[0], x)
         bad = ~np.isfinite(self._numbers(control.measure(self.k0.detach())))
         if bad.any():
@@ -106,7 +106,8 @@ class Adaptive:
                 step = np.full_like(self.time, control.first_step)
             zeros = np.zeros(batch, np.int64)
             calls = int(control.first_step is None)
-            resume = Progress(step, np.full_like(step, FIRST_ERROR), zeros + calls, zeros, zeros)
+            error = FIRST_ERROR if control.filter[1] < 0 else 1.0
+            resume = Progress(step, np.full_like(step, error, shape=(2, batch)), zeros + calls, zeros, zeros)
         step = resume.step.clip(control.min_step, control.max_step)
         self.progress = replace(resume, step=step, nfe=resume.nfe + 1)
         self.rejected = np.zeros(batch, bool)
@@ -130,7 +131,8 @@ class Adaptive:
         """One number a sample, on the host."""
         return np.array(values.detach().reshape(-1).tolist(), self.time.dtype)
 
-    def _mask(self, keep: np.ndarray) -> Tensor:
+    def mask(self, keep: np.ndarray) -> Tensor:
+        """Marks of samples, (B,), in a shape that selects among states."""
         return torch.from_numpy(keep).to(self.x.device).view(self.column)
 
     def standing(self, mask: np.ndarray, step: np.ndarray | None = None) -> Standing:
@@ -144,7 +146,7 @@ class Adaptive:
             sample=i if self.control.per_sample else None,
             time=float(self.time[i]),
             step=float((self.progress.step if step is None else step)[i]),
-            end=self.end,
+            end=float(self.end[i]),
             several=len(mask) > 1,
         )
 
@@ -152,7 +154,7 @@ class Adaptive:
         """Goes to the end, giving every step that passes an output; every step kept where outputs is None.
 
         Args:
-            outputs: times strictly between start and end, in order, (T,).
+            outputs: times beyond the start in order, (T,) or each sample's own, (B, T).
 
         Raises:
             MaxStepsReached: as the name says, for some sample.
@@ -160,28 +162,26 @@ class Adaptive:
             NonFiniteField, NonFiniteState: no step, however small, leads to a finite field and state.
         """
         tableau, f, control = self.tableau, self.f, self.control
-        end, forward, callbacks = self.end, self.forward, control.callbacks
+        forward, callbacks = self.forward, control.callbacks
         progress = self.progress = replace(self.progress)  # a copy of a solve goes on by itself
         stage_times = np.array([*tableau.stage_times, 1.0], self.time.dtype)[:, None]
         tolerance = (control.rtol, control.atol)
         new_calls = tableau.b_row[-1][0] + 1  # the stages beyond k_1, and f at the step's end
+        behind = np.zeros(len(self.time), np.int64)  # outputs passed so far
         if outputs is not None:
-            outputs = forward * outputs
+            outputs = np.broadcast_to(forward * outputs, (len(self.time), outputs.shape[-1]))
+            behind = (outputs <= forward * self.time[:, None]).sum(1)
 
         while True:
-            x, k0, time, step = self.x, self.k0, self.time, progress.step
-            left = (end - time) * forward
-            active = left > 0
+            x, k0, time, step, end = self.x, self.k0, self.time, progress.step, self.end
+            attempt = plan(np, time, step, end, forward, control)
+            size, active = attempt.size, attempt.active
             if not active.any():
                 return
             spent = active & (progress.n_accepted + progress.n_rejected >= self.limit)
             if spent.any():
                 raise too_many_steps(self.standing(spent), control.max_steps)
-            # Stretched by 1 % rather than leaving a sliver for another step.
-            reaches = step * 1.01 >= left
-            size = np.where(reaches, left, step)
-            new_time = np.where(reaches, end, time + forward * size)
-            stuck = active & (new_time == time)
+            stuck = active & (attempt.end == time)
             if stuck.any():
                 raise step_underflow(self.standing(stuck))
             told = (self.as_times(time[None])[0], x, torch.from_numpy(size)[0]) if callbacks else None
@@ -189,73 +189,50 @@ class Adaptive:
                 callbacks.step(*told)
             h = self._as_size(size)
             at = time + stage_times * (forward * size)
-            at[-1] = new_time
+            at[-1] = attempt.end
             times = self.as_times(at.clip(max=end) if forward > 0 else at.clip(min=end))
 
             k = stages(tableau, f, times, x, h, k0)
             new_x = combine(x, h, tableau.b_row, k)
             k.append(f(times[-1], new_x))
             error = self._numbers(error_norm(tableau, control, x, new_x, k, h, tolerance))
-            failed = active & ~np.isfinite(error)
-            if failed.any():
-                # The attempt is dropped for all, so that no infinity enters the graph of other samples;
-                # only the failing samples' steps shrink and count.
-                if callbacks is not None and told is not None:
-                    callbacks.reject(*told)
-                progress.n_rejected = progress.n_rejected + failed
-                progress.nfe = progress.nfe + failed * new_calls
-                progress.step = np.where(failed, size * control.shrink, step)
-                self.rejected = self.rejected | failed
-                underflow = failed & (self._too_small(progress.step) | (size <= control.min_step))
-                if underflow.any():
-                    raise nothing_finite(self.standing(underflow), k)
-                continue
-            keep = active & (error <= 1)
-            if control.min_step > 0:
-                keep = keep | active & (size <= control.min_step * 1.01)
+            # What is not active may hold anything.
+            verdict = decide(np, attempt, np.where(active, error, 0.0), time, step, progress.errors,
+                             self.rejected, tableau.order, control)  # fmt: skip
+            keep = verdict.keep
             all_kept = bool(keep.all())
             if callbacks is not None and told is not None:
                 (callbacks.accept if all_kept else callbacks.reject)(*told)
-            progress.nfe = progress.nfe + active * new_calls
+            progress.nfe = progress.nfe + (keep | verdict.refused) * new_calls
             progress.n_accepted = progress.n_accepted + keep
-            progress.n_rejected = progress.n_rejected + (active & ~keep)
-            proposal, error = next_step(
-                np,
-                error,
-                size,
-                step,
-                progress.previous_error,
-                keep,
-                self.rejected,
-                reaches,
-                tableau.order,
-                control,
-            )
-            progress.step = np.where(active, proposal, step)
-            progress.previous_error = np.where(keep, error, progress.previous_error)
-            self.rejected = active & ~keep
+            progress.n_rejected = progress.n_rejected + verdict.refused
+            progress.step, progress.errors = verdict.step, verdict.errors
+            self.rejected = verdict.rejected
             if all_kept:
-                self.x, self.k0, self.time = new_x, k[-1], new_time
+                self.x, self.k0, self.time = new_x, k[-1], attempt.end
             elif keep.any():
-                mask = self._mask(keep)
+                mask = self.mask(keep)
                 self.x, self.k0 = torch.where(mask, new_x, x), torch.where(mask, k[-1], k0)
-                self.time = np.where(keep, new_time, time)
+                self.time = np.where(keep, attempt.end, time)
             passed = keep
             if outputs is not None:
-                before, after = (outputs.searchsorted(forward * s, "right") for s in (time, self.time))
-                passed = keep & (after > before)
+                ahead = (outputs <= forward * self.time[:, None]).sum(1)
+                passed, behind = ahead > behind, ahead
             if passed.any():
                 if control.per_output and outputs is not None:
                     count = progress.n_accepted + progress.n_rejected
                     self.limit = np.where(passed, count + control.max_steps, self.limit)
-                yield Step(time, self.time, x, k, new_x)
-            if not all_kept and (underflow := self.rejected & self._too_small(progress.step)).any():
-                raise step_underflow(self.standing(underflow))
+                yield Step(time, self.time, x, k, new_x, error)
+            if verdict.stuck.any():
+                hopeless = verdict.stuck & verdict.failed
+                if hopeless.any():
+                    raise nothing_finite(self.standing(hopeless), k)
+                raise step_underflow(self.standing(verdict.stuck))
 
     def _first_step(self) -> np.ndarray:
         """A first step whose error should be near the tolerance, (B,); one call of f."""
         control, x, k0 = self.control, self.x, self.k0
-        span = abs(self.end - float(self.time[0]))
+        span = abs(self.end - self.time)
         with torch.no_grad():
             scale = control.atol + control.rtol * x.abs()
             d0, d1 = (self._numbers(control.measure(v / scale)) for v in (x, k0))
@@ -263,7 +240,7 @@ class Adaptive:
             h0 = np.where(small, 1e-6, 0.01 * d0 / d1.clip(min=1e-30)).clip(max=span)
             trial = x + self._as_size(h0) * k0
             k1 = self.f(self.as_times((self.time + self.forward * h0)[None])[0], trial)
-            d2 = self._numbers(control.measure((k1 - k0) / scale)) / h0
+            d2 = self._numbers(control.measure((k1 - k0) / scale)) / np.where(h0 == 0, 1.0, h0)
             steepest = np.maximum(d1, d2)
             h1 = np.where(
                 steepest <= 1e-15,
@@ -272,18 +249,16 @@ class Adaptive:
             )
             # Where the trial state leaves the field's domain, start from the small step.
             h1 = np.where(np.isfinite(d2), h1, h0 * 0.01)
-            return np.minimum(100 * h0, h1).clip(max=span)
-
-    def _too_small(self, step: np.ndarray) -> np.ndarray:
-        info = np.finfo(self.time.dtype)
-        return step <= 4 * info.eps * np.abs(self.time).clip(min=1e8 * info.tiny)
+            first = np.minimum(100 * h0, h1).clip(max=span)
+            # A field that is 0 here and beside sets no scale, but the interval does.
+            return np.where((steepest == 0) & np.isfinite(span), 0.1 * span, first)
 
 
 def adaptive_solve(
     tableau: ButcherTableau,
     f: Field,
     x: Tensor,
-    times: list[float],
+    times: Sequence[float] | np.ndarray,
     control: Control,
     resume: Progress | None = None,
 ) -> tuple[list[Tensor], Progress]:
@@ -293,17 +268,18 @@ def adaptive_solve(
         tableau: an explicit method with an error estimate.
         f: the field, as for `Adaptive`.
         x: the state at times[0].
-        times: at least two, strictly monotone either way.
+        times: at least two, strictly monotone either way; or each sample's own, (T, B), monotone.
         control: how steps are chosen.
         resume: where an earlier interval of the same solve ended.
 
     Raises:
         SolverError: as `Adaptive` and its steps.
     """
-    solve = Adaptive(tableau, f, x, times[0], times[-1], control, resume)
-    outputs = np.array(times[1:-1], NUMPY[control.dtype])
+    at = np.asarray(times, NUMPY[control.dtype])
+    solve = Adaptive(tableau, f, x, at[0], at[-1], control, resume)
+    outputs = at[1:-1].T
     steps = list(solve.steps(outputs))
-    path, calls = interpolate(tableau, f, steps, outputs, solve.forward, control.per_sample)
+    path, calls = between(tableau, f, steps, outputs, solve, (x, at[0]))
     return [*path, solve.x], replace(solve.progress, nfe=solve.progress.nfe + calls)
 
 

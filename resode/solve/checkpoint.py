@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -84,14 +84,15 @@ def checkpointed_solve(
     again: Recomputation,
     f: Field,
     x: Tensor,
-    times: list[float],
+    times: Sequence[float] | np.ndarray,
     control: Control,
     resume: Progress | None,
 ) -> tuple[list[Tensor], Progress]:
     """As `adaptive_solve`, in pieces."""
-    solve = Adaptive(tableau, f, x, times[0], times[-1], control, resume)
-    outputs = np.array(times[1:-1], NUMPY[control.dtype])
-    path, n, calls = [x.detach()] * len(outputs), 1, 0
+    at = np.asarray(times, NUMPY[control.dtype])
+    solve = Adaptive(tableau, f, x, at[0], at[-1], control, resume)
+    outputs = at[1:-1].T  # (T,), or each sample's own, (B, T)
+    path, n, calls = [x] * outputs.shape[-1], 1, 0
     while ((solve.end - solve.time) * solve.forward > 0).any():
         begin = copy.copy(solve)
 
@@ -105,7 +106,7 @@ def checkpointed_solve(
             low, high = (part.forward * s[:, None] for s in (begin.time, part.time))
             within = (part.forward * outputs > low) & (part.forward * outputs <= high)  # (B, T)
             asked = np.flatnonzero(within.any(0))
-            wanted = part.forward * np.clip(part.forward * outputs[asked], low, high)
+            wanted = part.forward * np.clip(part.forward * outputs[..., asked], low, high)
             values, new_calls = interpolate(tableau, f, steps, wanted, part.forward, control.per_sample)
             if not second:
                 solve, calls = part, calls + new_calls

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from resode.checks import warn_user
 from resode.solve.adaptive import Adaptive, Progress, adaptive_solve, error_norm
-from resode.solve.control import NUMPY, Control, next_step
-from resode.solve.dense import Step, interpolate
+from resode.solve.control import NUMPY, Control, decide, plan
+from resode.solve.dense import Step, at_the_ends, between
 from resode.solve.failures import too_many_steps
 from resode.solve.fixed import equal_steps
 from resode.solve.result import SolverError
@@ -40,7 +40,16 @@ SMALL = 2**16
 RECENT = 256
 """How many attempts are held before those that passed no output are dropped."""
 
-COMPILED_OPTIONS = ("first_step", "min_step", "max_step", "dtype", "safety", "ifactor", "dfactor")
+COMPILED_OPTIONS = (
+    "first_step",
+    "min_step",
+    "max_step",
+    "dtype",
+    "safety",
+    "ifactor",
+    "dfactor",
+    "controller",
+)
 """The options that compiled steps know."""
 
 
@@ -65,54 +74,47 @@ def attempt(
         f: the field.
         x: the state.
         k0: f there.
-        state: time, next step, last kept error, whether the last attempt was rejected, steps accepted and
-            rejected: (6, B).
-        end: 0-D.
+        state: time, next step, errors of the last two steps taken, whether the last attempt was rejected,
+            steps accepted and rejected: (7, B).
+        end: each sample's, (B,).
         tolerance: rtol and atol, of the state's real dtype.
         dense: whether states within the step will be asked for.
 
     Returns:
         x, k0 and state after it; the flags (3,) whether some sample is not at the end, failed to be finite,
-        can't go on; with dense, the coefficients of the polynomial in θ over the step, (d, *x.shape).
+        can't go on; with dense, the coefficients of the polynomial in θ over the step, (d, *x.shape), or the
+        stages, where the polynomial takes more of them.
     """
     real = tolerance[0].dtype
     column = (-1,) + (1,) * (x.ndim - 1) if control.per_sample else ()
-    time, step, previous, was_rejected, accepted, rejected = state.unbind(0)
-    left = (end - time) * forward
-    active = left > 0
-    reaches = step * 1.01 >= left
-    size = torch.where(reaches, left, step)
-    new_time = torch.where(reaches, end, time + forward * size)
+    time, step, *errors, was_rejected, accepted, rejected = state.unbind(0)
+    tried = plan(torch, time, step, end, forward, control)
+    size = tried.size
     h = (forward * size).to(real).reshape(column)
     times = [time + c * (forward * size) for c in tableau.stage_times]
     times = [t.clamp(max=end) if forward > 0 else t.clamp(min=end) for t in times]
     k = stages(tableau, f, [t.to(real).reshape(column) for t in times], x, h, k0)
     new_x = combine(x, h, tableau.b_row, k)
-    k.append(f(new_time.to(real).reshape(column), new_x))
+    k.append(f(tried.end.to(real).reshape(column), new_x))
 
     with torch.no_grad():
         error = error_norm(tableau, control, x, new_x, k, h, tolerance)
         error = error.reshape(-1).to(state.dtype)
-        failed = active & ~torch.isfinite(error)
-        # Where some sample fails, only it changes: no infinity may enter the graph of the others.
-        sound = ~failed.any()
-        keep = active & sound & (error <= 1)
-        if control.min_step > 0:
-            keep = keep | (active & sound & (size <= control.min_step * 1.01))
-        proposal, error = next_step(
-            torch, error, size, step, previous, keep, was_rejected > 0, reaches, tableau.order, control
+        verdict = decide(
+            torch, tried, error, time, step, torch.stack(errors), was_rejected > 0, tableau.order, control
         )
-        step = torch.where(failed, size * control.shrink, torch.where(active & sound, proposal, step))
-        previous = torch.where(keep, error, previous)
-        not_kept = torch.where(sound, active & ~keep, failed)
-        was_rejected = torch.where(sound, not_kept.to(state.dtype), was_rejected + failed)
-        stuck = active & (new_time == time)
-        new_time = torch.where(keep, new_time, time)
-        info = torch.finfo(state.dtype)
-        tiny = 4 * info.eps * new_time.abs().clamp(min=1e8 * info.tiny)
-        stuck = stuck | (not_kept & (step <= torch.where(failed, tiny.clamp(min=control.min_step), tiny)))
-        state = torch.stack([new_time, step, previous, was_rejected, accepted + keep, rejected + not_kept])
-        flags = [(end - new_time) * forward > 0, failed, stuck]
+        keep, refused = verdict.keep, verdict.refused
+        new_time = torch.where(keep, tried.end, time)
+        rows = [
+            new_time,
+            verdict.step,
+            *verdict.errors,
+            verdict.rejected,
+            accepted + keep,
+            rejected + refused,
+        ]
+        state = torch.stack([row.to(state.dtype) for row in rows])
+        flags = [(end - new_time) * forward > 0, verdict.failed, verdict.stuck]
         flags = torch.stack([flag.any() for flag in flags])
 
     mask = keep.reshape(column)
@@ -123,7 +125,9 @@ def attempt(
 def interpolant(
     tableau: ButcherTableau, h: Tensor, x: Tensor, new_x: Tensor, k: list[Tensor]
 ) -> Tensor | None:
-    """The coefficients of 1, θ, θ², … of the state at the fraction θ of a step, (d, *x.shape)."""
+    """Coefficients of 1, θ, θ², … of the state at the fraction θ of a step, (d, *x.shape), or the stages."""
+    if tableau.dense_rows:
+        return torch.stack(k)
     if tableau.interpolant is not None:
         columns = zip(*tableau.interpolant, strict=True)
         rows = [tuple((i, float(c)) for i, c in enumerate(column) if c) for column in columns]
@@ -153,7 +157,7 @@ def compiled_solve(
     tableau: ButcherTableau,
     f: Counted,
     x: Tensor,
-    times: list[float],
+    times: Sequence[float] | np.ndarray,
     control: Control,
     resume: Progress | None,
     key: Any,
@@ -164,18 +168,19 @@ def compiled_solve(
         tableau: an explicit method with an error estimate.
         f: the field, which is counted where it is not compiled.
         x: the state at times[0].
-        times: at least two, strictly monotone either way.
+        times: at least two, strictly monotone either way, or each sample's own, (T, B).
         control: how steps are chosen, without callbacks.
         resume: where an earlier interval of the same solve ended.
         key: what the compiled functions are kept for: a module, or a function's code.
     """
-    solve = Adaptive(tableau, f, x, times[0], times[-1], control, resume)
+    at = np.asarray(times, NUMPY[control.dtype])
+    solve = Adaptive(tableau, f, x, at[0], at[-1], control, resume)
     if x.requires_grad and torch.is_grad_enabled() and not solve.k0.requires_grad:
         warn_user(
             "func's result has no gradient though the state has one (detach, no_grad or numpy in it?): the "
             "gradients will be those of a constant field.",
         )
-    outputs = np.array(times[1:-1], NUMPY[control.dtype])
+    outputs = at[1:-1].T
     try:
         passed = _attempts(solve, outputs, key)
     except SolverError:
@@ -184,7 +189,7 @@ def compiled_solve(
         if not isinstance(error, _NotStuck):
             _warn_of_eager(error)
         return adaptive_solve(tableau, f, x, times, control, resume)
-    path, calls = _between(solve, passed, outputs)
+    path, calls = _between(solve, passed, outputs, (x, at[0]))
     return [*path, solve.x], replace(solve.progress, nfe=solve.progress.nfe + calls)
 
 
@@ -193,15 +198,16 @@ def _attempts(solve: Adaptive, outputs: np.ndarray, key: Any) -> list[_Attempt]:
     tableau, control, f, x, k0 = solve.tableau, solve.control, solve.f, solve.x, solve.k0
     assert isinstance(f, Counted)
     device, dtype = x.device, control.dtype
-    dense = len(outputs) > 0
+    dense = outputs.shape[-1] > 0
     window = 1 if torch.is_grad_enabled() else WINDOW.get(device.type, 1)
     run = _compiled(_attempt_of, key, x, tableau, _settings(control), solve.forward, dense, window)
     p = solve.progress
-    rows = [solve.time, p.step, p.previous_error, np.zeros_like(p.step), p.n_accepted, p.n_rejected]
+    rows = [solve.time, p.step, *p.errors, np.zeros_like(p.step), p.n_accepted, p.n_rejected]
     state = torch.from_numpy(np.stack(rows).astype(NUMPY[dtype])).to(device)
-    end = torch.tensor(solve.end, dtype=dtype, device=device)
+    end = torch.from_numpy(solve.end).to(device)
     tolerance = (_tensor(control.rtol, x), _tensor(control.atol, x))
-    ahead = torch.from_numpy(solve.forward * outputs).to(device)
+    ahead = np.broadcast_to(solve.forward * outputs, (len(solve.time), outputs.shape[-1]))
+    ahead = torch.from_numpy(ahead.copy()).to(device)
     calls = tableau.b_row[-1][0] + 1
     attempts, recent, most = 0, 0, int((p.n_accepted + p.n_rejected).max())
     passed: list[_Attempt] = []
@@ -237,34 +243,41 @@ def _attempts(solve: Adaptive, outputs: np.ndarray, key: Any) -> list[_Attempt]:
 
 
 def _that_passed(attempts: list[_Attempt], ahead: Tensor, forward: float) -> list[_Attempt]:
-    """Of the attempts, those in which some sample passed one of the outputs, which are forward · t, (T,)."""
-    ends = [torch.stack([a.state[0] for a in attempts]), torch.stack([a.later[0] for a in attempts])]
+    """Of the attempts, those in which some sample passed one of its outputs, forward · t, (B, T)."""
+    ends = [torch.stack([a.state[0] for a in attempts], 1), torch.stack([a.later[0] for a in attempts], 1)]
     before, after = (torch.searchsorted(ahead, forward * s, right=True) for s in ends)
-    return [a for a, passed in zip(attempts, (after > before).any(1).tolist(), strict=True) if passed]
+    return [a for a, passed in zip(attempts, (after > before).any(0).tolist(), strict=True) if passed]
 
 
 def _place(solve: Adaptive, x: Tensor, k0: Tensor, state: Tensor, calls: int) -> None:
     """Puts the solve where compiled attempts have brought it."""
-    time, step, previous, _, accepted, rejected = state.cpu().numpy()
+    time, step, last, older, _, accepted, rejected = state.cpu().numpy()
     before = solve.progress.n_accepted + solve.progress.n_rejected
     accepted, rejected = accepted.astype(np.int64), rejected.astype(np.int64)
     nfe = solve.progress.nfe + calls * (accepted + rejected - before)
     solve.x, solve.k0, solve.time = x, k0, time
-    solve.progress = Progress(step, previous, nfe, accepted, rejected)
+    solve.progress = Progress(step, np.stack([last, older]), nfe, accepted, rejected)
 
 
-def _between(solve: Adaptive, passed: list[_Attempt], outputs: np.ndarray) -> tuple[list[Tensor], int]:
+def _between(
+    solve: Adaptive, passed: list[_Attempt], outputs: np.ndarray, begin: tuple[Tensor, np.ndarray]
+) -> tuple[list[Tensor], int]:
     """The states at the outputs, all at once, and the calls of the field they took."""
-    per_sample, forward = solve.control.per_sample, solve.forward
-    if not passed or passed[0].polynomial is None:
-        steps = [Step(p.state[0].cpu().numpy(), p.later[0].cpu().numpy(), p.x, [p.k0], p.x) for p in passed]
-        return interpolate(solve.tableau, solve.f, steps, outputs, forward, per_sample)
+    forward, more = solve.forward, bool(solve.tableau.dense_rows)
+    if not passed or passed[0].polynomial is None or more:
+        steps = []
+        for p in passed:
+            ends = (p.state[0].cpu().numpy(), p.later[0].cpu().numpy())
+            k = list(p.polynomial) if more and p.polynomial is not None else [p.k0]
+            steps.append(Step(*ends, p.x, k, p.x))
+        return between(solve.tableau, solve.f, steps, outputs, solve, begin)
     x, coefficients = passed[0].x, torch.stack([p.polynomial for p in passed], 1)  # type: ignore[misc]
     start, end = (torch.stack(s, 1) for s in ([p.state[0] for p in passed], [p.later[0] for p in passed]))
     wanted = torch.from_numpy(outputs).to(x.device).expand(len(start), -1).contiguous()
     index = torch.searchsorted(forward * end, forward * wanted)  # the first step that reaches it, (B, T)
+    index = index.clamp(max=len(passed) - 1)  # an output at a sample's start may lie in none
     start, size = start.gather(1, index), (end - start).gather(1, index)
-    theta = ((wanted - start) / torch.where(size == 0, 1.0, size)).T.to(x.dtype.to_real())
+    theta = ((wanted - start) / torch.where(size == 0, 1.0, size)).clamp(0, 1).T.to(x.dtype.to_real())
     # One row for each attempt and sample; a state that is no batch is one row.
     rows = coefficients.reshape(len(coefficients), len(passed) * len(start), -1)
     pick = (index.T * len(start) + torch.arange(len(start), device=x.device)).reshape(-1)
@@ -274,7 +287,7 @@ def _between(solve: Adaptive, passed: list[_Attempt], outputs: np.ndarray) -> tu
     )  # kernels are slow where short rows share a number
     for row in rows.unbind(0)[-2::-1]:
         path = torch.addcmul(row.index_select(0, pick), path, theta)
-    return list(path.reshape(len(outputs), *x.shape)), 0
+    return at_the_ends(list(path.reshape(len(index.T), *x.shape)), outputs, solve, begin), 0
 
 
 def compiled_steps(key: Any) -> Callable[..., Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from resode.solve.step import Field, combine, stages
 from resode.tableaus import ButcherTableau
+
+if TYPE_CHECKING:
+    from resode.solve.adaptive import Adaptive
 
 
 @dataclass
@@ -25,6 +29,27 @@ class Step:
     x: Tensor  # the state at the start
     k: list[Tensor]  # the stages, each as x; the last one is f at the step's end
     x_end: Tensor
+    error: np.ndarray | None = None  # estimated, over the tolerance, (B,); None for steps of a given size
+    more: list[Tensor] | None = None  # the stages that only dense output needs, once it was asked for
+
+    def whole(self, tableau: ButcherTableau, f: Field, per_sample: bool) -> int:
+        """Takes the stages of dense output where the method has some and they are missing; the calls of f."""
+        if not tableau.dense_rows or (self.more and not self._lacks_gradient()):
+            return 0
+        real, device = self.x.dtype.to_real(), self.x.device
+        column = (len(self.x),) + (1,) * (self.x.ndim - 1) if per_sample else ()
+        size, k = self.end - self.start, list(self.k)
+        h = torch.from_numpy(size).to(device, real).view(column if per_sample else (1,) * self.x.ndim)
+        for row in tableau.dense_rows:
+            at = torch.from_numpy(self.start + sum(c for _, c in row) * size).to(device, real)
+            k.append(f(at.view(column), combine(self.x, h, row, k)))
+        self.more = k[len(self.k) :]
+        return len(self.more)
+
+    def _lacks_gradient(self) -> bool:
+        """Whether the stages were taken without a gradient that is wanted now."""
+        assert self.more is not None
+        return torch.is_grad_enabled() and self.k[-1].requires_grad and not self.more[-1].requires_grad
 
 
 def interpolate(
@@ -37,8 +62,9 @@ def interpolate(
 ) -> tuple[list[Tensor], int]:
     """States at the outputs, each of the state's shape, and the calls of f they took.
 
-    By the method's own interpolant where it has one, a cubic Hermite polynomial up to order 3, and
-    for the others a step of the method itself from the step's start to the output.
+    By the method's own interpolant where it has one, which may take further stages in the steps that hold
+    outputs, a cubic Hermite polynomial up to order 3, and for the others a step of the method itself from
+    the step's start to the output.
 
     Args:
         tableau: the method that took the steps.
@@ -50,17 +76,20 @@ def interpolate(
     """
     if outputs.size == 0:
         return [], 0
-    outputs = np.broadcast_to(outputs, (len(steps[0].start), outputs.shape[-1]))
+    n_outputs = outputs.shape[-1]
+    outputs = np.broadcast_to(outputs, (len(steps[0].start), n_outputs))
     like = steps[0].x
     real, device = like.dtype.to_real(), like.device
     start, end = np.stack([s.start for s in steps], 1), np.stack([s.end for s in steps], 1)  # (B, S)
-    # The first step that reaches the output, (B, T).
+    # The first step that reaches the output, (B, T), among those that hold one.
     index = np.stack([row.searchsorted(w) for row, w in zip(forward * end, forward * outputs, strict=True)])
-    start, end = np.take_along_axis(start, index, 1), np.take_along_axis(end, index, 1)
+    used, index = np.unique(index.clip(max=len(steps) - 1), return_inverse=True)
+    index, steps = index.reshape(outputs.shape), [steps[i] for i in used]
+    start, end = (np.take_along_axis(s[:, used], index, 1).astype(np.float64) for s in (start, end))
     size = (end - start).T
     # A sample that did not take the step has size 0; only an output at its start can fall there.
-    theta = (outputs - start).T / np.where(size == 0, 1.0, size)
-    column = (outputs.shape[1],) + ((len(like),) + (1,) * (like.ndim - 1) if per_sample else (1,) * like.ndim)
+    theta = ((outputs - start).T / np.where(size == 0, 1.0, size)).clip(0, 1)
+    column = (n_outputs,) + ((len(like),) + (1,) * (like.ndim - 1) if per_sample else (1,) * like.ndim)
     # Rows of one sample's state at one step; a state that is no batch is one row.
     pick = torch.from_numpy((index.T * len(end) + np.arange(len(end))).reshape(-1)).to(device)
 
@@ -70,18 +99,20 @@ def interpolate(
     def at_step(entries: list[Tensor]) -> Tensor:
         """Of one entry a step, the one at each output's step: (T, *x.shape)."""
         rows = torch.stack(entries).reshape(len(steps) * len(end), -1)
-        return rows.index_select(0, pick).reshape(index.shape[1], *like.shape)
+        return rows.index_select(0, pick).reshape(n_outputs, *like.shape)
 
     x = at_step([s.x for s in steps])
     if tableau.interpolant is not None:
+        calls = sum(step.whole(tableau, f, per_sample) for step in steps)
+        stages_of = [[*step.k, *(step.more or ())] for step in steps]
         powers = [size * theta]
         while len(powers) < len(tableau.interpolant[0]):
             powers.append(powers[-1] * theta)
         for i, row in enumerate(tableau.interpolant):
             if any(row):
                 weight = sum(float(c) * p for c, p in zip(row, powers, strict=True) if c)
-                x = torch.addcmul(x, as_factor(weight), at_step([s.k[i] for s in steps]))  # type: ignore[arg-type]
-        return list(x), 0
+                x = torch.addcmul(x, as_factor(weight), at_step([k[i] for k in stages_of]))  # type: ignore[arg-type]
+        return list(x), calls
     k0, h = at_step([s.k[0] for s in steps]), as_factor(size)
     if tableau.order <= 3:
         x1, k1 = at_step([s.x_end for s in steps]), at_step([s.k[-1] for s in steps])
@@ -94,6 +125,43 @@ def interpolate(
         times = [torch.from_numpy(s).to(device, real).view(column[1:] if per_sample else ()) for s in at]
         path.append(combine(x[i], h, tableau.b_row, stages(tableau, f, times, x[i], h, k0[i])))
     return path, len(theta) * tableau.b_row[-1][0]
+
+
+def between(
+    tableau: ButcherTableau,
+    f: Field,
+    steps: Sequence[Step],
+    outputs: np.ndarray,
+    solve: Adaptive,
+    start: tuple[Tensor, np.ndarray],
+) -> tuple[list[Tensor], int]:
+    """As `interpolate`, for outputs that may lie at a sample's start or end too.
+
+    Args:
+        tableau: the method.
+        f: the field.
+        steps: those that passed an output, in the order they were taken.
+        outputs: times, (T,), or each sample's own, (B, T).
+        solve: at its end.
+        start: the state and the times at which it began.
+    """
+    if outputs.shape[-1] == 0:
+        return [], 0
+    path, calls = [start[0]] * outputs.shape[-1], 0
+    if steps:
+        path, calls = interpolate(tableau, f, steps, outputs, solve.forward, solve.control.per_sample)
+    return at_the_ends(path, outputs, solve, start), calls
+
+
+def at_the_ends(
+    path: list[Tensor], outputs: np.ndarray, solve: Adaptive, start: tuple[Tensor, np.ndarray]
+) -> list[Tensor]:
+    """The states at the outputs, the ends where a sample's own, (B, T), lie there."""
+    if outputs.ndim > 1:
+        for known, times in (start, (solve.x, solve.end)):
+            for j in np.flatnonzero((hit := outputs == times[:, None]).any(0)):
+                path[j] = torch.where(solve.mask(hit[:, j]), known, path[j])
+    return path
 
 
 def hermite(s: Tensor | float, h: Tensor | float, x0: Tensor, k0: Tensor, x1: Tensor, k1: Tensor) -> Tensor:

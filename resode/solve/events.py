@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import scipy  # whose submodules are loaded when first named
 import torch
 from torch import Tensor
@@ -122,7 +123,7 @@ def _adaptive(
     if value_of(event, start, y0) <= 0:
         return start, y, (0, 0, 0)
     progress = None
-    for times, _, f in segments(counted, [start, forward * math.inf], settings, real):
+    for times, _, f in segments(counted, np.array([start, forward * math.inf]), settings, real):
         solve = Adaptive(tableau, f, y, times[0], times[-1], control, progress)
         for step in solve.steps():
             begin, end = step.start.item(), step.end.item()

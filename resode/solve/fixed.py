@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,8 +41,8 @@ def steps_between(
     return max(1, math.ceil(quotient * (1 - 4 * eps)))
 
 
-def within(s: Time, low: float, high: float) -> Time:
-    """The time s moved into [low, high], with the gradient of s."""
+def within(s: Time, low: Any, high: Any) -> Time:
+    """The time s moved into [low, high], with the gradient of s; low and high floats, or tensors like s."""
     if isinstance(s, Tensor):
         return s - (s.detach() - s.detach().clamp(low, high))
     return min(max(s, low), high)
@@ -115,6 +116,9 @@ def fixed_solve(
     path = [x]
     total = 0
     for i in range(len(times) - 1):
+        if times[i] == times[i + 1] and not t.requires_grad:
+            path.append(x)
+            continue
         n = steps_between(times[i], times[i + 1], step_size, n_steps)
         start, span = (t[i], t[i + 1] - t[i]) if t.requires_grad else (times[i], times[i + 1] - times[i])
         if callback is None and not perturb:
@@ -122,6 +126,42 @@ def fixed_solve(
         else:
             for j in range(n):
                 x, _ = one_step(tableau, f, start + j * (span / n), x, span / n, callback, perturb)
+        path.append(x)
+        total += n
+    return path, total
+
+
+def own_steps(
+    tableau: ButcherTableau,
+    f: Field,
+    x: Tensor,
+    t: Tensor,
+    *,
+    step_size: float | None,
+    n_steps: int | None,
+    advance: Callable[..., Tensor] = equal_steps,
+) -> tuple[list[Tensor], np.ndarray]:
+    """As `fixed_solve`, where every sample has its own times: t of shape (T, B); the steps are counted (B,).
+
+    A sample that needs fewer steps between two outputs than others waits at the second: its step is 0.
+    """
+    real, column = x.dtype.to_real(), (-1,) + (1,) * (x.ndim - 1)
+    t = t.to(x.device)
+    path, total = [x], np.zeros(t.shape[1], np.int64)
+    for start, end in pairwise(t):
+        if not t.requires_grad and torch.equal(start, end):
+            path.append(x)
+            continue
+        ends = zip(start.tolist(), end.tolist(), strict=True)
+        n = np.array([steps_between(a, b, step_size, n_steps) for a, b in ends])
+        begin, h = start.view(column), ((end - start) / torch.from_numpy(n).to(start)).view(column)
+        if (n == n[0]).all():
+            x = advance(tableau, f, begin, x, h.to(real), int(n[0]))
+        else:
+            count = torch.from_numpy(n).to(x.device).view(column)
+            for j in range(n.max()):
+                size = torch.where(j < count, h, 0.0)
+                x = advance(tableau, f, begin + count.clamp(max=j) * h, x, size.to(real), 1)
         path.append(x)
         total += n
     return path, total

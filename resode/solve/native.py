@@ -17,12 +17,15 @@ from resode.solve.checkpoint import Recomputation, checkpointed_solve, checkpoin
 from resode.solve.compiled import compiled_solve, compiled_steps
 from resode.solve.control import Callbacks
 from resode.solve.diagnosis import explain, number, spectrum
-from resode.solve.fixed import equal_steps, fixed_solve, grid_solve, opened, within
+from resode.solve.fixed import equal_steps, fixed_solve, grid_solve, opened, own_steps, within
 from resode.solve.foreign import foreign_solve
 from resode.solve.options import SolveSettings, tolerances
 from resode.solve.result import NonFiniteState, SolverError, Stats
 from resode.solve.step import Counted, Field, all_finite, as_stage, combine, stages
 from resode.tableaus import ButcherTableau
+
+SHARED_TIMES = ("step_t", "jump_t", "step_size", "grid_constructor", "perturb")
+"""The options that speak of times that all samples share."""
 
 
 class Evaluations(Counted):
@@ -63,11 +66,13 @@ def solve(
     Args:
         func: the field of (t, y), t as `odeint` gives it.
         y0: state at t[0], any shape; (B, *state) where settings.per_sample.
-        t: times, (T,), strictly monotone.
+        t: times, (T,), monotone; or each sample's own, (T, B), where settings.per_sample.
         settings: the method and its options, checked.
         callbacks: told of every step.
     """
     counted = Evaluations(func)
+    if t.ndim > 1 and (not_own := sorted(set(settings.options) & set(SHARED_TIMES))):
+        raise ValueError(f"t of shape (T, B) gives each sample its own times: it does not go with {not_own}.")
     if isinstance(settings.method, str):
         return _torchdiffeq(counted, y0, t, settings, callbacks)
     if settings.fixed:
@@ -79,6 +84,8 @@ def fixed_field(f: Callable[..., Tensor], y0: Tensor, low: Any, high: Any, per_s
     """The field for steps that are given: s a float or a 0-D tensor, y of y0's shape."""
     real = y0.dtype.to_real()
     shape = (y0.shape[0],) + (1,) * (y0.ndim - 1) if per_sample else ()
+    if isinstance(low, Tensor) and low.ndim:
+        low, high = (s.to(y0.device).view(shape) for s in (low, high))
 
     def field(s: Any, y: Tensor) -> Tensor:
         # The last stage's time may lie beyond the end by a rounding; func never sees that.
@@ -91,12 +98,17 @@ def fixed_field(f: Callable[..., Tensor], y0: Tensor, low: Any, high: Any, per_s
 
 
 def segments(
-    field: Field, times: list[float], settings: SolveSettings, real: torch.dtype
-) -> Iterator[tuple[list[float], bool, Field]]:
+    field: Field, points: np.ndarray, settings: SolveSettings, real: torch.dtype
+) -> Iterator[tuple[np.ndarray, bool, Field]]:
     """The solve cut at step_t and jump_t: the times of each part, whether its end is asked for, its field.
 
-    On a part that ends at a jump, the field is given times strictly inside.
+    On a part that ends at a jump, the field is given times strictly inside. Times of each sample's own,
+    (T, B), are not cut, and a single time is no part.
     """
+    if points.ndim > 1 or len(points) < 2:
+        yield from [(points, True, field)] * (len(points) > 1)
+        return
+    times: list[float] = points.tolist()
     stops, jumps = settings.stops()
     low, high = sorted((times[0], times[-1]))
     inner = sorted((s for s in stops if low < s < high), reverse=times[0] > times[-1])
@@ -109,7 +121,7 @@ def segments(
             low = inner_low if low in jumps else low
             high = inner_high if high in jumps else high
             f = _limited(field, low, high, real)
-        yield [start, *inside, end], end in times, f
+        yield np.array([start, *inside, end]), bool(end in times), f
 
 
 def _limited(field: Field, low: float, high: float, real: torch.dtype) -> Field:
@@ -133,7 +145,10 @@ def _fixed(
     if again is not None and len(t) > 1:
         again.check(within_dtype(t, y0, settings.per_sample), y0)
     perturb = bool(settings.options.get("perturb", False))
-    if grid is not None and len(t) > 1:
+    if t.ndim > 1:
+        advance = equal_steps if again is None else checkpointed_steps(again)
+        path, n = own_steps(tableau, field, y0, t, **steps, advance=advance)
+    elif grid is not None and len(t) > 1 and t[0] != t[-1]:
         path, n = grid_solve(tableau, field, y0, t, grid, callback)
     elif callback is not None or perturb:
         path, n = fixed_solve(tableau, field, y0, t, **steps, callback=callback, perturb=perturb)
@@ -142,9 +157,10 @@ def _fixed(
     result = torch.stack(path)
     if not all_finite(result[-1]):
         raise not_finite(tableau, field, path, t, n, settings.per_sample)
-    counts: list[Any] = [counted.calls, n, n, 0]
+    calls = counted.calls if isinstance(n, int) else n * (tableau.b_row[-1][0] + 1)
+    counts: list[Any] = [calls, n, n, 0]
     if settings.per_sample:
-        counts = [torch.full((y0.shape[0],), c, dtype=torch.int64, device=y0.device) for c in counts]
+        counts = [torch.from_numpy(np.full(len(y0), c, np.int64)).to(y0.device) for c in counts]
     stats = Stats(*counts)
     if again is not None:
         again.stats = stats
@@ -182,8 +198,10 @@ def _equal(
     return path, n
 
 
-def _ends(t: Tensor) -> tuple[float, float]:
-    """The least and the largest of monotone times."""
+def _ends(t: Tensor) -> tuple[Any, Any]:
+    """The least and the largest of monotone times: floats, or columns (B, 1) of each sample's own."""
+    if t.ndim > 1:
+        return t.detach().amin(0), t.detach().amax(0)
     first, last = t[0].item(), t[-1].item()
     return min(first, last), max(first, last)
 
@@ -207,12 +225,18 @@ def steps_at(
 
 def within_dtype(t: Tensor, y0: Tensor, per_sample: bool) -> Tensor:
     """The first time as func takes it."""
-    shape = (y0.shape[0],) + (1,) * (y0.ndim - 1) if per_sample else ()
-    return t[0].detach().to(y0.device, y0.dtype.to_real()).expand(shape)
+    return as_column(t[0].detach().to(y0.device, y0.dtype.to_real()), y0, per_sample)
+
+
+def as_column(s: Tensor, y0: Tensor, per_sample: bool) -> Tensor:
+    """One time, 0-D, or each sample's, (B,), as a field of y0 takes it: 0-D, or (B, 1, …, 1) per sample."""
+    if not per_sample:
+        return s
+    return s.reshape(-1, *[1] * (y0.ndim - 1)).expand(len(y0), *[1] * (y0.ndim - 1))
 
 
 def not_finite(
-    tableau: ButcherTableau, f: Field, path: list[Tensor], t: Tensor, n: int, per_sample: bool
+    tableau: ButcherTableau, f: Field, path: list[Tensor], t: Tensor, n: Any, per_sample: bool
 ) -> SolverError:
     """The error of n fixed steps that left the finite numbers, explained at the last finite output.
 
@@ -220,15 +244,17 @@ def not_finite(
         tableau: the method.
         f: the field.
         path: the states at t.
-        t: the times, (T,).
-        n: how many steps there are between t[0] and t[-1].
+        t: the times, (T,) or (T, B).
+        n: how many steps there are between t[0] and t[-1], one number or each sample's.
         per_sample: whether the states are batches, so that a sample can be named.
     """
     t = t.detach()
     first = next(i for i, y in enumerate(path) if not torch.isfinite(y).all())
     last, bad = path[first - 1], path[first]
-    time, step = float(t[first]), abs(float(t[-1] - t[0])) / n
     index, *rest = (~torch.isfinite(bad)).nonzero()[0].tolist() or [0]
+    if t.ndim > 1:
+        t, n = t[:, index], n[index]
+    time, step = float(t[first]), abs(float(t[-1] - t[0])) / n
     sample, entry = (index, rest) if per_sample else (None, [index, *rest] if bad.ndim else [])
     column = (len(last),) + (1,) * (last.ndim - 1) if per_sample else ()
     begin = torch.full(column, float(t[first - 1]), dtype=last.dtype.to_real(), device=last.device)
@@ -260,31 +286,34 @@ def _adaptive(
 ) -> tuple[Tensor, Stats]:
     control, real = settings.control(y0, callbacks), y0.dtype.to_real()
     field, start = counted, y0
-    column = (y0.shape[0],) + (1,) * (y0.ndim - 1) if settings.per_sample else ()
 
     def at(s: Tensor) -> Tensor:
-        return s.detach().to(y0.device, real).expand(column)
+        return as_column(s.detach().to(y0.device, real), y0, settings.per_sample)
+
+    def moved(s: Tensor) -> Tensor:
+        return as_column(zero_with_gradient(s, real).to(y0.device), y0, settings.per_sample)
 
     if t.requires_grad:
         # The steps are held fixed; ∂y/∂t_i = f(t_i, y_i), and moving t_0 moves the start back along f.
-        start = start - field(at(t[0]), start) * zero_with_gradient(t[0], real)
+        start = start - field(at(t[0]), start) * moved(t[0])
     path, state, progress = [start], start, None
     again = Recomputation(counted) if settings.checkpoint else None
-    if len(t) > 1:
+    if again is not None and len(t) > 1:
+        again.check(at(t[0]), y0)
+    distinct, which = torch.unique_consecutive(t.detach(), dim=0, return_inverse=True)
+    for times, asked, f in segments(field, distinct.double().cpu().numpy(), settings, real):
         if again is not None:
-            again.check(at(t[0]), y0)
-        for times, asked, f in segments(field, t.detach().tolist(), settings, real):
-            if again is not None:
-                later, progress = checkpointed_solve(tableau, again, f, state, times, control, progress)
-            elif settings.compile_for is not None:
-                key = settings.compile_for
-                later, progress = compiled_solve(tableau, counted, state, times, control, progress, key)
-            else:
-                later, progress = adaptive_solve(tableau, f, state, times, control, progress)
-            state = later[-1]
-            path += later if asked else later[:-1]
+            later, progress = checkpointed_solve(tableau, again, f, state, times, control, progress)
+        elif settings.compile_for is not None:
+            key = settings.compile_for
+            later, progress = compiled_solve(tableau, counted, state, times, control, progress, key)
+        else:
+            later, progress = adaptive_solve(tableau, f, state, times, control, progress)
+        state = later[-1]
+        path += later if asked else later[:-1]
+    path = [path[i] for i in which.tolist()]
     if t.requires_grad:
-        path = [y + field(at(s), y) * zero_with_gradient(s, real) for s, y in zip(t, path, strict=True)]
+        path = [y + field(at(s), y) * moved(s) for s, y in zip(t, path, strict=True)]
     if progress is None:
         zero = torch.zeros(start.shape[0] if settings.per_sample else 1, dtype=torch.int64)
         stats = Stats(zero + counted.calls, zero, zero, zero)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from resode.checks import one_of, warn_user
 from resode.solve.compiled import COMPILED_OPTIONS, key_of
@@ -26,7 +27,9 @@ from resode.solve.problem import (
     flat_tolerance,
     flatten,
     largest_rms,
+    leaves_like,
 )
+from resode.solve.sample_events import solve_to_own_events, with_own_event_gradients
 from resode.tableaus import ButcherTableau
 
 
@@ -56,11 +59,13 @@ def odeint(
             with `per_sample` it has shape (B, 1, …, 1), so that `t * y` means the same. Its attributes
             callback_step, callback_accept_step and callback_reject_step, where it has them, are called
             with (t, y, step size) at every step; fixed steps know the first one only.
-        y0: the state at t[0]: a float or complex tensor of any shape, or a tuple of tensors of one dtype.
-        t: times, shape (T,), T ≥ 1, strictly increasing or decreasing, floating.
+        y0: the state at t[0]: a float or complex tensor of any shape, or tensors of one dtype in tuples,
+            lists and dicts, nested at will; func gives its derivative in the same structure.
+        t: times, shape (T,), T ≥ 1, increasing or decreasing, floating; times may repeat. With
+            `per_sample` also each sample's own, (T, B), all in one direction.
         rtol: relative tolerance of a step's error, for adaptive methods; 1e-7 for float64 states,
             1e-6 for float32. Finer than the dtype resolves, it is clamped with a warning. A tensor is
-            per entry of the state, a tuple per tensor of a tuple.
+            per entry of the state, a tuple, list or dict like y0 per tensor.
         atol: absolute tolerance likewise, in the state's unit; 1e-9 and 1e-8.
         method: a name in resode.METHODS or a tableau; "dopri5" by default. bosh3, fehlberg45, dopri5,
             tsit5 and dopri8 are adaptive, the other explicit ones take fixed steps. "rk4" is the
@@ -72,7 +77,8 @@ def odeint(
             grid_constructor (a grid over [t[0], t[-1]]), interp ("linear" or "cubic" between its points),
             perturb (evaluate just inside each step).
         event_fn: `event_fn(t, y)` -> tensor; the solve ends where an entry first changes sign, and
-            t = (start, any later or earlier time, for the direction).
+            t = (start, any later or earlier time, for the direction). With per_sample it returns (B,), and
+            each sample ends at its own event.
         args: further arguments of func.
         step_size: the largest of equal steps between consecutive t, in t's unit; makes every explicit
             method take fixed steps.
@@ -91,7 +97,7 @@ def odeint(
         return_stats: also give the `Stats`.
 
     Returns:
-        The states at t, shape (T, *y0.shape) (a tuple of them for a tuple), or (states, Stats). They have
+        The states at t, shape (T, *y0.shape) (in y0's structure), or (states, Stats). They have
         gradients for y0, t and what func uses; a module's unused parameters get 0. With event_fn (time,
         states at t[0] and at that time), the time 0-D and without gradient; see `odeint_event`.
 
@@ -236,16 +242,17 @@ def odeint_event(
     Args:
         func: as for `odeint`.
         y0: the state at t0.
-        t0: the start, one time.
+        t0: the start, one time; with per_sample also each sample's own, (B,).
         event_fn: `event_fn(t, y)` -> tensor of any shape, differentiable at the event. Its parameters
-            get gradients too.
+            get gradients too. With per_sample=True each sample has its own event: it returns (B,), for t of
+            shape (B, 1, …, 1), and a sample stays at its event while others go on.
         reverse_time: go back in time.
         odeint_interface: `odeint` or `odeint_adjoint`.
         **kwargs: theirs, such as method, rtol, atol, options, args.
 
     Returns:
-        The event's time, 0-D, and the states at t0 and there, shape (2, *y0.shape) or a tuple of them;
-        both with gradients of the event's time moving. With return_stats also the Stats.
+        The event's time, 0-D or (B,), and the states at t0 and there, (2, *y0.shape) or a tuple of them; both
+        with gradients of the event's time moving. With return_stats also the Stats.
 
     Raises:
         MaxStepsReached: no event.
@@ -262,11 +269,13 @@ def odeint_event(
         >>> t.item(), torch.autograd.grad(t, height)[0].item()  # √(2h/g), 1/√(2gh)
         (1.42784..., 0.07139...)
     """
-    if not isinstance(t0, Tensor) or t0.numel() != 1:
+    per_sample = bool(kwargs.get("per_sample", False))
+    if not isinstance(t0, Tensor) or not (t0.numel() == 1 or (per_sample and t0.ndim == 1)):
         got = f"shape {tuple(t0.shape)}" if isinstance(t0, Tensor) else type(t0).__name__
-        raise TypeError(f"t0 must be a tensor with one time, got {got}.")
-    start = t0.reshape(-1)
-    t = torch.cat([start, start.detach() + (-1.0 if reverse_time else 1.0)])
+        own = ", or with per_sample one a sample, (B,)" if per_sample else ""
+        raise TypeError(f"t0 must be a tensor with one time{own}, got {got}.")
+    start = t0.reshape(()) if t0.numel() == 1 else t0
+    t = torch.stack([start, start.detach() + (-1.0 if reverse_time else 1.0)])
     result = odeint_interface(func, y0, t, event_fn=event_fn, **kwargs)
     stats = None
     if kwargs.get("return_stats"):
@@ -274,12 +283,24 @@ def odeint_event(
     event_t, path = result
     args = tuple(kwargs.get("args", ()))
     field = (lambda t, y: func(t, y, *args)) if args else func
-    last: Any = tuple(p[-1] for p in path) if isinstance(path, tuple) else path[-1]
-    event_t, last = with_event_gradient(field, event_fn, event_t, last, (start[0], y0))
-    if isinstance(path, tuple):
-        path = tuple(torch.cat([p[:-1], y[None]]) for p, y in zip(path, last, strict=True))
+    leaves, structure = tree_flatten(path)
+    last: Any = leaves[0][-1] if isinstance(path, Tensor) else tuple(p[-1] for p in leaves)
+    if per_sample:
+        event_t, last = with_own_event_gradients(field, event_fn, event_t, last)
+    elif isinstance(path, Tensor):
+        event_t, last = with_event_gradient(field, event_fn, event_t, last, (start, y0))
     else:
-        path = torch.cat([path[:-1], last[None]])
+
+        def on_structure(call: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda t, parts: call(t, tree_unflatten(list(parts), structure))
+
+        event_t, last = with_event_gradient(
+            lambda t, parts: tuple(leaves_like(on_structure(field)(t, parts), structure)),
+            on_structure(event_fn), event_t, last, (start, tuple(tree_leaves(y0))),
+        )  # fmt: skip
+    ends = (last,) if isinstance(path, Tensor) else last
+    leaves = [torch.cat([p[:-1], y[None]]) for p, y in zip(leaves, ends, strict=True)]
+    path = tree_unflatten(leaves, structure)
     return ((event_t, path), stats) if stats is not None else (event_t, path)
 
 
@@ -297,15 +318,21 @@ def _odeint(
 ) -> Any:
     """Checks, makes the state one tensor, solves, and gives back what was asked for."""
     check_state(y0)
-    check_times(t, event_fn is not None)
-    if settings.per_sample:
-        check_per_sample(y0, event_fn is not None)
+    per_sample = settings.per_sample
+    if per_sample:
+        check_per_sample(y0)
+    check_times(t, event_fn is not None, len(y0) if per_sample else None)
     tableau, options, checkpoint = settings.method, settings.options, settings.checkpoint
     rtol, atol = flat_tolerance("rtol", settings.rtol, y0), flat_tolerance("atol", settings.atol, y0)
     settings = replace(settings, rtol=rtol, atol=atol)
     settings.check()
     _warn_of_a_single_step(settings, t, event_fn is not None)
-    state, split = flatten(y0) if isinstance(y0, tuple) else (y0, None)
+    state, split = (y0, None) if isinstance(y0, Tensor) else flatten(y0)
+    if adjoint is not None and (t.ndim > 1 or (per_sample and event_fn is not None)):
+        raise ValueError(
+            "the adjoint goes back in one time for all: with each sample's own times or event take "
+            "gradient='autograd' or 'checkpoint'."
+        )
     if adjoint is None:
         params, state = (), _reached_by(func, state)
     else:
@@ -314,11 +341,11 @@ def _odeint(
     if checkpoint:
         _check_checkpoint(settings, event_fn)
         settings = replace(settings, checkpoint=torch.is_grad_enabled())
-    if compile and _compiles(settings, callbacks, event_fn):
+    if compile and _compiles(settings, callbacks, event_fn, t):
         settings = replace(settings, compile_for=key_of(func))
     field = (lambda t, y: func(t, y, *args)) if args else func
     event = None
-    if event_fn is not None:
+    if event_fn is not None and not per_sample:
         event = combined(event_fn, t.detach()[0].to(state.device, state.dtype.to_real()), y0)
     if split is not None:
         field = flat_field(field, split)
@@ -332,8 +359,10 @@ def _odeint(
             event = on_parts
 
     if adjoint is None:
-        if event is None:
+        if event_fn is None:
             event_t, (path, stats) = None, solve(field, state, t, settings, callbacks)
+        elif event is None:
+            event_t, path, stats = solve_to_own_events(field, state, t, settings, event_fn)
         else:
             event_t, path, stats = solve_to_event(field, state, t, settings, event, callbacks)
     else:
@@ -377,11 +406,12 @@ def _check_checkpoint(settings: SolveSettings, event_fn: Any) -> None:
         raise ValueError(f"gradient='checkpoint' does not go with {reason}; take 'autograd' or 'adjoint'.")
 
 
-def _compiles(settings: SolveSettings, callbacks: Any, event_fn: Any) -> bool:
+def _compiles(settings: SolveSettings, callbacks: Any, event_fn: Any, t: Tensor) -> bool:
     """Whether compiled steps can do what is asked; a warning where they can't."""
     known = () if settings.fixed else COMPILED_OPTIONS
     reasons = [f"options[{name!r}]" for name in settings.options if name not in known]
     reasons += ["callbacks"] if callbacks is not None else []
+    reasons += ["t of shape (T, B)"] if settings.fixed and t.ndim > 1 else []
     reasons += ["event_fn"] if event_fn is not None else []
     reasons += ["gradient='checkpoint'"] if settings.checkpoint and not settings.fixed else []
     reasons += [f"{settings.method!r}, which torchdiffeq solves"] if isinstance(settings.method, str) else []
@@ -393,7 +423,7 @@ def _compiles(settings: SolveSettings, callbacks: Any, event_fn: Any) -> bool:
     return not reasons
 
 
-def _norm_on_tuples(settings: SolveSettings, split: Callable[[Tensor], tuple[Tensor, ...]]) -> SolveSettings:
+def _norm_on_tuples(settings: SolveSettings, split: Callable[[Tensor], Any]) -> SolveSettings:
     """`settings` with its norm, or the one of tuples, taking the state as one vector."""
     if settings.fixed:
         return settings
@@ -406,7 +436,7 @@ def _way_back(
     tableau: ButcherTableau | str,
     options: dict[str, Any] | None,
     adjoint: dict[str, Any],
-    split: Callable[[Tensor], tuple[Tensor, ...]] | None,
+    split: Callable[[Tensor], Any] | None,
 ) -> SolveSettings:
     """How the adjoint equation is solved: as the forward one where nothing else is said."""
     given, method = adjoint.get("options"), adjoint.get("method")
@@ -423,7 +453,9 @@ def _way_back(
     if norm is not None and norm != "seminorm" and not callable(norm):
         raise ValueError(f'the norm in adjoint_options must be "seminorm" or a function, got {norm!r}.')
     if callable(norm) and split is not None:
-        given["norm"] = lambda parts: norm((parts[0], *split(parts[1]), *split(parts[2]), *parts[3:]))
+        given["norm"] = lambda parts: norm(
+            (parts[0], *tree_leaves(split(parts[1])), *tree_leaves(split(parts[2])), *parts[3:])
+        )
     pair = []
     for name in ("rtol", "atol"):
         value = adjoint.get(name)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from resode.checks import check_whole, one_of, warn_user
-from resode.solve.control import MAX_STEPS, Callbacks, Control, Tolerance
+from resode.solve.control import MAX_STEPS, Callbacks, Control, Tolerance, controller_filter
 from resode.solve.fixed import INTERPOLATIONS, Grid, grid_of_size
 from resode.solve.foreign import foreign_methods, foreign_options
 from resode.tableaus import METHODS, ButcherTableau
@@ -21,7 +21,7 @@ NATIVE = tuple(name for name, tableau in METHODS.items() if tableau.explicit)
 
 ADAPTIVE_OPTIONS = (
     "first_step", "min_step", "max_step", "max_num_steps", "step_t", "jump_t", "norm", "dtype", "safety",
-    "ifactor", "dfactor",
+    "ifactor", "dfactor", "controller",
 )  # fmt: skip
 FIXED_OPTIONS = ("step_size", "grid_constructor", "interp", "perturb")
 
@@ -131,6 +131,7 @@ class SolveSettings:
             safety=positive("safety", 0.9),
             shrink=shrink,
             grow=grow,
+            filter=controller_filter(o.get("controller", "pi")),
             norm=None if norm is None else _measured(norm, self.per_sample),
             per_sample=self.per_sample,
             dtype=torch.promote_types(dtype, y0.dtype.to_real()),

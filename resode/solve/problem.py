@@ -8,45 +8,65 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import (
+    TreeSpec,
+    keystr,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_unflatten,
+)
 
 from resode.checks import warn_user
 from resode.solve.control import Callbacks, Tolerance
 from resode.solve.options import SolveSettings
 from resode.solve.step import all_finite
 
-State = Tensor | tuple[Tensor, ...]
+State = Tensor | tuple[Any, ...] | list[Any] | dict[Any, Any]
+"""A tensor, or tensors of one dtype in tuples, lists and dicts, nested at will (torch's pytrees)."""
 
 CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 
 
 def check_state(y0: Any) -> None:
-    """Refuses a y0 that is no finite floating or complex tensor, or tuple of them of one dtype and device."""
-    parts = y0 if isinstance(y0, tuple) else (y0,)
-    if not parts:
-        raise ValueError("y0 must hold at least one tensor, got an empty tuple.")
-    for y in parts:
+    """Refuses a y0 that is no finite floating or complex tensor, or several of one dtype and device."""
+    leaves = [(f"y0{keystr(path)}", y) for path, y in tree_flatten_with_path(y0)[0]]
+    if not leaves:
+        raise ValueError(f"y0 must hold at least one tensor, got an empty {type(y0).__name__}.")
+    for name, y in leaves:
         if not isinstance(y, Tensor):
-            raise TypeError(f"y0 must be a tensor or a tuple of tensors, got {type(y).__name__}.")
+            raise TypeError(
+                f"y0 must be a tensor, or tensors in tuples, lists and dicts; {name} is a {type(y).__name__}."
+            )
         if not (y.is_floating_point() or y.is_complex()):
             raise TypeError(
-                f"y0 must be floating or complex, got {y.dtype}. Convert it with y0.float() or .double()."
+                f"y0 must be floating or complex, got {y.dtype} as {name}. Convert it with {name}.double()."
             )
         if not all_finite(y):
-            raise ValueError("y0 must be finite; it holds an infinity or NaN.")
-    if len({y.dtype for y in parts}) != 1 or len({y.device for y in parts}) != 1:
+            raise ValueError(f"y0 must be finite; {name} holds an infinity or NaN.")
+    if len({(y.dtype, y.device) for _, y in leaves}) != 1:
         raise ValueError(
-            "the tensors of y0 must share one dtype and device, "
-            f"got {[(str(y.dtype), str(y.device)) for y in parts]}."
+            "the tensors of y0 must share one dtype and device, got "
+            f"{', '.join(f'{name} {y.dtype} on {y.device}' for name, y in leaves)}."
         )
 
 
-def check_times(t: Any, is_event: bool = False) -> None:
-    """Refuses a t that is no strictly monotone, finite, floating vector."""
+def check_times(t: Any, is_event: bool = False, batch: int | None = None) -> None:
+    """Refuses a t that is no monotone, finite, floating vector, or (T, batch) of each sample's own times."""
     if not isinstance(t, Tensor) or not t.is_floating_point():
         got = t.dtype if isinstance(t, Tensor) else type(t).__name__
         raise TypeError(f"t must be a floating tensor of times, got {got}.")
-    if t.ndim != 1 or len(t) == 0:
-        raise ValueError(f"t must be one-dimensional with at least one time, got shape {tuple(t.shape)}.")
+    own = batch is not None and t.ndim == 2
+    if len(t.shape) == 0 or len(t) == 0 or not (own or t.ndim == 1):
+        also = "" if batch is None else f", or of shape (T, {batch})"
+        raise ValueError(
+            f"t must be one-dimensional with at least one time{also}, got shape {tuple(t.shape)}."
+        )
+    if own and t.shape[1] != batch:
+        raise ValueError(
+            f"t of shape (T, B) holds each sample's own times: the state has {batch} samples, "
+            f"t {t.shape[1]} columns."
+        )
     if is_event and len(t) != 2:
         raise ValueError(
             f"with event_fn, t must hold two times, the start and one for the direction; got {len(t)}."
@@ -54,79 +74,123 @@ def check_times(t: Any, is_event: bool = False) -> None:
     times = t.detach().double().cpu().numpy()
     if not np.isfinite(times).all():
         raise ValueError("t must be finite; it holds an infinity or NaN.")
-    steps = np.diff(times)
-    if not ((steps > 0).all() or (steps < 0).all()):
-        bad = int(((steps <= 0) if steps[0] > 0 else (steps >= 0)).nonzero()[0][0])
+    steps = np.diff(times, axis=0) if own else np.diff(times)[:, None]
+    ups, downs = np.atleast_1d((steps > 0).any(0), (steps < 0).any(0))  # of each column
+    if (ups & downs).any():
+        i = int(np.argmax(ups & downs))
+        row = times.reshape(len(times), -1)[:, i]
+        first = steps[:, i][steps[:, i] != 0][0]
+        bad = int(np.argmax(steps[:, i] * first < 0))
+        which = f" of sample {i}" if own else ""
         raise ValueError(
-            f"t must be strictly increasing or strictly decreasing; t[{bad}]={times[bad]:g} is followed "
-            f"by t[{bad + 1}]={times[bad + 1]:g}."
+            f"t must be increasing or decreasing; t[{bad}]={row[bad]:g}{which} is followed "
+            f"by t[{bad + 1}]={row[bad + 1]:g}."
         )
+    if ups.any() and downs.any():
+        raise ValueError(
+            f"all samples must go in one direction of time: sample {int(np.argmax(ups))} goes forward, "
+            f"sample {int(np.argmax(downs))} back. Solve them in two calls."
+        )
+    if is_event and not np.all(ups | downs):
+        raise ValueError("with event_fn, the second time gives the direction and must differ from the first.")
 
 
-def check_per_sample(y0: State, is_event: bool = False) -> None:
+def check_per_sample(y0: State) -> None:
     """Refuses a state without a batch of samples in front."""
-    if isinstance(y0, tuple):
-        raise ValueError("per_sample=True needs one tensor with the batch first, got a tuple of tensors.")
+    if not isinstance(y0, Tensor):
+        raise ValueError(
+            f"per_sample=True needs one tensor with the batch first, got a {type(y0).__name__} of tensors."
+        )
     if y0.ndim < 2 or y0.shape[0] == 0:
         raise ValueError(
             "per_sample=True needs a state of shape (batch, *state) with at least one sample and two "
             f"dimensions, got {tuple(y0.shape)}."
         )
-    if is_event:
-        raise ValueError(
-            "event_fn stops the whole solve, so per_sample=True has no meaning with it; "
-            "set per_sample=False, or solve the samples one by one."
+
+
+def flatten(y0: State) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """A state of several tensors as one vector, and the way back for states of shape (…, n)."""
+    leaves, structure = tree_flatten(y0)
+    shapes, sizes = [y.shape for y in leaves], [y.numel() for y in leaves]
+
+    def split(y: Tensor) -> Any:
+        parts = y.split(sizes, dim=-1)
+        return tree_unflatten(
+            [p.reshape(y.shape[:-1] + s) for p, s in zip(parts, shapes, strict=True)], structure
         )
 
+    return torch.cat([y.reshape(-1) for y in leaves]), split
 
-def flatten(y0: tuple[Tensor, ...]) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
-    """A tuple state as one vector, and the way back for states of shape (…, n)."""
-    shapes, sizes = [y.shape for y in y0], [y.numel() for y in y0]
 
-    def split(y: Tensor) -> tuple[Tensor, ...]:
-        parts = y.split(sizes, dim=-1)
-        return tuple(p.reshape(y.shape[:-1] + s) for p, s in zip(parts, shapes, strict=True))
+def leaves_like(y: Any, structure: TreeSpec) -> list[Any]:
+    """The tensors of y in the order of `structure`; a dict's keys may come in another.
 
-    return torch.cat([y.reshape(-1) for y in y0]), split
+    Raises:
+        ValueError: y has another structure.
+    """
+    if isinstance(y, list) and structure.type is tuple:
+        y = tuple(y)  # as torchdiffeq lets it pass
+    return structure.flatten_up_to(y)
 
 
 def flat_field(
-    func: Callable[..., Any], split: Callable[[Tensor], tuple[Tensor, ...]]
+    func: Callable[..., Any], split: Callable[[Tensor], Any]
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """The field of a tuple state on the state as one vector."""
+    """The field of a state of several tensors on the state as one vector."""
 
     def flat(t: Tensor, y: Tensor) -> Tensor:
         parts = split(y)
         dy = func(t, parts)
-        if not isinstance(dy, tuple | list) or [d.shape for d in dy] != [p.shape for p in parts]:
-            got = [tuple(d.shape) for d in dy] if isinstance(dy, tuple | list) else type(dy).__name__
+        leaves, structure = tree_flatten(parts)
+        try:
+            given = leaves_like(dy, structure)
+        except ValueError:
             raise ValueError(
-                "a field must keep the state's shape: got a tuple of shapes "
-                f"{[tuple(p.shape) for p in parts]}, F(x) gave {got}."
+                "a field must give a derivative of the state's structure: the state is "
+                f"{_outline(parts)}, F(x) gave {_outline(dy)}."
+            ) from None
+        got = [tuple(d.shape) if isinstance(d, Tensor) else type(d).__name__ for d in given]
+        if got != [tuple(p.shape) for p in leaves]:
+            raise ValueError(
+                f"a field must keep the state's shape: got a {type(parts).__name__} of shapes "
+                f"{[tuple(p.shape) for p in leaves]}, F(x) gave {got}."
             )
-        return torch.cat([d.reshape(-1) for d in dy])
+        return torch.cat([d.reshape(-1) for d in given])
 
     return flat
 
 
+def _outline(y: Any) -> str:
+    """The structure of a state: its tensors by their shapes."""
+    named = tree_flatten_with_path(y)[0]
+    kinds = [tuple(d.shape) if isinstance(d, Tensor) else type(d).__name__ for _, d in named]
+    parts = [f"{keystr(path)} {kind}".strip() for (path, _), kind in zip(named, kinds, strict=True)]
+    return f"a {type(y).__name__} ({', '.join(parts)})"
+
+
 def flat_tolerance(name: str, value: Any, y0: State) -> Tolerance | None:
     """A tolerance for the state as one tensor: a number, or a tensor that broadcasts to it."""
-    if isinstance(value, tuple | list) and isinstance(y0, tuple):
-        if len(value) != len(y0):
+    if isinstance(value, tuple | list | dict):
+        if isinstance(y0, Tensor):
+            raise TypeError(f"{name} may be a {type(value).__name__} only where y0 is one; y0 is a tensor.")
+        leaves, structure = tree_flatten(y0)
+        try:
+            given = leaves_like(value, structure)
+        except ValueError:
             raise ValueError(
-                f"{name} must have one entry a tensor of y0, which has {len(y0)}; it has {len(value)}."
-            )
-        real = y0[0].dtype.to_real()
+                f"{name} must have one entry a tensor of y0, which has {len(leaves)}, in its structure; "
+                f"it has {len(tree_leaves(value))}."
+            ) from None
+        real = leaves[0].dtype.to_real()
         return torch.cat(
             [
                 torch.as_tensor(v, dtype=real, device=y.device).expand(y.shape).reshape(-1)
-                for v, y in zip(value, y0, strict=True)
+                for v, y in zip(given, leaves, strict=True)
             ]
         )
-    if isinstance(value, tuple | list):
-        raise TypeError(f"{name} may be a tuple only where y0 is one; got {type(value).__name__}.")
     if isinstance(value, Tensor) and value.ndim:
-        shape = (sum(y.numel() for y in y0),) if isinstance(y0, tuple) else tuple(y0.shape)
+        leaves = tree_flatten(y0)[0]
+        shape = tuple(y0.shape) if isinstance(y0, Tensor) else (sum(y.numel() for y in leaves),)
         try:
             fits = torch.broadcast_shapes(value.shape, shape) == shape
         except RuntimeError:
@@ -135,14 +199,13 @@ def flat_tolerance(name: str, value: Any, y0: State) -> Tolerance | None:
             raise ValueError(
                 f"{name} must broadcast to the state, of shape {shape}; it has shape {tuple(value.shape)}."
             )
-        first = y0[0] if isinstance(y0, tuple) else y0
-        return value.to(first.device, first.dtype.to_real())
+        return value.to(leaves[0].device, leaves[0].dtype.to_real())
     return value
 
 
-def largest_rms(parts: tuple[Tensor, ...]) -> Tensor:
-    """The norm of a tuple state: the largest root mean square of its tensors."""
-    return torch.stack([p.abs().square().mean().sqrt() for p in parts if p.numel()]).max()
+def largest_rms(parts: Any) -> Tensor:
+    """The norm of a state of several tensors: the largest root mean square of one."""
+    return torch.stack([p.abs().square().mean().sqrt() for p in tree_leaves(parts) if p.numel()]).max()
 
 
 def callbacks_of(

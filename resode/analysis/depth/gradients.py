@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 
 from resode.analysis.depth.losses import LossFunction, sample_losses
 from resode.analysis.depth.tracing import Addition
@@ -21,6 +20,7 @@ from resode.blocks.held import FrozenStatistics, moving_norms
 from resode.jacobian.arnoldi import random_start, ritz_values, singular_values
 from resode.jacobian.field_products import Field, Products
 from resode.jacobian.linearize import check_field
+from resode.jacobian.places import Place, pulled_back
 
 
 def rows(t: Tensor, batch: int) -> Tensor:
@@ -100,10 +100,10 @@ def _keeping(kept: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]
 
 
 class EdgeProducts:
-    """J v and Jᵀu between two edges of an autograd graph that is kept, for every sample.
+    """J v and Jᵀu between two places of an autograd graph that is kept, for every sample.
 
     Args:
-        at_y: where J leads to; several edges with their factors are summed.
+        at_y: where J leads to.
         at_x: where it comes from.
         y: a tensor of y's shape.
         x: a tensor of x's shape.
@@ -112,7 +112,7 @@ class EdgeProducts:
     """
 
     def __init__(
-        self, at_y: GradientEdge, at_x: GradientEdge, y: Tensor, x: Tensor, batch: int, factor: float = 1.0
+        self, at_y: Place, at_x: Place, y: Tensor, x: Tensor, batch: int, factor: float = 1.0
     ) -> None:
         self.at_y, self.at_x, self.factor = at_y, at_x, factor
         self.y, self.x, self.batch = y, x, batch
@@ -122,8 +122,7 @@ class EdgeProducts:
         """Jᵀu for u of y's shape, of x's shape."""
         if self.at_y == self.at_x:
             return self.factor * u
-        (product,) = torch.autograd.grad(self.at_y, self.at_x, u, retain_graph=True, allow_unused=True)
-        return torch.zeros_like(self.x) if product is None else self.factor * product
+        return self.factor * pulled_back(self.at_y, self.at_x, u)
 
     def vjp(self, u: Tensor) -> Tensor:
         """Jᵀu for u (batch, m), shape (batch, n)."""
@@ -136,8 +135,7 @@ class EdgeProducts:
         if self._forward is None:
             with torch.enable_grad():
                 u = torch.zeros_like(self.y).requires_grad_()
-                (h,) = torch.autograd.grad(self.at_y, self.at_x, u, create_graph=True, allow_unused=True)
-            self._forward = u, torch.zeros_like(self.x) if h is None else h
+                self._forward = u, pulled_back(self.at_y, self.at_x, u, create_graph=True)
         u, h = self._forward
         if not h.requires_grad:
             return rows(torch.zeros_like(self.y), self.batch)
@@ -225,11 +223,11 @@ def gradient_parts(
             f"g is the gradient at x + F(x), so it has x's shape: got x {tuple(x.shape)}, "
             f"g {tuple(g.shape)}. Where F changes the shape, give the shortcut that does so too."
         )
-    identity = g.clone() if shortcut is None else _pulled_back("S(x)", shortcut, x, g)
-    return GradientParts(identity, step_size * _pulled_back("F(x)", field, x, g))
+    identity = g.clone() if shortcut is None else _gradient_at("S(x)", shortcut, x, g)
+    return GradientParts(identity, step_size * _gradient_at("F(x)", field, x, g))
 
 
-def _pulled_back(name: str, f: Field, x: Tensor, g: Tensor) -> Tensor:
+def _gradient_at(name: str, f: Field, x: Tensor, g: Tensor) -> Tensor:
     """The gradient at x of f alone, of x's shape."""
     norms = moving_norms(f) if isinstance(f, nn.Module) else []
     with torch.inference_mode(False), torch.enable_grad(), FrozenStatistics(norms):

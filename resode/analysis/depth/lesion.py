@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from resode.analysis.depth.losses import LossFunction, parts, prediction, sample_losses
-from resode.analysis.depth.tracing import Addition, ScaledBranches, call, tensors_in, trace
+from resode.analysis.depth.sums import ScaledBranches
+from resode.analysis.depth.tracing import Addition, call, trace
+from resode.analysis.depth.watching import tensors_in
 
 
 def run_edited(model: nn.Module, x: Any, edits: Sequence[tuple[Addition, float]]) -> Any:
@@ -28,13 +30,14 @@ def run_edited(model: nn.Module, x: Any, edits: Sequence[tuple[Addition, float]]
         stack.enter_context(torch.no_grad())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         for a, c in edits:
-            if a.number < 0:  # a module, not an addition
+            if not a.shortcuts:  # a module, not an addition
                 hook = model.get_submodule(a.module).register_forward_hook(_scaled(c))
                 stack.callback(hook.remove)
-        additions = [(a, c) for a, c in edits if a.number >= 0]
+        factors = {number: c for a, c in edits for number in a.shortcuts}
         stack.enter_context(_python_attention())
-        if additions:
-            stack.enter_context(ScaledBranches(additions))
+        if factors:
+            kept = {leaf: (side, n) for a, _ in edits for n, (leaf, side) in a.shortcuts.items()}
+            stack.enter_context(ScaledBranches(factors, kept))
         return call(model, x)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as f
 
-from resode.analysis.depth.tracing import tensors_in
+from resode.analysis.depth.watching import tensors_in
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -34,6 +35,46 @@ def part(x: Any, start: int, stop: int, batch: int) -> Any:
     if isinstance(x, tuple | list):
         return tuple(part(item, start, stop, batch) for item in x)
     return x
+
+
+def is_loader(x: Any) -> bool:
+    """Whether this gives batches one after another: a DataLoader, a generator, a list of pairs."""
+    if isinstance(x, list):
+        return bool(x) and all(isinstance(item, tuple) for item in x)
+    return isinstance(x, Iterable) and not isinstance(x, Tensor | Mapping | tuple | str)
+
+
+def batches(x: Any, target: Any, device: torch.device | None) -> Iterator[tuple[Any, Any]]:
+    """(x, target) as they are, or one batch of a loader after another, on a device.
+
+    A batch is a pair (x, target), or x alone: a tensor, a mapping, or a sequence of one.
+
+    Raises:
+        ValueError: a target beside a loader, or a loader without a batch.
+    """
+    if not is_loader(x):
+        yield x, target
+        return
+    if target is not None:
+        raise ValueError("a loader's batches hold their targets, (x, target): leave target= out.")
+    empty = True
+    for batch in x:
+        empty = False
+        if isinstance(batch, tuple | list) and len(batch) <= 2:
+            some, wanted = (*batch, None)[:2]
+        else:
+            some, wanted = batch, None
+        yield _moved(some, device), _moved(wanted, device)
+    if empty:
+        raise ValueError("the loader gave no batches; it must hold at least one, (x, target).")
+
+
+def _moved(x: Any, device: torch.device | None) -> Any:
+    if isinstance(x, Tensor):
+        return x.to(device)
+    if isinstance(x, Mapping):
+        return {name: _moved(item, device) for name, item in x.items()}
+    return tuple(_moved(item, device) for item in x) if isinstance(x, tuple | list) else x
 
 
 def parts(x: Any, target: Any, size: int) -> Iterator[tuple[Any, Any, int]]:
@@ -70,7 +111,6 @@ def sample_losses(output: Any, target: Any, loss_fn: LossFunction | None, batch:
         ValueError: shapes that do not go together; the message names them.
 
     Example:
-        >>> import torch
         >>> sample_losses(torch.zeros(2, 4), torch.tensor([0, 1]), None, 2)
         tensor([1.3863, 1.3863])
     """

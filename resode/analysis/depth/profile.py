@@ -2,10 +2,11 @@ r"""The depth profile of any residual network: features, gradients and eigenvalu
 
 from __future__ import annotations
 
+import itertools
 import math
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,25 @@ from resode.analysis.depth.alignment import boosting, class_means, cosine, error
 from resode.analysis.depth.block_spectrum import BlockSpectrum, block_spectrum
 from resode.analysis.depth.gradients import EdgeProducts, rows, split_gradient
 from resode.analysis.depth.lesion import run_edited
-from resode.analysis.depth.losses import LossFunction, batch_of, part, parts, prediction, sample_losses
-from resode.analysis.depth.tracing import Addition, Trace, call, tensors_in, trace
+from resode.analysis.depth.losses import (
+    LossFunction,
+    batch_of,
+    batches,
+    part,
+    parts,
+    prediction,
+    sample_losses,
+)
+from resode.analysis.depth.tracing import Addition, Trace, call, trace
+from resode.analysis.depth.watching import tensors_in
+from resode.checks import check_whole
 from resode.jacobian.arnoldi import random_start, singular_values
 from resode.tableaus import ButcherTableau, get_tableau
-from resode.tables import plain_table, records_text, short, short_complex
+from resode.tables import csv_text, plain_table, short, short_complex
 
 NAN = math.nan
 
+_SPLIT = 1e-2  # split error from which it is printed
 _GROWS = 1.01  # |R(ηλ)| from which a step counts as too large
 
 
@@ -147,6 +159,8 @@ class DepthProfile:
         loss: mean loss of the network.
         samples: how many were looked at.
         has_target: whether the loss is that of a target.
+        refused: additions to a state that are no residual block: the module, and why.
+        outside: modules with weight matrices or kernels within no residual addition, as a stem or a head.
     """
 
     rows: list[DepthRow]
@@ -154,10 +168,15 @@ class DepthProfile:
     loss: float
     samples: int
     has_target: bool
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)
 
     def to_csv(self, path: str | Path) -> None:
-        """Write the rows as CSV, under their field names."""
-        Path(path).write_text(records_text(DepthRow, self.rows), encoding="utf-8")
+        """Write the rows as CSV, under their field names; of eigenvalues NAME_real and NAME_imag."""
+        names = [f.name for f in fields(DepthRow)]
+        columns = [column for name in names for column in _columns(name)]
+        rows = ([cell for name in names for cell in _cells(name, row)] for row in self.rows)
+        Path(path).write_text(csv_text(columns, rows), encoding="utf-8")
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw it; see `resode.plots.depth_profile`."""
@@ -197,7 +216,36 @@ class DepthProfile:
             gain = f"‖∏(I+ηJ)‖ = {s.norm:.4g}"
             bound = f"≤ ∏(1+ε) = {s.upper:.4g}" if s.exact else "(activations between)"
             lines.append(f"{s.first} … {s.last}: {gain} {bound}; without shortcuts ≤ {s.plain:.3g}")
+        lines += [f"{r.name}: {_beside(r.split_error)}" for r in self.rows if r.split_error > _SPLIT]
+        lines += [f"{name}: no residual block, since {why}" for name, why in self.refused]
+        if self.outside:
+            lines.append(f"weights outside every addition: {_listed(self.outside)}")
         return "\n".join(lines + self.diagnosis()[:5])
+
+
+def _beside(error: float) -> str:
+    return (
+        f"split error {error:.2g}: the state is read outside this block too, so that the identity and the "
+        "residual part are not its whole gradient"
+    )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+_COMPLEX = ("rightmost", "leftmost", "largest", "limiting_eigenvalue", "growth_eigenvalue")
+
+
+def _columns(name: str) -> list[str]:
+    return [f"{name}_real", f"{name}_imag"] if name in _COMPLEX else [name]
+
+
+def _cells(name: str, row: DepthRow) -> list[Any]:
+    value = getattr(row, name)
+    if name in _COMPLEX:
+        return [complex(value).real, complex(value).imag]
+    return [value]
 
 
 def profile_depth(
@@ -220,7 +268,7 @@ def profile_depth(
     Args:
         model: in eval mode.
         x: inputs: a tensor, a tuple of positional arguments, or a mapping of keyword arguments; dimension 0
-            of every tensor is the batch.
+            of every tensor is the batch. Or a loader of batches (x, target), or of x alone.
         target: for the loss: classes (batch,), or (batch, length) for sequences, or numbers of the output's
             shape. Without it gradients are those of ½‖output‖², and effects those on the output.
         blocks: names of modules to take as blocks instead of tracing, with * for any part of a name:
@@ -252,26 +300,29 @@ def profile_depth(
     tableau = None if solver is None else get_tableau(solver)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    if isinstance(spectra, bool) or not isinstance(spectra, int) or spectra < 0:
-        raise ValueError(f"spectra must be a number of samples, at least 0, got {spectra!r}.")
+    check_whole("spectra", spectra, 0)
     model = getattr(model, "_orig_mod", model)  # of torch.compile, which no mode sees into
     _check_mode(model)
-    batch = batch_of(x)
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
+    check_whole("batch_size", batch_size, 1)
+    device = next((p.device for p in model.parameters()), None)
     spectra_found: list[BlockSpectrum] = []
     stages: list[StageGradient] = []
-    with torch.inference_mode(False):
-        pieces = [
-            _profile_part(model, some, wanted, size, blocks, loss_fn, lesions=lesions)
-            for some, wanted, size in parts(x, target, batch_size)
-        ]
-        _check_random(model, part(x, 0, min(2, batch), batch))
+    pieces: list[_Part] = []
+    with torch.inference_mode(False), _Progress() as progress:
+        stream = batches(x, target, device)
+        first, wanted = next(stream)
+        batch = batch_of(first)
+        count = min(spectra, batch)
+        for whole, aim in itertools.chain([(first, wanted)], stream):
+            for some, own, size in parts(whole, aim, batch_size):
+                pieces.append(_profile_part(model, some, own, size, blocks, loss_fn, lesions=lesions))
+                progress(f"{sum(p.samples for p in pieces)} samples")
+        _check_random(model, part(first, 0, min(2, batch), batch))
         if spectra > 0:
-            count = min(spectra, batch)
-            traced = trace(model, part(x, 0, count, batch), blocks)
-            places = _numbered(traced.additions)
-            spectra_found = [block_spectrum(a, model, count, tableau, i) for i, a in places]
+            traced = trace(model, part(first, 0, count, batch), blocks)
+            for i, a in _numbered(traced.additions):
+                progress(f"spectrum of block {len(spectra_found) + 1} of {len(traced.additions)}, {a.name}")
+                spectra_found.append(block_spectrum(a, model, count, tableau, i))
             stages = _stages(traced, spectra_found, count)
     merged = _merged(pieces)
     found = []
@@ -279,7 +330,29 @@ def profile_depth(
         spectrum = spectra_found[i].values if spectra_found else {}
         notes = [spectra_found[i].note] if spectra_found and spectra_found[i].note else []
         found.append(DepthRow(**{**measures, **spectrum}, note="; ".join(notes)))
-    return DepthProfile(found, stages, merged.loss, batch, target is not None)
+    samples, has_target = sum(p.samples for p in pieces), wanted is not None
+    return DepthProfile(
+        found, stages, merged.loss, samples, has_target, pieces[0].traced.refused, pieces[0].traced.outside
+    )
+
+
+class _Progress:
+    """One line on a terminal's standard error that says how far a profile is, and goes at its end."""
+
+    def __enter__(self) -> _Progress:
+        self.shown = 0
+        return self
+
+    def __call__(self, text: str) -> None:
+        if sys.stderr is not None and sys.stderr.isatty():
+            sys.stderr.write(f"\r{('profile: ' + text).ljust(self.shown)}")
+            sys.stderr.flush()
+            self.shown = len(text) + 9
+
+    def __exit__(self, *exception: object) -> None:
+        if self.shown:
+            sys.stderr.write(f"\r{' ' * self.shown}\r")
+            sys.stderr.flush()
 
 
 def _numbered(additions: list[Addition]) -> list[tuple[int, Addition]]:
@@ -321,6 +394,30 @@ def _check_random(model: nn.Module, x: Any) -> None:
         )
 
 
+def _check_finite(model: nn.Module, traced: Trace) -> None:
+    """Name the first block that turns finite numbers into others."""
+
+    def finite(*found: Tensor) -> bool:
+        return all(bool(torch.isfinite(t).all()) for t in found if t.is_floating_point())
+
+    where = ""
+    if not finite(*traced.inputs):
+        where = "the input x holds inf or nan"
+    for i, a in enumerate(() if where else traced.additions):
+        if not finite(a.x, a.y):
+            before = f"between {traced.additions[i - 1].name} and" if i else "before the first block,"
+            where = f"block {a.name} gives" if finite(a.x) else f"what comes {before} {a.name} gives"
+            where += " inf or nan"
+            break
+    if not where and not finite(*tensors_in(traced.output)):
+        where = "what follows the last block gives inf or nan"
+    if where:
+        state = itertools.chain(model.named_parameters(), model.named_buffers())
+        names = [name for name, t in state if not finite(t)]
+        of = f"; not finite are {_listed(names)}" if names else "; all weights are finite"
+        raise ValueError(f"a profile needs finite numbers, and {where}, the first place in the network{of}.")
+
+
 @dataclass
 class _Part:
     """Sums over the samples of one part."""
@@ -329,6 +426,7 @@ class _Part:
     sums: list[dict[str, Tensor]]
     loss: float
     samples: int
+    traced: Trace
 
 
 def _profile_part(
@@ -344,20 +442,16 @@ def _profile_part(
     """The profile of a few samples, without the spectra."""
     traced = trace(model, x, blocks)
     additions = traced.additions
+    _check_finite(model, traced)
     if not additions:
+        refused = "".join(f" {name}: {why}." for name, why in traced.refused)
         raise ValueError(
             "no residual block was found: nothing in this network adds a branch with weights to the state "
-            "that it starts from. Name the modules that act as blocks with blocks=, for example "
+            f"that it starts from.{refused} Name the modules that act as blocks with blocks=, for example "
             "blocks='layers.*'."
         )
     losses = sample_losses(traced.output, target, loss_fn, batch)
-    edges = [e for a in additions for e in (a.at_x, a.at_y)]
-    with torch.enable_grad():
-        gradients = torch.autograd.grad(losses.sum(), edges, retain_graph=True, allow_unused=True)
-    at_x = [torch.zeros_like(a.x) if g is None else g for a, g in zip(additions, gradients[::2], strict=True)]
-    at_y = [
-        torch.zeros_like(a.y) if g is None else g for a, g in zip(additions, gradients[1::2], strict=True)
-    ]
+    at_x, at_y = _gradients(losses.sum(), additions)
     ends = _ends(additions)
     z = prediction(traced.output).detach()
     labels = target if isinstance(target, Tensor) and not target.is_floating_point() else None
@@ -406,7 +500,18 @@ def _profile_part(
                 "after": a.after,
             }
         )
-    return _Part(fixed, sums, float(losses.detach().sum()), batch)
+    kept = Trace(None, [], [], traced.refused, traced.outside)  # not its graph
+    return _Part(fixed, sums, float(losses.detach().sum()), batch, kept)
+
+
+def _gradients(loss: Tensor, additions: list[Addition]) -> tuple[list[Tensor], list[Tensor]]:
+    """The loss gradients at every x and at every y, in one pass."""
+    places = [a.at_x for a in additions] + [a.at_y for a in additions]
+    edges = [edge for place in places for edge in place.edges]
+    with torch.enable_grad():
+        found = iter(torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True))
+    joined = [place.gradient([next(found) for _ in place.edges], loss) for place in places]
+    return joined[: len(additions)], joined[len(additions) :]
 
 
 def _norm(t: Tensor, batch: int) -> Tensor:
@@ -499,7 +604,7 @@ def _gain(run: list[Addition], spectra: list[BlockSpectrum], batch: int) -> Stag
         norm, smallest = float(sigma[:, 0].max()), float(sigma[:, -1].min())
     except RuntimeError:
         norm = smallest = NAN  # an operation without a second derivative
-    exact = all(b.at_x == a.at_y for a, b in pairwise(run))
+    exact = all(b.at_x == a.at_y for a, b in itertools.pairwise(run))
     return StageGradient(
         first=first.name,
         last=last.name,
