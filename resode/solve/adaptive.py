@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from resode.solve.control import NUMPY, Control, Tolerance, decide, plan
-from resode.solve.dense import Step, between
+from resode.solve.dense import Step, interpolate
 from resode.solve.failures import (
     Standing,
     field_not_finite,
@@ -302,3 +302,40 @@ def error_norm(
         if tableau.error_row[-1][0] < len(k) - 1:
             ratio = torch.add(ratio, k[-1], alpha=0)
         return control.measure(ratio)
+
+
+def between(
+    tableau: ButcherTableau,
+    f: Field,
+    steps: Sequence[Step],
+    outputs: np.ndarray,
+    solve: Adaptive,
+    start: tuple[Tensor, np.ndarray],
+) -> tuple[list[Tensor], int]:
+    """As `interpolate`, for outputs that may lie at a sample's start or end too.
+
+    Args:
+        tableau: the method.
+        f: the field.
+        steps: those that passed an output, in the order they were taken.
+        outputs: times, (T,), or each sample's own, (B, T).
+        solve: at its end.
+        start: the state and the times at which it began.
+    """
+    if outputs.shape[-1] == 0:
+        return [], 0
+    path, calls = [start[0]] * outputs.shape[-1], 0
+    if steps:
+        path, calls = interpolate(tableau, f, steps, outputs, solve.forward, solve.control.per_sample)
+    return at_the_ends(path, outputs, solve, start), calls
+
+
+def at_the_ends(
+    path: list[Tensor], outputs: np.ndarray, solve: Adaptive, start: tuple[Tensor, np.ndarray]
+) -> list[Tensor]:
+    """The states at the outputs, the ends where a sample's own, (B, T), lie there."""
+    if outputs.ndim > 1:
+        for known, times in (start, (solve.x, solve.end)):
+            for j in np.flatnonzero((hit := outputs == times[:, None]).any(0)):
+                path[j] = torch.where(solve.mask(hit[:, j]), known, path[j])
+    return path

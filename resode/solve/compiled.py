@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from resode.checks import warn_user
-from resode.solve.adaptive import Adaptive, Progress, adaptive_solve, error_norm
+from resode.solve.adaptive import Adaptive, Progress, adaptive_solve, at_the_ends, between, error_norm
 from resode.solve.control import NUMPY, Control, decide, plan
-from resode.solve.dense import Step, at_the_ends, between
+from resode.solve.dense import Step
 from resode.solve.failures import too_many_steps
 from resode.solve.fixed import equal_steps
 from resode.solve.result import SolverError
