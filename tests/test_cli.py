@@ -311,10 +311,10 @@ def test_step_limits_of_a_run(run, tmp_path):
     figure = tmp_path / "spectra.png"
     result = resode("stability", run, "--solvers", "euler,rk4", "--samples", 1, "--figure", figure)
     assert result.exit_code == 0, result.output
-    assert [line.split(":")[0] for line in result.output.splitlines() if line.startswith("stage")] == [
-        "stage 1 (layer1.0)",
-        "stage 2 (layer2.1)",
-        "stage 3 (layer3.1)",
+    assert [line.split(":")[0] for line in result.output.splitlines() if line.startswith("group")] == [
+        "group 1 (layer1.0)",
+        "group 2 (layer2.1)",
+        "group 3 (layer3.1)",
     ]
     assert "states 16×8×8, trained with euler, h = 1" in result.output
     rows = [row for row in columns(result.output) if len(row) == 8 and row[1] in ("euler", "rk4")]

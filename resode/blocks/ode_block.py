@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from resode.blocks.held import FrozenDuringStep, refuse_dropout, refuse_low_precision
+from resode.blocks.frozen import FrozenDuringStep, refuse_dropout, refuse_low_precision
 from resode.blocks.stack import explicit
 from resode.checks import one_of
 from resode.solve.gradient import GRADIENTS

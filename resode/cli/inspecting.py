@@ -133,9 +133,9 @@ def _show(found: Any) -> None:
     say("limit     the largest stable step at the worst sample; 0 where a mode grows (Re λ > 0)")
     say("decaying  the limit of all other modes;  |R|  their largest growth in a step, above 1 too large")
     say(f"effect    of removing the block on the {'loss' if found.has_target else 'output, relative'}")
-    for stage in found.stages:
-        bound = f"at most {stage.upper:.4g}" if stage.exact else "activations between"
-        say(f"{stage.first} … {stage.last}: the gradient's gain {stage.norm:.4g}, {bound}")
+    for group in found.groups:
+        bound = f"at most {group.upper:.4g}" if group.exact else "activations between"
+        say(f"{group.first} … {group.last}: the gradient's gain {group.norm:.4g}, {bound}")
     for text in found.diagnosis()[:5]:
         say(text, "bold")
 

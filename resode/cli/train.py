@@ -74,7 +74,7 @@ def train(
         str | None, flag(f"{', '.join(RECIPES)}. Default fast, or digits on digits.", _RECIPE)
     ] = None,
     step_limits: Annotated[
-        bool, typer.Option("--step-limits", help="Record and draw every stage's step limits as it trains.")
+        bool, typer.Option("--step-limits", help="Record and draw every group's step limits as it trains.")
     ] = False,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Also write RUN/tensorboard, to watch it with TensorBoard.")

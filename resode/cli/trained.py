@@ -256,14 +256,14 @@ def _run_stability(
     images = next(iter(plain_batches(dataset, limit=samples)))[0]
     count = "1 test image" if len(images) == 1 else f"{len(images)} test images"
     say(f"{run} at {count} of {dataset.title}; step h = η / substeps")
-    stages = []
-    for number, stage in enumerate(block_limits(network, images, methods, blocks=blocks), start=1):
-        size = "×".join(map(str, stage.shape))
-        steps = sorted(set(stage.steps))
+    groups = []
+    for number, group in enumerate(block_limits(network, images, methods, blocks=blocks), start=1):
+        size = "×".join(map(str, group.shape))
+        steps = sorted(set(group.steps))
         h = f"h = {steps[0]:g}" if len(steps) == 1 else f"h = {steps[0]:.3g} to {steps[-1]:.3g}"
         say()
-        say(f"stage {number} ({stage.name}): states {size}, trained with {stage.solver}, {h}", "bold")
-        stages.append(stage)
+        say(f"group {number} ({group.name}): states {size}, trained with {group.solver}, {h}", "bold")
+        groups.append(group)
         table(
             ["block", "solver", "limit", "growing", "decaying", "set by λ", "largest |R|", "inside"],
             [
@@ -277,11 +277,11 @@ def _run_stability(
                     f"{row.amplification:.3g}",
                     ("yes" if row.exact else "?") if row.inside else "no",
                 ]
-                for row in stage.rows
+                for row in group.rows
             ],
             words=("solver",),
         )
-        for line in _verdicts(stage, methods):
+        for line in _verdicts(group, methods):
             say(line)
     say()
     say("limit     the largest stable step at the worst image")
@@ -289,28 +289,28 @@ def _run_stability(
     say("decaying  the limit of all other modes, set by λ")
     say("|R|       what a step of h multiplies a mode by, at most; growing modes included")
     say("inside    whether the step h is within the limit of the decaying modes")
-    if any(not row.complete for stage in stages for row in stage.rows):
+    if any(not row.complete for group in groups for row in group.rows):
         say("≥ ≤ ?     bounds from the outer eigenvalues, of states too large for all of them")
-    if stages:
+    if groups:
         from resode import plots
 
         path = figure or _figures(run) / "stability.png"
         with replacing(path) as unfinished:
-            plots.stage_spectra(stages, methods, unfinished)
+            plots.group_spectra(groups, methods, unfinished)
         say(f"\nfigure {path}")
 
 
-def _verdicts(stage: Any, methods: list[str]) -> list[str]:
-    """Whether the trained step is inside with the stage's own method, and what the others would allow."""
+def _verdicts(group: Any, methods: list[str]) -> list[str]:
+    """Whether the trained step is inside with the group's own method, and what the others would allow."""
     lines = []
-    for name in dict.fromkeys([stage.solver, *methods]):
-        rows = [row for row in stage.rows if row.solver == name]
+    for name in dict.fromkeys([group.solver, *methods]):
+        rows = [row for row in group.rows if row.solver == name]
         if not rows:
             continue
         outside = [str(row.block) for row in rows if not row.inside]
         least = min(rows, key=lambda row: row.decaying_step)
         allowed = ("" if least.exact else "at most ") + short(least.decaying_step)
-        kind = "as trained" if name == stage.solver else "would be"
+        kind = "as trained" if name == group.solver else "would be"
         where = (
             f"outside in block{'s' if len(outside) > 1 else ''} {', '.join(outside)}" if outside else "inside"
         )

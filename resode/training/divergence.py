@@ -34,7 +34,7 @@ class Overstep:
     """A block whose step is far outside its solver's stability region.
 
     Args:
-        stage: the stack's name in the network.
+        group: the stack's name in the network.
         block: its number in the stack, from 0.
         solver: the method.
         step: the length h of its steps, η over the substeps.
@@ -44,7 +44,7 @@ class Overstep:
         substeps: with which the step is within the limit, as a multiple of now.
     """
 
-    stage: str
+    group: str
     block: int
     solver: str
     step: float
@@ -58,7 +58,7 @@ class Overstep:
         value = f"{e.real:.4g}" if abs(e.imag) < 1e-6 * abs(e) else f"{e.real:.4g}{e.imag:+.4g}i"
         return (
             f"The step leaves the solver's stability region in block {self.block} of "
-            f"{self.stage or 'the stack'}: a step of {self.step:.4g} with {self.solver} multiplies a mode of "
+            f"{self.group or 'the stack'}: a step of {self.step:.4g} with {self.solver} multiplies a mode of "
             f"eigenvalue {value}, which decays, by {self.growth:.4g}; the step limit is {self.limit:.4g}. "
             f"Take {self.substeps} times the substeps, a smaller step_size, or a solver with a larger region."
         )
@@ -96,11 +96,11 @@ def find_overstep(network: nn.Module, state: Mapping[str, Tensor], images: Tenso
     images = images[:SAMPLES].detach().cpu().float()
     try:
         worst: Overstep | None = None
-        for stage in block_groups(network, images):
-            tableau = get_tableau(stage.solver)
+        for group in block_groups(network, images):
+            tableau = get_tableau(group.solver)
             if not tableau.adaptive and tableau.explicit:
-                for block in range(len(stage.fields)):
-                    found = _overstep(stage, block, tableau)
+                for block in range(len(group.fields)):
+                    found = _overstep(group, block, tableau)
                     if found is not None and (worst is None or found.growth > worst.growth * (1 + 1e-6)):
                         worst = found
         return worst if worst is not None and _finer_helps(network, images, worst.substeps) else None
@@ -108,8 +108,8 @@ def find_overstep(network: nn.Module, state: Mapping[str, Tensor], images: Tenso
         return None  # no fields that can be linearized, or states that are not finite
 
 
-def _overstep(stage: BlockGroup, block: int, tableau: ButcherTableau) -> Overstep | None:
-    field, x, step = stage.fields[block], stage.states[block], stage.steps[block]
+def _overstep(group: BlockGroup, block: int, tableau: ButcherTableau) -> Overstep | None:
+    field, x, step = group.fields[block], group.states[block], group.steps[block]
     if not bool(x.isfinite().all()):
         return None
     if x[0].numel() <= DENSE_STATE:
@@ -124,10 +124,10 @@ def _overstep(stage: BlockGroup, block: int, tableau: ButcherTableau) -> Overste
     most = int(np.argmax(growths))
     if growths[most] < _FAR:
         return None
-    limit = float(step_limit(eigenvalues=decaying[most : most + 1], solver=stage.solver).step)
+    limit = float(step_limit(eigenvalues=decaying[most : most + 1], solver=group.solver).step)
     substeps = math.ceil(step / limit) if limit > step / _SUBSTEPS else _SUBSTEPS
     mode = complex(decaying[most])
-    return Overstep(stage.name, block, stage.solver, step, limit, mode, float(growths[most]), substeps)
+    return Overstep(group.name, block, group.solver, step, limit, mode, float(growths[most]), substeps)
 
 
 def _finer_helps(network: nn.Module, images: Tensor, substeps: int) -> bool:

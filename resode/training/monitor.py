@@ -36,11 +36,11 @@ class Callback(Protocol):
 
 @dataclass(frozen=True)
 class GroupRecord:
-    """One stage of a network after one update.
+    """One group of a network after one update.
 
     Args:
         update: updates done.
-        stage: its name.
+        group: its name.
         solver: the method.
         step: the length h of its steps, the longest of its blocks.
         growing: the most growing modes that were found in a block.
@@ -49,7 +49,7 @@ class GroupRecord:
     """
 
     update: int
-    stage: str
+    group: str
     solver: str
     step: float
     growing: int
@@ -58,7 +58,7 @@ class GroupRecord:
 
 
 class StepLimits:
-    """Records each stage's growing modes and step limits while a network trains, and draws them at the end.
+    """Records each group's growing modes and step limits while a network trains, and draws them at the end.
 
     Every block is linearized in evaluation mode at the states that fixed images reach, and the outer
     eigenvalues of its Jacobian are estimated from a small Krylov space: enough to watch, no converged limits.
@@ -67,7 +67,7 @@ class StepLimits:
     Args:
         images: to watch the states of, in the network's input format; None for the first test images.
         every: updates between two records; None for as often as `share` of the time allows.
-        solvers: methods; None for each stage's own.
+        solvers: methods; None for each group's own.
         samples: of the images to use.
         vectors: dimensions of the Krylov space.
         share: of the training time, with `every=None`.
@@ -80,7 +80,7 @@ class StepLimits:
         >>> stack = ResidualStack([nn.Linear(4, 4)], solver="rk4")
         >>> watch = StepLimits(torch.ones(2, 4))
         >>> watch.record(stack, update=0)
-        >>> watch.records[0].solver, watch.records[0].stage
+        >>> watch.records[0].solver, watch.records[0].group
         ('rk4', '')
     """
 
@@ -155,7 +155,7 @@ class StepLimits:
         if self.records or not path.exists():
             return
         try:
-            found = read_records(GroupRecord, path)
+            found = read_records(GroupRecord, path, {"stage": "group"})  # as 0.1.0 called it
         except ValueError as error:
             raise DamagedFile(f"{path} is no sound table of step limits: {error}. Remove it.") from error
         self.records = [record for record in found if record.update < loop.update]
@@ -166,17 +166,17 @@ class StepLimits:
         return sum(self.costs)
 
     def record(self, network: nn.Module, update: int) -> None:
-        """Add a record of every stage."""
+        """Add a record of every group."""
         if self.images is None:
             raise ValueError("there are no images to watch: pass images= to StepLimits.")
         begun = time.perf_counter()
         devices = [self.images.device] if self.images.device.type == "cuda" else []
         with torch.random.fork_rng(devices), evaluating(network):
-            for stage in block_groups(network, self.images[: self.samples]):
-                solvers = self.solvers or [stage.solver]
+            for group in block_groups(network, self.images[: self.samples]):
+                solvers = self.solvers or [group.solver]
                 tableaus = [get_tableau(solver) for solver in solvers]
                 found: list[list[tuple[int, float, float]]] = [[] for _ in solvers]
-                for field, x, step in zip(stage.fields, stage.states, stage.steps, strict=True):
+                for field, x, step in zip(group.fields, group.states, group.steps, strict=True):
                     if not self.records:
                         check_field(field, x)
                     spectra = outer_spectra(field, x, tableaus, budget=self.vectors, verify=False, warn=False)
@@ -193,9 +193,9 @@ class StepLimits:
                     self.records.append(
                         GroupRecord(
                             update,
-                            stage.name,
+                            group.name,
                             solver,
-                            max(stage.steps),
+                            max(group.steps),
                             max(growing),
                             min(limits),
                             max(sizes),

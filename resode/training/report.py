@@ -195,7 +195,7 @@ def _critical(report: SwapReport) -> str:
 
 
 def _stability(network: nn.Module, x: torch.Tensor) -> str:
-    """Spectra of the stages over the stability regions, where their states are small enough."""
+    """Spectra of the groups over the stability regions, where their states are small enough."""
     text = "<h2>Stability</h2>"
     sizes = [a.x[0].numel() for a in trace(network, x[:1]).additions]
     if not sizes or max(sizes) > DENSE_STATE:
@@ -207,15 +207,15 @@ def _stability(network: nn.Module, x: torch.Tensor) -> str:
         dict.fromkeys([*(s.solver for s in network.modules() if isinstance(s, ResidualStack)), "rk4"])
     )
     methods = [name for name in names if name in METHODS]
-    stages = list(block_limits(network, x, methods))
+    groups = list(block_limits(network, x, methods))
     rows = [
         [f"{s.name}, block {r.block}", r.solver, r.step, r.growing, r.decaying_step, r.limiting_eigenvalue,
          "yes" if r.inside else "no"]
-        for s in stages
+        for s in groups
         for r in s.rows
     ]  # fmt: skip
     columns = ["block", "solver", "limit", "growing modes", "limit without them", "set by λ", "inside"]
-    picture = _figure(plots.stage_spectra(stages, methods), "eigenvalues over the stability regions")
+    picture = _figure(plots.group_spectra(groups, methods), "eigenvalues over the stability regions")
     return text + picture + _table(columns, rows)
 
 
@@ -240,16 +240,16 @@ def _profile_tables(profile: DepthProfile) -> str:
     items = "".join(f'<li class="bad">{escape(text)}</li>' for text in found[:10])
     more = f"<p>… and {len(found) - 10} more blocks.</p>" if len(found) > 10 else ""
     diagnosis = f"<ul>{items}</ul>{more}" if found else "<p>No block's step is beyond its limit.</p>"
-    stages = _table(
-        ["stage", "blocks", "‖∏(I+ηJ)‖", "∏(1+ε)", "∏(1−ε)", "without shortcuts at most"],
-        [[f"{s.first} … {s.last}", s.blocks, s.norm, s.upper, s.lower, s.plain] for s in profile.stages],
+    groups = _table(
+        ["group", "blocks", "‖∏(I+ηJ)‖", "∏(1+ε)", "∏(1−ε)", "without shortcuts at most"],
+        [[f"{s.first} … {s.last}", s.blocks, s.norm, s.upper, s.lower, s.plain] for s in profile.groups],
     )
     return (
         f"<p>{len(profile.rows)} residual additions at {profile.samples} test images.</p>"
         f"<h3>Diagnosis</h3>{diagnosis}"
         + _figure(plots.depth_profile(profile), "features, gradients and limits over depth")
         + _table(list(columns), rows)
-        + (f"<h3>Gain through a stage</h3>{stages}" if profile.stages else "")
+        + (f"<h3>Gain through a group</h3>{groups}" if profile.groups else "")
     )
 
 

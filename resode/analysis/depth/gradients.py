@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from resode.analysis.depth.losses import LossFunction, sample_losses
 from resode.analysis.depth.tracing import Addition
 from resode.blocks import ResidualStack
-from resode.blocks.held import FrozenStatistics, moving_norms
+from resode.blocks.frozen import FrozenStatistics, moving_norms
 from resode.jacobian.arnoldi import random_start, ritz_values, singular_values
 from resode.jacobian.field_products import Field, Products
 from resode.jacobian.linearize import check_field

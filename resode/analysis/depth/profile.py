@@ -121,7 +121,7 @@ class DepthRow:
 
 
 @dataclass(frozen=True)
-class StageGradient:
+class GroupGradient:
     """The gradient's gain through consecutive blocks of one shape, worst over the samples.
 
     Args:
@@ -155,7 +155,7 @@ class DepthProfile:
 
     Args:
         rows: one `DepthRow` a residual addition, in the order of the forward pass.
-        stages: gains through runs of equal shape.
+        groups: gains through runs of equal shape.
         loss: mean loss of the network.
         samples: how many were looked at.
         has_target: whether the loss is that of a target.
@@ -164,7 +164,7 @@ class DepthProfile:
     """
 
     rows: list[DepthRow]
-    stages: list[StageGradient]
+    groups: list[GroupGradient]
     loss: float
     samples: int
     has_target: bool
@@ -212,7 +212,7 @@ class DepthProfile:
         lines = plain_table(columns, table, words=2)
         solvers = ", ".join(dict.fromkeys(r.solver for r in self.rows if r.solver)) or "no solver"
         lines.append(f"{len(self.rows)} residual additions, {self.samples} samples, limits for {solvers}")
-        for s in self.stages:
+        for s in self.groups:
             gain = f"‖∏(I+ηJ)‖ = {s.norm:.4g}"
             bound = f"≤ ∏(1+ε) = {s.upper:.4g}" if s.exact else "(activations between)"
             lines.append(f"{s.first} … {s.last}: {gain} {bound}; without shortcuts ≤ {s.plain:.3g}")
@@ -306,7 +306,7 @@ def profile_depth(
     check_whole("batch_size", batch_size, 1)
     device = next((p.device for p in model.parameters()), None)
     spectra_found: list[BlockSpectrum] = []
-    stages: list[StageGradient] = []
+    groups: list[GroupGradient] = []
     pieces: list[_Part] = []
     with torch.inference_mode(False), _Progress() as progress:
         stream = batches(x, target, device)
@@ -323,7 +323,7 @@ def profile_depth(
             for i, a in _numbered(traced.additions):
                 progress(f"spectrum of block {len(spectra_found) + 1} of {len(traced.additions)}, {a.name}")
                 spectra_found.append(block_spectrum(a, model, count, tableau, i))
-            stages = _stages(traced, spectra_found, count)
+            groups = _groups(traced, spectra_found, count)
     merged = _merged(pieces)
     found = []
     for i, measures in enumerate(merged.rows):
@@ -332,7 +332,7 @@ def profile_depth(
         found.append(DepthRow(**{**measures, **spectrum}, note="; ".join(notes)))
     samples, has_target = sum(p.samples for p in pieces), wanted is not None
     return DepthProfile(
-        found, stages, merged.loss, samples, has_target, pieces[0].traced.refused, pieces[0].traced.outside
+        found, groups, merged.loss, samples, has_target, pieces[0].traced.refused, pieces[0].traced.outside
     )
 
 
@@ -574,7 +574,7 @@ def _ratio(squares: Tensor, of: Tensor) -> float:
     return math.sqrt(float(squares.sum()) / whole) if whole > 0 else 0.0
 
 
-def _stages(traced: Trace, spectra: list[BlockSpectrum], batch: int) -> list[StageGradient]:
+def _groups(traced: Trace, spectra: list[BlockSpectrum], batch: int) -> list[GroupGradient]:
     """The gain through every run of at least two identity blocks of one shape."""
     additions = traced.additions
     found, start = [], 0
@@ -593,7 +593,7 @@ def _joined(a: Addition, b: Addition) -> bool:
     return a.kind == b.kind == "identity" and a.y.shape == b.x.shape
 
 
-def _gain(run: list[Addition], spectra: list[BlockSpectrum], batch: int) -> StageGradient:
+def _gain(run: list[Addition], spectra: list[BlockSpectrum], batch: int) -> GroupGradient:
     first, last = run[0], run[-1]
     products = EdgeProducts(last.at_y, first.at_x, last.y, first.x, batch)
     flat = rows(first.x, batch)
@@ -605,7 +605,7 @@ def _gain(run: list[Addition], spectra: list[BlockSpectrum], batch: int) -> Stag
     except RuntimeError:
         norm = smallest = NAN  # an operation without a second derivative
     exact = all(b.at_x == a.at_y for a, b in itertools.pairwise(run))
-    return StageGradient(
+    return GroupGradient(
         first=first.name,
         last=last.name,
         blocks=len(run),
