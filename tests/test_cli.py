@@ -101,7 +101,7 @@ def test_wrong_usage_lists_what_is_right(arguments, words, tmp_path, monkeypatch
         (["swap", "RUN", "--solvers", "euler,rk5"], ["no method 'rk5'"]),
         (["swap", "RUN", "--solvers", "gauss4"], ["gauss4", "implicit"]),
         (["swap", "RUN", "--substeps", "1,x"], ["--substeps takes whole numbers"]),
-        (["swap", "RUN", "--limit", "0"], ["limit must be at least 1"]),
+        (["swap", "RUN", "--limit", "0"], ["limit must be a whole number of at least 1"]),
         (["stability", "RUN", "--solvers", "rk5"], ["no method 'rk5'"]),
         (["stability", "RUN", "--solvers", ""], ["--solvers needs at least one"]),
         (["stability", "RUN", "rk4"], ["one run at a time"]),
