@@ -154,3 +154,61 @@ def test_solving_waits_for_nothing_else():
     )
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == ""
+
+
+LINES, NESTING, VALUES, IN_ORDER = 80, 4, 4, 8
+# Graphs that are compiled or differentiated pass tensors alone, in order; these belong to them.
+GRAPHS = {
+    "solve/compiled.py",
+    "solve/checkpoint.py",
+    "solve/gradient.py",
+    "solve/control.py",
+    "solve/adaptive.py",
+}
+
+
+def nesting(node, depth=0):
+    """How deep conditions, loops and contexts stand in each other; elif is no deeper than if."""
+    deepest = depth
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.Lambda | ast.ClassDef):
+            continue
+        chained = isinstance(node, ast.If) and node.orelse == [child] and isinstance(child, ast.If)
+        inner = isinstance(child, ast.If | ast.For | ast.While | ast.With | ast.Try) and not chained
+        deepest = max(deepest, nesting(child, depth + inner))
+    return deepest
+
+
+def oversized(text: str, graph: bool = False) -> list[str]:
+    """Functions that are too long (without their docstring), too deep, or pass too much at once."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            start = node.body[0].end_lineno if ast.get_docstring(node) else node.lineno - 1
+            lines, deep = node.end_lineno - start, nesting(node)
+            found += [f"{node.name}: {lines} lines"] * (lines > LINES)
+            found += [f"{node.name}: nested {deep} deep"] * (deep > NESTING)
+        if graph:
+            continue
+        if (
+            isinstance(node, ast.Return)
+            and isinstance(node.value, ast.Tuple)
+            and len(node.value.elts) > VALUES
+        ):
+            found.append(f"line {node.lineno}: returns {len(node.value.elts)} values")
+        if isinstance(node, ast.Call) and len(node.args) > IN_ORDER:
+            found.append(f"line {node.lineno}: {len(node.args)} arguments by position")
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_functions_stay_readable(path):
+    assert oversized(path.read_text(), str(path.relative_to(PACKAGE)) in GRAPHS) == []
+
+
+def test_an_oversized_function_is_found():
+    deep = "def f(x):\n" + "".join(f"{' ' * (4 * i)}if x:\n" for i in range(1, 6)) + " " * 24 + "x = 1\n"
+    assert oversized(deep) == ["f: nested 5 deep"]
+    assert oversized("def f():\n" + "    x = 1\n" * 80) == ["f: 81 lines"]
+    assert oversized("def f():\n    return 1, 2, 3, 4, 5\n") == ["line 2: returns 5 values"]
+    assert oversized("f(1, 2, 3, 4, 5, 6, 7, 8, 9)") == ["line 1: 9 arguments by position"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,17 +95,29 @@ def find_overstep(network: nn.Module, state: Mapping[str, Tensor], images: Tenso
     network.load_state_dict({name: value.cpu() for name, value in state.items()})
     images = images[:SAMPLES].detach().cpu().float()
     try:
-        worst: Overstep | None = None
-        for group in block_groups(network, images):
-            tableau = get_tableau(group.solver)
-            if not tableau.adaptive and tableau.explicit:
-                for block in range(len(group.fields)):
-                    found = _overstep(group, block, tableau)
-                    if found is not None and (worst is None or found.growth > worst.growth * (1 + 1e-6)):
-                        worst = found
+        worst = _worst(_oversteps(network, images))
         return worst if worst is not None and _finer_helps(network, images, worst.substeps) else None
     except (ValueError, RuntimeError, ArithmeticError, np.linalg.LinAlgError):
         return None  # no fields that can be linearized, or states that are not finite
+
+
+def _oversteps(network: nn.Module, images: Tensor) -> Iterator[Overstep]:
+    """Those of all blocks with fixed steps, in the network's order."""
+    for group in block_groups(network, images):
+        tableau = get_tableau(group.solver)
+        if tableau.adaptive or not tableau.explicit:
+            continue
+        found = (_overstep(group, block, tableau) for block in range(len(group.fields)))
+        yield from (overstep for overstep in found if overstep is not None)
+
+
+def _worst(oversteps: Iterable[Overstep]) -> Overstep | None:
+    """The one whose growth is largest, the first of those that rounding alone tells apart."""
+    worst = None
+    for overstep in oversteps:
+        if worst is None or overstep.growth > worst.growth * (1 + 1e-6):
+            worst = overstep
+    return worst
 
 
 def _overstep(group: BlockGroup, block: int, tableau: ButcherTableau) -> Overstep | None:
