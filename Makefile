@@ -9,6 +9,7 @@ STAMP := .venv/.installed
 demo: $(STAMP)
 	rm -rf runs/demo
 	$(BIN)/resode train --data digits --model odenet20 --solver euler --run-dir runs/demo
+	$(BIN)/resode diagnose runs/demo --solvers midpoint,rk4
 	$(BIN)/resode swap runs/demo --solvers euler,midpoint,rk4,dopri5
 	$(BIN)/resode stability runs/demo --solvers euler,rk4
 

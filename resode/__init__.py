@@ -14,12 +14,14 @@ from resode.solve import (
     NonFiniteState,
     Solution,
     SolverError,
+    SolverStep,
     Stats,
     StepSizeUnderflow,
     odeint,
     odeint_adjoint,
     odeint_event,
     solve_ivp,
+    steps,
 )
 from resode.stability import (
     StepLimit,
@@ -32,11 +34,18 @@ from resode.tableaus import METHODS, ButcherTableau
 if TYPE_CHECKING:
     from resode import networks, plots
     from resode.analysis.curvature import max_learning_rate
+    from resode.analysis.depth.depth_step import depth_step
     from resode.analysis.depth.profile import DepthProfile, profile_depth
+    from resode.analysis.diagnose.diagnose import diagnose
+    from resode.analysis.diagnose.findings import Finding
+    from resode.analysis.diagnose.forecast import Forecast
+    from resode.analysis.diagnose.page import Diagnosis
     from resode.analysis.rest.classify import Classification, classify
     from resode.analysis.rest.fixed_points import FixedPoints, find_fixed_points, find_several_fixed_points
     from resode.analysis.steps.limit import max_stable_step, step_limit
     from resode.analysis.steps.penalty import StepLimitPenalty
+    from resode.analysis.swap.convert import convert
+    from resode.analysis.swap.modified import distance_from_ode, modified_field
     from resode.analysis.swap.proof import SwapProof
     from resode.analysis.swap.report import SwapReport, swap_report
     from resode.training.compare import compare
@@ -48,6 +57,16 @@ __version__ = "0.1.0"
 # Imported when it is first asked for, so that solving doesn't wait for analyses, figures and training.
 _LAZY = {
     "resode.analysis.curvature": ("max_learning_rate",),
+    "resode.analysis.depth.depth_step": ("depth_step",),
+    "resode.analysis.diagnose.diagnose": ("diagnose",),
+    "resode.analysis.diagnose.findings": ("Finding",),
+    "resode.analysis.diagnose.forecast": ("Forecast",),
+    "resode.analysis.diagnose.page": ("Diagnosis",),
+    "resode.analysis.swap.convert": ("convert",),
+    "resode.analysis.swap.modified": (
+        "distance_from_ode",
+        "modified_field",
+    ),
     "resode.analysis.depth.profile": ("DepthProfile", "profile_depth"),
     "resode.analysis.rest.classify": ("Classification", "classify"),
     "resode.analysis.rest.fixed_points": (
@@ -71,7 +90,10 @@ __all__ = [
     "ButcherTableau",
     "Classification",
     "DepthProfile",
+    "Diagnosis",
+    "Finding",
     "FixedPoints",
+    "Forecast",
     "MaxStepsReached",
     "NonFiniteField",
     "NonFiniteState",
@@ -79,6 +101,7 @@ __all__ = [
     "ResidualStack",
     "Solution",
     "SolverError",
+    "SolverStep",
     "Stats",
     "StepLimit",
     "StepLimitPenalty",
@@ -87,12 +110,17 @@ __all__ = [
     "SwapReport",
     "classify",
     "compare",
+    "convert",
+    "depth_step",
+    "diagnose",
+    "distance_from_ode",
     "find_fixed_points",
     "find_several_fixed_points",
     "imaginary_stability_interval",
     "load",
     "max_learning_rate",
     "max_stable_step",
+    "modified_field",
     "networks",
     "odeint",
     "odeint_adjoint",
@@ -103,6 +131,7 @@ __all__ = [
     "solve_ivp",
     "stability_function",
     "step_limit",
+    "steps",
     "swap_report",
     "train",
 ]

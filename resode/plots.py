@@ -684,3 +684,34 @@ def depth_profile(profile: Any, path: Path = None) -> Figure:
         labels = [row.name for row in rows][::every]
         ax.set_xticks(x[::every], labels, rotation=60, ha="right", fontsize=7.5)
     return _finished(figure, path)
+
+
+def block_gains(diagnosis: Any, path: Path = None) -> Figure:
+    """Draw the gains of a random perturbation by block, a result of `resode.diagnose`; outliers are marked.
+
+    Args:
+        diagnosis: its rows.
+        path: where to write the figure.
+    """
+    rows = diagnosis.rows
+    figure = Figure(figsize=(max(6.4, 0.22 * len(rows) + 3), 4.2), layout="constrained")
+    ax = figure.subplots()
+    x = np.arange(len(rows))
+    for i, (name, label) in enumerate(
+        [("sigma", "σ max, at least"), ("gain", "block"), ("branch_gain", "branch")]
+    ):
+        values = np.array([float(getattr(row, name)) for row in rows])
+        values = np.where(np.isfinite(values) & (values > 0), values, np.nan)
+        style: dict[str, Any] = {"color": COLOURS[i], "marker": "o", "markersize": 3.6, "linewidth": 1.4}
+        ax.plot(x, values, label=label, linestyle=DASHES[i % len(DASHES)], **style)
+    for i, row in enumerate(rows):
+        if row.cause:
+            ax.axvspan(i - 0.5, i + 0.5, color="0.85", zorder=0)
+            ax.text(i, 1.01, row.cause, transform=ax.get_xaxis_transform(), ha="center", fontsize=8)
+    ax.set_yscale("log")
+    ax.axhline(1, color="0.6", linewidth=0.7)
+    ax.set_ylabel("gain of a perturbation")
+    ax.legend(frameon=False, fontsize=8)
+    every = max(1, math.ceil(len(rows) / 30))
+    ax.set_xticks(x[::every], [row.block for row in rows][::every], rotation=60, ha="right", fontsize=7.5)
+    return _finished(figure, path)

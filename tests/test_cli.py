@@ -293,15 +293,15 @@ def test_swap_lists_and_takes_explicit_methods_alone(run):
 
 def test_swap_table_and_figure(run):
     """The trained solver's row is the run's own accuracy, with no drift and 7 calls of F."""
-    result = resode("swap", run, "--solvers", "euler,rk4", "--substeps", "1,2", "--recalibrate")
+    result = resode("swap", run, "--solvers", "euler,rk4", "--substeps", "1,2")
     assert result.exit_code == 0, result.output
     rows = {tuple(row[:2]): row for row in columns(result.output) if row[0] in METHODS}
     assert list(rows) == [("euler", "1"), ("euler", "2"), ("rk4", "1"), ("rk4", "2")]
     summary = json.loads((run / "summary.json").read_text())
     accuracy = f"{100 * summary['test_accuracy']:.2f}"
-    assert rows["euler", "1"][2] == accuracy
-    assert rows["euler", "1"][4:] == ["0.000", "7", "1, trained"]
-    assert [rows[key][5] for key in (("euler", "2"), ("rk4", "1"), ("rk4", "2"))] == ["14", "28", "56"]
+    assert rows["euler", "1"][2:4] == ["keeps", accuracy]
+    assert rows["euler", "1"][5:] == ["0.000", "7", "1, trained"]
+    assert [rows[key][6] for key in (("euler", "2"), ("rk4", "1"), ("rk4", "2"))] == ["14", "28", "56"]
     stored = list(csv.DictReader((run / "figures" / "swap.csv").read_text().splitlines()))
     assert [row["solver"] for row in stored] == ["euler", "euler", "rk4", "rk4"]
     assert (run / "figures" / "swap.png").stat().st_size > 10_000

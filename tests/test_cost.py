@@ -189,3 +189,44 @@ def test_counting_leaves_the_module_as_it_was():
     count(model, torch.randn(2, 3, 8, 8))
     assert model.training and model.layer2.training and not model.layer1.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def self_attention(layer):
+    class Self(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(x, x, x)[0]
+
+    return Self()
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("make", "macs"),
+    [  # 50 steps of 32 features
+        (lambda: nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 364_800 + 2 * 50 * 32 * 64),
+        (lambda: self_attention(nn.MultiheadAttention(32, 4, batch_first=True)), 50 * 4 * 32**2 + 2 * 50**2 * 32),
+        (lambda: nn.LSTM(32, 16, batch_first=True), 50 * 4 * 16 * (32 + 16)),
+        (lambda: nn.LSTM(32, 16, 2, bidirectional=True, batch_first=True), 50 * 2 * 4 * 16 * (48 + 48)),
+        (lambda: nn.GRU(32, 16, batch_first=True), 50 * 3 * 16 * (32 + 16)),
+    ],
+)  # fmt: skip
+def test_attention_and_recurrence(make, macs, device):
+    """Projections of 4·32² a step and two products of 50 × 32 × 50; four or three gates of two matrices each."""
+    layer = make().to(device)
+    for batch in (1, 3):
+        assert count(layer, torch.zeros(batch, 50, 32, device=device)).macs == macs
+    assert layer.training and torch.backends.mha.get_fastpath_enabled()
+
+
+def test_fused_attention_and_several_inputs():
+    class Fused(nn.Module):
+        def forward(self, q, k):
+            return nn.functional.scaled_dot_product_attention(q, k, k)
+
+    q, k = torch.zeros(2, 4, 50, 8), torch.zeros(2, 4, 20, 8)
+    assert count(Fused(), (q, k)).macs == 2 * 4 * 50 * 20 * 8
+    assert count(nn.LSTM(32, 16), torch.zeros(50, 2, 32)).macs == 153_600  # the batch is dimension 1

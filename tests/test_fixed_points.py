@@ -493,3 +493,22 @@ def test_train_mode_and_changed_shapes_are_refused():
         classify(logistic, torch.ones(1, 1), solver="rk4")
     with pytest.raises(ValueError, match="max_points"):
         find_several_fixed_points(logistic, torch.ones(1, 1), max_points=0)
+
+
+@pytest.mark.parametrize(
+    ("field", "start"),
+    [(lambda x: torch.exp(-x), 24.0), (lambda x: 1 / x, 1e10), (lambda x: torch.exp(-x), 100.0)],
+    ids=["exp(−x) at 24", "1/x at 1e10", "exp(−x) at 100"],
+)
+def test_a_small_value_without_a_zero_near_is_no_fixed_point(field, start):
+    """|F| is within its tolerance there, and Newton's step is 1 or as long as x: no zero is near."""
+    x = torch.tensor([[start]], dtype=torch.float64)
+    assert float(field(x).abs()) <= 1e-10
+    assert not bool(find_fixed_points(field, x).converged)
+
+
+def test_a_flat_field_is_followed_to_its_zero():
+    """1e-12·(x − 1) is within the tolerance everywhere near 0, and its zero is 1."""
+    found = find_fixed_points(lambda x: 1e-12 * (x - 1), torch.tensor([[-5.0], [0.0], [30.0]]).double())
+    assert bool(found.converged.all())
+    assert found.points.flatten().tolist() == pytest.approx([1.0, 1.0, 1.0], abs=1e-9)

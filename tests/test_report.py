@@ -14,14 +14,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from torch import nn
 from typer.testing import CliRunner, Result
 
-from resode import ResidualStack
 from resode.cli import app
 from resode.networks import build
 from resode.training.folder import RunFolder
-from resode.training.report import _profile
 
 
 def resode(*arguments: object) -> Result:
@@ -56,6 +53,24 @@ def test_profile_of_a_run(run):
     assert (run / "figures" / "profile.png").stat().st_size > 20_000
     lines = (run / "figures" / "profile.csv").read_text().splitlines()
     assert len(lines) == 10 and lines[0].startswith("name,kind,shape,step_size")
+
+
+def test_diagnosis_of_a_run_and_of_anyones_network(run, tmp_path, monkeypatch):
+    """Piped, the page has 80 columns; the verdict is its first line."""
+    result = resode("diagnose", run, "--solvers", "rk4,midpoint", "--lr", "0.1")
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert lines[0].startswith("VERDICT") and all(len(line) <= 80 for line in lines if "figures" not in line)
+    assert "midpoint" in result.output and "its limit" in result.output
+    assert (run / "figures" / "diagnosis.png").stat().st_size > 10_000
+    assert len((run / "figures" / "diagnosis.csv").read_text().splitlines()) == 10
+    (tmp_path / "own.py").write_text(
+        "from torch import nn\ndef net():\n    return nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 2))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    result = resode("diagnose", "--model", "own:net", "--shape", "5", "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("VERDICT  nothing unusual (no residual addition, 2 layers, 32 samples).")
 
 
 def test_profile_of_anyones_network(tmp_path, monkeypatch):
@@ -96,6 +111,8 @@ def test_profile_of_anyones_network(tmp_path, monkeypatch):
         ),
         (["profile", "--model", "resnet21", "--shape", "3,8,8"], ["resnet20 and resnet26"]),
         (["profile", "--model", "resnet20", "--shape", "3,8,8", "--blocks", "x*"], ["names no module"]),
+        (["diagnose"], ["--model NAME", "give a run"]),
+        (["diagnose", "--model", "resnet20", "--shape", "3,8,8", "--solvers", "rk5"], ["Did you mean rk4"]),
         (["report", "nowhere"], ["no run nowhere"]),
         (["report"], ["RUN"]),
     ],
@@ -132,7 +149,7 @@ def page(run) -> Path:
 def test_report_is_one_file_with_everything(page):
     text = page.read_text()
     parsed = Page(text)
-    assert parsed.tags.count("img") == 4 and all(
+    assert parsed.tags.count("img") == 5 and all(
         r.startswith("data:image/png;base64,") for r in parsed.references
     )
     assert "script" not in parsed.tags and "link" not in parsed.tags and "b" in parsed.tags
@@ -170,19 +187,12 @@ def test_report_of_a_damaged_run_names_the_file(run, tmp_path, name, content):
     assert f"{name} is no sound" in " ".join(result.output.split())
 
 
-def test_report_names_the_block_whose_step_is_too_large():
-    """λ = −4: one half is safe, the middle block takes 0.8 and multiplies by |1 − 3.2|."""
-    field = nn.Linear(3, 3, bias=False)
-    stack = ResidualStack(field, depth=3, step_size=0.2, learn_step=True).eval()
-    with torch.no_grad():
-        field.weight.copy_(-4 * torch.eye(3))
-        stack.step_sizes[1] = 0.8
-    text = Page(_profile(nn.Sequential(stack).eval(), torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))).text
-    assert "0[1]: η = 0.8 is too large for euler: λ = -4 grows by 2.2 a step" in text and "η ≤ 0.5" in text
-    calm = ResidualStack(field, depth=3, step_size=0.2).eval()
-    assert "No block's step is beyond its limit" in _profile(
-        calm, torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
-    )
+def test_report_begins_with_the_diagnosis(page):
+    """What is wrong, if anything, before any curve: five headings, the verdict first."""
+    text = Page(page.read_text()).text
+    places = [text.index(word) for word in ("VERDICT", "WHOLE", "BLOCKS", "SWAP", "TRAIN", "Training")]
+    assert places == sorted(places)
+    assert "Stability" in text[places[-1] :]
 
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")

@@ -20,7 +20,7 @@ from resode.blocks import ResidualStack
 from resode.networks import build
 from resode.training.compare import compare
 from resode.training.data.datasets import load_data
-from resode.training.divergence import find_overstep
+from resode.training.divergence import why_diverged
 from resode.training.evaluate import evaluate, load, read_weights
 from resode.training.files import DamagedFile, RunError, pack, unpack
 from resode.training.folder import FolderTaken, RunFolder
@@ -124,10 +124,9 @@ def test_a_divergence_by_too_large_a_step_names_block_and_limit(tmp_path):
         train(network, "digits", "smoke", run_dir=tmp_path / "run", progress=False)
     message = str(error.value)
     assert "in epoch 1" in message and "The state that failed is in" in message
-    assert "leaves the solver's stability region in block 2 of stack: a step of 1 with euler" in message
-    assert (
-        "eigenvalue -12, which decays, by 11; the step limit is 0.1667. Take 6 times the substeps" in message
-    )
+    assert "A step of 1 with euler amplifies a perturbation 11 times" in message
+    assert "λ = -12 decays, and allows steps up to 0.1667. Take 6 substeps" in message
+    assert "tenth" not in message
     file = tmp_path / "run" / "checkpoints" / "diverged.safetensors"
     tensors, about = unpack(file)
     assert "loss became" in about["what"] or "no longer finite" in about["what"]
@@ -142,7 +141,7 @@ def test_a_divergence_by_the_learning_rate_blames_no_step(tmp_path):
             Stiff((0.5,) * 8), "digits", "smoke", run_dir=tmp_path / "run", progress=False, lr=1e30, ema=0.9
         )
     message = str(error.value)
-    assert "Try a tenth of that --lr" in message and "stability region" not in message
+    assert "times its limit" in message and "substeps" not in message
     tensors, _ = unpack(tmp_path / "run" / "checkpoints" / "diverged.safetensors")
     assert any(name.startswith("average.") for name in tensors)
 
@@ -160,19 +159,46 @@ def test_a_divergence_by_the_learning_rate_blames_no_step(tmp_path):
 )
 def test_a_step_is_blamed_where_shorter_ones_help(solver, a, blamed):
     network = Stiff((a,) * 8, solver)
-    found = find_overstep(network, network.state_dict(), torch.ones(3, 1, 8, 8))
-    assert (found is not None) == blamed
-    if found and solver == "rk4":
-        assert found.growth == pytest.approx(31, rel=1e-6)
-        assert found.limit == pytest.approx(2.785293563405282 / 6, rel=1e-6)
+    found = why_diverged(network, network.state_dict(), torch.ones(3, 1, 8, 8), torch.arange(3), 1e-9)
+    assert (found is not None and found.cause == "overstep") == blamed
+    if found and solver == "rk4" and blamed:
+        assert found.evidence["gain"] == pytest.approx(31, rel=1e-3)
+        assert found.evidence["limit"] == pytest.approx(2.785293563405282 / 6, rel=1e-6)
     assert network.stack.substeps == 1
 
 
-def test_networks_that_cannot_be_looked_at_blame_nothing():
+def test_networks_in_order_blame_nothing():
+    """Fresh ones with batch norm, whose statistics no batch has met; training takes the batch's own."""
+    torch.manual_seed(0)
+    x, y = torch.randn(16, 1, 8, 8), torch.arange(16) % 10
     plain = build("resnet20", in_channels=1)
-    assert find_overstep(plain, plain.state_dict(), torch.ones(1, 1, 8, 8)) is None
+    assert why_diverged(plain, plain.state_dict(), x, y, 1e-9) is None
     bounded = build("odenet20", in_channels=1)  # batch norm inside F
-    assert find_overstep(bounded, bounded.state_dict(), torch.rand(2, 1, 8, 8)) is None
+    assert why_diverged(bounded, bounded.state_dict(), x, y, 1e-9) is None
+
+
+def test_sixty_blocks_without_norm_are_told_of_their_depth(tmp_path):
+    """Each block doubles the second moment: a hundredth of the rate dies too, and η = 1/√60 trains."""
+
+    def network(eta: float) -> nn.Module:
+        torch.manual_seed(0)
+        blocks = []
+        for _ in range(60):
+            first, second = nn.Linear(32, 32), nn.Linear(32, 32)
+            nn.init.kaiming_normal_(first.weight, nonlinearity="relu")
+            nn.init.kaiming_normal_(second.weight, nonlinearity="linear")
+            blocks.append(nn.Sequential(first, nn.ReLU(), second))
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 32), ResidualStack(blocks, step_size=eta), nn.Linear(32, 10)
+        )
+
+    for lr in (0.02, 0.0002):
+        with pytest.raises(RunError) as error:
+            train(network(1.0), "digits", "smoke", run_dir=tmp_path / f"{lr}", progress=False, lr=lr)
+        message = str(error.value)
+        assert "60 blocks amplify a perturbation" in message and "tenth" not in message
+        assert "Multiply each branch by 1/√60 = 0.13 (step_size in a ResidualStack)" in message
+    train(network(60**-0.5), "digits", "smoke", run_dir=tmp_path / "again", progress=False, lr=0.02)
 
 
 # Files of other times, other data, and full disks

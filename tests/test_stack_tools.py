@@ -3,12 +3,11 @@
 import copy
 import io
 import pickle
-import socket
 
+import children
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from resode import ODEBlock, ResidualStack
@@ -126,16 +125,15 @@ def test_odenet_drops_the_blocks_that_the_pre_activation_net_drops():
     )
 
 
-def _worker(rank, port, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    try:
-        for index, (model, x) in enumerate(_models()):
-            wrapped = DistributedDataParallel(model)
-            wrapped(x[rank::2]).square().mean().backward()
-            torch.save([p.grad for p in model.parameters()], folder / f"{rank}-{index}.pt")
-    finally:
-        dist.destroy_process_group()
+def _worker(folder):
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    for index, (model, x) in enumerate(_models()):
+        wrapped = DistributedDataParallel(model)
+        wrapped(x[rank::2]).square().mean().backward()
+        torch.save([p.grad for p in model.parameters()], folder / f"{rank}-{index}.pt")
+    dist.barrier()  # else the faster process closes the connection that the other still uses
+    dist.destroy_process_group()
 
 
 def _models():
@@ -149,11 +147,14 @@ def _models():
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path):
-    """DDP averages them; the mean loss over two halves of a batch is the whole's."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_worker, (port, tmp_path), nprocs=2)
+    """DDP averages them; the mean loss over two halves of a batch is the whole's.
+
+    Forked processes leave without tearing Python down: gloo's threads outlive the group while a DDP module does,
+    and one that lets go of a tensor after Python has ended aborts the process.
+    """
+    said = tmp_path / "said"
+    processes = children.start_together(2, _worker, tmp_path, said=said)
+    assert children.ended(processes) == [0, 0], [(said / str(rank)).read_text() for rank in range(2)]
     for index, (model, x) in enumerate(_models()):
         model(x).square().mean().backward()
         each = [torch.load(tmp_path / f"{rank}-{index}.pt", weights_only=True) for rank in range(2)]

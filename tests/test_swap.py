@@ -96,7 +96,7 @@ def test_recalibration_uses_the_solvers_own_statistics():
 
 def test_a_generator_is_read_once_and_a_table_and_csv_hold_every_row(tmp_path):
     report = swap_report(classifier(), ((X, labels_of(0.1)) for _ in range(1)), ("euler", "heun2"), (1, 3))
-    assert len(str(report).splitlines()) == 5 and "as trained" in str(report).splitlines()[1]
+    assert len(str(report).splitlines()) == 6 and "as trained" in str(report).splitlines()[1]
     report.to_csv(tmp_path / "swap.csv")
     rows = list(csv.DictReader((tmp_path / "swap.csv").read_text().splitlines()))
     assert [(r["solver"], r["substeps"]) for r in rows] == [
@@ -125,8 +125,8 @@ def test_wrong_arguments_say_the_rule(model, data, options, message):
 def test_a_table_comes_back_as_it_was_written(tmp_path):
     """None, adaptive rows and every digit."""
     rows = [
-        SwapRow("euler", 1, 1 / 3, 0.1 + 0.2, 0.9, 0.0, 7.0, True),
-        SwapRow("dopri5", None, None, 0.25, None, 1e-17, 32.1, False),
+        SwapRow("euler", 1, 1 / 3, "keeps", 0.1 + 0.2, 0.9, 0.0, 0.1, 0.0, "1.fields.0", 7.0, True),
+        SwapRow("dopri5", None, None, "may lose", 0.25, None, 1e-17, None, 1e-3, "", 32.1, False),
     ]
     SwapReport(rows).to_csv(tmp_path / "swap.csv")
     assert SwapReport.from_csv(tmp_path / "swap.csv").rows == rows
@@ -147,3 +147,71 @@ def test_another_table_is_refused(tmp_path, text, message):
     (tmp_path / "t.csv").write_text(text.replace("HEAD", head))
     with pytest.raises(ValueError, match=message):
         SwapReport.from_csv(tmp_path / "t.csv")
+
+
+def test_causes_stand_apart():
+    """x ↦ BN then −½x: under twice the substeps statistics of other states mend all, or nothing is mended."""
+    model = classifier(norm=True).eval()
+    data = [(X, labels_of(0.1))]
+    report = swap_report(model, data, ("euler", "rk4"), (1,))
+    assert report.calibration == "these inputs"
+    for row in report.rows:
+        assert (
+            row.batch_norm_share == row.accuracy_recalibrated - row.accuracy
+            and row.kept == row.accuracy_recalibrated
+        )
+    own = report.rows[0]
+    assert own.as_trained and own.drift_recalibrated == 0 and own.logit_drift == 0 and own.forecast == "keeps"
+    other = swap_report(model, data, ("euler",), (1,), recalibrate=[(3 * X, labels_of(0.1))])
+    assert other.calibration == "training batches"
+    without = swap_report(model, data, ("euler", "rk4"), (1,), recalibrate=False)
+    assert without.calibration == "nothing" and without.rows[1].accuracy_recalibrated is None
+    assert without.rows[1].accuracy == report.rows[1].accuracy
+
+
+def test_the_forecast_sees_no_label():
+    model = classifier()
+    right, wrong = (
+        swap_report(model, [(X, y)], ("rk4",), (1, 2)).rows for y in (labels_of(0.1), 1 - labels_of(0.1))
+    )
+    assert [r.forecast for r in right] == [r.forecast for r in wrong]
+    assert [r.defect for r in right] == [r.defect for r in wrong] and right[0].defect > 0
+
+
+def test_recalibration_needs_a_batch_norm():
+    with pytest.raises(ValueError, match="this model has none"):
+        swap_report(classifier(), [(X, labels_of(1))], recalibrate=[(X, labels_of(1))])
+
+
+def row(solver, n, accuracy, again, trained=False):
+    return SwapRow(solver, n, 1 / n, "", accuracy, again, 0.0, None, 0.0, "", 1.0, trained)
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (row("rk4", 1, 0.80, 0.95), ["loses 15.0 points", "15.0 to batch norm"]),
+        (
+            row("rk4", 2, 0.80, 0.90),
+            ["rk4 with 2 substeps", "10.0 to batch norm", "5.0 to the solver", "--swap-proof"],
+        ),
+        (row("rk4", 1, 0.80, None), ["15.0 to the solver"]),
+        (row("rk4", 1, 0.945, 0.945), ["No solver and step here loses more than 1 of 100"]),
+        (row("rk4", 1, 0.96, 0.97), ["No solver and step here loses more"]),
+    ],
+)
+def test_the_loss_is_said_by_its_cause(other, words):
+    own = row("euler", 1, 0.95, None if other.accuracy_recalibrated is None else 0.95, trained=True)
+    said = " ".join(SwapReport([own, other], "training batches").causes().split())
+    assert all(word in said for word in words), said
+    assert ("batch norm" in said) == any("batch norm" in word for word in words)
+    assert "to the solver" in said or not any("to the solver" in word for word in words)
+
+
+def test_tables_of_the_first_version_are_read(tmp_path):
+    (tmp_path / "t.csv").write_text(
+        "solver,substeps,step_size,accuracy,accuracy_recalibrated,logit_drift,nfe,as_trained\n"
+        "euler,1,1.0,0.85,0.8474,0.0,7.0,True\n"
+    )
+    (found,) = SwapReport.from_csv(tmp_path / "t.csv").rows
+    assert (found.accuracy, found.accuracy_recalibrated, found.forecast) == (0.85, 0.8474, "not made")

@@ -10,9 +10,9 @@ import pytest
 os.environ["RESODE_FAST"] = "1"  # before theory.verdict reads it
 
 from theory import __main__ as command
-from theory import verdict
+from theory import seeds, verdict
 
-CLAIMS = [*(f"A{n}" for n in range(1, 9)), *(f"B{n}" for n in range(1, 10)), *(f"C{n}" for n in range(1, 9))]
+CLAIMS = [*(f"A{n}" for n in range(1, 9)), *(f"B{n}" for n in range(1, 10)), *(f"C{n}" for n in range(1, 10))]
 
 
 @pytest.fixture(autouse=True)
@@ -116,3 +116,30 @@ def test_what_a_page_has_no_results_for_is_told_with_the_commands(tmp_path, monk
     monkeypatch.setattr(command, "PAGES", {"Z1": page(tmp_path, body)})
     assert command.main([]) == 0
     assert capsys.readouterr().err == "Z1: curves: not measured. Do:\n  resode train\n  collect\n"
+
+
+def test_pages_under_shifted_seeds(tmp_path, monkeypatch, capsys):
+    """Page Z1 draws under three shifts, and 1000·2 is what it does not hold for."""
+    body = "from theory.seeds import shifted\nat_most('seed', 1005, shifted(5))"
+    monkeypatch.setattr(command, "PAGES", {"Z1": page(tmp_path, body)})
+    monkeypatch.setattr(seeds, "SHIFT", 7)
+    assert command.main(["z1", "--seeds", "2"]) == 0
+    assert "2 of 2 hold.\n" in capsys.readouterr().out
+    assert command.main(["z1", "--seeds", "3"]) == 1
+    printed = capsys.readouterr()
+    assert "2 of 3 hold.\n" in printed.out
+    assert (
+        "Z1, shift 2: the claim does not hold: seed: predicted 1005 (at most), measured 2005" in printed.err
+    )
+    assert seeds.SHIFT == 7
+    for wrong in (["--seeds", "0"], ["--seeds", "2", "--csv", "x"]):
+        with pytest.raises(SystemExit):
+            command.main(wrong)
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_a_page_draws_by_shifted_seeds_alone(claim):
+    text = command.PAGES[claim].read_text()
+    assert not re.findall(r"manual_seed\((?!shifted\()", text)
+    drawn = re.findall(r"\bseed=(?!shifted\(|seed\b)|default_rng|np\.random", text)
+    assert not drawn

@@ -246,6 +246,24 @@ def test_streams_that_never_meet_again_are_refused_by_name():
     assert f"model: no residual block, since {why}" in str(profile)
 
 
+def test_a_function_with_its_own_gradient_is_named():
+    """A reversible layer that adds within torch.autograd.Function, as memory-saving packages do."""
+
+    class Hidden(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, w):
+            ctx.save_for_backward(w)
+            return x + x @ w
+
+        @staticmethod
+        def backward(ctx, g):
+            return g + g @ ctx.saved_tensors[0].T, None
+
+    model = Net(lambda x, f: Hidden.apply(x, f.weight), times(-3, 8)).eval()
+    with pytest.raises(ValueError, match=r"no residual block.*HiddenBackward is a gradient of its own"):
+        profile_depth(model, states())
+
+
 def test_parts_of_a_branch_are_no_blocks():
     """Res2Net: within F the state is cut, and parts are added to parts: one block, and nothing refused."""
 

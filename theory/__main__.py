@@ -1,5 +1,8 @@
 """Run the claims' pages and print one table: `python -m theory [ID …]`; RESODE_FAST=1 takes their small size.
 
+`--seeds N` runs every page under N shifts of all its seeds instead, and prints under how many it holds;
+RESODE_SEED_SHIFT=K takes the shift K alone.
+
 Exit codes: 0 where every claim holds, 1 where one does not, 2 for a name that no page has or a table that
 cannot be written. What a page has no stored results for, it says with the commands that make them.
 """
@@ -24,11 +27,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from theory import verdict
+from theory import seeds, verdict
 from theory.table import COLUMNS, rows
 
 PAGES = {path.stem.split("_")[1].upper(): path for path in sorted(Path(__file__).parent.glob("plot_*_*.py"))}
-"""Claim to page: A1 … C8."""
+"""Claim to page: A1 … C9."""
 
 NOT_MEASURED = re.compile(r"^.*not measured.*(?:\n  .*)*", flags=re.M)
 """How a page prints what it has no stored results for: a line that says so, commands indented below."""
@@ -79,16 +82,43 @@ def writable(path: str) -> bool:
     return True
 
 
+def under_shifts(claims: list[str], count: int, show: bool) -> int:
+    """Runs pages under shifts 0 … count − 1 of all seeds; prints how many hold, and why the others fail."""
+    shown, failed, own = Table("claim", "holds", "seconds, mean"), [], seeds.SHIFT
+    for claim in claims:
+        results = []
+        for seeds.SHIFT in range(count):
+            result, seconds, _ = run(PAGES[claim], show)
+            results.append((result, seconds))
+            if result != "holds":
+                failed.append(f"{claim}, shift {seeds.SHIFT}: {result}")
+        held = sum(result == "holds" for result, _ in results)
+        shown.add_row(claim, f"{held} of {count}", f"{sum(s for _, s in results) / count:.1f}")
+    seeds.SHIFT = own
+    Console(width=None if sys.stdout.isatty() else 140).print(shown)
+    for line in failed:
+        print(line, file=sys.stderr)
+    total = len(claims) * count
+    print(f"{total - len(failed)} of {total} hold.")
+    return 1 if failed else 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m theory", description=__doc__.splitlines()[0])
     parser.add_argument(
         "claims", nargs="*", metavar="ID", help=f"of {', '.join(PAGES)}; all where none is named"
     )
-    parser.add_argument("--csv", metavar="PATH", help="also write the table there")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--csv", metavar="PATH", help="also write the table there")
+    either.add_argument("--seeds", type=int, metavar="N", help="under N shifts of all seeds: how many hold")
     parser.add_argument("--show", action="store_true", help="print what the pages print")
     options = parser.parse_args(arguments)
+    if options.seeds is not None and options.seeds < 1:
+        parser.error(f"--seeds must be a whole number of at least 1: got {options.seeds}")
     claims = chosen(options.claims)
+    if options.seeds is not None:
+        return under_shifts(claims, options.seeds, options.show)
     if options.csv is not None and not writable(options.csv):
         return 2
     shown, kept, failed, absent = Table(*COLUMNS), [], [], []

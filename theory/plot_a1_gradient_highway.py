@@ -31,10 +31,12 @@ from torch import nn
 from resode import ResidualStack
 from resode.analysis import gradient_parts, jacobian
 from resode.fields import BottleneckField, ConvField, MLPField
+from theory.seeds import shifted
 from theory.verdict import FAST, agree, at_least, at_most
 
-torch.manual_seed(0)
-batch, channels, pixels, width, depth = (2, 4, 6, 32, 40) if FAST else (8, 16, 8, 64, 40)
+torch.manual_seed(shifted(0))
+batch, channels, pixels, width, depth = (2, 8, 6, 32, 40) if FAST else (8, 16, 8, 64, 40)
+draws = 3
 
 
 def normal(*shape):
@@ -66,26 +68,30 @@ part_error = (gradient_parts(rectified, x, g).total - by_hand).abs().max() / by_
 # --------------------------------
 # Autograd differentiates the whole block; ``gradient_parts`` differentiates F alone; and a third way forms
 # F's Jacobian, row by row, and multiplies :math:`g` by it. (In training batch norm couples the samples, so
-# that there is no Jacobian of one sample; the split holds for the batch as a whole.)
+# that there is no Jacobian of one sample; the split holds for the batch as a whole.) Each kind is drawn three
+# times: the split must hold in all, with something to split on average, as a narrow bottleneck may be dead.
 
 image = (batch, channels, pixels, pixels)
 kinds = {
-    "dense": (MLPField(width).eval(), (batch, width)),
-    "convolution": (ConvField(channels, norm="none").eval(), image),
-    "batch norm": (ConvField(channels, norm="batch").eval(), image),
-    "bottleneck": (BottleneckField(channels).eval(), image),
-    "batch norm, training": (ConvField(channels, norm="batch").train(), image),
+    "dense": (lambda: MLPField(width).eval(), (batch, width)),
+    "convolution": (lambda: ConvField(channels, norm="none").eval(), image),
+    "batch norm": (lambda: ConvField(channels, norm="batch").eval(), image),
+    "bottleneck": (lambda: BottleneckField(channels).eval(), image),
+    "batch norm, training": (lambda: ConvField(channels, norm="batch").train(), image),
 }
 errors, formed, shares = {}, {}, {}
-for name, (field, shape) in kinds.items():
-    field, x, g = field.double(), normal(*shape), normal(*shape)
-    parts = gradient_parts(field, x, g)
-    whole = autograd(ResidualStack([field]), x, g)
-    errors[name] = float((parts.total - whole).norm() / whole.norm())
-    shares[name] = float(parts.residual.norm() / parts.identity.norm())
-    if not field.training:
-        flat = g.flatten(1) + torch.einsum("bi,bij->bj", g.flatten(1), jacobian(field, x))
-        formed[name] = float((flat - whole.flatten(1)).norm() / whole.norm())
+for name, (make, shape) in kinds.items():
+    for _ in range(draws):
+        field, x, g = make().double(), normal(*shape), normal(*shape)
+        parts = gradient_parts(field, x, g)
+        whole = autograd(ResidualStack([field]), x, g)
+        error = float((parts.total - whole).norm() / whole.norm())
+        errors[name] = max(error, errors.get(name, 0.0))
+        shares[name] = shares.get(name, 0.0) + float(parts.residual.norm() / parts.identity.norm()) / draws
+        if not field.training:
+            flat = g.flatten(1) + torch.einsum("bi,bij->bj", g.flatten(1), jacobian(field, x))
+            error = float((flat - whole.flatten(1)).norm() / whole.norm())
+            formed[name] = max(error, formed.get(name, 0.0))
 
 # %%
 # Every unit off, and what the highway does not promise
@@ -143,10 +149,12 @@ right.legend()
 agree("relu layer: autograd less g + gᵀJ by hand", 0, hand_error, atol=1e-14)
 agree("relu layer: the parts less g + gᵀJ by hand", 0, part_error, atol=1e-14)
 for name, error in errors.items():
-    agree(f"{name}: error of the parts' sum", 0, error, atol=1e-14)
+    agree(f"{name}: error of the parts' sum, worst draw", 0, error, atol=1e-14)
 for name, error in formed.items():
-    agree(f"{name}: error of g + gᵀJ, J formed", 0, error, atol=1e-14)
-at_least("smallest residual part, relative to g", 0.05, min(shares.values()))
+    agree(f"{name}: error of g + gᵀJ, J formed, worst draw", 0, error, atol=1e-14)
+at_least(
+    "residual part relative to g, mean over draws, of the kind with the least", 0.05, min(shares.values())
+)
 agree("every unit off: entries of x and g that changed", 0, changed_bits)
 at_most("J = −I: gradient left, relative to g", 1e-12, cancelled)
 agree("post-activation, F = 0: share of g lost (of x < 0)", negative, lost)

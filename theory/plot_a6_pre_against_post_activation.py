@@ -38,11 +38,12 @@ from torch.nn.utils import skip_init
 
 from resode import ResidualStack
 from theory.measures.gains import gradient_norms
+from theory.seeds import shifted
 from theory.verdict import FAST, agree, at_least, at_most
 
 s_values, depths, wide_depths = (0.1, 0.5, 1.0, 2.0), (1, 2, 4, 6), (1, 2, 4, 8)
 samples, units, width, nets = (50_000, 50_000, 128, 20) if FAST else (2_000_000, 400_000, 512, 20)
-generator = torch.Generator().manual_seed(0)
+generator = torch.Generator().manual_seed(shifted(0))
 F64 = torch.float64
 
 
@@ -104,10 +105,17 @@ pre = {inputs: measured("pre", 1.0, inputs) for inputs in ("symmetric", "positiv
 # Scalar chains by depth, s = 1/2
 # -------------------------------
 # After the first block B is positive or dead: its moment is the symmetric one, then powers of the positive.
+# The fourth powers, E[u⁴; u > 0] of u = 1 + w, do likewise, and give the error of a mean of so many squares.
 
 first, later = moments(0.5, "symmetric")[1], moments(0.5, "positive")[1]
 chain_law = {depth: first * later ** (depth - 1) for depth in depths}
-chain = {depth: measured("B", 0.5, "symmetric", depth) for depth in depths}
+chain = {depth: measured("B", 0.5, "symmetric", depth)[0] for depth in depths}
+first4 = (1 + 6 * 0.5**2 + 3 * 0.5**4) / 2
+density, distribution = math.exp(-2) / math.sqrt(2 * math.pi), (1 + math.erf(math.sqrt(2))) / 2  # at 1/s = 2
+later4 = 2 * first4 * distribution + (0.5 + 5 * 0.5**3) * density
+chain_error = {
+    depth: math.sqrt((first4 * later4 ** (depth - 1) - law**2) / samples) for depth, law in chain_law.items()
+}
 
 # %%
 # Wide stacks by depth, s = 1
@@ -187,18 +195,20 @@ right.legend()
 # %%
 # Verdict
 # -------
-# Three standard errors of each Monte Carlo mean.
+# Four standard errors of each Monte Carlo mean: with twenty of them one beyond three is no surprise (5 %),
+# one beyond four is (0.1 %). A chain's squared gradient is a product, so skewed that the spread of a sample
+# is no measure of its mean's error: there the law gives the error too.
 
 for (s, inputs), (value, error) in ratios.items():
     a, b = moments(s, inputs)
-    agree(f"s = {s}, {inputs} x: ratio of the moments", a / b, value, atol=3 * error)
+    agree(f"s = {s}, {inputs} x: ratio of the moments", a / b, value, atol=4 * error)
 for inputs, moment, what in (("symmetric", 1.5, "1 + s²/2, as y_A"), ("positive", 2, "1 + s², y_A has 2.3")):
     value, error = pre[inputs]
-    agree(f"x + w·relu(x), s = 1, {inputs} x: {what}", moment, value, atol=3 * error)
+    agree(f"x + w·relu(x), s = 1, {inputs} x: {what}", moment, value, atol=4 * error)
 for depth in depths:
-    value, error = chain[depth]
-    agree(f"scalar chain of {depth} layers: E[(dx_L/dx)²] of B", chain_law[depth], value, atol=3 * error)
-at_least("  6 layers over the power of the first", 2, chain[6][0] / first**6)
+    what = f"scalar chain of {depth} layers: E[(dx_L/dx)²] of B"
+    agree(what, chain_law[depth], chain[depth], atol=4 * chain_error[depth])
+at_least("  6 layers over the power of the first", 2, chain[6] / first**6)
 
 # %%
 # Wide stacks also differ from their limit by terms that grow as L² and fall as 1/width (post-activation the
@@ -207,6 +217,6 @@ at_least("  6 layers over the power of the first", 2, chain[6][0] / first**6)
 for depth in wide_depths:
     (a, da), (b, db) = wide[depth]
     allowed = depth**2 / (3 * width)
-    agree(f"pre-activation, {depth} blocks: (1 + s²/2)^L", laws[depth][0], a, rtol=allowed, atol=3 * da)
-    agree(f"post-activation, {depth} blocks: wide limit", laws[depth][1], b, rtol=allowed, atol=3 * db)
+    agree(f"pre-activation, {depth} blocks: (1 + s²/2)^L", laws[depth][0], a, rtol=allowed, atol=4 * da)
+    agree(f"post-activation, {depth} blocks: wide limit", laws[depth][1], b, rtol=allowed, atol=4 * db)
 at_most("8 blocks: the ratio over the naive power", 0.1, wide[8][0][0] / wide[8][1][0] / 1.5**8)

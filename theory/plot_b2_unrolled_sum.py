@@ -30,6 +30,7 @@ from resode.networks import PlainMLP, ResidualMLP, build
 from resode.training.data.datasets import load_data
 from resode.training.fit import fit
 from theory.measures.unrolled import unrolled_sum
+from theory.seeds import shifted
 from theory.verdict import FAST, agree, at_least, at_most
 
 # %%
@@ -41,7 +42,7 @@ from theory.verdict import FAST, agree, at_least, at_most
 # Measurement: the sum
 # --------------------
 # In float64: a residual perceptron, the stages of a pre-activation and of a post-activation ResNet-20.
-torch.manual_seed(0)
+torch.manual_seed(shifted(0))
 pictures = torch.randn(4, 1, 8, 8, dtype=torch.float64)
 sums = {
     "perceptron": unrolled_sum(ResidualMLP(30, in_features=64).double().eval(), pictures),
@@ -67,9 +68,10 @@ def wrong(z, labels):
 
 
 def trained(kind, seed):
-    torch.manual_seed(seed)
+    torch.manual_seed(shifted(seed))
     model = kind(depth, in_features=64, width=32)
-    fit(model, images, digits.train_labels, steps=150 if FAST else 600, batch_size=128, learning_rate=2e-3)
+    options = {"batch_size": 128, "learning_rate": 2e-3, "seed": shifted(seed)}
+    fit(model, images, digits.train_labels, steps=150 if FAST else 600, **options)
     return model.eval()
 
 

@@ -30,10 +30,11 @@ from torch import nn
 
 from resode import ResidualStack, max_learning_rate
 from theory.measures.collective import first_update
+from theory.seeds import shifted
 from theory.verdict import FAST, agree, at_least
 
 torch.set_default_dtype(torch.float64)
-torch.manual_seed(0)
+torch.manual_seed(shifted(0))
 
 # %%
 # Set-up and prediction
@@ -47,7 +48,7 @@ gradient = (x - target).T @ x / len(x)
 
 
 def stack(depth, scale):
-    torch.manual_seed(1)
+    torch.manual_seed(shifted(1))
     fields = [nn.Linear(width, width, bias=False) for _ in range(depth)]
     for field in fields:
         nn.init.normal_(field.weight, std=scale) if scale else nn.init.zeros_(field.weight)
@@ -138,7 +139,7 @@ agree("gradients of 128 blocks against (I − T)C, worst", 0.0, away, atol=1e-11
 agree("spread at zero", 0.0, at_zero[-1].spread, atol=1e-12)
 agree("slope of the spread in the size of the start", 1.0, slope, atol=0.01)
 agree("large steps against the binomial, worst relative", 0.0, (large / binomial - 1).abs().max(), atol=1e-6)
-at_least("large steps: distance of the factor from L = 32", 5, abs(large[-1] - 32))
+at_least("large steps: distance of the factor from L = 32, at its largest", 5, (large - 32).abs().max())
 agree("two layers at zero: largest gradient, exactly", 0.0, saddle.gradients.abs().max())
 at_least("last layer at zero: spread of the gradients", 0.5, usual.spread)
 for depth, limit in limits.items():

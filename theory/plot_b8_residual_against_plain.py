@@ -39,6 +39,7 @@ from resode.networks import PlainMLP, ResidualMLP
 from resode.training.data.datasets import load_data
 from resode.training.fit import fit
 from theory.measures.recovery import recovery
+from theory.seeds import shifted
 from theory.verdict import FAST, agree, at_least, at_most
 
 digits = load_data("digits")
@@ -52,7 +53,7 @@ networks = 4
 
 
 def network(kind, depth, seed):
-    torch.manual_seed(seed)
+    torch.manual_seed(shifted(seed))
     return kinds[kind](depth, in_features=64, width=width).double().eval()
 
 
@@ -90,7 +91,7 @@ curves = {kind: {} for kind in kinds}
 for kind in kinds:
     for depth in trained_depths:
         rate = min(1e-2 / math.sqrt(depth), 0.1 / depth)
-        options = {"batch_size": 128, "learning_rate": rate, "steps": updates}
+        options = {"batch_size": 128, "learning_rate": rate, "steps": updates, "seed": shifted(0)}
         curves[kind][depth] = fit(network(kind, depth, 0).float(), images.float(), labels, **options)
 reached = {kind: [curves[kind][depth][-5:].mean().item() for depth in trained_depths] for kind in kinds}
 trainable = {

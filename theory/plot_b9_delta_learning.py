@@ -39,6 +39,7 @@ from resode import ResidualStack
 from resode.fields import KnownPlusLearned, MLPField
 from resode.training.fit import fit
 from theory.measures.learning_curve import LeastSquares, PiecewiseLinear, learning_curve
+from theory.seeds import shifted
 from theory.verdict import FAST, agree, at_least, at_most
 
 torch.set_default_dtype(torch.float64)
@@ -57,7 +58,7 @@ def one_a_cell(n, generator):
     return (torch.arange(n)[:, None] + torch.rand(n, 1, generator=generator)) / n
 
 
-def curves(cheap, difference, learner, counts, draws=10 if FAST else 40):
+def curves(cheap, difference, learner, counts, draws=20 if FAST else 40):
     """The expensive function learnt directly, and as the cheap one plus what is learnt."""
 
     def expensive(x):
@@ -68,7 +69,7 @@ def curves(cheap, difference, learner, counts, draws=10 if FAST else 40):
 
     test = (torch.arange(2000)[:, None] + 0.5) / 2000
     return [
-        learning_curve(way, expensive, one_a_cell, counts, test, draws=draws)
+        learning_curve(way, expensive, one_a_cell, counts, test, draws=draws, seed=shifted(0))
         for way in (learner, delta_learner)
     ]
 
@@ -149,7 +150,7 @@ def states(n, generator):
 
 
 pendulum_counts = [32] if FAST else [8, 16, 32, 64]
-unseen = 0.75 * states(50, torch.Generator().manual_seed(99))
+unseen = 0.75 * states(50, torch.Generator().manual_seed(shifted(99)))
 pendulum = [
     learning_curve(
         learnt_motion(make),
@@ -157,7 +158,8 @@ pendulum = [
         states,
         pendulum_counts,
         unseen,
-        draws=2 if FAST else 5,
+        draws=8,
+        seed=shifted(0),
     )
     for make in (
         lambda: MLPField(2, hidden=12, activation="tanh"),
@@ -168,7 +170,7 @@ pendulum = [
 # %%
 # Where the missing part is a matrix, a linear layer finds it to rounding from eight steps.
 matrix = nn.Linear(2, 2, bias=False)
-eight = states(8, torch.Generator().manual_seed(0))
+eight = states(8, torch.Generator().manual_seed(shifted(0)))
 law = motion(KnownPlusLearned(frictionless, matrix), 1)
 fit(law, eight, motion(Pendulum(), 1)(eight), steps=10, method="lbfgs", loss_fn=in_time)
 
@@ -198,7 +200,7 @@ for axis in axes.flat:
 # %%
 # Verdict
 # -------
-# 10 (40) draws of 512 gaps scatter by about 1 % in the rms error, of 32 gaps by about 5 %. Samples are read
+# 20 (40) draws of 512 gaps scatter by about 1 % in the rms error, of 32 gaps by about 5 %. Samples are read
 # off the curve, straight in logarithms between its points.
 direct, delta = smooth
 agree("smooth: error of the function itself at n = 512", error_at_512[0], direct.mean[-1], rtol=0.05)
@@ -219,10 +221,14 @@ agree("least squares: gain in error, any draw and count", 1.0, 1 + apart, atol=1
 at_least("least squares: error, so that there was something to gain", 0.01, spanned[1].mean[-1])
 
 # %%
-# The pendulum: half of rms(all of F) / rms(friction) over the states.
-many = states(10_000, torch.Generator().manual_seed(1))
+# The pendulum: half of rms(all of F) / rms(friction) over the states. The gain's logarithm scatters by 0.4
+# from draw to draw, so the mean of eight by 0.15, a quarter of its distance from that half.
+many = states(10_000, torch.Generator().manual_seed(shifted(1)))
 sizes = (Pendulum()(many).norm() / damping(many).norm()).item()
 i = pendulum_counts.index(32)
-at_least("pendulum: gain in error from 32 steps", sizes / 2, pendulum[0].mean[i] / pendulum[1].mean[i])
+gains = pendulum[0].errors[i] / pendulum[1].errors[i]  # the same samples for both
+at_least(
+    "pendulum: gain in error from 32 steps, geometric mean of draws", sizes / 2, gains.log().mean().exp()
+)
 agree("pendulum: friction that a linear layer finds", -friction, matrix.weight[1, 1].item(), atol=1e-6)
 at_most("pendulum: the other entries of its matrix", 1e-6, matrix.weight.flatten()[:3].abs().max().item())

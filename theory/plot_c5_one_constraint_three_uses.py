@@ -12,16 +12,16 @@ therefore held by the same :math:`\eta\lambda` constraint; with the Hessian's la
 **Assumptions.** A quadratic loss, or any loss close to a minimum; all data in every update, no momentum (with
 momentum β the limit is :math:`2(1 + \beta)/\lambda_{\max}`).
 
-**Not claimed.** That training above the limit diverges where the loss is not quadratic, as is often said. A
-network started with a rate 1.3 times its limit does not: within some updates it has moved to where the
-Hessian allows the rate, and stays at the edge of stability while the loss keeps falling.
+**Not claimed.** That training above the limit diverges where the loss is not quadratic, as is often said.
+Networks started with a rate 1.3 times their limit do not: within some updates each has moved to where the
+Hessian allows the rate, and stays near the edge of stability while the loss keeps falling.
 
 **Source.** Polyak, *Some methods of speeding up the convergence of iteration methods*, USSR Comput. Math. 4
 (1964); Cohen, Kaur, Li, Kolter & Talwalkar, *Gradient descent on neural networks typically occurs at the edge
 of stability* (2021), arXiv:2103.00065.
 
 **The picture** shows the three uses on one quadratic, training on the quadratic model of a trained network's
-loss just below and above its limit, and the real network above its first limit.
+loss just below and above its limit, and real networks above their first limit.
 """
 
 # %%
@@ -39,10 +39,11 @@ import resode
 from resode.networks import build
 from resode.training.data.datasets import load_data
 from theory.measures.quadratic import QuadraticModel
+from theory.seeds import shifted
 from theory.verdict import FAST, agree, at_least, at_most
 
 DOUBLE = torch.float64
-torch.manual_seed(0)
+torch.manual_seed(shifted(0))
 rotation = torch.linalg.qr(torch.randn(3, 3, dtype=DOUBLE)).Q
 hessian = rotation @ torch.diag(torch.tensor([1.0, 3.0, 8.0], dtype=DOUBLE)) @ rotation.T
 steepest = rotation[:, 2]
@@ -96,36 +97,50 @@ as_ode = resode.max_stable_step(-hessian)
 as_rate = resode.max_learning_rate(Bowl(), loss_of, (None, None))
 
 # %%
-# A residual perceptron on 200 digits with a squared loss, trained by plain gradient descent at a rate that is
-# above its limit at the start.
+# Residual perceptrons on 200 digits with a squared loss, each trained by plain gradient descent at 1.3 times
+# its limit at the start. They start in places of very different sharpness: limits differ by a factor of five.
 
 data = load_data("digits")
 x = (data.train_images[:200].flatten(1).to(DOUBLE) / 255 - 0.3) / 3
 y = nn.functional.one_hot(data.train_labels[:200], 10).to(DOUBLE)
-torch.manual_seed(0)
-network = build("residual_mlp2", in_features=64, width=8, activation="tanh").double()
-rate, losses, rates = 0.06, [], []
+seeds = 6
 
 
 def squared(output, target):
     return (output - target).square().sum(1).mean()
 
 
-optimizer = torch.optim.SGD(network.parameters(), lr=rate)
-for update in range(301 if FAST else 801):
-    if update % 100 == 0:
-        rates.append(resode.max_learning_rate(network, squared, (x, y), tol=1e-2))
-    optimizer.zero_grad()
-    loss = squared(network(x), y)
-    loss.backward()
-    losses.append(float(loss.detach()))
-    optimizer.step()
+def descended(seed):
+    """A network, its loss before every update, and its limit over the rate before every hundredth."""
+    torch.manual_seed(shifted(seed))
+    network = build("residual_mlp2", in_features=64, width=8, activation="tanh").double()
+    rate = 1.3 * resode.max_learning_rate(network, squared, (x, y))
+    optimizer, losses, limits = torch.optim.SGD(network.parameters(), lr=rate), [], []
+    for update in range(301 if FAST else 801):
+        if update % 100 == 0:
+            limits.append(resode.max_learning_rate(network, squared, (x, y), tol=1e-2) / rate)
+        optimizer.zero_grad()
+        loss = squared(network(x), y)
+        loss.backward()
+        losses.append(float(loss.detach()))
+        optimizer.step()
+    return network, losses, limits
+
+
+networks, losses, limits = zip(*(descended(seed) for seed in range(seeds)), strict=True)
+network, losses, limits = networks[0], np.array(losses), np.array(limits)  # (seeds, updates), (seeds, …)
 
 # %%
-# Its limit then, from Hessian-vector products, beside that of the whole Hessian; and training on the
-# quadratic model of the loss, 1 % below and above it. The deviation from the model's stationary point is
-# followed along the steepest direction, where every update multiplies it by
-# :math:`1 - \eta\lambda_{\max}`.
+# The first one's limit then, from Hessian-vector products, beside that of the whole Hessian; and training on
+# the quadratic model of the loss, 1 % below and above it. A network's Hessian has negative eigenvalues too,
+# along which the model falls without bound whatever the rate: training stays in the span of the eigenvectors
+# :math:`v_i` with :math:`\lambda_i > 0`, up to those that rounding leaves undecided. There every update
+# multiplies the deviation from the lowest point along :math:`v_i` by :math:`1 - \eta\lambda_i`, and the
+# model's loss is
+#
+# .. math:: L + \sum_i \frac{\lambda_i}{2}\bigl((1 - \eta\lambda_i)^{2n} a_i^2 - r_i^2\bigr),
+#
+# with :math:`r_i = -g \cdot v_i / \lambda_i` the lowest point and :math:`a_i` the deviation at the start.
 
 names = [name for name, _ in network.named_parameters()]
 sizes = [p.numel() for p in network.parameters()]
@@ -146,22 +161,31 @@ from_products = resode.max_learning_rate(network, squared, (x, y))
 with_momentum = resode.max_learning_rate(network, squared, (x, y), momentum=0.9)
 
 
+upward = torch.as_tensor(vectors[:, eigenvalues > 1e-6 * sharpest])  # (parameters, eigenvectors)
+positive = torch.as_tensor(eigenvalues[eigenvalues > 1e-6 * sharpest])
+
+
 def on_quadratic_model(eta):
-    """Deviation along the steepest direction, and the model's loss, by update."""
+    """Deviation along the steepest direction, and the model's loss, by update; and the loss predicted."""
     model = QuadraticModel(network, squared, (x, y))
-    rest = -float(model.gradient @ direction) / sharpest
+    lowest = -(model.gradient @ upward) / positive
+    rest, start = float(lowest[-1]), torch.zeros_like(lowest)
+    start[-1] = rest + 0.1
+    factors = (1 - eta * positive) ** (2 * (updates - 1))
+    law = model.loss + float((positive / 2 * (factors * (start - lowest) ** 2 - lowest**2)).sum())
     with torch.no_grad():
-        model.displacement += (rest + 0.1) * direction
+        model.displacement += upward @ start
     optimizer = torch.optim.SGD(model.parameters(), lr=eta)
     deviations, values = [], []
     for _ in range(updates):
         optimizer.zero_grad()
         value = model()
         value.backward()
+        model.displacement.grad = upward @ (upward.T @ model.displacement.grad)
         deviations.append(abs(float(model.displacement.detach() @ direction) - rest))
         values.append(float(value.detach()))
         optimizer.step()
-    return np.array(deviations), np.array(values)
+    return np.array(deviations), np.array(values), law
 
 
 sides = {c: on_quadratic_model(c * 2 / sharpest) for c in (0.99, 1.01)}
@@ -181,18 +205,26 @@ axes[0].set(xlabel="step", ylabel="‖x‖", title="A quadratic: three uses, one
 axes[1].set(
     xlabel="update", ylabel="deviation, steepest direction", title="Quadratic model of a trained network"
 )
-axes[2].plot(losses, color="black", label="loss")
+axes[2].plot(losses.T, color="black", linewidth=0.7, label=["loss"] + (seeds - 1) * ["_"])
 axes[2].plot(
-    range(0, len(losses), 100), np.array(rates) / rate, "o-", color="#009E73", label="2/λ_max over η"
+    range(0, losses.shape[1], 100),
+    limits.T,
+    "o-",
+    color="#009E73",
+    linewidth=0.7,
+    markersize=3,
+    label=["2/λ_max over η"] + (seeds - 1) * ["_"],
 )
 axes[2].axhline(1, color="#009E73", linewidth=0.7)
-axes[2].set(xlabel="update", ylim=(0, 2), title=f"The network itself, trained at η = {rate:g}")
+axes[2].set(xlabel="update", ylim=(0, 2), title="The networks themselves, at 1.3 of their limits")
 for ax in axes:
     ax.legend(fontsize=8, loc="upper right" if ax is axes[2] else "upper left")
 
 # %%
 # **Verdict.** On a quadratic along an eigenvector all is closed form; the tolerances are rounding and that of
-# the eigenvalue.
+# the eigenvalue. Networks end at 0.9 to 1.4 of their limit: a few per cent to either side of the edge, or,
+# from an unusually sharp start, somewhat beyond, in flatter places, whence they come back slowly. Six of them
+# average to 1.1 with a standard error of 0.06.
 
 for name, found in (("depth", as_depth), ("an ODE solver", as_ode), ("learning", as_rate)):
     agree(f"largest step of {name}, λ_max = 8", limit, found, rtol=1e-6)
@@ -202,12 +234,12 @@ for c, (blocks, steps, weights) in paths.items():
         agree(f"ln ‖x‖ after {updates} {name} at {c:g} of the limit", law, float(path[-1].log()), rtol=1e-6)
 agree("trained network's limit, from products and from all of H", 2 / sharpest, from_products, rtol=1e-6)
 agree("with momentum 0.9", 2 * 1.9 / sharpest, with_momentum, rtol=1e-6)
-for c, (deviations, _) in sides.items():
+for c, (deviations, values, predicted) in sides.items():
     law = (updates - 1) * math.log(abs(1 - 2 * c))
     measured = math.log(deviations[-1] / deviations[0])
     agree(f"ln deviation on the quadratic model at {c:g} of the limit", law, measured, rtol=1e-5)
-at_least("loss of the quadratic model just above, last over first", 5, sides[1.01][1][-1] / sides[1.01][1][0])
-at_most("and just below", 1.0, sides[0.99][1][-1] / sides[0.99][1][0])
-at_least("the network's own rate over its first limit", 1.2, rate / rates[0])
-at_most("yet its loss, last over first", 0.5, losses[-1] / losses[0])
-agree("because its limit has moved to the rate: 2/λ_max over η", 1.0, rates[-1] / rate, atol=0.15)
+    agree("  and its loss there, from all eigenvalues", predicted, values[-1], rtol=1e-6, atol=1e-6)
+agree("networks' limit at the start over their rate", 1 / 1.3, limits[:, 0].mean(), rtol=0.02)
+at_most("yet their loss, last over first, mean", 0.5, (losses[:, -1] / losses[:, 0]).mean())
+at_least("because the limit has moved: 2/λ_max over η, mean", 0.85, limits[:, -1].mean())
+at_most("and no further than to the edge", 1.3, limits[:, -1].mean())

@@ -13,6 +13,9 @@ from resode.analysis.depth.gradients import (
 )
 from resode.analysis.depth.lesion import Lesion, lesion_study, reordering_study, step_scan
 from resode.analysis.depth.profile import DepthProfile, DepthRow, profile_depth
+from resode.analysis.diagnose.findings import Finding
+from resode.analysis.diagnose.forecast import Forecast, forecast
+from resode.analysis.diagnose.page import Diagnosis, DiagnosisRow, Training, Whole
 from resode.analysis.operator_norm import bound_operator_norm, operator_norm
 from resode.analysis.rest.bifurcation import Bifurcation, bifurcation
 from resode.analysis.rest.classify import Classification, classify
@@ -42,13 +45,19 @@ __all__ = [
     "DepthConvergence",
     "DepthProfile",
     "DepthRow",
+    "Diagnosis",
+    "DiagnosisRow",
+    "Finding",
     "FixedPoints",
+    "Forecast",
     "GradientParts",
     "Lesion",
     "ProductNorm",
     "StabilityLoss",
     "StepLimitPenalty",
+    "Training",
     "TransientGrowth",
+    "Whole",
     "bifurcation",
     "boosting_along",
     "bound_operator_norm",
@@ -61,6 +70,7 @@ __all__ = [
     "depth_convergence",
     "find_fixed_points",
     "find_several_fixed_points",
+    "forecast",
     "gradient_parts",
     "jacobian",
     "largest_hessian_eigenvalue",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -186,15 +187,37 @@ class FrozenStatistics:
             norm.momentum, norm.num_batches_tracked = momentum, count
 
 
-def evaluate(field: nn.Module, y: Tensor, index: int, values: dict[str, Tensor] | None = None) -> Any:
-    """F(y), with other parameters where `values` has them.
+def takes_time(field: nn.Module) -> bool:
+    """Whether a module is a field of (t, x): its forward has two required positional arguments.
+
+    Example:
+        >>> takes_time(nn.Linear(2, 2))
+        False
+    """
+    try:
+        parameters = inspect.signature(field.forward).parameters.values()
+    except (TypeError, ValueError):  # a compiled or scripted forward may have none
+        return False
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional and p.default is p.empty for p in parameters) == 2
+
+
+def evaluate(
+    field: nn.Module,
+    y: Tensor,
+    index: int,
+    values: dict[str, Tensor] | None = None,
+    t: Tensor | None = None,
+) -> Any:
+    """F(y), or F(t, y) where a time is given, with other parameters where `values` has them.
 
     Raises:
         ValueError: it changes y in place. A compiled graph can't tell, and lets F change a copy.
     """
 
     def call(y: Tensor) -> Any:
-        return field(y) if values is None else torch.func.functional_call(field, values, (y,))
+        inputs = (y,) if t is None else (t, y)
+        return field(*inputs) if values is None else torch.func.functional_call(field, values, inputs)
 
     if torch.compiler.is_compiling():
         return call(y.clone())  # which Inductor removes where F does not write to it
@@ -215,6 +238,23 @@ def evaluate(field: nn.Module, y: Tensor, index: int, values: dict[str, Tensor] 
     if y._version != version:
         raise ValueError(error)
     return dy
+
+
+def refuse_graphs(solver: str) -> None:
+    """Refuses to be exported with steps that are chosen on the way; a compiled graph ends here.
+
+    Raises:
+        ValueError: under torch.export.
+    """
+    if torch.compiler.is_compiling():
+        reason = (
+            f"{solver} chooses its steps by the values of the state, which no graph can hold. Fixed steps "
+            "can: an ODEBlock with n_steps=, whatever its solver, or a ResidualStack with a solver without "
+            "error control, such as rk4"
+        )
+        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+            raise ValueError(f"{reason}.")
+        torch._dynamo.graph_break(msg=reason)
 
 
 def refuse_low_precision(solver: str, dtype: torch.dtype) -> None:

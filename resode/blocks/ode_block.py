@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from resode.blocks.frozen import FrozenDuringStep, refuse_dropout, refuse_low_precision
+from resode.blocks.frozen import FrozenDuringStep, refuse_dropout, refuse_graphs, refuse_low_precision
 from resode.blocks.stack import explicit
 from resode.checks import one_of
+from resode.solve.fixed import equal_steps
 from resode.solve.gradient import GRADIENTS
 from resode.solve.odeint import odeint
 from resode.solve.options import tolerances
 from resode.solve.problem import CALLBACKS
 from resode.solve.result import Stats
+from resode.solve.step import as_stage
 
 
 class ODEBlock(nn.Module):
@@ -94,7 +97,6 @@ class ODEBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The state at t[1], of x's shape (B, *state)."""
-        t = torch.tensor(self.t, dtype=torch.float64, device=x.device)
         fixed = self.n_steps is not None
         func = self.func
         if not fixed and x.is_floating_point():
@@ -103,10 +105,14 @@ class ODEBlock(nn.Module):
             if not fixed or self.n_steps != 1 or len(self._tableau.b) > 1:
                 refuse_dropout(func, self.solver)
             func = _Once(func, self.gradient == "adjoint")
+        if not fixed:
+            refuse_graphs(self.solver)
+        elif torch.compiler.is_exporting() or (torch.compiler.is_compiling() and self.gradient != "adjoint"):
+            return self._in_a_graph(func, x)
         y, self.stats = odeint(
             func,
             x,
-            t,
+            torch.tensor(self.t, dtype=torch.float64, device=x.device),
             method=self._tableau,
             n_steps=self.n_steps,
             rtol=None if fixed else self.rtol,
@@ -116,6 +122,19 @@ class ODEBlock(nn.Module):
             return_stats=True,
         )
         return y[-1]
+
+    def _in_a_graph(self, func: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+        """The fixed steps alone: what torch.compile and torch.export can follow."""
+        assert self.n_steps is not None
+        (start, end), n, dtype = self.t, self.n_steps, x.real.dtype
+
+        def field(s: Any, x: Tensor) -> Tensor:
+            s = min(max(s, min(start, end)), max(start, end))
+            return as_stage(func(torch.full((), s, dtype=dtype, device=x.device), x), x)
+
+        if not torch.compiler.is_exporting():
+            self.stats = Stats(n * (self._tableau.b_row[-1][0] + 1), n, n, 0)
+        return equal_steps(self._tableau, field, start, x, (end - start) / n, n)
 
     def extra_repr(self) -> str:
         """What the module prints of itself beside its field."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -23,7 +24,9 @@ from resode.blocks.frozen import (
     moving_norms,
     probability,
     refuse_dropout,
+    refuse_graphs,
     refuse_low_precision,
+    takes_time,
 )
 from resode.checks import check_whole, one_of
 from resode.formulas import Cost, Shape, cost_of
@@ -31,8 +34,8 @@ from resode.solve.adaptive import Progress, adaptive_solve
 from resode.solve.control import Control
 from resode.solve.fixed import equal_steps
 from resode.solve.options import NATIVE, tolerances
-from resode.solve.result import Stats
-from resode.solve.step import Counted
+from resode.solve.result import NonFiniteState, Stats
+from resode.solve.step import Counted, all_finite
 from resode.state_dicts import Checked
 from resode.tableaus import METHODS, ButcherTableau
 from resode.whole_blocks import first_time, warned
@@ -49,7 +52,9 @@ class ResidualStack(Checked):
 
     Args:
         fields: one module shared by `depth` blocks, or a sequence of modules, one a block. Each is
-            called as F(x), keeps x's shape, and must not change x in place.
+            called as F(x), keeps x's shape, and must not change x in place. One whose forward has two
+            required positional arguments is called as F(t, x), t the depth time in x's real dtype: lη at
+            block l's start, 0-D, or (B, 1, …, 1) where each sample has its own steps.
         depth: the number of blocks L for a shared field; for a sequence its length, or None.
         solver: an explicit method's name in resode.METHODS. bosh3, fehlberg45, dopri5, tsit5 and
             dopri8 control their steps' error and stop at every block's end.
@@ -71,6 +76,8 @@ class ResidualStack(Checked):
             sequence with one a block. With Φ(x) what the solver makes of x in the block, x becomes
             x + (Φ(x) − x) m / (1 − p), where m is 0 or 1, drawn once a block call and sample: on
             average Φ(x), whatever the solver and its substeps.
+        check_finite: look at the state after every step of a fixed-step solver, and raise NonFiniteState
+            with the block and the step where it is not finite; adaptive solvers always do.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message says the rule and what came.
@@ -113,6 +120,7 @@ class ResidualStack(Checked):
         per_sample: bool = True,
         gradient: str = "autograd",
         stochastic_depth: float | Sequence[float] = 0.0,
+        check_finite: bool = False,
     ):
         super().__init__()
         shared = isinstance(fields, nn.Module) and not isinstance(fields, nn.ModuleList)
@@ -152,6 +160,14 @@ class ResidualStack(Checked):
         self.weights = weights
         self.rtol, self.atol = tolerances(torch.float64, rtol, atol)
         self.per_sample = bool(per_sample)
+        self.check_finite = bool(check_finite)
+        self.timed = tuple(map(takes_time, modules))
+        """Which of `fields` are called with the depth time."""
+        if any(self.timed) and self.learn_step == "channel":
+            raise ValueError(
+                "a field of (t, x) needs one depth time, and learn_step='channel' learns one a channel: "
+                "take learn_step='block', or fields of x."
+            )
         self.gradient = gradient
         self.solver = solver
         self.substeps = substeps
@@ -195,6 +211,23 @@ class ResidualStack(Checked):
     def substeps(self, n: int) -> None:
         self._substeps = check_whole("substeps", n, 1)
 
+    def __len__(self) -> int:
+        """The number of blocks."""
+        return self.depth
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        """The field of every block, in order; a shared one as often as it is used."""
+        return (self.field(index) for index in range(self.depth))
+
+    def __getitem__(self, index: int) -> nn.Module:
+        """The field of block `index`; negative numbers count from the end."""
+        if isinstance(index, slice):
+            raise TypeError(
+                "a stack gives the field of one block, stack[l]; for several write list(stack)[a:b]."
+            )
+        whole = check_whole("the block", index)
+        return self.field(whole + self.depth if whole < 0 else whole)
+
     def field(self, index: int) -> nn.Module:
         """The field F_l of block l, 0 ≤ l < depth."""
         if not 0 <= index < self.depth:
@@ -219,6 +252,8 @@ class ResidualStack(Checked):
             raise TypeError(f"x must be a floating tensor, got {getattr(x, 'dtype', type(x).__name__)}.")
         self._check(x)
         path, cost = [x], _Cost()
+        if self._tableau.adaptive:
+            refuse_graphs(self.solver)
         with warned(self.fields) if first_time(self) else nullcontext():
             if checkpoints(self.gradient):
                 # L/k inputs and, one segment at a time, k blocks that save some 4 states an evaluation.
@@ -234,6 +269,12 @@ class ResidualStack(Checked):
             self.stats = cost.finish(whole=not self.per_sample)
             self.evaluations = cost.evaluations
         return (x, torch.stack(path)) if return_path else x
+
+    def advance(self, index: int, x: Tensor) -> Tensor:
+        """The state after block `index` alone, from the state x before it; of x's shape."""
+        self._check(x)
+        self.field(index)  # which says where there is no such block
+        return self._through(range(index, index + 1), x, _Cost(), False)[0]
 
     def refine(self, k: int) -> ResidualStack:
         """A stack of k times the blocks and η/k, over the same depth time.
@@ -333,6 +374,7 @@ class ResidualStack(Checked):
         other = copy.deepcopy(self, {id(self.fields): fields})  # which takes these for the fields' copies
         other.stats = other.evaluations = None
         other.depth, other._step_size = len(origins), step_size
+        other.timed = tuple(map(takes_time, fields))
         other.stochastic_depth = tuple(self.stochastic_depth[index] for index in origins)
         return other
 
@@ -369,8 +411,12 @@ class ResidualStack(Checked):
         """The state after block `index`; what it took is added to `cost`."""
         tableau, n = self._tableau, self.substeps
         several = tableau.adaptive or len(tableau.b) > 1 or n > 1
-        field = Counted(self._field(index, several, None if several else scale))
         eta = self._step(index, x)
+        # For fixed steps s is a depth time from the block's start on; else the fraction of the block.
+        fractions = tableau.adaptive or self.weights == "linear"
+        clock = partial(self._time, index, eta if fractions else 1.0) if self._is_timed(index) else None
+        f = self._field(index, several, None if several else scale, clock)
+        field = Counted(f, len(tableau.b) > 1)
 
         def scaled(s: Any, y: Tensor) -> Tensor:
             """ηF over the fraction s of the block, from 0 to 1."""
@@ -379,10 +425,11 @@ class ResidualStack(Checked):
         try:
             if not tableau.adaptive:
                 cost.steps += n
-                if self.weights == "linear":
-                    y = equal_steps(tableau, scaled, 0.0, x, 1 / n, n)
+                g, h = (scaled, 1 / n) if fractions else (field, eta / n if n > 1 else eta)
+                if self.check_finite:
+                    y = self._checked_steps(index, g, x, h)
                 else:
-                    y = equal_steps(tableau, field, 0.0, x, eta / n if n > 1 else eta, n)
+                    y = equal_steps(tableau, g, 0.0, x, h, n)
             else:
                 [y], cost.progress = adaptive_solve(
                     tableau,
@@ -395,6 +442,33 @@ class ResidualStack(Checked):
         finally:
             cost.evaluations.append(field.calls)
         return y if scale is None or not several else x + scale * (y - x)
+
+    def _checked_steps(self, index: int, f: Callable[[Any, Tensor], Tensor], x: Tensor, h: Any) -> Tensor:
+        """As `equal_steps`, looking at the state after each."""
+        for i in range(self.substeps):
+            before, x = x, equal_steps(self._tableau, f, i * h, x, h, 1)
+            if not all_finite(x):
+                entry = (~torch.isfinite(x.detach())).nonzero()[0].tolist()
+                cause = "" if all_finite(before) else " The state was not finite before it."
+                value, kind = x.detach()[tuple(entry)].item(), type(self.field(index)).__name__
+                raise NonFiniteState(
+                    f"block {index} ({kind}), step {i + 1} of {self.substeps}: the state is {value} at entry "
+                    f"{entry}.{cause} Check the weights of this block's field, or take a smaller step.",
+                    sample=entry[0] if entry else None,
+                )
+        return x
+
+    def _is_timed(self, index: int) -> bool:
+        """Whether the field of a block takes the depth time."""
+        return self.timed[0 if self.shared else index]
+
+    def _time(self, index: int, unit: Any, s: Any, x: Tensor) -> Tensor:
+        """The depth time at s units from the start of a block, as a field takes it."""
+        start: Any = index * self._step_size
+        if self.step_sizes is not None:
+            start = self.step_sizes[:index].sum().to(x.dtype)
+        time = start + unit * s
+        return torch.as_tensor(time, dtype=x.dtype.to_real(), device=x.device)
 
     def _step(self, index: int, x: Tensor) -> Any:
         """η of block `index`: a number, or a tensor that broadcasts to x."""
@@ -431,8 +505,14 @@ class ResidualStack(Checked):
             through, x, use_reentrant=False, context_fn=lambda: (nullcontext(), FrozenStatistics(norms))
         )
 
-    def _field(self, index: int, several: bool, scale: Tensor | None) -> Callable[[Any, Tensor], Any]:
-        """F_l of (fraction of the block, state), times `scale`; one block call's."""
+    def _field(
+        self,
+        index: int,
+        several: bool,
+        scale: Tensor | None,
+        clock: Callable[[Any, Tensor], Tensor] | None = None,
+    ) -> Callable[[Any, Tensor], Any]:
+        """F_l of (s, state), times `scale`; one block call's. With a clock F_l takes the time of s too."""
         module = self.field(index)
         nodes = self._nodes(index) if self.weights == "linear" and not self.shared else None
         held = None
@@ -443,14 +523,15 @@ class ResidualStack(Checked):
 
         def f(s: Any, y: Tensor) -> Any:
             nonlocal first
+            t = None if clock is None else clock(s, y)
             with nullcontext() if held is None else held.evaluation():
                 if nodes is None or (first and isinstance(s, float)):  # the first stage is at the node itself
-                    dy = evaluate(module, y, index)
+                    dy = evaluate(module, y, index, t=t)
                 else:
                     between = {
                         name: torch.lerp(p, nodes[1][name], _like(s, p)) for name, p in nodes[0].items()
                     }
-                    dy = evaluate(module, y, index, between)
+                    dy = evaluate(module, y, index, between, t)
                 first = False
             return dy if scale is None else dy * scale
 

@@ -1,4 +1,4 @@
-"""The command `resode`: train, evaluate, predict, swap, stability, profile, report, compare, methods, models.
+"""The command `resode`: train, evaluate, predict, diagnose, swap, stability, profile, report and others.
 
 Lightning and matplotlib, which take seconds to import, are imported by the commands that need them.
 """

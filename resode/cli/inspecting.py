@@ -1,14 +1,15 @@
-"""Look inside: the depth profile of any residual network, a report of a run, several runs side by side."""
+"""Look inside: diagnosis and depth profile of any network, a run's report, several runs side by side."""
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from resode.cli.terminal import command, fits, flag, say, separated, table
+from resode.cli.terminal import command, console, fits, flag, say, separated, table
 from resode.cli.train import own_model
 from resode.cli.trained import _methods
 from resode.tables import short, short_complex
@@ -42,19 +43,10 @@ def profile(
     """
     from resode.analysis.depth.profile import profile_depth
     from resode.training.files import replacing
-    from resode.training.plan import choose_device
 
     if solver is not None:
         _methods([solver])
-    if run is not None and weights is not None:
-        raise ValueError("give RUN or --weights, not both: a run has weights of its own.")
-    if run is None and model is None:
-        raise ValueError(
-            "give a run, or a network with --model NAME or --model package.module:function (and --weights)."
-        )
-    place = choose_device(device)
-    network = _network(run or weights, model).to(place).eval()
-    x, target = _inputs(run or weights, data, data_dir, shape, samples, place)
+    network, x, target = _looked_at(run, model, weights, data, data_dir, shape, samples, device)
     found = profile_depth(network, x, target, blocks=blocks, solver=solver, spectra=spectra, lesions=lesions)
     _show(found)
     folder = output or _beside(run or weights)
@@ -64,6 +56,30 @@ def profile(
     with replacing(folder / "profile.png") as path:
         found.plot(path)
     say(f"\nfigure {folder / 'profile.png'}\ntable  {folder / 'profile.csv'}")
+
+
+def _looked_at(
+    run: Path | None,
+    model: str | None,
+    weights: Path | None,
+    data: str | None,
+    data_dir: Path | None,
+    shape: str | None,
+    samples: int,
+    device: str,
+) -> tuple[Any, Any, Any]:
+    """The network that a command looks at, its inputs and their classes."""
+    from resode.training.plan import choose_device
+
+    if run is not None and weights is not None:
+        raise ValueError("give RUN or --weights, not both: a run has weights of its own.")
+    if run is None and model is None:
+        raise ValueError(
+            "give a run, or a network with --model NAME or --model package.module:function (and --weights)."
+        )
+    place = choose_device(device)
+    network = _network(run or weights, model).to(place).eval()
+    return network, *_inputs(run or weights, data, data_dir, shape, samples, place)
 
 
 def _network(source: Path | None, model: str | None) -> Any:
@@ -136,8 +152,49 @@ def _show(found: Any) -> None:
     for group in found.groups:
         bound = f"at most {group.upper:.4g}" if group.exact else "activations between"
         say(f"{group.first} … {group.last}: the gradient's gain {group.norm:.4g}, {bound}")
-    for text in found.diagnosis()[:5]:
-        say(text, "bold")
+
+
+@command(
+    "resode diagnose runs/demo",
+    "resode diagnose runs/demo --solvers rk4,midpoint --lr 0.1",
+    "resode diagnose --model my.module:network --weights my.safetensors --shape 3,224,224",
+)
+def diagnose(
+    run: Annotated[Path | None, typer.Argument(help="Run folder or weights file.", metavar="[RUN]")] = None,
+    model: Annotated[str | None, flag("A network's name, or package.module:function.")] = None,
+    weights: Annotated[Path | None, flag("Its weights (.safetensors); fresh ones without.")] = None,
+    data: Annotated[str | None, flag("Data set whose test images are taken.")] = None,
+    data_dir: Annotated[Path | None, flag("Where its data lies.")] = None,
+    shape: Annotated[str | None, flag("Random inputs of this shape instead, with commas.")] = None,
+    samples: Annotated[int, typer.Option(help="Inputs to look at.", min=1)] = 32,
+    lr: Annotated[float | None, flag("A learning rate of SGD to judge.")] = None,
+    solvers: Annotated[str, typer.Option(help="Methods to foretell a swap to, with commas.")] = "rk4",
+    blocks: Annotated[str | None, flag("Names of the modules that are blocks, with * and ?.")] = None,
+    output: Annotated[Path | None, flag("Folder for diagnosis.csv and diagnosis.png.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+) -> None:
+    """Say what is wrong with a network, if anything, and what to do.
+
+    One page: verdict, whole depth, blocks, what another solver will cost, learning rate. It takes a few
+    passes, for any network; exit code 0 whatever is found.
+    """
+    import resode
+    from resode.training.files import replacing
+
+    names = _methods(separated(solvers, str, "--solvers"))
+    network, x, target = _looked_at(run, model, weights, data, data_dir, shape, samples, device)
+    found = resode.diagnose(network, x, target, lr=lr, solvers=names, blocks=blocks)
+    say(found.page(console().width if sys.stdout.isatty() else 80))
+    folder = output or _beside(run or weights)
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "diagnosis.csv") as path:
+        found.to_csv(path)
+    said = f"\ntable  {folder / 'diagnosis.csv'}"
+    if found.rows:
+        with replacing(folder / "diagnosis.png") as path:
+            found.plot(path)
+        said = f"\nfigure {folder / 'diagnosis.png'}{said}"
+    say(said)
 
 
 @command("resode report runs/demo", "resode report runs/demo --output demo.html")

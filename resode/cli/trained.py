@@ -58,17 +58,20 @@ def evaluate(
 
 @command(
     "resode swap runs/demo",
-    "resode swap runs/demo --solvers euler,rk4 --substeps 1,8 --recalibrate",
+    "resode swap runs/demo --solvers euler,rk4 --substeps 1,8 --calibration-images 500",
 )
 def swap(
     run: _Run,
     solvers: Annotated[str, typer.Option(help="Methods, with commas.")] = "euler,midpoint,rk4,dopri5",
     substeps: Annotated[str, typer.Option(help="Solver steps a block, with commas.")] = "1,2,4",
     recalibrate: Annotated[
-        bool, typer.Option("--recalibrate", help="Also with batch-norm statistics of the new solver.")
-    ] = False,
+        bool,
+        typer.Option(
+            "--recalibrate/--no-recalibrate", help="Also with batch-norm statistics of the new solver."
+        ),
+    ] = True,
     calibration_images: Annotated[
-        int | None, flag("Training images that --recalibrate measures at. Default 5000.")
+        int | None, flag("Training images that these are measured at. Default 2000.")
     ] = None,
     limit: Annotated[int | None, flag("Only so many test images, of all classes.")] = None,
     model: _OwnModel = None,
@@ -78,7 +81,8 @@ def swap(
 ) -> None:
     """Change the solver, keep the weights.
 
-    Accuracy, drift of the logits and F evaluations of a trained network under other solvers and steps.
+    What is foretold from unlabelled images, and the accuracy, drift of the logits and F evaluations of a
+    trained network under other solvers and steps.
     """
     from resode.training.evaluate import calibration_batches, images_of, load, plain_batches
     from resode.training.files import replacing
@@ -87,31 +91,32 @@ def swap(
     counts = separated(substeps, int, "--substeps")
     if calibration_images is not None and not recalibrate:
         raise ValueError(
-            f"--calibration-images {calibration_images} belongs to --recalibrate. Add it, or leave both out."
+            f"--calibration-images {calibration_images} says at what to recalibrate. Leave it out, or "
+            "--no-recalibrate."
         )
     network = load(run, model=own_model(model), device=device)
     images = images_of(run, data, data_dir)
     place = next(network.parameters()).device
-    calibration = (
-        calibration_batches(images, 5000 if calibration_images is None else calibration_images, place)
-        if recalibrate
-        else None
-    )
 
     from resode import plots
+    from resode.analysis.diagnose.forecast import INPUTS
     from resode.analysis.swap.report import swap_report
+    from resode.blocks.statistics import tracked_norms
 
+    normed = recalibrate and bool(tracked_norms(network))
+    count = min(2000, len(images.train_images)) if calibration_images is None else calibration_images
     result = swap_report(
         network,
         plain_batches(images, "test", place, limit),
         solvers=tuple(methods),
         substeps=tuple(counts),
-        recalibrate=calibration,
+        recalibrate=calibration_batches(images, count, place) if normed else False,
     )
-    again = ["recalibrated %"] if recalibrate else []
-    columns = ["solver", "substeps", "accuracy %", *again, "drift", "F calls", "step"]
+    again = ["recalibrated %"] if normed else []
+    columns = ["solver", "substeps", "forecast", "accuracy %", *again, "drift", "F calls", "step"]
     table(columns, [_swap_row(row) for row in result.rows], words=("step",))
-    say("\ndrift: how far the logits moved, relative to their size, from those of the trained solver.")
+    say(f"\n{result.causes()}\n\nforecast: of the accuracy, from {INPUTS} images and no label.")
+    say("drift: how far the logits moved, relative to their size, from those of the trained solver.")
     folder = _figures(run)
     with replacing(folder / "swap.csv") as path:
         result.to_csv(path)
@@ -126,6 +131,7 @@ def _swap_row(row: Any) -> list[str]:
     return [
         row.solver,
         "-" if row.substeps is None else str(row.substeps),
+        row.forecast,
         f"{100 * row.accuracy:.2f}",
         *again,
         f"{row.logit_drift:.3f}",
@@ -265,7 +271,7 @@ def _run_stability(
         say(f"group {number} ({group.name}): states {size}, trained with {group.solver}, {h}", "bold")
         groups.append(group)
         table(
-            ["block", "solver", "limit", "growing", "decaying", "set by λ", "largest |R|", "inside"],
+            ["block", "solver", "limit", "growing", "decaying", "set by λ", "largest |R|", "within"],
             [
                 [
                     str(row.block),
@@ -288,9 +294,12 @@ def _run_stability(
     say("growing   modes with Re λ > 0, which make that limit 0")
     say("decaying  the limit of all other modes, set by λ")
     say("|R|       what a step of h multiplies a mode by, at most; growing modes included")
-    say("inside    whether the step h is within the limit of the decaying modes")
+    say("within    whether the step h is within the limit of the decaying modes")
     if any(not row.complete for group in groups for row in group.rows):
         say("≥ ≤ ?     bounds from the outer eigenvalues, of states too large for all of them")
+    more = next(iter(plain_batches(dataset, limit=max(samples, 16))))[0]
+    for line in _forecasts(network, more, methods):
+        say(line, "bold")
     if groups:
         from resode import plots
 
@@ -301,21 +310,30 @@ def _run_stability(
 
 
 def _verdicts(group: Any, methods: list[str]) -> list[str]:
-    """Whether the trained step is inside with the group's own method, and what the others would allow."""
+    """The blocks whose step decaying modes do not bear, and the step that all of them do."""
     lines = []
     for name in dict.fromkeys([group.solver, *methods]):
         rows = [row for row in group.rows if row.solver == name]
         if not rows:
             continue
-        outside = [str(row.block) for row in rows if not row.inside]
+        over = [str(row.block) for row in rows if not row.inside]
         least = min(rows, key=lambda row: row.decaying_step)
         allowed = ("" if least.exact else "at most ") + short(least.decaying_step)
         kind = "as trained" if name == group.solver else "would be"
-        where = (
-            f"outside in block{'s' if len(outside) > 1 else ''} {', '.join(outside)}" if outside else "inside"
-        )
-        lines.append(f"  {name}, {kind}: {where}; all blocks allow steps up to {allowed}")
+        where = f"in block{'s' if len(over) > 1 else ''} {', '.join(over)}" if over else "nowhere"
+        lines.append(f"  {name}, {kind}: over the limit {where}; all blocks allow steps up to {allowed}")
     return lines
+
+
+def _forecasts(network: Any, images: Any, methods: list[str]) -> list[str]:
+    """What swapping to each method will do, which no limit tells."""
+    from resode.analysis.diagnose.forecast import forecast
+    from resode.blocks import ResidualStack
+
+    stacks = [module for module in network.modules() if isinstance(module, ResidualStack)]
+    names = [name for name in methods if stacks and METHODS[name].explicit]
+    found = {name: forecast(network, images, name) for name in names if name != stacks[0].solver}
+    return [f"{name} {f.verdict} accuracy: the logits drift by {f.drift:.3g}" for name, f in found.items()]
 
 
 def _runs() -> list[str]:

@@ -10,6 +10,7 @@ from resode.solve.result import (
     Stats,
     StepSizeUnderflow,
 )
+from resode.solve.stepping import SolverStep, steps
 
 __all__ = [
     "MaxStepsReached",
@@ -17,10 +18,12 @@ __all__ = [
     "NonFiniteState",
     "Solution",
     "SolverError",
+    "SolverStep",
     "Stats",
     "StepSizeUnderflow",
     "odeint",
     "odeint_adjoint",
     "odeint_event",
     "solve_ivp",
+    "steps",
 ]

@@ -14,6 +14,7 @@ Source:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -30,8 +31,10 @@ from resode.solve.failures import (
     step_underflow,
     too_many_steps,
 )
+from resode.solve.host import decided
 from resode.solve.result import Stats
-from resode.solve.step import Field, Time, combine, increment, stages
+from resode.solve.states import Passing, States
+from resode.solve.step import Field, Time, all_finite, combine, increment, stages
 from resode.tableaus import ButcherTableau
 
 FIRST_ERROR = 1e-4  # before the first step, as in Hairer's codes, where an error before lowers the step
@@ -90,14 +93,16 @@ class Adaptive:
     ):
         batch = x.shape[0] if control.per_sample else 1
         self.tableau, self.f, self.control = tableau, f, control
+        self.per_sample = control.per_sample
         self.time, self.end = (np.full(batch, s, NUMPY[control.dtype]) for s in (start, end))
         self.forward = -1.0 if (self.end < self.time).any() else 1.0
         self.column = (batch,) + (1,) * (x.ndim - 1) if control.per_sample else ()
         self.real = x.dtype.to_real()
         self.x = x
         self.k0 = f(self.as_times(self.time[None])[0], x)
-        bad = ~np.isfinite(self._numbers(control.measure(self.k0.detach())))
-        if bad.any():
+        if not all_finite(self.k0):
+            rows = self.k0 if control.per_sample else self.k0[None]
+            bad = np.array([not all_finite(row) for row in rows])
             raise field_not_finite(self.standing(bad, np.zeros_like(self.time)), self.k0)
         if resume is None:
             if control.first_step is None:
@@ -129,7 +134,8 @@ class Adaptive:
 
     def _numbers(self, values: Tensor) -> np.ndarray:
         """One number a sample, on the host."""
-        return np.array(values.detach().reshape(-1).tolist(), self.time.dtype)
+        numbers = decided(values.reshape(-1), "error-controlled steps are chosen by the values of the state")
+        return np.array(numbers, self.time.dtype)
 
     def mask(self, keep: np.ndarray) -> Tensor:
         """Marks of samples, (B,), in a shape that selects among states."""
@@ -235,23 +241,32 @@ class Adaptive:
         span = abs(self.end - self.time)
         with torch.no_grad():
             scale = control.atol + control.rtol * x.abs()
-            d0, d1 = (self._numbers(control.measure(v / scale)) for v in (x, k0))
-            small = (d0 < 1e-5) | (d1 < 1e-5)
-            h0 = np.where(small, 1e-6, 0.01 * d0 / d1.clip(min=1e-30)).clip(max=span)
-            trial = x + self._as_size(h0) * k0
-            k1 = self.f(self.as_times((self.time + self.forward * h0)[None])[0], trial)
-            d2 = self._numbers(control.measure((k1 - k0) / scale)) / np.where(h0 == 0, 1.0, h0)
-            steepest = np.maximum(d1, d2)
-            h1 = np.where(
-                steepest <= 1e-15,
-                (h0 * 1e-3).clip(min=1e-6),
-                (0.01 / steepest.clip(min=1e-30)) ** (1 / (self.tableau.order + 1)),
-            )
-            # Where the trial state leaves the field's domain, start from the small step.
-            h1 = np.where(np.isfinite(d2), h1, h0 * 0.01)
-            first = np.minimum(100 * h0, h1).clip(max=span)
-            # A field that is 0 here and beside sets no scale, but the interval does.
-            return np.where((steepest == 0) & np.isfinite(span), 0.1 * span, first)
+        d0, d1 = self._norm(x, scale), self._norm(k0, scale)
+        small = (d0 < 1e-5) | (d1 < 1e-5)
+        h0 = np.where(small, 1e-6, 0.01 * d0 / d1.clip(min=1e-30)).clip(max=span)
+        # With gradients on where they are: a field may take one of its own, as a Hamiltonian's does.
+        k1 = self.f(self.as_times((self.time + self.forward * h0)[None])[0], x + self._as_size(h0) * k0)
+        d2 = self._norm(k1.detach() - k0.detach(), scale) / np.where(h0 == 0, 1.0, h0)
+        steepest = np.maximum(d1, d2)
+        h1 = np.where(
+            steepest <= 1e-15,
+            (h0 * 1e-3).clip(min=1e-6),
+            (0.01 / steepest.clip(min=1e-30)) ** (1 / (self.tableau.order + 1)),
+        )
+        # Where the trial state leaves the field's domain, start from the small step.
+        h1 = np.where(np.isfinite(d2), h1, h0 * 0.01)
+        first = np.minimum(100 * h0, h1).clip(max=span)
+        # A field that is 0 here and beside sets no scale, but the interval does.
+        return np.where((steepest == 0) & np.isfinite(span), 0.1 * span, first)
+
+    def _norm(self, x: Tensor, scale: Tensor | float) -> np.ndarray:
+        """‖x / scale‖ of each sample, (B,); neither squares nor quotients overflow in the state's dtype."""
+        with torch.no_grad():
+            x = x.detach()
+            largest = float(self._numbers(x.abs().max())[0]) if x.numel() else 0.0
+            if not (0 < largest < math.inf):
+                return self._numbers(self.control.measure(x / scale))
+            return self._numbers(self.control.measure(x / largest / scale)) * largest
 
 
 def adaptive_solve(
@@ -261,6 +276,7 @@ def adaptive_solve(
     times: Sequence[float] | np.ndarray,
     control: Control,
     resume: Progress | None = None,
+    path: States | None = None,
 ) -> tuple[list[Tensor], Progress]:
     """States at times[1:], each of x's shape, and where the solve stands at the end.
 
@@ -271,16 +287,28 @@ def adaptive_solve(
         times: at least two, strictly monotone either way; or each sample's own, (T, B), monotone.
         control: how steps are chosen.
         resume: where an earlier interval of the same solve ended.
+        path: where the states at times[1:-1] go as they are made; the last alone is then given back.
 
     Raises:
         SolverError: as `Adaptive` and its steps.
     """
     at = np.asarray(times, NUMPY[control.dtype])
     solve = Adaptive(tableau, f, x, at[0], at[-1], control, resume)
-    outputs = at[1:-1].T
-    steps = list(solve.steps(outputs))
-    path, calls = between(tableau, f, steps, outputs, solve, (x, at[0]))
-    return [*path, solve.x], replace(solve.progress, nfe=solve.progress.nfe + calls)
+    outputs, given = at[1:-1].T, list[Tensor]()
+    to = given if path is None else path
+    if at.ndim > 1:
+        states, calls = between(tableau, f, list(solve.steps(outputs)), outputs, solve, (x, at[0]))
+        for y in states:
+            to.append(y)
+    else:
+        passing = Passing(tableau, f, outputs, solve.forward, control.per_sample)
+        for step in solve.steps(outputs):
+            for y in passing.add(step):
+                to.append(y)
+        for y in passing.finish():
+            to.append(y)
+        calls = passing.calls
+    return [*given, solve.x], replace(solve.progress, nfe=solve.progress.nfe + calls)
 
 
 def error_norm(

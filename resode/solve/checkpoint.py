@@ -11,14 +11,18 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C._autograd import _get_current_graph_task_keep_graph as keeps_graph
+from torch.autograd import Variable
 from torch.utils.checkpoint import checkpoint
 
 from resode.solve.adaptive import Adaptive, Progress
@@ -34,30 +38,51 @@ from resode.tableaus import ButcherTableau
 class Recomputation:
     """Runs pieces, and once more when their gradient is asked for; those calls of f are `nfe_backward`.
 
+    The graph of a piece holds this object weakly and the solution's last node holds it, where Python's
+    collector sees it: a field that keeps its own solution is then no more than a cycle of Python objects.
+
     Args:
         f: the field, which counts.
         stats: of the whole solve, once they are known.
+        pieces: all that were run.
     """
 
     f: Counted
-    stats: Stats | None = field(default=None)
+    stats: Stats | None = None
+    pieces: list[Callable[..., Any]] = field(default_factory=list)
 
     def __call__(self, piece: Callable[..., Any], *tensors: Any) -> Any:
         """What piece(again, *tensors) gives, again being whether it runs a second time."""
-        again = False
+        again, number, owner = False, len(self.pieces), weakref.ref(self)
+        self.pieces.append(piece)
 
         def run(*tensors: Any) -> Any:
             nonlocal again
-            before, second, again = self.f.calls, again, True
-            try:
-                return piece(second, *tensors)
-            finally:
-                if second:
-                    assert self.stats is not None
-                    self.stats.nfe_backward += self.f.calls - before
-                    self.f.calls = before
+            second, again, held = again, True, owner()
+            assert held is not None
+            return held.run(number, second, *tensors)
 
         return checkpoint(run, *tensors, use_reentrant=False)
+
+    def run(self, number: int, second: bool, *tensors: Any) -> Any:
+        """The piece of a number, counted."""
+        if second and self.stats is None:
+            raise ValueError(
+                "gradient='checkpoint' keeps nothing that a gradient taken within the field could use, and "
+                "func calls torch.autograd.grad. Take gradient='autograd' or 'adjoint'."
+            )
+        before = self.f.calls
+        try:
+            return self.pieces[number](second, *tensors)
+        finally:
+            if second and self.stats is not None:
+                self.stats.nfe_backward += self.f.calls - before
+                self.f.calls = before
+
+    def finish(self, path: Tensor, stats: Stats) -> Tensor:
+        """The whole solution, which now holds what the way back needs."""
+        self.stats = stats
+        return _Holding.apply(self, path)
 
     def check(self, t: Tensor, x: Tensor) -> None:
         """Refuses a field that gives something else the second time.
@@ -68,8 +93,8 @@ class Recomputation:
         devices = [x.device] if x.is_cuda else []
         results = []
         for _ in range(2):
-            with torch.no_grad(), torch.random.fork_rng(devices):
-                results.append(self.f(t, x))
+            with torch.random.fork_rng(devices):  # not without gradients: the field may take one of its own
+                results.append(self.f(t, x).detach())
         first, second = results
         if not torch.allclose(first, second, rtol=1e-3, atol=1e-3 * float(first.abs().max()), equal_nan=True):
             raise ValueError(
@@ -77,6 +102,21 @@ class Recomputation:
                 "at the same time and state: it has random or other state of its own. Draw from torch's "
                 "default generator, which is set back, or take gradient='autograd'."
             )
+
+
+class _Holding(torch.autograd.Function):
+    """A tensor as it is; its node of the graph holds an object till a way back that frees the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, held: object, x: Tensor) -> Tensor:
+        ctx.held = held
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        if not keeps_graph():
+            Variable._execution_engine.queue_callback(partial(setattr, ctx, "held", None))
+        return None, grads[0]
 
 
 def checkpointed_solve(
@@ -94,10 +134,11 @@ def checkpointed_solve(
     outputs = at[1:-1].T  # (T,), or each sample's own, (B, T)
     path, n, calls = [x] * outputs.shape[-1], 1, 0
     while ((solve.end - solve.time) * solve.forward > 0).any():
-        begin = copy.copy(solve)
+        # The graph keeps the piece, so the piece must keep nothing that holds the graph: no state with it.
+        begin, ends = copy.copy(solve), []
+        begin.x, begin.k0 = begin.x.detach(), begin.k0.detach()
 
-        def piece(second: bool, x: Tensor, k0: Tensor, begin: Adaptive = begin, n: int = n) -> Any:
-            nonlocal solve, calls
+        def piece(second: bool, x: Tensor, k0: Tensor, begin: Adaptive, n: int, ends: list[Any]) -> Any:
             part = copy.copy(begin)
             part.x, part.k0 = x, k0
             if second:
@@ -109,11 +150,14 @@ def checkpointed_solve(
             wanted = part.forward * np.clip(part.forward * outputs[..., asked], low, high)
             values, new_calls = interpolate(tableau, f, steps, wanted, part.forward, control.per_sample)
             if not second:
-                solve, calls = part, calls + new_calls
+                ends += [part, new_calls]
             masks = torch.from_numpy(within[:, asked]).to(x.device)
             return part.x, part.k0, asked.tolist(), values, masks
 
-        x, k0, asked, values, masks = again(piece, solve.x, solve.k0)
+        x, k0, asked, values, masks = again(partial(piece, begin=begin, n=n, ends=ends), solve.x, solve.k0)
+        solve, new_calls = ends
+        ends.clear()
+        calls += new_calls
         solve.x, solve.k0 = x, k0
         for j, value, mask in zip(asked, values, masks.unbind(1), strict=True):
             path[j] = torch.where(mask.view(solve.column), value, path[j])

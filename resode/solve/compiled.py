@@ -340,16 +340,25 @@ def _compiled(
         options["cpp_wrapper"] = x.numel() <= SMALL
         if x.ndim and x.shape[-1] < 8:
             options["cpp.simdlen"] = 1
-    settings = (*settings, tuple(options.items()))
+    # torch.compile does not look whether hooks have come or gone since.
+    settings = (*settings, tuple(options.items()), _hooks(key))
     kept = _KEPT.setdefault(key, {})
     if (make, *settings) not in kept:
-        function = make(*settings[:-1])
+        function = make(*settings[:-2])
         # Compiled graphs are kept by code object, a few for each: every field gets a code object of its own.
         own = types.FunctionType(
             function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__
         )
         kept[make, *settings] = torch.compile(own, fullgraph=True, options=options)
     return kept[make, *settings]
+
+
+def _hooks(key: Any) -> tuple[int, ...]:
+    """Which hooks a module and its submodules have; the number of a hook is never given again."""
+    if not isinstance(key, torch.nn.Module):
+        return ()
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return tuple(number for m in key.modules() for kind in kinds for number in getattr(m, kind))
 
 
 def _guards_of_the_field(guards: Sequence[Any]) -> list[bool]:
@@ -362,7 +371,7 @@ def _attempt_of(
 ) -> Callable[..., Any]:
     def run(f: Any, x: Tensor, k0: Tensor, state: Tensor, end: Tensor, tolerance: Any) -> Any:
         def field(t: Time, x: Tensor) -> Tensor:
-            return as_stage(f(t, x), x)
+            return as_stage(f(t, x), x).clone()  # func may write into one buffer; the copy is fused away
 
         made, flags = [], []
         for _ in range(n):

@@ -138,6 +138,11 @@ class Control:
     callbacks: Callbacks | None = None
     per_sample: bool = False
 
+    @property
+    def longest(self) -> float:
+        """What a step that is stretched to the end may reach; max_step, but for the rounding of times."""
+        return self.max_step * (1 + 1e-12)
+
     def measure(self, x: Tensor) -> Tensor:
         """The norm of x: one number a sample, (B,), or one in all."""
         return rms(x, self.per_sample) if self.norm is None else self.norm(x)
@@ -177,7 +182,7 @@ def plan(xp: Any, time: Any, step: Any, end: Any, forward: float, control: Contr
     """
     left = (end - time) * forward
     # Stretched by 1 % rather than leaving a sliver for another step.
-    reaches = (step * 1.01 >= left) & (left <= control.max_step)
+    reaches = (step * 1.01 >= left) & (left <= control.longest)
     size = xp.where(reaches, left, step)
     return Attempt(size, xp.where(reaches, end, time + forward * size), reaches, left > 0)
 

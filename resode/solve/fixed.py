@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from resode.solve.dense import hermite
+from resode.solve.host import moves, plain
+from resode.solve.states import States
 from resode.solve.step import Field, Time, combine, rk_step, stages
 from resode.tableaus import ButcherTableau
 
@@ -87,7 +89,7 @@ def grid_of_size(step_size: float) -> Callable[[Any, Any, Tensor], Tensor]:
     """A grid constructor: steps of `step_size` from t[0], the last one cut short at t[-1]."""
 
     def constructor(f: Any, x: Any, t: Tensor) -> Tensor:
-        start, end = t.detach()[[0, -1]].tolist()
+        start, end = plain(t)[[0, -1]].tolist()
         n = steps_between(start, end, step_size, None, torch.finfo(t.dtype).eps)
         offsets = torch.arange(n, dtype=t.dtype, device=t.device) * math.copysign(step_size, end - start)
         return torch.cat([t[0] + offsets, t[-1:]])
@@ -106,21 +108,21 @@ def fixed_solve(
     callback: Callable[[Tensor, Tensor, Tensor], object] | None = None,
     perturb: bool = False,
     advance: Callable[..., Tensor] = equal_steps,
-) -> tuple[list[Tensor], int]:
+) -> tuple[States, int]:
     """States at every t, shape (T,), and the number of steps taken.
 
     The steps are floats unless t asks for a gradient: then the discrete solution is differentiated
     in t as it is in x. `advance` takes equal steps, as `equal_steps` does.
     """
-    times: list[float] = t.detach().tolist()
-    path = [x]
-    total = 0
+    times: list[float] = plain(t).tolist()
+    path, total = States(len(times), x), 0
+    path.append(x)
     for i in range(len(times) - 1):
-        if times[i] == times[i + 1] and not t.requires_grad:
+        if times[i] == times[i + 1] and not moves(t):
             path.append(x)
             continue
         n = steps_between(times[i], times[i + 1], step_size, n_steps)
-        start, span = (t[i], t[i + 1] - t[i]) if t.requires_grad else (times[i], times[i + 1] - times[i])
+        start, span = (t[i], t[i + 1] - t[i]) if moves(t) else (times[i], times[i + 1] - times[i])
         if callback is None and not perturb:
             x = advance(tableau, f, start, x, span / n, n)
         else:
@@ -140,19 +142,20 @@ def own_steps(
     step_size: float | None,
     n_steps: int | None,
     advance: Callable[..., Tensor] = equal_steps,
-) -> tuple[list[Tensor], np.ndarray]:
+) -> tuple[States, np.ndarray]:
     """As `fixed_solve`, where every sample has its own times: t of shape (T, B); the steps are counted (B,).
 
     A sample that needs fewer steps between two outputs than others waits at the second: its step is 0.
     """
     real, column = x.dtype.to_real(), (-1,) + (1,) * (x.ndim - 1)
     t = t.to(x.device)
-    path, total = [x], np.zeros(t.shape[1], np.int64)
+    path, total = States(len(t), x), np.zeros(t.shape[1], np.int64)
+    path.append(x)
     for start, end in pairwise(t):
-        if not t.requires_grad and torch.equal(start, end):
+        if not moves(t) and torch.equal(start, end):
             path.append(x)
             continue
-        ends = zip(start.tolist(), end.tolist(), strict=True)
+        ends = zip(plain(start).tolist(), plain(end).tolist(), strict=True)
         n = np.array([steps_between(a, b, step_size, n_steps) for a, b in ends])
         begin, h = start.view(column), ((end - start) / torch.from_numpy(n).to(start)).view(column)
         if (n == n[0]).all():
@@ -174,13 +177,14 @@ def grid_solve(
     t: Tensor,
     grid: Grid,
     callback: Callable[[Tensor, Tensor, Tensor], object] | None = None,
-) -> tuple[list[Tensor], int]:
+) -> tuple[States, int]:
     """States at every t, shape (T,), T ≥ 2, and the number of steps taken along the grid."""
     points = checked_grid(grid.constructor(f, x, t), t)
-    nodes: Sequence[Time] = list(points) if points.requires_grad else points.tolist()
-    outputs: Sequence[Time] = list(t) if t.requires_grad else t.tolist()
+    nodes: Sequence[Time] = list(points) if moves(points) else points.tolist()
+    outputs: Sequence[Time] = list(t) if moves(t) else t.tolist()
     forward = 1 if t[-1] > t[0] else -1
-    path, done = [x], 1
+    path, done = States(len(t), x), 1
+    path.append(x)
     for start, end in pairwise(nodes):
         x1, k0 = one_step(tableau, f, start, x, end - start, callback, grid.perturb)
         while done < len(outputs) and (end - outputs[done]) * forward >= 0:
@@ -206,7 +210,7 @@ def one_step(
         callback(torch.as_tensor(start, dtype=real), x, torch.as_tensor(h, dtype=real).abs())
     g = f
     if perturb:
-        first, last = (float(torch.as_tensor(s).detach()) for s in (start, start + h))
+        first, last = (float(plain(torch.as_tensor(s))) for s in (start, start + h))
         low, high = opened(first, last, x.dtype.to_real())
 
         def inside(s: Time, y: Tensor) -> Tensor:
@@ -223,8 +227,7 @@ def checked_grid(points: Any, t: Tensor) -> Tensor:
     if not isinstance(points, Tensor) or points.ndim != 1 or len(points) < 2:
         got = f"shape {tuple(points.shape)}" if isinstance(points, Tensor) else type(points).__name__
         raise ValueError(f"grid_constructor must return a tensor of shape (n,), n ≥ 2, got {got}.")
-    path, t = points, t.detach()
-    points = points.detach()
+    path, t, points = points, plain(t), plain(points)
     steps = points.diff() * (1 if t[-1] > t[0] else -1)
     if points[0] != t[0] or points[-1] != t[-1] or not (steps > 0).all():
         raise ValueError(

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_leaves
 
 from resode.solve.control import Callbacks
 from resode.solve.events import Event, solve_to_event
@@ -57,6 +58,25 @@ class Adjoint:
     state_norm: Callable[[Tensor], Any]
     stats: Stats | None = None
 
+    def forward(self) -> Callable[..., Any]:
+        """The field without gradient, evaluated with one where it asks for it, as a Hamiltonian's does."""
+        takes_gradients = False
+
+        def field(t: Tensor, y: Tensor) -> Any:
+            nonlocal takes_gradients
+            if not takes_gradients:
+                try:
+                    return self.func(t, y)
+                except RuntimeError as error:
+                    if "does not require grad" not in str(error):
+                        raise
+                    takes_gradients = True
+            with torch.enable_grad():
+                dy = self.func(t, y.detach().requires_grad_())
+            return dy.detach() if isinstance(dy, Tensor) else dy
+
+        return field
+
     def solve(self, y0: Tensor, t: Tensor) -> tuple[Tensor, Stats]:
         """The states at t, (T, *y0.shape), and the cost; its nfe_backward grows on the way back."""
         path, _ = _Solve.apply(self, None, y0, t, *self.params)
@@ -75,11 +95,11 @@ class _Solve(torch.autograd.Function):
     def forward(ctx: Any, job: Adjoint, event: Event | None, y0: Tensor, t: Tensor, *params: Tensor) -> Any:
         t_free = t.detach()
         if event is None:
-            path, job.stats = solve(job.func, y0, t_free, job.settings, job.callbacks)
+            path, job.stats = solve(job.forward(), y0, t_free, job.settings, job.callbacks)
             times = event_t = t_free
         else:
             event_t, path, job.stats = solve_to_event(
-                job.func, y0, t_free, job.settings, event, job.callbacks
+                job.forward(), y0, t_free, job.settings, event, job.callbacks
             )
             times = torch.stack([t_free[0], event_t])
         event_t = event_t.clone()
@@ -132,7 +152,7 @@ def _backward(
         nonlocal calls
         calls += 1
         with torch.no_grad():
-            return job.func(times[i].to(y0.device, real).expand(shape), path[i])
+            return job.forward()(times[i].to(y0.device, real).expand(shape), path[i])
 
     settings = _back(job, unpack)
     told = _unpacked(job.callbacks_back, unpack, y0)
@@ -215,8 +235,14 @@ def _unpacked(
     return Callbacks(told(callbacks.step), told(callbacks.accept), told(callbacks.reject))
 
 
+def _parameters(module: nn.Module) -> list[Tensor]:
+    """A module's parameters; of a replica that DataParallel made, what it has in their place."""
+    copies = [p for m in module.modules() for p in getattr(m, "_former_parameters", {}).values()]
+    return [*module.parameters(), *copies]
+
+
 def adjoint_params(func: Any, given: Any, args: Sequence[Any]) -> tuple[Tensor, ...]:
-    """What gets a gradient besides y0 and t: the given, or func's parameters and the tensors in args.
+    """What gets a gradient besides y0 and t: the given, or func's parameters, and all that is in args.
 
     Raises:
         ValueError: func is no nn.Module, so that its parameters can't be seen.
@@ -229,8 +255,12 @@ def adjoint_params(func: Any, given: Any, args: Sequence[Any]) -> tuple[Tensor, 
                 f"{type(func).__name__}. Make it a module, name its parameters with "
                 "odeint_adjoint(..., adjoint_params=(...)), or () if it has none."
             )
-        given = func.parameters()
-    params = [*given, *(a for a in args if isinstance(a, Tensor))]
+        given = _parameters(func)
+    params = [*given]
+    for leaf in tree_leaves(args):
+        params += (
+            [leaf] if isinstance(leaf, Tensor) else _parameters(leaf) if isinstance(leaf, nn.Module) else []
+        )
     for p in params:
         if not isinstance(p, Tensor):
             raise TypeError(f"adjoint_params must be tensors, got {type(p).__name__}.")

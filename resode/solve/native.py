@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -19,9 +19,12 @@ from resode.solve.control import Callbacks
 from resode.solve.diagnosis import explain, number, spectrum
 from resode.solve.fixed import equal_steps, fixed_solve, grid_solve, opened, own_steps, within
 from resode.solve.foreign import foreign_solve
+from resode.solve.host import moves, plain
 from resode.solve.options import SolveSettings, tolerances
 from resode.solve.result import NonFiniteState, SolverError, Stats
+from resode.solve.states import States
 from resode.solve.step import Counted, Field, all_finite, as_stage, combine, stages
+from resode.stability.multistep import EXPLICIT_ADAMS, ORDER
 from resode.tableaus import ButcherTableau
 
 SHARED_TIMES = ("step_t", "jump_t", "step_size", "grid_constructor", "perturb")
@@ -40,7 +43,7 @@ class Evaluations(Counted):
             dx = self.f(t, x)
         except Exception as error:
             if not isinstance(error, SolverError):
-                when = f"t={float(t.detach().reshape(-1)[0]):.9g}" if t.numel() else "an empty batch"
+                when = f"t={float(plain(t).reshape(-1)[0]):.9g}" if t.numel() else "an empty batch"
                 error.add_note(
                     f"resode: func raised this at {when}, call {self.calls}, "
                     f"with a state of shape {tuple(x.shape)} and dtype {x.dtype}."
@@ -51,7 +54,7 @@ class Evaluations(Counted):
                 "a field must leave the state as it is; func changed y in place. Write y * a for y.mul_(a), "
                 "and nn.ReLU() for nn.ReLU(inplace=True)."
             )
-        return as_stage(dx, x)
+        return self.kept(as_stage(dx, x))
 
 
 def solve(
@@ -154,17 +157,15 @@ def _fixed(
         path, n = fixed_solve(tableau, field, y0, t, **steps, callback=callback, perturb=perturb)
     else:
         path, n = _equal(counted, y0, t, tableau, settings, again, steps)
-    result = torch.stack(path)
+    result = path.stacked()
     if not all_finite(result[-1]):
-        raise not_finite(tableau, field, path, t, n, settings.per_sample)
+        raise not_finite(tableau, field, result, t, n, settings.per_sample)
     calls = counted.calls if isinstance(n, int) else n * (tableau.b_row[-1][0] + 1)
     counts: list[Any] = [calls, n, n, 0]
     if settings.per_sample:
         counts = [torch.from_numpy(np.full(len(y0), c, np.int64)).to(y0.device) for c in counts]
     stats = Stats(*counts)
-    if again is not None:
-        again.stats = stats
-    return result, stats
+    return result if again is None else again.finish(result, stats), stats
 
 
 def _equal(
@@ -175,16 +176,16 @@ def _equal(
     settings: SolveSettings,
     again: Recomputation | None,
     steps: dict[str, Any],
-) -> tuple[list[Tensor], int]:
+) -> tuple[States, int]:
     """As `fixed_solve`: with compiled steps, or in pieces that run again, or both, or neither."""
     if settings.compile_for is None:
         low, high = _ends(t)
         field = fixed_field(counted, y0, low, high, settings.per_sample)
-        advance = equal_steps if t.requires_grad else steps_at(counted, y0, low, high, settings.per_sample)
+        advance = equal_steps if moves(t) else steps_at(counted, y0, low, high, settings.per_sample)
     else:
 
         def func(t: Any, x: Tensor) -> Tensor:
-            return as_stage(counted.f(t, x), x)
+            return as_stage(counted.f(t, x), x).clone()  # as in compiled attempts
 
         # As tensors they are inputs of the graph; as floats each choice of times would be another one.
         ends = torch.tensor(_ends(t), dtype=torch.float64, device=y0.device)
@@ -202,7 +203,7 @@ def _ends(t: Tensor) -> tuple[Any, Any]:
     """The least and the largest of monotone times: floats, or columns (B, 1) of each sample's own."""
     if t.ndim > 1:
         return t.detach().amin(0), t.detach().amax(0)
-    first, last = t[0].item(), t[-1].item()
+    first, last = plain(t)[[0, -1]].tolist()
     return min(first, last), max(first, last)
 
 
@@ -236,7 +237,7 @@ def as_column(s: Tensor, y0: Tensor, per_sample: bool) -> Tensor:
 
 
 def not_finite(
-    tableau: ButcherTableau, f: Field, path: list[Tensor], t: Tensor, n: Any, per_sample: bool
+    tableau: ButcherTableau, f: Field, path: Sequence[Tensor] | Tensor, t: Tensor, n: Any, per_sample: bool
 ) -> SolverError:
     """The error of n fixed steps that left the finite numbers, explained at the last finite output.
 
@@ -248,7 +249,7 @@ def not_finite(
         n: how many steps there are between t[0] and t[-1], one number or each sample's.
         per_sample: whether the states are batches, so that a sample can be named.
     """
-    t = t.detach()
+    t, path = plain(t), [plain(y) for y in path]
     first = next(i for i, y in enumerate(path) if not torch.isfinite(y).all())
     last, bad = path[first - 1], path[first]
     index, *rest = (~torch.isfinite(bad)).nonzero()[0].tolist() or [0]
@@ -293,14 +294,15 @@ def _adaptive(
     def moved(s: Tensor) -> Tensor:
         return as_column(zero_with_gradient(s, real).to(y0.device), y0, settings.per_sample)
 
-    if t.requires_grad:
+    if moves(t):
         # The steps are held fixed; ∂y/∂t_i = f(t_i, y_i), and moving t_0 moves the start back along f.
         start = start - field(at(t[0]), start) * moved(t[0])
-    path, state, progress = [start], start, None
+    distinct, which = torch.unique_consecutive(plain(t), dim=0, return_inverse=True)
+    path, state, progress = States(len(distinct), start), start, None
+    path.append(start)
     again = Recomputation(counted) if settings.checkpoint else None
     if again is not None and len(t) > 1:
         again.check(at(t[0]), y0)
-    distinct, which = torch.unique_consecutive(t.detach(), dim=0, return_inverse=True)
     for times, asked, f in segments(field, distinct.double().cpu().numpy(), settings, real):
         if again is not None:
             later, progress = checkpointed_solve(tableau, again, f, state, times, control, progress)
@@ -308,12 +310,17 @@ def _adaptive(
             key = settings.compile_for
             later, progress = compiled_solve(tableau, counted, state, times, control, progress, key)
         else:
-            later, progress = adaptive_solve(tableau, f, state, times, control, progress)
-        state = later[-1]
-        path += later if asked else later[:-1]
-    path = [path[i] for i in which.tolist()]
-    if t.requires_grad:
-        path = [y + field(at(s), y) * moved(s) for s, y in zip(t, path, strict=True)]
+            later, progress = adaptive_solve(tableau, f, state, times, control, progress, path)
+        state = later.pop()
+        for y in later:
+            path.append(y)
+        if asked:
+            path.append(state)
+    result = path.stacked()
+    if len(which) > len(distinct):
+        result = result[which]
+    if moves(t):
+        result = torch.stack([y + field(at(s), y) * moved(s) for s, y in zip(t, result, strict=True)])
     if progress is None:
         zero = torch.zeros(start.shape[0] if settings.per_sample else 1, dtype=torch.int64)
         stats = Stats(zero + counted.calls, zero, zero, zero)
@@ -321,9 +328,7 @@ def _adaptive(
         stats = progress.stats()
     if not settings.per_sample:
         stats = replace(stats.item(), nfe=counted.calls)
-    if again is not None:
-        again.stats = stats
-    return torch.stack(path), stats
+    return result if again is None else again.finish(result, stats), stats
 
 
 def zero_with_gradient(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -348,6 +353,9 @@ def call_torchdiffeq(
 ) -> Any:
     """torchdiffeq.odeint with what `settings` asks for."""
     options = dict(settings.options)
+    if settings.method == EXPLICIT_ADAMS:
+        # torchdiffeq climbs to order 12, whose stability region hardly holds a step.
+        options.setdefault("max_order", ORDER)
     if settings.step_size is not None:
         options["step_size"] = settings.step_size
     rtol, atol = tolerances(y0.dtype, settings.rtol, settings.atol)

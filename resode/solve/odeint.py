@@ -15,15 +15,17 @@ from resode.solve.compiled import COMPILED_OPTIONS, key_of
 from resode.solve.control import MAX_STEPS
 from resode.solve.events import combined, solve_to_event, with_event_gradient
 from resode.solve.gradient import GRADIENTS, Adjoint, adjoint_params
+from resode.solve.host import is_transformed
 from resode.solve.native import solve
 from resode.solve.options import SolveSettings, resolve_method
 from resode.solve.problem import (
+    FlatField,
     State,
     callbacks_of,
     check_per_sample,
     check_state,
     check_times,
-    flat_field,
+    checked_args,
     flat_tolerance,
     flatten,
     largest_rms,
@@ -73,7 +75,9 @@ def odeint(
         options: torchdiffeq's, with its meaning. Adaptive: first_step, min_step, max_step,
             max_num_steps (between two outputs), step_t, jump_t (times to end a step at; at jump_t the
             field jumps, and is evaluated on either side of it only), norm (of the error over the
-            tolerance: state -> number), dtype (of times), safety, ifactor, dfactor. Fixed: step_size or
+            tolerance: state -> number), dtype (of times), safety, ifactor, dfactor, and controller: "i",
+            "pi" (the default), "pi34", "pi42", "h211pi", "pid", or (pcoeff, icoeff, dcoeff) as diffrax and
+            torchode name them. Fixed: step_size or
             grid_constructor (a grid over [t[0], t[-1]]), interp ("linear" or "cubic" between its points),
             perturb (evaluate just inside each step).
         event_fn: `event_fn(t, y)` -> tensor; the solve ends where an entry first changes sign, and
@@ -281,7 +285,7 @@ def odeint_event(
     if kwargs.get("return_stats"):
         result, stats = result
     event_t, path = result
-    args = tuple(kwargs.get("args", ()))
+    args = checked_args(kwargs.get("args"))
     field = (lambda t, y: func(t, y, *args)) if args else func
     leaves, structure = tree_flatten(path)
     last: Any = leaves[0][-1] if isinstance(path, Tensor) else tuple(p[-1] for p in leaves)
@@ -317,12 +321,18 @@ def _odeint(
     return_stats: bool,
 ) -> Any:
     """Checks, makes the state one tensor, solves, and gives back what was asked for."""
+    args = checked_args(args)
+    tableau, options, checkpoint = settings.method, settings.options, settings.checkpoint
+    if is_transformed() and (checkpoint or adjoint is not None):
+        raise TypeError(
+            f"gradient={'checkpoint' if checkpoint else 'adjoint'!r} takes the gradient back in its own way, "
+            "torch.func's transforms do not follow; take gradient='autograd' under them."
+        )
     check_state(y0)
     per_sample = settings.per_sample
     if per_sample:
         check_per_sample(y0)
     check_times(t, event_fn is not None, len(y0) if per_sample else None)
-    tableau, options, checkpoint = settings.method, settings.options, settings.checkpoint
     rtol, atol = flat_tolerance("rtol", settings.rtol, y0), flat_tolerance("atol", settings.atol, y0)
     settings = replace(settings, rtol=rtol, atol=atol)
     settings.check()
@@ -348,7 +358,7 @@ def _odeint(
     if event_fn is not None and not per_sample:
         event = combined(event_fn, t.detach()[0].to(state.device, state.dtype.to_real()), y0)
     if split is not None:
-        field = flat_field(field, split)
+        field = FlatField(field, split)
         settings = _norm_on_tuples(settings, split)
         if event is not None:
             whole = event

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch.utils._pytree import (
 
 from resode.checks import warn_user
 from resode.solve.control import Callbacks, Tolerance
+from resode.solve.host import decided
 from resode.solve.options import SolveSettings
 from resode.solve.step import all_finite
 
@@ -51,6 +53,23 @@ def check_state(y0: Any) -> None:
         )
 
 
+def checked_args(args: Any) -> tuple[Any, ...]:
+    """Further arguments of func, refused where they are no tuple or list; () for None.
+
+    Example:
+        >>> checked_args([1.5])
+        (1.5,)
+    """
+    if args is None:
+        return ()
+    if not isinstance(args, tuple | list):
+        raise TypeError(
+            f"args must be a tuple of func's further arguments, got {type(args).__name__}. For a single one "
+            "write args=(value,)."
+        )
+    return tuple(args)
+
+
 def check_times(t: Any, is_event: bool = False, batch: int | None = None) -> None:
     """Refuses a t that is no monotone, finite, floating vector, or (T, batch) of each sample's own times."""
     if not isinstance(t, Tensor) or not t.is_floating_point():
@@ -71,7 +90,7 @@ def check_times(t: Any, is_event: bool = False, batch: int | None = None) -> Non
         raise ValueError(
             f"with event_fn, t must hold two times, the start and one for the direction; got {len(t)}."
         )
-    times = t.detach().double().cpu().numpy()
+    times = np.array(decided(t, "the solver goes by the values of t"), np.float64)
     if not np.isfinite(times).all():
         raise ValueError("t must be finite; it holds an infinity or NaN.")
     steps = np.diff(times, axis=0) if own else np.diff(times)[:, None]
@@ -108,18 +127,37 @@ def check_per_sample(y0: State) -> None:
         )
 
 
-def flatten(y0: State) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """A state of several tensors as one vector, and the way back for states of shape (…, n)."""
+@dataclass(frozen=True)
+class Split:
+    """The way back from a state as one vector, (…, n), to the structure that was given.
+
+    Args:
+        shapes: of its tensors.
+        structure: how they are nested.
+    """
+
+    shapes: tuple[torch.Size, ...]
+    structure: TreeSpec
+
+    def __reduce__(self) -> Any:
+        # By an example: torch's structures do not pickle without a warning.
+        return _split_of, (self(torch.zeros(sum(s.numel() for s in self.shapes))),)
+
+    def __call__(self, y: Tensor) -> Any:
+        """The tensors, each (…, *shape), in their structure."""
+        parts = y.split([s.numel() for s in self.shapes], dim=-1)
+        whole = [p.reshape(y.shape[:-1] + s) for p, s in zip(parts, self.shapes, strict=True)]
+        return tree_unflatten(whole, self.structure)
+
+
+def flatten(y0: State) -> tuple[Tensor, Split]:
+    """A state of several tensors as one vector, and the way back."""
     leaves, structure = tree_flatten(y0)
-    shapes, sizes = [y.shape for y in leaves], [y.numel() for y in leaves]
+    return torch.cat([y.reshape(-1) for y in leaves]), Split(tuple(y.shape for y in leaves), structure)
 
-    def split(y: Tensor) -> Any:
-        parts = y.split(sizes, dim=-1)
-        return tree_unflatten(
-            [p.reshape(y.shape[:-1] + s) for p, s in zip(parts, shapes, strict=True)], structure
-        )
 
-    return torch.cat([y.reshape(-1) for y in leaves]), split
+def _split_of(y0: State) -> Split:
+    return flatten(y0)[1]
 
 
 def leaves_like(y: Any, structure: TreeSpec) -> list[Any]:
@@ -133,31 +171,36 @@ def leaves_like(y: Any, structure: TreeSpec) -> list[Any]:
     return structure.flatten_up_to(y)
 
 
-def flat_field(
-    func: Callable[..., Any], split: Callable[[Tensor], Any]
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """The field of a state of several tensors on the state as one vector."""
+@dataclass(frozen=True)
+class FlatField:
+    """The field of a state of several tensors, on the state as one vector.
 
-    def flat(t: Tensor, y: Tensor) -> Tensor:
-        parts = split(y)
-        dy = func(t, parts)
-        leaves, structure = tree_flatten(parts)
+    Args:
+        func: the field of (t, y), y in its structure.
+        split: from the vector to it.
+    """
+
+    func: Callable[..., Any]
+    split: Split
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+        """func(t, y) as one vector."""
+        parts = self.split(y)
+        dy = self.func(t, parts)
         try:
-            given = leaves_like(dy, structure)
+            given = leaves_like(dy, self.split.structure)
         except ValueError:
             raise ValueError(
                 "a field must give a derivative of the state's structure: the state is "
                 f"{_outline(parts)}, F(x) gave {_outline(dy)}."
             ) from None
         got = [tuple(d.shape) if isinstance(d, Tensor) else type(d).__name__ for d in given]
-        if got != [tuple(p.shape) for p in leaves]:
+        if got != [tuple(s) for s in self.split.shapes]:
             raise ValueError(
                 f"a field must keep the state's shape: got a {type(parts).__name__} of shapes "
-                f"{[tuple(p.shape) for p in leaves]}, F(x) gave {got}."
+                f"{[tuple(s) for s in self.split.shapes]}, F(x) gave {got}."
             )
         return torch.cat([d.reshape(-1) for d in given])
-
-    return flat
 
 
 def _outline(y: Any) -> str:

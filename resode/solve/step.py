@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resode.solve.host import address, plain
 from resode.tableaus import ButcherTableau, Row
 
 Time = float | Tensor
@@ -132,21 +133,60 @@ def as_stage(dx: object, x: Tensor) -> Tensor:
 
 
 class Counted:
-    """A field that counts its calls and refuses results that are no derivative of the state."""
+    """A field that counts its calls and refuses results that are no derivative of the state.
 
-    def __init__(self, f: Callable[[Any, Tensor], Any]):
-        self.f = f
+    A field may write each result into one buffer: where a step needs several results at a time, the first
+    is copied, and so are all where the second turns up in the same memory.
+
+    Args:
+        f: the field.
+        several: whether a step needs several results at a time.
+    """
+
+    def __init__(self, f: Callable[[Any, Tensor], Any], several: bool = True):
+        self.f, self.several = f, several
         self.calls = 0
+        self.first: Tensor | None = None
+        self.place: int | None = None
+        self.version, self.copies = 0, False
 
     def __call__(self, t: Any, x: Tensor) -> Tensor:
         """f(t, x), in x's dtype."""
         self.calls += 1
-        return as_stage(self.f(t, x), x)
+        return self.kept(as_stage(self.f(t, x), x))
+
+    def kept(self, dx: Tensor) -> Tensor:
+        """A result of the field, which no later one writes over."""
+        return dx.clone() if self.several and self._is_reused(dx) else dx
+
+    def _is_reused(self, dx: Tensor) -> bool:
+        """Whether func may write its next result over this one."""
+        if self.copies or torch.compiler.is_compiling():
+            return True
+        if self.first is None:
+            self.first, self.place, self.version = dx.detach(), address(dx), _version(dx)
+            return True
+        # The first is still held, so that no other tensor can lie where it does.
+        if self.place is None or address(dx) != self.place:
+            return False
+        self.copies = True
+        if self.calls > 2 and _version(dx) != self.version:
+            raise ValueError(
+                "a field must return a new tensor each time, or write into one buffer; func took turns with "
+                "several, and has written over a result that is still needed. Return a copy, dy.clone()."
+            )
+        return True
+
+
+def _version(x: Tensor) -> int:
+    """How often a tensor was written into; torch does not count it in inference mode."""
+    return 0 if x.is_inference() else x._version
 
 
 def all_finite(x: Tensor) -> bool:
     """Whether x holds no infinity and no NaN; an extremum is one if any entry is, and costs less to find."""
     if x.numel() == 0:
         return True
-    low, high = torch.aminmax(torch.view_as_real(x.detach()) if x.is_complex() else x.detach())
+    x = plain(x)
+    low, high = torch.aminmax(torch.view_as_real(x) if x.is_complex() else x)
     return math.isfinite(low.item()) and math.isfinite(high.item())

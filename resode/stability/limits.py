@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from resode.stability.intervals import Interval, ray_polynomials
+from resode.stability.multistep import EXPLICIT_ADAMS, AdamsRays
 from resode.stability.pruning import binding
 from resode.stability.rays import Complexes, RayPolynomials, complement
 from resode.tableaus import ButcherTableau, get_tableau
@@ -161,7 +162,8 @@ def eigenvalue_step_limit(
     Args:
         eigenvalues: λ (1/time), real or complex, conjugate pairs or not; tensor, array or sequence,
             shape (n,), or (…, n) for a batch of spectra.
-        method: a name in METHODS, or a tableau; explicit or implicit.
+        method: a name in METHODS, or a tableau; explicit or implicit; or "explicit_adams", by the root
+            condition of the Adams-Bashforth method of order 4.
         tolerance: τ in the units of λ, a number or an array that broadcasts to the eigenvalues. None:
             8·√n·ε·max|λ| with ε that of the eigenvalues' dtype, a few times what a backward stable routine
             leaves in n eigenvalues. 0 takes them as exact.
@@ -184,9 +186,9 @@ def eigenvalue_step_limit(
         rk4: no small step is stable: 2 modes grow with the equation itself, fastest λ = 0.01 ± 1i.
           Without them the limit would be 0.696323.
     """
-    tableau = get_tableau(method)
     values, eps = checked_spectrum(eigenvalues)
-    rays = ray_polynomials(tableau, allowed_growth(growth))
+    allowed, adams = allowed_growth(growth), method == EXPLICIT_ADAMS
+    rays = AdamsRays(math.sqrt(allowed)) if adams else ray_polynomials(get_tableau(method), allowed)
     shape, n = values.shape[:-1], values.shape[-1]
     given: Complexes = values.reshape(-1, n)
     tau = rounding_of_spectrum(values, eps) if tolerance is None else _plain(tolerance)
@@ -195,7 +197,7 @@ def eigenvalue_step_limit(
     tau = np.broadcast_to(tau, values.shape).reshape(given.shape)
     growing = given.real > tau
     lam = as_counted(given, tau)
-    if n <= _MANY:
+    if n <= _MANY or isinstance(rays, AdamsRays):
         exits, intervals = _exits(rays, lam)
     else:
         parts = [_exits_of_many(rays, *row) for row in zip(lam, growing, strict=True)]
@@ -219,7 +221,7 @@ def eigenvalue_step_limit(
         decaying_step=like(eigenvalues, np.where(growing, np.inf, exits).min(axis=1), shape),
         converged=like(eigenvalues, np.ones(len(given), dtype=bool), shape),
         decaying_converged=like(eigenvalues, np.ones(len(given), dtype=bool), shape),
-        method=tableau.name,
+        method=EXPLICIT_ADAMS if adams else get_tableau(method).name,
     )
 
 
@@ -236,7 +238,7 @@ def as_counted(values: Complexes, tau: np.ndarray) -> Complexes:
     return counted
 
 
-def _exits(rays: RayPolynomials, lam: np.ndarray) -> tuple[np.ndarray, list[list[Interval]]]:
+def _exits(rays: RayPolynomials | AdamsRays, lam: np.ndarray) -> tuple[np.ndarray, list[list[Interval]]]:
     """First exit of each eigenvalue (B, n), and the stable intervals of each row; λ = 0 has no exit."""
     flat = lam.reshape(-1)
     nonzero = np.flatnonzero(flat)

@@ -1,155 +1,73 @@
-"""Whether a run diverged because a block's step leaves its solver's stability region: the ηλ constraint."""
+"""Why a run diverged: the whole depth's gain, a step that its solver does not bear, or the learning rate."""
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from resode.analysis.steps.blocks import BlockGroup, block_groups
-from resode.analysis.steps.limit import DENSE_STATE, step_limit
-from resode.analysis.steps.matrix_free import outer_spectra
-from resode.analysis.steps.outlook import amplification
-from resode.blocks import ResidualStack
-from resode.jacobian.linearize import jacobian
-from resode.jacobian.matrices import all_eigenvalues
-from resode.tableaus import ButcherTableau, get_tableau
+from resode.analysis.diagnose.diagnose import diagnose, too_fast
+from resode.analysis.diagnose.findings import Finding
 
-SAMPLES = 2
-"""Images whose states are looked at."""
+SAMPLES = 8
+"""Images that are looked at."""
 
-_FAR = 2.0  # a decaying mode that one step multiplies by so much is far outside
-_FINER = 10.0  # how much smaller the logits must be with steps inside the limit
-_SUBSTEPS = 64  # the finest that is tried
-_VECTORS = 32  # of the Krylov space, for large states
+BLAMED = ("non-finite", "overstep", "stiff", "explosion", "strong-block", "learning-rate")
+"""Causes that make training diverge, the first of which is told."""
 
 
-@dataclass(frozen=True)
-class Overstep:
-    """A block whose step is far outside its solver's stability region.
+def why_diverged(
+    network: nn.Module, state: Mapping[str, Tensor], images: Tensor, labels: Tensor, lr: float
+) -> Finding | None:
+    """What `resode.diagnose` finds in the last good state that makes training diverge.
+
+    The depth and the solver are looked at first: a depth that explodes dies at any learning rate.
 
     Args:
-        group: the stack's name in the network.
-        block: its number in the stack, from 0.
-        solver: the method.
-        step: the length h of its steps, η over the substeps.
-        limit: the largest h with |R(sλ)| ≤ 1 for 0 ≤ s ≤ h.
-        eigenvalue: λ, the decaying mode that grows most.
-        growth: |R(hλ)|.
-        substeps: with which the step is within the limit, as a multiple of now.
-    """
-
-    group: str
-    block: int
-    solver: str
-    step: float
-    limit: float
-    eigenvalue: complex
-    growth: float
-    substeps: int
-
-    def __str__(self) -> str:
-        e = self.eigenvalue
-        value = f"{e.real:.4g}" if abs(e.imag) < 1e-6 * abs(e) else f"{e.real:.4g}{e.imag:+.4g}i"
-        return (
-            f"The step leaves the solver's stability region in block {self.block} of "
-            f"{self.group or 'the stack'}: a step of {self.step:.4g} with {self.solver} multiplies a mode of "
-            f"eigenvalue {value}, which decays, by {self.growth:.4g}; the step limit is {self.limit:.4g}. "
-            f"Take {self.substeps} times the substeps, a smaller step_size, or a solver with a larger region."
-        )
-
-
-def find_overstep(network: nn.Module, state: Mapping[str, Tensor], images: Tensor) -> Overstep | None:
-    """The block that oversteps most, where that is why a network's outputs explode.
-
-    Of each block with a solver of fixed steps, the eigenvalues λ of F's Jacobian are found at the states that
-    images reach, in evaluation mode. A block oversteps where a decaying mode (Re λ < 0) is multiplied by
-    |R(hλ)| ≥ 2 in a step. That is the cause only if shorter steps help: with as many substeps as the limit
-    asks for, the logits must be 10 times smaller.
-
-    Args:
-        network: with a `ResidualStack` or several, or any other; it is not changed.
+        network: any; it is not changed.
         state: its weights and buffers, finite.
-        images: normalised, shape (B, C, H, W); the first two are used.
+        images: normalised, shape (B, C, H, W); the first eight are used.
+        labels: their classes, shape (B,).
+        lr: the learning rate at which it diverged.
 
     Returns:
-        The block, or None where the constraint is not the cause, or nothing can be found out.
+        The first cause, or None where nothing is found or the network cannot be looked at.
 
     Example:
         >>> from resode import ResidualStack
-        >>> field = nn.Linear(2, 2, bias=False)
-        >>> _ = field.weight.data.copy_(-20 * torch.eye(2))
+        >>> field = nn.Linear(8, 8, bias=False)
+        >>> _ = field.weight.data.copy_(-20 * torch.eye(8))
         >>> network = ResidualStack(field, depth=4, step_size=0.5)
-        >>> found = find_overstep(network, network.state_dict(), torch.ones(2, 2))
-        >>> found.block, round(found.limit, 6), found.growth
-        (0, 0.1, 9.0)
+        >>> found = why_diverged(network, network.state_dict(), torch.ones(2, 8), torch.tensor([0, 1]), 0.1)
+        >>> found.cause, round(found.evidence["limit"], 6), round(found.evidence["gain"], 2)
+        ('overstep', 0.1, 9.0)
     """
-    if not any(isinstance(module, ResidualStack) for module in network.modules()):
-        return None
-    network = copy.deepcopy(network).cpu().float().eval()
+    network = copy.deepcopy(network).cpu().float()
     network.load_state_dict({name: value.cpu() for name, value in state.items()})
-    images = images[:SAMPLES].detach().cpu().float()
+    x, y = images[:SAMPLES].detach().cpu().float(), labels[:SAMPLES].cpu()
     try:
-        worst = _worst(_oversteps(network, images))
-        return worst if worst is not None and _finer_helps(network, images, worst.substeps) else None
-    except (ValueError, RuntimeError, ArithmeticError, np.linalg.LinAlgError):
-        return None  # no fields that can be linearized, or states that are not finite
+        _settle(network, images.detach().cpu().float())
+        found = diagnose(network, x, y, lr=lr, solvers=())
+    except (ValueError, TypeError, RuntimeError, ArithmeticError):
+        return None  # it takes other inputs, or cannot be differentiated
+    first = next((f for cause in BLAMED for f in found.findings if f.cause == cause), None)
+    if first is None and found.training is not None and found.training.ratio > 1:
+        return too_fast(found.training)
+    return first
 
 
-def _oversteps(network: nn.Module, images: Tensor) -> Iterator[Overstep]:
-    """Those of all blocks with fixed steps, in the network's order."""
-    for group in block_groups(network, images):
-        tableau = get_tableau(group.solver)
-        if tableau.adaptive or not tableau.explicit:
-            continue
-        found = (_overstep(group, block, tableau) for block in range(len(group.fields)))
-        yield from (overstep for overstep in found if overstep is not None)
-
-
-def _worst(oversteps: Iterable[Overstep]) -> Overstep | None:
-    """The one whose growth is largest, the first of those that rounding alone tells apart."""
-    worst = None
-    for overstep in oversteps:
-        if worst is None or overstep.growth > worst.growth * (1 + 1e-6):
-            worst = overstep
-    return worst
-
-
-def _overstep(group: BlockGroup, block: int, tableau: ButcherTableau) -> Overstep | None:
-    field, x, step = group.fields[block], group.states[block], group.steps[block]
-    if not bool(x.isfinite().all()):
-        return None
-    if x[0].numel() <= DENSE_STATE:
-        eigenvalues = all_eigenvalues(jacobian(copy.deepcopy(field).double(), x.double()).numpy()).ravel()
-    else:
-        spectra = outer_spectra(field, x, [tableau], budget=_VECTORS, verify=False, warn=False)
-        eigenvalues = np.concatenate([s.ritz.values for s in spectra])
-    decaying = eigenvalues[eigenvalues.real < 0]
-    if not len(decaying):
-        return None
-    growths = amplification(step * decaying, tableau)
-    most = int(np.argmax(growths))
-    if growths[most] < _FAR:
-        return None
-    limit = float(step_limit(eigenvalues=decaying[most : most + 1], solver=group.solver).step)
-    substeps = math.ceil(step / limit) if limit > step / _SUBSTEPS else _SUBSTEPS
-    mode = complex(decaying[most])
-    return Overstep(group.name, block, group.solver, step, limit, mode, float(growths[most]), substeps)
-
-
-def _finer_helps(network: nn.Module, images: Tensor, substeps: int) -> bool:
-    """Whether the logits are much smaller with shorter steps; the network keeps them."""
-    sizes = []
-    with torch.no_grad():
-        for factor in (1, substeps):
-            for module in network.modules():
-                if isinstance(module, ResidualStack):
-                    module.substeps *= factor
-            sizes.append(float(network(images).abs().max()))
-    coarse, fine = sizes
-    return math.isfinite(fine) and not coarse < _FINER * fine
+@torch.no_grad()
+def _settle(network: nn.Module, x: Tensor) -> None:
+    """Batch norm's statistics of these images: training normalises by the batch's own."""
+    norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if norms:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+        network.eval()
+        for norm in norms:
+            norm.train()
+        network(x)

@@ -25,7 +25,7 @@ from resode.analysis.swap.proof import SwapProof
 from resode.blocks.statistics import measure_statistics
 from resode.solve import SolverError
 from resode.training.data import Batches
-from resode.training.divergence import find_overstep
+from resode.training.divergence import why_diverged
 from resode.training.evaluate import (
     evaluations_of_last_call,
     other_solver,
@@ -292,27 +292,33 @@ class TrainingLoop:
             else "No epoch was finished, so there is no checkpoint."
         )
         lower = "" if self.recipe.precision == "32" else " or --precision 32"
+        lr = self.recipe.learning_rate(update, self.total)
+        advice = f"Try a tenth of that --lr{lower}."
         if self.processes.first:
             kept += self._keep_evidence(what)
+            advice = self._advice(lr) or advice
         return RunError(
             f"{what} in epoch {self.epoch + 1}, update {update + 1} of {self.total}, at learning rate "
-            f"{self.recipe.learning_rate(update, self.total):.3g}. Try a tenth of that --lr{lower}. {kept}"
+            f"{lr:.3g}. {advice} {kept}"
         )
 
+    def _advice(self, lr: float) -> str:
+        """What the diagnosis of the last good state says, or an empty string."""
+        if not self._good:
+            return ""
+        images, labels = next(iter(self.held_out["test"]))[:2]
+        found = why_diverged(self.network, self._good, images, labels, lr)
+        return "" if found is None else f"{found.text} {found.advice}"
+
     def _keep_evidence(self, what: str) -> str:
-        """Store the state that failed, and look for a block whose step is the cause; sentences about both."""
+        """Store the state that failed; a sentence about it."""
         state = {**self.about, "epoch": self.epoch, "index": self.index, "rows": self.rows, "what": what}
         path = self.folder.diverged
         try:
             self.folder.write(f"checkpoints/{path.name}", pack(self._tensors(), {"format": FORMAT, **state}))
-            said = f" The state that failed is in {path}."
         except RunError:
-            said = ""
-        if self._good:
-            images = next(iter(self.held_out["test"]))[0]
-            overstep = find_overstep(self.network, self._good, images)
-            said += f" {overstep}" if overstep else ""
-        return said
+            return ""
+        return f" The state that failed is in {path}."
 
     def _end_epoch(self) -> None:
         """Evaluate, and write the epoch's row of metrics."""

@@ -121,6 +121,7 @@ class Processes:
         with losing():
             dist.barrier(group=self._group)
         dist.destroy_process_group(None if begun else self._group)
+        self._group = None  # its threads end with it: one that outlives Python's end would abort the process
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""A run as one HTML file: training curves, solver swap, stability and depth profile, nothing fetched."""
+"""A run as one HTML file: diagnosis, curves, solver swap, stability and depth profile, nothing fetched."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from torch import nn
 from resode import plots
 from resode.analysis.depth.profile import DepthProfile, profile_depth
 from resode.analysis.depth.tracing import trace
+from resode.analysis.diagnose.diagnose import diagnose
 from resode.analysis.steps.block_limits import block_limits
 from resode.analysis.swap.report import SwapReport, swap_report
 from resode.blocks import ResidualStack
+from resode.blocks.statistics import tracked_norms
 from resode.checks import check_whole
 from resode.tableaus import METHODS
 from resode.tables import short, short_complex
 from resode.training.data.datasets import ImageData
-from resode.training.evaluate import images_of, load, plain_batches
+from resode.training.evaluate import calibration_batches, images_of, load, plain_batches
 from resode.training.folder import RunFolder
 from resode.training.plan import Model
 
@@ -79,9 +81,12 @@ def write_report(
     x, target = next(iter(plain_batches(images, limit=samples)))
     summary, config = folder.read_summary() or {}, folder.read_config()
     stacks = [m for m in network.modules() if isinstance(m, ResidualStack)]
-    parts = [_facts(summary, stacks), _curves(folder)]
+    parts = [_diagnosis(network, images), _facts(summary, stacks), _curves(folder)]
     if stacks:
-        parts.append(_swap(swap_report(network, plain_batches(images, limit=64 * samples))))
+        normed = bool(tracked_norms(network))
+        calibration = calibration_batches(images, min(2000, len(images.train_images))) if normed else False
+        shown = plain_batches(images, limit=64 * samples)
+        parts.append(_swap(swap_report(network, shown, recalibrate=calibration)))
         parts.append(_stability(network, x[:2]))
     parts.append(_profile(network, x, target))
     parts.append(_settings(config))
@@ -126,6 +131,13 @@ def _text(value: Any) -> str:
     return str(value)
 
 
+def _diagnosis(network: nn.Module, images: ImageData) -> str:
+    x, target = next(iter(plain_batches(images, limit=32)))
+    found = diagnose(network, x, target)
+    figure = _figure(found.plot(), "gain of a perturbation by block") if found.rows else ""
+    return f"<h2>Diagnosis</h2>{found._repr_html_()}<details><summary>Blocks</summary>{figure}</details>"
+
+
 def _facts(summary: dict[str, Any], stacks: list[ResidualStack]) -> str:
     names = {
         "test_accuracy": "test accuracy",
@@ -161,12 +173,23 @@ def _curves(folder: RunFolder) -> str:
 
 
 def _swap(report: SwapReport) -> str:
-    columns = ["solver", "substeps", "accuracy %", "logit drift", "F evaluations", ""]
+    columns = [
+        "solver",
+        "substeps",
+        "forecast",
+        "accuracy %",
+        "recalibrated %",
+        "logit drift",
+        "F evaluations",
+        "",
+    ]
     rows = [
         [
             r.solver,
             "adaptive" if r.substeps is None else r.substeps,
+            r.forecast,
             100 * r.accuracy,
+            *([] if r.accuracy_recalibrated is None else [100 * r.accuracy_recalibrated]),
             r.logit_drift,
             r.nfe,
             "as trained" if r.as_trained else "",
@@ -176,7 +199,9 @@ def _swap(report: SwapReport) -> str:
     return (
         "<h2>The same weights under other solvers</h2>"
         "<p>A network that has learnt an ODE keeps its accuracy under every finer solver; one that has "
-        "learnt its own solver's steps does not.</p>"
+        "learnt its own solver's steps does not. The forecast was made from unlabelled images; "
+        f"recalibrated means batch norm's statistics measured anew at {report.calibration}.</p>"
+        f"<p><b>{escape(report.causes())}</b></p>"
         + _figure(plots.swap_accuracy(report), "accuracy and drift over the step size")
         + _table(columns, rows)
         + _critical(report)
@@ -188,7 +213,11 @@ def _critical(report: SwapReport) -> str:
         steps = report.critical_steps()
     except ValueError:  # trained with other substeps than these
         return ""
-    shown = ", ".join(f"{solver} {step:g}" if step else f"{solver} none" for solver, step in steps.items())
+    trained = {row.solver for row in report.rows if row.as_trained}
+    shown = ", ".join(
+        f"{solver} {step:g}" if step else f"{solver} {'only as trained' if solver in trained else 'none'}"
+        for solver, step in steps.items()
+    )
     return (
         f"<p>Largest step that keeps the accuracy within a point, as all finer ones do: {escape(shown)}.</p>"
     )
@@ -214,7 +243,7 @@ def _stability(network: nn.Module, x: torch.Tensor) -> str:
         for s in groups
         for r in s.rows
     ]  # fmt: skip
-    columns = ["block", "solver", "limit", "growing modes", "limit without them", "set by λ", "inside"]
+    columns = ["block", "solver", "limit", "growing modes", "limit without them", "set by λ", "within it"]
     picture = _figure(plots.group_spectra(groups, methods), "eigenvalues over the stability regions")
     return text + picture + _table(columns, rows)
 
@@ -236,17 +265,12 @@ def _profile_tables(profile: DepthProfile) -> str:
         "σ max": "sigma_max", "ε": "epsilon", "F with −g": "boosting", "Δ loss without": "loss_change",
     }  # fmt: skip
     rows = [[getattr(r, field) for field in columns.values()] for r in profile.rows]
-    found = profile.diagnosis()
-    items = "".join(f'<li class="bad">{escape(text)}</li>' for text in found[:10])
-    more = f"<p>… and {len(found) - 10} more blocks.</p>" if len(found) > 10 else ""
-    diagnosis = f"<ul>{items}</ul>{more}" if found else "<p>No block's step is beyond its limit.</p>"
     groups = _table(
         ["group", "blocks", "‖∏(I+ηJ)‖", "∏(1+ε)", "∏(1−ε)", "without shortcuts at most"],
         [[f"{s.first} … {s.last}", s.blocks, s.norm, s.upper, s.lower, s.plain] for s in profile.groups],
     )
     return (
         f"<p>{len(profile.rows)} residual additions at {profile.samples} test images.</p>"
-        f"<h3>Diagnosis</h3>{diagnosis}"
         + _figure(plots.depth_profile(profile), "features, gradients and limits over depth")
         + _table(list(columns), rows)
         + (f"<h3>Gain through a group</h3>{groups}" if profile.groups else "")

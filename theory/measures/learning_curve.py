@@ -65,6 +65,7 @@ def learning_curve(
     test: Tensor,
     *,
     draws: int = 10,
+    seed: int = 0,
 ) -> LearningCurve:
     r"""Test error of what a learner makes of n samples of a function, for every n and draw.
 
@@ -77,6 +78,7 @@ def learning_curve(
         counts: numbers of samples.
         test: inputs at which the error is measured, shape (k, …).
         draws: how often each number is drawn; the learner's own randomness is seeded by the draw too.
+        seed: of the first draw, each further one has the next.
 
     Raises:
         ValueError: no counts or draws; a prediction of another shape than the target's values.
@@ -95,9 +97,9 @@ def learning_curve(
     errors = torch.zeros(len(counts), draws, dtype=torch.float64)
     for i, n in enumerate(counts):
         for d in range(draws):
-            x = draw(n, torch.Generator().manual_seed(d))
+            x = draw(n, torch.Generator().manual_seed(seed + d))
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(d)
+                torch.manual_seed(seed + d)
                 learnt = learner(x, target(x))
             with torch.no_grad():
                 predicted = learnt(test)

@@ -28,17 +28,27 @@ def run_edited(model: nn.Module, x: Any, edits: Sequence[tuple[Addition, float]]
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         for a, c in edits:
             if not a.shortcuts:  # a module, not an addition
                 hook = model.get_submodule(a.module).register_forward_hook(_scaled(c))
                 stack.callback(hook.remove)
-        factors = {number: c for a, c in edits for number in a.shortcuts}
-        stack.enter_context(_python_attention())
-        if factors:
-            kept = {leaf: (side, n) for a, _ in edits for n, (leaf, side) in a.shortcuts.items()}
-            stack.enter_context(ScaledBranches(factors, kept))
+        stack.enter_context(scaling(ScaledBranches(*branch_factors(edits))))
         return call(model, x)
+
+
+def branch_factors(
+    edits: Sequence[tuple[Addition, float]],
+) -> tuple[dict[int, float], dict[int, tuple[int, int]]]:
+    """What `ScaledBranches` takes for (addition, c) pairs."""
+    factors = {number: c for a, c in edits for number in a.shortcuts}
+    return factors, {leaf: (side, n) for a, _ in edits for n, (leaf, side) in a.shortcuts.items()}
+
+
+@contextmanager
+def scaling(mode: ScaledBranches) -> Iterator[None]:
+    """Within it additions are the mode's, numbered as in a trace: attention runs unfused, as it did there."""
+    with sdpa_kernel(SDPBackend.MATH), _python_attention(), mode:
+        yield
 
 
 @contextmanager

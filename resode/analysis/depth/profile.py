@@ -33,12 +33,11 @@ from resode.analysis.depth.watching import tensors_in
 from resode.checks import check_whole
 from resode.jacobian.arnoldi import random_start, singular_values
 from resode.tableaus import ButcherTableau, get_tableau
-from resode.tables import csv_text, plain_table, short, short_complex
+from resode.tables import csv_text, plain_table, short
 
 NAN = math.nan
 
 _SPLIT = 1e-2  # split error from which it is printed
-_GROWS = 1.01  # |R(ηλ)| from which a step counts as too large
 
 
 @dataclass(frozen=True)
@@ -184,21 +183,6 @@ class DepthProfile:
 
         return plots.depth_profile(self, path)
 
-    def diagnosis(self) -> list[str]:
-        """What is wrong, worst first: blocks whose step is too large, and what would be safe."""
-        bad = sorted((r for r in self.rows if r.growth > _GROWS), key=lambda r: -r.growth)
-        found = []
-        for r in bad:
-            text = (
-                f"{r.name}: η = {r.step_size:.4g} is too large for {r.solver}: λ = "
-                f"{short_complex(r.growth_eigenvalue)} grows by {r.growth:.4g} a step; decaying modes need "
-                f"η ≤ {r.decaying_step:.4g} (set by λ = {short_complex(r.limiting_eigenvalue)})"
-            )
-            if r.after:
-                text += f"; {r.after} follows, so this is no Euler step and the limit is a guide"
-            found.append(text + ".")
-        return found
-
     def __str__(self) -> str:
         columns = ["block", "kind", "η", "‖x‖", "‖F‖/‖x‖", "dead", "grad", "id·res", "max Re λ", "limit"]
         columns += ["decaying", "growth", "σ min", "σ max", "Δ loss" if self.has_target else "Δ output"]
@@ -220,7 +204,7 @@ class DepthProfile:
         lines += [f"{name}: no residual block, since {why}" for name, why in self.refused]
         if self.outside:
             lines.append(f"weights outside every addition: {_listed(self.outside)}")
-        return "\n".join(lines + self.diagnosis()[:5])
+        return "\n".join(lines)
 
 
 def _beside(error: float) -> str:
@@ -281,7 +265,7 @@ def profile_depth(
         batch_size: samples at once; more are taken in parts.
 
     Returns:
-        DepthProfile; print it, `.to_csv(path)`, `.plot(path)`, `.diagnosis()`.
+        DepthProfile; print it, `.to_csv(path)`, `.plot(path)`.
 
     Raises:
         ValueError: training mode, a random output, no residual block found, shapes that do not fit.

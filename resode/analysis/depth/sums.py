@@ -75,7 +75,10 @@ class WatchesAdditions(TorchFunctionMode):
     def _addcdiv(self, in_place: bool, input: Tensor, tensor1: Any, tensor2: Any, *, value: Any = 1) -> Any:
         return self._add(in_place, input, self._do(torch.div, tensor1, tensor2), value)
 
-    def _addmm(self, in_place: bool, input: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1):
+    def _addmm(
+        self, in_place: bool, input: Tensor, *matrices: Tensor, beta: Any = 1, alpha: Any = 1, **named: Tensor
+    ) -> Any:
+        a, b = (*matrices, *named.values())
         if beta == 0 or input.ndim < a.ndim:  # a bias, or nothing at all
             return None
         if beta != 1:
@@ -137,17 +140,12 @@ class ScaledBranches(WatchesAdditions):
         """The addition, with its branch scaled where that is asked for."""
         if number in self.shortcuts:
             operand, owner = self.shortcuts[number]
-            self.kept[owner] = operands[operand].detach().clone()
+            self.kept[owner] = operands[operand].clone()
         result = func(*args, **kwargs)
         if number not in self.factors:
             return result
-        shortcut, c = self.kept.pop(number), self.factors[number]
-        with torch.no_grad():
-            edited = (
-                shortcut.expand_as(result).clone() if c == 0 else torch.lerp(shortcut, result.detach(), c)
-            )
-        if IN_PLACE.match(name):
-            with torch.no_grad():
-                result.copy_(edited)
-            return result
-        return edited.requires_grad_(result.requires_grad)
+        shortcut, c = self.kept.pop(number).expand_as(result), self.factors[number]
+        in_place = IN_PLACE.match(name)
+        whole = result.clone() if in_place else result
+        edited = shortcut.clone() if c == 0 else torch.lerp(shortcut, whole, c)
+        return result.copy_(edited) if in_place else edited

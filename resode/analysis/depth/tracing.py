@@ -385,7 +385,7 @@ class _Finder:
         )
 
     def refused(self) -> list[tuple[str, str]]:
-        """Additions of a branch with weights to a state, outside all blocks, that are none of its blocks."""
+        """Additions of a branch with weights to a state, outside all blocks, that are no blocks, and why."""
         found: dict[str, str] = {}
         for value, record in self.recorder.sums.items():
             fork = self.graph.fork(value) if value in self.graph.at else None
@@ -398,6 +398,11 @@ class _Finder:
             if self.graph.cut(fork, value):
                 why = "it adds to one part of a cut state what comes from others, and these never meet again"
             found.setdefault(record.module or "model", why)
+        for value in self.graph.order:
+            own = isinstance(value[0], torch.autograd.function.BackwardCFunction)
+            if own and value not in self.inside:
+                why = f"{type(value[0]).__name__} is a gradient of its own, which hides what is added"
+                found.setdefault(self.recorder.where.get(value) or "model", why)
         return list(found.items())
 
     def outside(self) -> list[str]:

@@ -152,12 +152,12 @@ class Recorder(WatchesAdditions):
         self.roots.add(value_of(tensor))
         self.keep(tensor)
 
-    def keep(self, tensor: Tensor) -> None:
-        """Remember a tensor and where it was first seen."""
+    def keep(self, tensor: Tensor, where: str | None = None) -> None:
+        """Remember a tensor and where it was first seen: in the module that is running, or in another."""
         place = value_of(tensor)
         if place[0] is not None and place not in self.values:
             self.values[place] = tensor.detach()
-            self.where[place] = self.running[-1][0]
+            self.where[place] = self.running[-1][0] if where is None else where
             self.layouts[place] = tensor.shape, tensor.stride(), int(tensor.storage_offset())
 
     def other(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
@@ -181,8 +181,9 @@ class Recorder(WatchesAdditions):
 
     def _before(self, name: str, args: Any, kwargs: Any) -> None:
         """Operands that no function returned (after x[i] = …), and copies of what is overwritten."""
+        around = self.running[-1][0].rpartition(".")[0]
         for tensor in tensors_in(args):
-            self.keep(tensor)
+            self.keep(tensor, around)
         if (IN_PLACE.match(name) or kwargs.get("inplace")) and isinstance(args[0], Tensor):
             place = value_of(args[0])
             if place in self.values:

@@ -40,7 +40,8 @@ class FixedPoints:
         points: x*, shape (batch, *state). Differentiable in what F depends on, by the implicit function
             theorem; where `converged` is False, the best point reached.
         residual: ‖F(x*)‖₂, unscaled, shape (batch,); with a solver that of its slope (x⁺ − x)/η.
-        converged: max|F(x*)| ≤ tol, bool, shape (batch,).
+        converged: max|F(x*)| ≤ tol and a Newton step of at most √tol·(1 + ‖x*‖), bool, shape (batch,). F is
+            small in places where no zero is near, as exp(−x) is at 24.
         iterations: Newton steps, shape (batch,).
         spurious: with a solver: whether its map rests there although F is not 0 near by; else None.
         solver: the method's name; None for F itself.
@@ -94,7 +95,8 @@ def find_fixed_points(
     Args:
         field: F, a callable that keeps the state's shape; modules in eval mode, rows not interacting.
         x0: starts, shape (batch, *state), float32 or float64.
-        tol: bound on max|F(x*)|; 1e-10 in float64, 1e-5 in float32.
+        tol: bound on max|F(x*)|, and its root on the length of a Newton step there relative to 1 + ‖x*‖;
+            1e-10 in float64, 1e-5 in float32.
         max_iter: Newton steps.
         solver: an explicit method's name or tableau: find fixed points of its step of size `step_size`.
         step_size: η > 0, together with `solver`.
@@ -281,6 +283,7 @@ class _Search:
         batch = len(x0)
         self.f = self._evaluate(self.x)
         self.start = self.x.flatten(1).clone(), self.f
+        self.last = torch.zeros_like(self.f)  # Newton's direction where a sample converged
         self.converged = torch.zeros(batch, dtype=torch.bool, device=x0.device)
         self.stuck = ~torch.isfinite(self.f).all(1)
         self.iterations = torch.zeros(batch, dtype=torch.long, device=x0.device)
@@ -306,7 +309,11 @@ class _Search:
             old = near & (distance <= _SAME * (1 + self.x.flatten(1).norm(dim=1)))
             self.stuck |= old
             near &= ~old
-        self.converged |= near
+        which = torch.nonzero(near & ~self.converged & ~self.stuck).flatten()
+        if len(which):
+            self.last[which] = direction = self._direction(which)
+            reach = self.tol**0.5 * (1 + self.x[which].flatten(1).norm(dim=1))
+            self.converged[which] = direction.norm(dim=1) <= reach
 
     def _evaluate(self, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -432,7 +439,7 @@ class _Search:
         if not len(done):
             return
         x, f = self.x[done], self.f[done]
-        trial = (x.flatten(1) + self._direction(done)).reshape(x.shape)
+        trial = (x.flatten(1) + self.last[done]).reshape(x.shape)
         value = self._evaluate(trial)
         closer = torch.isfinite(value).all(1) & (value.norm(dim=1) < f.norm(dim=1))
         apart = (trial - x).flatten(1).norm(dim=1) <= 1e-3 * (1 + x.flatten(1).norm(dim=1))

@@ -22,6 +22,7 @@ from resode.jacobian.matrices import (
 )
 from resode.stability import StepLimit, eigenvalue_step_limit
 from resode.stability.limits import checked_spectrum, like, nested
+from resode.stability.multistep import EXPLICIT_ADAMS
 from resode.stability.rays import Complexes
 from resode.tableaus import ButcherTableau, get_tableau
 
@@ -53,7 +54,7 @@ def max_stable_step(
             with up to 4,096 rows; or a field F(x) in eval mode, together with x.
         x: states, shape (batch, *state), where a field is given, of any size.
         eigenvalues: the spectrum, shape (n,) or (…, n): alone, or with its matrix to spare its computation.
-        solver: a name in METHODS, or a tableau.
+        solver: a name in METHODS, or a tableau, or "explicit_adams" (order 4, by its root condition).
         k: eigenvalues that limit the step, and largest ones, to hold on to where J is not formed; without
             effect where it is.
         growth: (N, tol) allows |R|^N ≤ 1 + tol instead of |R| ≤ 1, see `eigenvalue_step_limit`.
@@ -136,6 +137,8 @@ def _limit(
     details: bool,
 ) -> StepLimit:
     """Which of the ways to a step limit the arguments ask for."""
+    if solver == EXPLICIT_ADAMS:
+        return _of_adams(subject, x, eigenvalues, growth)
     tableau = get_tableau(solver)
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"k must be an integer of at least 1, got {k!r}.")
@@ -166,6 +169,20 @@ def _limit(
             "Pass the Jacobian alone, or a callable F."
         )
     return _of_matrices(subject, eigenvalues, tableau, growth, details=details)
+
+
+def _of_adams(subject: Any, x: Any, eigenvalues: Any, growth: Any) -> StepLimit:
+    """By the root condition at all eigenvalues: given, or of a matrix, or of a field's Jacobian at x."""
+    if eigenvalues is None and subject is None:
+        raise ValueError(
+            "give a Jacobian, eigenvalues=, or a field and the states x at which to linearize it; got none."
+        )
+    if eigenvalues is None:
+        if x is not None:
+            check_field(subject, x)
+            subject = jacobian(subject, x)
+        eigenvalues = torch.linalg.eigvals(torch.as_tensor(subject))
+    return eigenvalue_step_limit(eigenvalues, EXPLICIT_ADAMS, growth=growth)
 
 
 def _of_field(

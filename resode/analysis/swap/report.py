@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from resode.analysis.diagnose.forecast import INPUTS, drift, forecast, swapped, verdict
 from resode.blocks import ResidualStack
+from resode.blocks.statistics import measure_statistics, put_back, tracked_norms
 from resode.modes import evaluating
 from resode.tableaus import METHODS, get_tableau
 from resode.tables import plain_table, read_records, records_text
@@ -26,10 +30,16 @@ class SwapRow:
         solver: the method's name.
         substeps: equal steps a block; None for an adaptive solver, which chooses them.
         step_size: step in depth time, η / substeps, of the first stack; None likewise.
-        accuracy: fraction of the samples classified right.
-        accuracy_recalibrated: the same with batch-norm statistics measured under this solver; None
-            where that was not asked for.
+        forecast: "keeps", "may lose" or "loses", said before a label was looked at, of the recalibrated
+            accuracy; see `resode.analysis.diagnose.forecast`.
+        accuracy: fraction of the samples classified right, as the network is.
+        accuracy_recalibrated: the same with batch-norm statistics measured anew under this solver; None
+            where there are none to measure, or that was not wanted.
         logit_drift: ‖z − z₀‖ / ‖z₀‖ over all samples, z₀ the logits of the network as it came.
+        drift_recalibrated: the same with statistics measured anew, under this solver and the trained one;
+            None likewise.
+        defect: ‖Φ(x) − Φ₀(x)‖ / ‖Φ₀(x)‖ of the block's map Φ that differs most from the trained one Φ₀.
+        worst_block: that block's name.
         nfe: field evaluations a sample, summed over the stacks.
         as_trained: whether this is the solver and step the network came with.
     """
@@ -37,18 +47,39 @@ class SwapRow:
     solver: str
     substeps: int | None
     step_size: float | None
+    forecast: str
     accuracy: float
     accuracy_recalibrated: float | None
     logit_drift: float
+    drift_recalibrated: float | None
+    defect: float
+    worst_block: str
     nfe: float
     as_trained: bool
+
+    @property
+    def kept(self) -> float:
+        """The accuracy that is the solver's own doing: recalibrated where there is batch norm."""
+        return self.accuracy if self.accuracy_recalibrated is None else self.accuracy_recalibrated
+
+    @property
+    def batch_norm_share(self) -> float:
+        """What batch norm's statistics of another solver cost: accuracy that recalibration brings back."""
+        return self.kept - self.accuracy
 
 
 @dataclass(frozen=True)
 class SwapReport:
-    """What `swap_report` found: `rows`, one a solver and step, in the order asked for."""
+    """What `swap_report` found.
+
+    Args:
+        rows: one a solver and step, in the order asked for.
+        calibration: what batch norm's statistics were measured at: "training batches", "these inputs", or
+            "nothing".
+    """
 
     rows: list[SwapRow]
+    calibration: str = "nothing"
 
     def to_csv(self, path: str | Path) -> None:
         """Write the rows as CSV, under their field names."""
@@ -67,19 +98,22 @@ class SwapReport:
 
         Example:
             >>> import tempfile
-            >>> report = SwapReport([SwapRow("euler", 1, 1.0, 0.9, None, 0.0, 3.0, True)])
+            >>> row = SwapRow("euler", 1, 1.0, "keeps", 0.9, None, 0.0, None, 0.0, "", 3.0, True)
             >>> with tempfile.TemporaryDirectory() as folder:
-            ...     report.to_csv(folder + "/swap.csv")
-            ...     SwapReport.from_csv(folder + "/swap.csv") == report
+            ...     SwapReport([row]).to_csv(folder + "/swap.csv")
+            ...     SwapReport.from_csv(folder + "/swap.csv").rows == [row]
             True
         """
         try:
-            return cls(read_records(SwapRow, path))
+            return cls(read_records(SwapRow, path, added=_ADDED))
         except ValueError as error:
             raise ValueError(f"{path} is no swap table, as `resode swap RUN` writes one: {error}.") from None
 
     def critical_steps(self, drop: float = 0.01) -> dict[str, float]:
-        """For each fixed-step solver the largest step that, as all finer ones, keeps the trained accuracy.
+        """For each fixed-step solver the largest step that keeps the accuracy, as all finer ones do.
+
+        It is the recalibrated accuracy where there is batch norm. A network that keeps it as trained and
+        loses it at finer steps has learnt its solver's steps: then there is no such step.
 
         Args:
             drop: how much less accuracy still counts as kept, as a fraction of all samples.
@@ -91,26 +125,67 @@ class SwapReport:
             ValueError: the report has no row for the solver and step that the network came with.
 
         Example:
-            >>> trained = SwapRow("euler", 1, 1.0, 0.90, None, 0.0, 1.0, True)
-            >>> coarse = SwapRow("rk4", 1, 1.0, 0.70, None, 0.5, 4.0, False)
-            >>> fine = SwapRow("rk4", 2, 0.5, 0.90, None, 0.1, 8.0, False)
-            >>> SwapReport([trained, coarse, fine]).critical_steps()
+            >>> def row(solver, n, accuracy, trained=False):
+            ...     return SwapRow(solver, n, 1 / n, "", accuracy, None, 0.0, None, 0.0, "", 1.0, trained)
+            >>> rows = [row("euler", 1, 0.9, True), row("rk4", 1, 0.7), row("rk4", 2, 0.9)]
+            >>> SwapReport(rows).critical_steps()
             {'euler': 1.0, 'rk4': 0.5}
         """
-        trained = [row.accuracy for row in self.rows if row.as_trained]
-        if not trained:
-            raise ValueError(
-                "the report has no row of the network as it was trained; add its solver and substeps to it."
-            )
+        trained = self._trained()
         found: dict[str, float] = {}
         broken: set[str] = set()
         fixed = [row for row in self.rows if row.step_size is not None]
         for row in sorted(fixed, key=lambda row: row.step_size or 0.0):
-            if row.accuracy < trained[0] - drop:
+            if row.kept < trained.kept - drop:
                 broken.add(row.solver)
             if row.solver not in broken:
                 found[row.solver] = float(row.step_size or 0.0)
         return {row.solver: found.get(row.solver, 0.0) for row in fixed}
+
+    def _trained(self) -> SwapRow:
+        """The row of the network as it came."""
+        for row in self.rows:
+            if row.as_trained:
+                return row
+        raise ValueError(
+            "the report has no row of the network as it was trained; add its solver and substeps to it."
+        )
+
+    def causes(self, drop: float = 0.01) -> str:
+        """Where accuracy is lost, and to what: a line for the worst row, or that nothing is.
+
+        Example:
+            >>> own = SwapRow("euler", 1, 1.0, "keeps", 0.95, 0.95, 0.0, 0.0, 0.0, "", 7.0, True)
+            >>> rk4 = SwapRow("rk4", 1, 1.0, "loses", 0.80, 0.90, 0.6, 0.4, 0.3, "1.fields.0", 28.0, False)
+            >>> print(SwapReport([own, rk4], "training batches").causes())
+            rk4 loses 15.0 points: 10.0 to batch norm's statistics (measured anew at training batches,
+            they come back), 5.0 to the solver: the network has learnt its own solver's steps. Train it
+            with resode.SwapProof (--swap-proof).
+        """
+        try:
+            trained = self._trained()
+        except ValueError:
+            return "Without a row of the network as it was trained, nothing can be said of what a swap loses."
+        worst = min(self.rows, key=lambda row: min(row.accuracy, row.kept))
+        lost = trained.accuracy - worst.accuracy
+        by_solver = max(trained.kept - worst.kept, 0.0)
+        if max(lost, by_solver) <= drop:
+            return f"No solver and step here loses more than {100 * drop:g} of 100 images."
+        by_norm = max(lost - by_solver, 0.0)
+        steps = "" if worst.substeps in (None, 1) else f" with {worst.substeps} substeps"
+        parts = []
+        if by_norm > drop / 2:
+            parts.append(
+                f"{100 * by_norm:.1f} to batch norm's statistics (measured anew at {self.calibration}, they "
+                "come back)"
+            )
+        if by_solver > drop / 2:
+            parts.append(
+                f"{100 * by_solver:.1f} to the solver: the network has learnt its own solver's steps. Train "
+                "it with resode.SwapProof (--swap-proof)"
+            )
+        said = f"{worst.solver}{steps} loses {100 * lost:.1f} points: {', '.join(parts)}."
+        return textwrap.fill(said, 92)
 
     def plot(self, path: str | Path | None = None):
         """Accuracy against step size, one line a solver; the matplotlib figure, saved where `path` says."""
@@ -120,17 +195,17 @@ class SwapReport:
 
     def __str__(self) -> str:
         recalibrated = any(row.accuracy_recalibrated is not None for row in self.rows)
-        columns = ["solver", "substeps", "accuracy", "recalibrated", "logit drift", "F evaluations", ""]
+        columns = ["solver", "substeps", "forecast", "accuracy", "recalibrated", "drift", "F calls", ""]
         table = []
         for row in self.rows:
             steps = "adaptive" if row.substeps is None else str(row.substeps)
-            again = row.accuracy_recalibrated
-            cells = [row.solver, steps, f"{row.accuracy:.2%}", "—" if again is None else f"{again:.2%}"]
-            cells += [f"{row.logit_drift:.2e}", f"{row.nfe:.1f}", "as trained" if row.as_trained else ""]
-            table.append(cells)
+            value = row.accuracy_recalibrated
+            cells = [row.solver, steps, row.forecast, f"{row.accuracy:.2%}"]
+            cells += ["—" if value is None else f"{value:.2%}", f"{row.logit_drift:.1e}", f"{row.nfe:.1f}"]
+            table.append([*cells, "as trained" if row.as_trained else ""])
         shown = [number for number, name in enumerate(columns) if name != "recalibrated" or recalibrated]
         columns, *table = [[row[number] for number in shown] for row in (columns, *table)]
-        return "\n".join(plain_table(columns, table))
+        return "\n".join([*plain_table(columns, table), self.causes()])
 
 
 def swap_report(
@@ -139,27 +214,29 @@ def swap_report(
     solvers: Sequence[str] = ("euler", "midpoint", "rk4", "dopri5"),
     substeps: Sequence[int] = (1, 2, 4),
     *,
-    recalibrate: Batches | None = None,
+    recalibrate: Batches | bool = True,
 ) -> SwapReport:
-    """Accuracy, logit drift and cost of the same weights under other solvers and steps.
+    """Accuracy, logit drift and cost of the same weights under other solvers and steps, by cause.
 
-    A network that has learnt an ODE keeps its accuracy under every finer solver; one that has learnt
-    the steps of its own solver does not.
+    A network that has learnt an ODE keeps its accuracy under every finer solver; one that has learnt the
+    steps of its own solver does not. Batch norm's share stands apart: its statistics belong to the solver
+    that made them, and are measured anew, without labels, under every other.
 
     Args:
         model: a classifier with at least one `ResidualStack` inside, giving logits (B, classes). Its
-            solvers, training mode and statistics are put back afterwards.
-        loader: batches (images, labels), iterated once a row; labels int64 (B,).
+            solvers, modes and statistics are put back afterwards.
+        loader: batches (images, labels), iterated a few times a row; labels int64 (B,).
         solvers: explicit methods' names; adaptive ones give one row, at the stacks' own tolerances.
         substeps: equal steps a block for the others.
-        recalibrate: training batches; if given, each row also gets the accuracy with batch-norm
-            statistics measured anew under its solver (a swap meets other statistics than training did).
+        recalibrate: what statistics are measured anew at: training batches, or True for the loader's inputs
+            without their labels; False not to.
 
     Returns:
         The report; str() is a table, .rows the data, .to_csv and .plot write it.
 
     Raises:
-        ValueError: no ResidualStack in the model, an unknown solver, or an empty loader.
+        ValueError: no ResidualStack in the model, an unknown solver, an empty loader, or batches to
+            recalibrate with where there is no batch norm.
 
     Source:
         Ott et al., ResNet After All? Neural ODEs and Their Numerical Solution (2021).
@@ -175,44 +252,40 @@ def swap_report(
     if not stacks:
         raise ValueError(
             "a solver can be swapped only in a resode.ResidualStack, and this model holds none. "
-            "The odenet… networks do; a post-activation ResNet's blocks are no solver steps."
+            "resode.convert makes stacks of the blocks of other networks; a post-activation ResNet's blocks "
+            "are no solver steps."
         )
     for name in solvers:
         if not get_tableau(name).explicit:
             raise ValueError(f"{name!r} is implicit; a stack takes explicit solvers only.")
     wanted = [(name, n) for name in solvers for n in ([None] if METHODS[name].adaptive else substeps)]
-    came_with = [(stack.solver, stack.substeps) for stack in stacks]
-    batches, training_batches = _reusable(loader), _reusable(recalibrate or ())
-    original = _evaluate(model, stacks, batches)
-
-    def row(solver: str, n: int | None, as_trained: bool) -> SwapRow:
-        logits, labels, nfe = original if as_trained else _evaluate(model, stacks, batches)
-        recalibrated = None
-        if recalibrate is not None:
-            recalibrated = _recalibrated_accuracy(model, stacks, training_batches, batches)
-        return SwapRow(
-            solver=solver,
-            substeps=n,
-            step_size=None if n is None else stacks[0].step_size / n,
-            accuracy=_accuracy(logits, labels),
-            accuracy_recalibrated=recalibrated,
-            logit_drift=float((logits - original[0]).norm() / original[0].norm()),
-            nfe=nfe,
-            as_trained=as_trained,
-        )
-
-    first = came_with[0] if len(set(came_with)) == 1 else None
-    trained = None if first is None else (first[0], None if METHODS[first[0]].adaptive else first[1])
+    came_with = {(stack.solver, stack.substeps) for stack in stacks}
+    trained = next(iter(came_with)) if len(came_with) == 1 else None
+    swap = _Swap(model, stacks, _reusable(loader), *_calibration(model, loader, recalibrate))
     rows = []
-    try:
-        for name, n in wanted:
-            for stack in stacks:
-                stack.solver, stack.substeps = name, 1 if n is None else n
-            rows.append(row(name, n, (name, n) == trained))
-    finally:
-        for stack, (name, n) in zip(stacks, came_with, strict=True):
-            stack.solver, stack.substeps = name, n
-    return SwapReport(rows)
+    for name, n in wanted:
+        own = trained is not None and trained == (name, trained[1] if METHODS[name].adaptive else n)
+        rows.append(swap.row(name, n, own))
+    return SwapReport(rows, swap.calibration)
+
+
+# Columns that version 0.1.0 had not.
+_ADDED = {"forecast": "not made", "drift_recalibrated": None, "defect": math.nan, "worst_block": ""}
+
+
+def _calibration(
+    model: nn.Module, loader: Batches, recalibrate: Batches | bool
+) -> tuple[Batches | None, str]:
+    """What statistics are measured at, and what that is called."""
+    norms = tracked_norms(model)
+    if isinstance(recalibrate, bool):
+        return (_reusable(loader), "these inputs") if recalibrate and norms else (None, "nothing")
+    if not norms:
+        raise ValueError(
+            "recalibration measures the running statistics of batch norms, and this model has none: leave "
+            "recalibrate out."
+        )
+    return _reusable(recalibrate), "training batches"
 
 
 def _reusable(batches: Batches) -> Batches:
@@ -224,45 +297,86 @@ def _accuracy(logits: Tensor, labels: Tensor) -> float:
     return float((logits.argmax(1) == labels).double().mean())
 
 
-@torch.no_grad()
-def _evaluate(
-    model: nn.Module, stacks: list[ResidualStack], batches: Batches
-) -> tuple[Tensor, Tensor, float]:
-    """Logits (N, classes) in float64, labels (N,), and field evaluations a sample, in evaluation mode."""
-    device = next(model.parameters()).device
-    logits, labels, calls = [], [], 0.0
-    with evaluating(model):
-        for images, targets in batches:
-            logits.append(model(images.to(device)).double())
-            labels.append(targets.to(device))
-            for stack in stacks:
-                assert stack.stats is not None
-                calls += len(images) * float(torch.as_tensor(stack.stats.nfe, dtype=torch.float64).mean())
-    if not logits:
-        raise ValueError("the loader gave no batches; it must hold at least one (images, labels).")
-    result = torch.cat(logits)
-    return result, torch.cat(labels), calls / len(result)
+class _Swap:
+    """A model with its batches, as it came, to be looked at under one solver after the other."""
 
+    def __init__(
+        self,
+        model: nn.Module,
+        stacks: list[ResidualStack],
+        batches: Batches,
+        training_batches: Batches | None,
+        calibration: str,
+    ) -> None:
+        self.model, self.stacks = model, stacks
+        self.batches, self.training_batches, self.calibration = batches, training_batches, calibration
+        self.device = next(model.parameters()).device
+        self.logits, self.labels, self.nfe = self._evaluate()
+        self.some = next(iter(batches))[0][:INPUTS].to(self.device)
+        self.own_logits = self.logits
+        self.before = self._outputs()
+        if (
+            training_batches is not None
+        ):  # so that a row's drift is the solver's, and no lag of the statistics
+            with self._measured():
+                self.own_logits, self.before = self._evaluate()[0], self._outputs()
 
-@torch.no_grad()
-def _recalibrated_accuracy(
-    model: nn.Module, stacks: list[ResidualStack], training_batches: Batches, batches: Batches
-) -> float:
-    """Accuracy with batch-norm statistics averaged over the training batches under the present solver."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    saved = [({k: v.clone() for k, v in m.named_buffers()}, m.momentum) for m in norms]
-    device = next(model.parameters()).device
-    try:
-        with evaluating(model):
-            for m in norms:
-                m.reset_running_stats()
-                m.momentum = None  # a plain average over the batches
-                m.train()
-            for images, _ in training_batches:
-                model(images.to(device))
-            return _accuracy(*_evaluate(model, stacks, batches)[:2])
-    finally:
-        for m, (buffers, momentum) in zip(norms, saved, strict=True):
-            m.momentum = momentum
-            for name, value in m.named_buffers():
-                value.copy_(buffers[name])
+    def row(self, solver: str, substeps: int | None, as_trained: bool) -> SwapRow:
+        """What one solver and step do; the forecast first, which sees no label."""
+        n = 1 if substeps is None else substeps
+        foretold = forecast(self.model, self.some, solver, n)
+        recalibrated: tuple[Tensor, Tensor, float] | None = None
+        said = foretold.verdict
+        with swapped(self.model, solver, n):
+            if self.training_batches is not None:
+                with self._measured():
+                    said = verdict(drift(self._outputs(), self.before))
+                    recalibrated = self._evaluate()
+            found = (self.logits, self.labels, self.nfe) if as_trained else self._evaluate()
+        return SwapRow(
+            solver=solver,
+            substeps=substeps,
+            step_size=None if substeps is None else self.stacks[0].step_size / substeps,
+            forecast=said,
+            accuracy=_accuracy(*found[:2]),
+            accuracy_recalibrated=None if recalibrated is None else _accuracy(*recalibrated[:2]),
+            logit_drift=drift(found[0], self.logits),
+            drift_recalibrated=None if recalibrated is None else drift(recalibrated[0], self.own_logits),
+            defect=foretold.defect,
+            worst_block=foretold.worst_block,
+            nfe=found[2],
+            as_trained=as_trained,
+        )
+
+    @contextmanager
+    def _measured(self) -> Iterator[None]:
+        """Batch-norm statistics of all evaluations under the present solver; the model's own afterwards."""
+        norms = tracked_norms(self.model)
+        saved = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
+        inputs = (images.to(self.device) for images, _ in self.training_batches or ())
+        measure_statistics(self.model, inputs, every_evaluation=True)
+        try:
+            yield
+        finally:
+            put_back(norms, saved)
+
+    @torch.no_grad()
+    def _outputs(self) -> Tensor:
+        with evaluating(self.model):
+            return self.model(self.some)
+
+    @torch.no_grad()
+    def _evaluate(self) -> tuple[Tensor, Tensor, float]:
+        """Logits (N, classes) in float64, labels (N,), and field evaluations a sample, in evaluation mode."""
+        logits, labels, calls = [], [], 0.0
+        with evaluating(self.model):
+            for images, targets in self.batches:
+                logits.append(self.model(images.to(self.device)).double())
+                labels.append(targets.to(self.device))
+                for stack in self.stacks:
+                    assert stack.stats is not None
+                    calls += len(images) * float(torch.as_tensor(stack.stats.nfe, dtype=torch.float64).mean())
+        if not logits:
+            raise ValueError("the loader gave no batches; it must hold at least one (images, labels).")
+        result = torch.cat(logits)
+        return result, torch.cat(labels), calls / len(result)

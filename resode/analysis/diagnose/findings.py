@@ -1,0 +1,457 @@
+r"""From what was measured to what is wrong: rules in the order of harm, and silence where none applies.
+
+Faults of one place (a number that is not finite, statistics, a shortcut, dead units, an idle or a strong
+branch) come before those of the whole depth, which they cause. Every threshold was fitted on one half of a
+clinic of healthy and broken networks and is reported on the other: `python -m tests.benchmarks.clinic`.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from resode.analysis.diagnose.measures import BlockMeasures, Measures
+
+WHOLE = "whole network"
+
+CAUSES = (
+    "non-finite",
+    "norm-statistics",
+    "no-shortcut",
+    "scaled-shortcut",
+    "subtracted-branch",
+    "stiff",
+    "overstep",
+    "dead",
+    "idle",
+    "strong-block",
+    "collapse",
+    "explosion",
+    "vanishing",
+    "learning-rate",
+)
+"""In this order where one place shows several: the earlier explains the later."""
+
+CONSEQUENCES = ("norm-statistics", "dead", "strong-block")
+"""Causes that another fault before them in the forward pass may bring about."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong.
+
+    Args:
+        block: the name of a module, or "whole network".
+        cause: one of `resode.analysis.diagnose.findings.CAUSES`.
+        text: what is wrong there, in a sentence.
+        advice: what to do; tried on such networks.
+        evidence: the numbers that it rests on, by name.
+    """
+
+    block: str
+    cause: str
+    text: str
+    advice: str
+    evidence: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.block}: {self.cause}. {self.text} {self.advice}"
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Where a measure stops being ordinary.
+
+    Args:
+        variance: of the inputs over a batch norm's running variance, 0.9 quantile of the channels.
+        never_updated: how far off statistics that were never updated may be: variances as a ratio.
+        shortcut: relative difference of a shortcut's factor from its siblings'.
+        dead: share of units at 0.
+        idle: branch gain relative to the median.
+        strong: branch gain relative to the median; twice that for the first block.
+        strong_gain: gain relative to the median that goes with it.
+        sigma: largest singular value relative to the median; twice that for the first block.
+        alone: branch gain in networks with too few blocks for a median.
+        whole: largest singular value of the whole depth; its inverse is the least.
+        state_growth: ‖x_L‖/‖x_0‖.
+        gradient_ratio: first over last layer's gradient in networks without shortcuts, and its inverse.
+        collapse: how different the samples still are, relative to the inputs.
+        learning_rate: lr over its limit.
+    """
+
+    variance: float = 100.0
+    never_updated: float = 10.0
+    shortcut: float = 0.2
+    dead: float = 0.995
+    idle: float = 1e-3
+    strong: float = 6.0
+    strong_gain: float = 1.08
+    sigma: float = 8.0
+    alone: float = 30.0
+    whole: float = 1e3
+    state_growth: float = 1e3
+    gradient_ratio: float = 1e4
+    collapse: float = 1e-3
+    learning_rate: float = 10.0
+
+
+THRESHOLDS = Thresholds()
+
+FEWEST = 4  # blocks from which a median tells what is usual
+
+
+def findings(m: Measures, thresholds: Thresholds = THRESHOLDS) -> list[Finding]:
+    """What is wrong with the network that was measured, without its solver and its learning rate."""
+    if m.non_finite is not None:
+        return [_non_finite(m.non_finite)]
+    t = thresholds
+    local = [*_norm_statistics(m, t), *_shortcuts(m, t), *_dead(m, t), *_idle(m, t), *_strong(m, t)]
+    return first_causes(m, local) or _whole(m, t)
+
+
+def first_causes(m: Measures, local: Iterable[Finding]) -> list[Finding]:
+    """Faults of one place in the order of the forward pass, without what an earlier one may have caused.
+
+    A strong block disturbs the statistics and activations after it, and never those before.
+    """
+    ordered = sorted(in_order(local), key=lambda f: m.order.get(f.block, -1))
+    return [f for i, f in enumerate(ordered) if i == 0 or f.cause not in CONSEQUENCES]
+
+
+def in_order(found: Iterable[Finding]) -> list[Finding]:
+    """By cause, most harmful first; the first finding of a place alone."""
+    kept: dict[str, Finding] = {}
+    for f in sorted(found, key=lambda f: CAUSES.index(f.cause)):
+        kept.setdefault(f.block if f.block != WHOLE else f"{WHOLE} {f.cause}", f)
+    return list(kept.values())
+
+
+def _non_finite(place: tuple[str, str]) -> Finding:
+    block, what = place
+    if what.startswith("the weights"):
+        advice = "Load weights of before, or initialise this module anew and train on."
+    elif what.startswith("the gradient"):
+        advice = (
+            "Look right after it for a function whose derivative is infinite at 0 (sqrt, norm, log, "
+            "division): add "
+            "an ε under it."
+        )
+    else:
+        advice = (
+            "Its inputs and its weights are finite: look there for log, sqrt or a division without an ε, and "
+            "for an overflow (float16: take bfloat16 or float32)."
+        )
+    return Finding(block or WHOLE, "non-finite", f"The first number that is not finite is in {what}.", advice)
+
+
+def _norm_statistics(m: Measures, t: Thresholds) -> list[Finding]:
+    advice = (
+        "Measure its statistics anew: some 20 training batches through the model in training mode, "
+        "without updates"
+    )
+    unseen = [
+        n for n in m.norms if n.untouched and (n.trained or _factor(n.variance_ratio) > t.never_updated)
+    ]
+    if len(unseen) > 1 and len(unseen) > 0.5 * len(m.norms):
+        return [
+            Finding(
+                WHOLE,
+                "norm-statistics",
+                f"{len(unseen)} of {len(m.norms)} batch norms have never seen a batch: their statistics are "
+                f"the 0 and 1 that they were made with, and the inputs' variance at {unseen[0].name} is "
+                f"{unseen[0].variance_ratio:.3g}.",
+                f"{advice}.",
+                {"variance_ratio": unseen[0].variance_ratio},
+            )
+        ]
+    return [
+        Finding(
+            n.name,
+            "norm-statistics",
+            f"Its running variance "
+            f"{'was never updated' if n in unseen else 'does not belong to these inputs'}: their "
+            f"variance is {n.variance_ratio:.3g} times that.",
+            f"{advice}; if these are no training inputs, compare how both are normalised.",
+            {"variance_ratio": n.variance_ratio, "offset": n.offset},
+        )
+        for n in m.norms
+        if n in unseen or n.variance_ratio > t.variance
+    ]
+
+
+def _factor(ratio: float) -> float:
+    """How far a ratio is from 1, at least 1."""
+    return max(ratio, 1 / max(ratio, 1e-30))
+
+
+def _shortcuts(m: Measures, t: Thresholds) -> list[Finding]:
+    found = []
+    known = [b for b in m.blocks if math.isfinite(b.shortcut)]
+    usual = statistics.median(b.shortcut for b in known) if len(known) >= 3 else 1.0
+    siblings = "in its siblings" if len(known) >= 3 else "in a residual block"
+    for b in known:
+        off = abs(b.shortcut - usual) > t.shortcut * abs(usual)
+        if off and abs(b.shortcut) < 1e-3:
+            found.append(_no_shortcut(b.name, f"Its shortcut is multiplied by {b.shortcut:.3g}", usual))
+        elif off:
+            found.append(
+                Finding(
+                    b.name,
+                    "scaled-shortcut",
+                    f"Its shortcut is {b.shortcut:.3g}·x, and {usual:.3g}·x {siblings}.",
+                    f"Make it {usual:.3g}·x, and train on where it was trained so.",
+                    {"factor": b.shortcut, "usual": usual},
+                )
+            )
+    for b, verb, usual_verb in _subtracted(m):
+        found.append(
+            Finding(
+                b.name,
+                "subtracted-branch",
+                f"It {verb}s F(x), and its siblings {usual_verb} it.",
+                f"Write x {'+' if usual_verb == 'add' else '−'} F(x), and train on where it was trained so.",
+                {"factor": b.factor},
+            )
+        )
+    return found + _without_shortcut(m)
+
+
+def _subtracted(m: Measures) -> list[tuple[BlockMeasures, str, str]]:
+    """Few blocks whose sign differs from that of the others; learned factors differ in size too."""
+    if len(m.blocks) < 3 or len({f"{abs(b.factor):.6g}" for b in m.blocks}) > 1:
+        return []
+    words = {True: "add", False: "subtract"}
+    usual = sum(b.factor > 0 for b in m.blocks) > 0.5 * len(m.blocks)
+    odd = [b for b in m.blocks if (b.factor > 0) != usual]
+    return [(b, words[not usual], words[usual]) for b in odd] if len(odd) <= 0.25 * len(m.blocks) else []
+
+
+def _no_shortcut(name: str, what: str, usual: float) -> Finding:
+    shown = "x" if usual == 1 else f"{usual:.3g}·x"
+    return Finding(
+        name,
+        "no-shortcut",
+        f"{what}: the state and its gradient pass through F alone.",
+        f"Give it the shortcut of its siblings, {shown} + F(x), and train on where it was trained so.",
+        {"factor": 0.0},
+    )
+
+
+def _without_shortcut(m: Measures) -> list[Finding]:
+    """Modules that keep their input's shape and hold fewer additions than their siblings of one class."""
+    classes: dict[str, list[tuple[str, int]]] = {}
+    for name, kind, additions, keeps in m.siblings:
+        if keeps and kind not in ("Sequential", "ModuleList"):
+            classes.setdefault(kind, []).append((name, additions))
+    found = []
+    for members in classes.values():
+        usual, times = Counter(n for _, n in members).most_common(1)[0]
+        odd = [name for name, n in members if n < usual]
+        if len(members) >= 3 and times > 0.5 * len(members) and 0 < len(odd) <= max(1, 0.25 * len(members)):
+            found += [
+                _no_shortcut(name, "It has no shortcut, and its siblings have one", 1.0) for name in odd
+            ]
+    return found
+
+
+def _dead(m: Measures, t: Thresholds) -> list[Finding]:
+    off = sum(b.ratio == 0 for b in m.blocks) > 0.5 * len(m.blocks)  # branches that start at 0 are not dead
+    shares = [(b.name, b.dead) for b in m.blocks if b.dead > t.dead and not (off and b.ratio == 0)]
+    within = tuple(f"{b.name}." for b in m.blocks)
+    shares += [
+        (name, share) for name, share in m.dead_layers if share > t.dead and not name.startswith(within)
+    ]
+    return [
+        Finding(
+            name,
+            "dead",
+            f"{_percent(share)} of the units behind an activation are 0 at all inputs, and get no gradient.",
+            "Set the bias of the layer before it to 0, or initialise that layer anew, and train on.",
+            {"share": share},
+        )
+        for name, share in shares[:5]
+    ]
+
+
+def _percent(share: float) -> str:
+    return "All" if share == 1 else f"{100 * share:.4g} %"
+
+
+def siblings_of(m: Measures, b: BlockMeasures) -> list[BlockMeasures]:
+    """Blocks of the same class and place within it; all blocks where those are too few."""
+    known = [c for c in m.blocks if math.isfinite(c.branch_gain)]
+    own = [c for c in known if c.sibling == b.sibling]
+    return own if len(own) >= FEWEST else known
+
+
+def usual_branch_gain(m: Measures, b: BlockMeasures) -> float:
+    """The median gain of its siblings' branches, nan where there are too few."""
+    known = siblings_of(m, b)
+    return statistics.median(c.branch_gain for c in known) if len(known) >= FEWEST else math.nan
+
+
+def _idle(m: Measures, t: Thresholds) -> list[Finding]:
+    found = []
+    for b in m.blocks:
+        usual = usual_branch_gain(m, b)
+        if usual > 0 and b.branch_gain < t.idle * usual:
+            found.append(
+                Finding(
+                    b.name,
+                    "idle",
+                    f"Its branch passes on {b.branch_gain:.2g} of a perturbation, the median {usual:.2g}: "
+                    "it adds nothing that depends on its input.",
+                    "Initialise its last layer anew (its scale, where it has one) and train on, or remove "
+                    "the block.",
+                    {"branch_gain": b.branch_gain, "usual": usual},
+                )
+            )
+    return found
+
+
+def _strong(m: Measures, t: Thresholds) -> list[Finding]:
+    """The strongest block: after it the medians are no longer the network's own."""
+    scores = [(b, strength(m, b, t)) for b in m.blocks if math.isfinite(b.branch_gain)]
+    b, score = max(scores, key=lambda pair: pair[1], default=(None, 0.0))
+    if b is None or not score > 1:
+        return []
+    usual = usual_branch_gain(m, b)
+    scale = usual / b.branch_gain if usual > 0 else 1 / b.branch_gain
+    times = f"{b.branch_gain:.3g}" + (f", {b.branch_gain / usual:.3g} times the median" if usual > 0 else "")
+    return [
+        Finding(
+            b.name,
+            "strong-block",
+            f"Its branch amplifies a random perturbation by {times}; the block's largest singular value is "
+            f"at least {b.sigma:.3g}.",
+            f"Multiply its branch by {scale:.2g} (its last layer's weights) and train on.",
+            {"branch_gain": b.branch_gain, "usual": usual, "sigma": b.sigma, "scale": scale},
+        )
+    ]
+
+
+def strength(m: Measures, b: BlockMeasures, t: Thresholds = THRESHOLDS) -> float:
+    """How strong a block is against its siblings: above 1 an outlier."""
+    known = siblings_of(m, b)
+    branch = statistics.median(c.branch_gain for c in known)
+    if len(known) < FEWEST or not branch > 0:  # none to compare with, or most branches are switched off
+        return b.branch_gain / t.alone
+    gain = statistics.median(c.gain for c in known)
+    sigmas = [c.sigma for c in known if math.isfinite(c.sigma)]
+    own = sum(c.sibling == b.sibling for c in known) >= FEWEST
+    allowed = 2.0 if b.name == m.blocks[0].name or not own else 1.0
+    by_gain = min(b.branch_gain / branch / t.strong, b.gain / gain / t.strong_gain)
+    by_sigma = b.sigma / statistics.median(sigmas) / t.sigma if math.isfinite(b.sigma) else 0.0
+    return max(by_gain, by_sigma) / allowed
+
+
+def _whole(m: Measures, t: Thresholds) -> list[Finding]:
+    found = [*_collapse(m, t)]
+    if m.blocks:
+        found += _gain_of_whole(m, t)
+    elif len(m.layers) > 2:
+        found += _gradients_of_layers(m, t)
+    return found
+
+
+def _collapse(m: Measures, t: Thresholds) -> list[Finding]:
+    before, after, _ = m.spread
+    if not m.blocks and len(m.layers) > 1:
+        after = m.layers[-2].spread
+    if not after < t.collapse * before:
+        return []
+    advice = (
+        "Start the blocks' last layers at 0 or divide them by √L, so that the first state is kept."
+        if m.blocks
+        else "Give it shortcuts, x + F(x), or batch norm before the activations; or fewer layers."
+    )
+    spreads = [before, *(layer.spread for layer in m.layers)]
+    drops = [b / a if a > 0 else 0.0 for a, b in pairwise(spreads)]
+    where = ""
+    if drops and min(drops) < t.collapse**0.5:  # in one layer, not from layer to layer
+        name = m.layers[drops.index(min(drops))].name
+        where, advice = f", most of it in {name}", f"Initialise {name} anew, and train on."
+    return [
+        Finding(
+            WHOLE,
+            "collapse",
+            f"Different inputs come out as one state: they differ by {after:.2g} of its size at the end, "
+            f"and by "
+            f"{before:.2g} at the start{where}.",
+            advice,
+            {"spread": after, "spread_of_inputs": before},
+        )
+    ]
+
+
+def _gain_of_whole(m: Measures, t: Thresholds) -> list[Finding]:
+    sigma = m.whole_sigma if math.isfinite(m.whole_sigma) else m.whole_gain
+    depth = len(m.blocks)
+    numbers = {"sigma": sigma, "gain": m.whole_gain, "state_growth": m.state_growth, "blocks": float(depth)}
+    if sigma > t.whole or m.state_growth > t.state_growth:
+        return [
+            Finding(
+                WHOLE,
+                "explosion",
+                f"{depth} blocks amplify a perturbation up to {sigma:.3g} times and the state "
+                f"{m.state_growth:.3g} times; no single block stands out.",
+                f"Multiply each branch by 1/√{depth} = {depth**-0.5:.2g} (step_size in a ResidualStack), or "
+                "start its last layer at 0, or take a norm before it. A smaller learning rate does not help.",
+                numbers,
+            )
+        ]
+    if sigma < 1 / t.whole:
+        factors = [b.shortcut for b in m.blocks if math.isfinite(b.shortcut)]
+        scaled = factors and statistics.median(factors) < 0.9
+        return [
+            Finding(
+                WHOLE,
+                "vanishing",
+                f"{depth} blocks leave at most {sigma:.3g} of a perturbation, and so of the gradient.",
+                (
+                    f"Their shortcuts are {statistics.median(factors):.3g}·x: make them x, and train on."
+                    if scaled
+                    else "Give each block the shortcut x, with nothing on it."
+                ),
+                numbers,
+            )
+        ]
+    return []
+
+
+def _gradients_of_layers(m: Measures, t: Thresholds) -> list[Finding]:
+    first, last = m.layers[0].gradient, m.layers[-2].gradient
+    if not last > 0 or not math.isfinite(first):
+        return []
+    ratio = first / last
+    numbers = {"gradient_ratio": ratio, "layers": float(len(m.layers))}
+    if 1 / t.gradient_ratio <= ratio <= t.gradient_ratio:
+        return []
+    grows = ratio > 1
+    return [
+        Finding(
+            WHOLE,
+            "explosion" if grows else "vanishing",
+            f"Without shortcuts the gradient is {ratio:.2g} times as large at the first of {len(m.layers)} "
+            f"layers as at the last.",
+            "Give it shortcuts, x + F(x), with the last layer of each F divided by the root of their "
+            "number; or "
+            "start the layers with He's variance (2/n for ReLU, 1/n for tanh) and batch norm between.",
+            numbers,
+        )
+    ]
+
+
+def block_scores(m: Measures, found: Sequence[Finding]) -> list[tuple[BlockMeasures, str]]:
+    """Every block with the cause that was found there, or an empty string."""
+    causes = {f.block: f.cause for f in reversed(found)}
+    result = []
+    for b in m.blocks:
+        owner = next((name for name in causes if b.name == name or b.name.startswith(name + ".")), None)
+        inner = next((name for name in causes if name.startswith(b.name + ".")), None)
+        result.append((b, causes.get(owner or inner or "", "")))
+    return result

@@ -1,0 +1,575 @@
+r"""What a diagnosis rests on: states, statistics, gains and gradients, in a few passes, without eigenvalues.
+
+The gain of a random perturbation u through a block y = S(x) + ηF(x) is ‖(S' + ηJ)ᵀu‖ / ‖u‖: for white u its
+mean square is the mean square of the singular values, forwards and backwards alike, so one backward pass over
+the block is a probe. Every sample has its own u.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from resode.analysis.depth.gradients import EdgeProducts, rows, split_gradient
+from resode.analysis.depth.losses import LossFunction, batch_of, part, parts, prediction, sample_losses
+from resode.analysis.depth.tracing import Addition, Trace, call, tensors_in, trace
+from resode.blocks import ODEBlock, ResidualStack
+from resode.jacobian.places import Place
+from resode.solve import SolverError
+from resode.tableaus import METHODS
+
+NAN = math.nan
+
+SAMPLES = 8
+"""Samples whose Jacobians are probed, the first ones."""
+
+MANY = 300
+"""Evaluations of a block from which an adaptive solver is held by stiffness, or by a rough field."""
+
+_PROBES = 2
+_ROUNDS = 3  # of the power iteration for a block's largest singular value
+_WHOLE_ROUNDS = 5  # for the whole depth
+_ENTRIES = 2**27  # of activations at once
+_PATIENCE = 5.0  # seconds after which progress is shown
+
+
+@dataclass(frozen=True)
+class NormMeasures:
+    """A batch norm against what comes to it.
+
+    Args:
+        name: the module's.
+        untouched: whether its running statistics are those that it was made with, 0 and 1.
+        trained: whether its weights are not those that it was made with.
+        variance_ratio: per channel, variance of these inputs over the running one; the 0.9 quantile.
+        largest_ratio: of any channel.
+        offset: |mean of these inputs − running mean| in running standard deviations, median of channels.
+    """
+
+    name: str
+    untouched: bool
+    trained: bool
+    variance_ratio: float
+    largest_ratio: float
+    offset: float
+
+
+@dataclass
+class BlockMeasures:
+    """One residual addition; norms and gains are root mean squares over the samples.
+
+    Args:
+        name: of the module that is the block.
+        label: of the addition, numbered where its module holds several.
+        sibling: its module's class and which of the module's additions it is.
+        kind: of the shortcut, see `resode.analysis.depth.tracing.Addition`.
+        keeps_shape: whether y has x's shape.
+        shortcut: c where S(x) = c·x, nan where it is something else.
+        factor: η with the sign that F has in the sum.
+        gain: ‖(S' + ηJ)ᵀu‖ / ‖u‖.
+        branch_gain: ‖ηJᵀu‖ / ‖u‖.
+        sigma: largest singular value of S' + ηJ, from below, in the worst sample.
+        ratio: ‖ηF(x)‖ / ‖x‖.
+        growth: ‖y‖ / ‖x‖.
+        dead: the largest share of units at 0 behind one of F's activations with a dead zone, nan without one.
+        gradient: ‖∂L/∂x‖.
+    """
+
+    name: str
+    label: str
+    sibling: str
+    kind: str
+    keeps_shape: bool
+    shortcut: float
+    factor: float
+    gain: float = NAN
+    branch_gain: float = NAN
+    sigma: float = NAN
+    ratio: float = NAN
+    growth: float = NAN
+    dead: float = NAN
+    gradient: float = NAN
+
+
+@dataclass(frozen=True)
+class LayerMeasures:
+    """One call of a module with a weight matrix or kernel, in the order of the forward pass.
+
+    Args:
+        name: the module's.
+        gradient: ‖∂L/∂y‖ at its output.
+        size: ‖y‖ / √n at its output.
+        spread: how much the samples differ there, ‖y − mean‖ / ‖y‖.
+    """
+
+    name: str
+    gradient: float
+    size: float
+    spread: float
+
+
+@dataclass
+class Measures:
+    """A network at a few inputs.
+
+    Args:
+        samples: how many were looked at; `probed` of them with Jacobians.
+        non_finite: where a number that is not finite appears first: (module, what it is in).
+        solver_error: what a solver that gave up says, and its module.
+        norms: its batch norms.
+        blocks: its residual additions.
+        layers: its weighted layers.
+        siblings: (module, class, additions within it, whether it keeps its input's shape).
+        dead_layers: activations outside of blocks: (module, share of units at 0).
+        whole_gain: gain of a random perturbation from the first block's x to the last block's y.
+        whole_sigma: its largest singular value, from below, in the worst sample.
+        state_growth: ‖x_L‖ / ‖x_0‖ in the worst sample.
+        spread: how the samples differ, ‖z − mean‖ / ‖z‖: (inputs, last state, outputs).
+        loss: mean loss.
+        evaluations: of F, for each block of each module that solves: {module: [evaluations]}.
+        order: modules as they return in the forward pass: {module: place}.
+        notes: what could not be measured.
+    """
+
+    samples: int
+    probed: int
+    non_finite: tuple[str, str] | None = None
+    solver_error: tuple[str, SolverError] | None = None
+    norms: list[NormMeasures] = field(default_factory=list)
+    blocks: list[BlockMeasures] = field(default_factory=list)
+    layers: list[LayerMeasures] = field(default_factory=list)
+    siblings: list[tuple[str, str, int, bool]] = field(default_factory=list)
+    dead_layers: list[tuple[str, float]] = field(default_factory=list)
+    whole_gain: float = NAN
+    whole_sigma: float = NAN
+    state_growth: float = NAN
+    spread: tuple[float, float, float] = (NAN, NAN, NAN)
+    loss: float = NAN
+    evaluations: dict[str, list[int]] = field(default_factory=dict)
+    order: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def measure(
+    model: nn.Module,
+    x: Any,
+    target: Any,
+    loss_fn: LossFunction | None,
+    blocks: str | Sequence[str] | None,
+    seed: int,
+) -> Measures:
+    """Everything that the findings rest on, of a model in evaluation mode; arguments as `resode.diagnose`."""
+    samples = batch_of(x)
+    found = Measures(samples, 0)
+    found.non_finite = _bad_weights(model)
+    if found.non_finite is not None:
+        return found
+    watcher = _Watcher(model)
+    activations = watcher.run(x, samples)
+    found.norms, found.dead_layers = watcher.norm_measures(), watcher.dead_shares()
+    found.evaluations, found.order = watcher.evaluations, watcher.order
+    found.non_finite, found.solver_error = watcher.non_finite, watcher.solver_error
+    if found.non_finite is not None or found.solver_error is not None:
+        return found
+    found.probed = max(1, min(SAMPLES, samples, _ENTRIES // max(1, activations)))
+    if max((n for calls in found.evaluations.values() for n in calls), default=0) > MANY:
+        found.notes.append(
+            "The blocks were not looked at: no few fixed steps take the place of the solver's."
+        )
+        return found
+    with _precise(model, watcher) as precise:
+        some = _floating(part(x, 0, found.probed, samples), precise)
+        _measure_blocks(found, precise, some, part(target, 0, found.probed, samples), loss_fn, blocks, seed)
+    found.siblings = [
+        (name, kind, sum(_within(b.name, name) for b in found.blocks), keeps)
+        for name, (kind, keeps) in watcher.shapes.items()
+    ]
+    return found
+
+
+def _within(inner: str, outer: str) -> bool:
+    return inner == outer or inner.startswith(outer + ".")
+
+
+def _bad_weights(model: nn.Module) -> tuple[str, str] | None:
+    """The first weight or statistic that is not finite."""
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if value.is_floating_point() and not bool(value.detach().isfinite().all()):
+            owner, _, own = name.rpartition(".")
+            if isinstance(value, nn.Parameter) or not _masked(value):
+                return owner, f"the weights: {own} of {owner or 'the model'}"
+    return None
+
+
+def _masked(t: Tensor) -> bool:
+    """Whether a tensor holds −∞ beside finite numbers alone, as attention masks and masked logits do."""
+    return bool(t.isfinite().any()) and not bool((t.isnan() | (t == math.inf)).any())
+
+
+class _Watcher:
+    """One plain forward pass: statistics, shapes, dead units and the first number that is not finite."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.names = {module: name for name, module in model.named_modules()}
+        self.sums: dict[str, list[Tensor]] = {}
+        self.dead: dict[str, list[float]] = {}
+        self.shapes: dict[str, tuple[str, bool]] = {}
+        self.evaluations: dict[str, list[int]] = {}
+        self.non_finite: tuple[str, str] | None = None
+        self.solver_error: tuple[str, SolverError] | None = None
+        self.running: list[str] = []
+        self.order: dict[str, int] = {}
+        self.met: set[nn.Module] = set()
+        self.activations = 0
+        self.count = 1
+
+    def run(self, x: Any, samples: int) -> int:
+        """Entries of activations a sample."""
+        entries = sum(t.numel() for t in tensors_in(x)) // samples
+        size = max(1, min(32, 2**22 // max(1, entries)))
+        hooks = []
+        for module in self.names:
+            hooks.append(module.register_forward_pre_hook(self._enter))
+            hooks.append(module.register_forward_hook(self._leave))
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                for some, _, self.count in parts(x, None, size):
+                    self.activations = 0
+                    self.running.clear()
+                    self.met.clear()
+                    call(self.model, some)
+        except SolverError as error:
+            solving = [n for n in self.running if isinstance(self.model.get_submodule(n), _SOLVING)]
+            self.solver_error = (solving[-1] if solving else "", error)
+        except (ValueError, RuntimeError):
+            if self.non_finite is None:  # which solvers and others refuse
+                raise
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return self.activations // max(1, self.count)
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        self.running.append(self.names[module])
+        if isinstance(module, _BatchNorm) and module.running_var is not None and args:
+            if module not in self.met:  # a solver's later stages meet other states than the block
+                self.met.add(module)
+                self._add_statistics(module, args[0])
+
+    def _add_statistics(self, norm: _BatchNorm, x: Tensor) -> None:
+        values = x.detach().transpose(0, 1).reshape(x.shape[1], -1).double() if x.ndim > 1 else x[:, None]
+        sums = [torch.full_like(values[:, 0], values.shape[1]), values.sum(1), values.square().sum(1)]
+        before = self.sums.get(self.names[norm])
+        self.sums[self.names[norm]] = (
+            sums if before is None else [a + b for a, b in zip(before, sums, strict=True)]
+        )
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        name = self.running.pop()
+        self.order.setdefault(name, len(self.order))
+        y = next(tensors_in(output), None)
+        if y is None:
+            return
+        leaf = not any(True for _ in module.children())
+        first = next(tensors_in(args), None)
+        if leaf:
+            self.activations += y.numel()
+        elif first is not None and name:
+            self.shapes[name] = type(module).__name__, first.shape == y.shape
+        if self.non_finite is None and y.is_floating_point() and not bool(y.isfinite().all()):
+            if not _masked(y):
+                self.non_finite = name, f"the output of {name or 'the model'}"
+        if type(module).__name__ in _DEAD_ZONES:
+            self.dead.setdefault(name, []).append(float((y == 0).double().mean()))
+        if isinstance(module, ResidualStack) and module.evaluations is not None:
+            self.evaluations[name] = list(module.evaluations)
+        elif isinstance(module, ODEBlock) and module.stats is not None:
+            self.evaluations[name] = [int(torch.as_tensor(module.stats.nfe).max())]
+
+    def norm_measures(self) -> list[NormMeasures]:
+        found = []
+        for name, (count, total, squares) in self.sums.items():
+            norm = self.model.get_submodule(name)
+            assert isinstance(norm, _BatchNorm) and norm.running_var is not None
+            assert norm.running_mean is not None
+            if float(count[0]) < 2:
+                continue
+            mean = total / count
+            variance = (squares / count - mean.square()).clamp_min(0)
+            running = norm.running_var.double() + norm.eps
+            ratio = variance / running
+            offset = (mean - norm.running_mean.double()).abs() / running.sqrt()
+            untouched = bool((norm.running_mean == 0).all() and (norm.running_var == 1).all())
+            trained = norm.weight is not None and bool((norm.weight != 1).any() and (norm.weight != 0).any())
+            most = float(torch.quantile(ratio, 0.9)) if len(ratio) < 2**20 else float(ratio.median())
+            found.append(
+                NormMeasures(name, untouched, trained, most, float(ratio.max()), float(offset.median()))
+            )
+        return found
+
+    def dead_shares(self) -> list[tuple[str, float]]:
+        return [(name, min(shares)) for name, shares in self.dead.items()]
+
+
+_SOLVING = (ResidualStack, ODEBlock)
+_DEAD_ZONES = ("ReLU", "ReLU6", "Hardtanh", "Hardswish", "Threshold", "Softshrink", "Hardshrink")
+_WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
+
+
+@contextmanager
+def _precise(model: nn.Module, watcher: _Watcher) -> Iterator[nn.Module]:
+    """The model in float32 at least, with fixed steps where it chose its own: what can be traced."""
+    low = any(p.is_floating_point() and p.element_size() < 4 for p in model.parameters())
+    chosen = copy.deepcopy(model).float() if low else model
+    with ExitStack() as stack:
+        for name, module in chosen.named_modules():
+            if not isinstance(module, _SOLVING) or not METHODS.get(module.solver, _FIXED).adaptive:
+                continue
+            if isinstance(module, ODEBlock) and module.n_steps is not None:
+                continue
+            calls = watcher.evaluations.get(name, [6])
+            steps = max(1, min(8, math.ceil(max(calls) / 12)))
+            if isinstance(module, ResidualStack):
+                stack.callback(_put, module, solver=module.solver, substeps=module.substeps)
+                _put(module, solver="rk4", substeps=steps)
+            else:
+                stack.callback(_put, module, solver=module.solver, n_steps=None)
+                _put(module, n_steps=steps, solver="rk4")
+        yield chosen
+
+
+_FIXED = METHODS["euler"]
+
+
+def _put(module: Any, **values: Any) -> None:
+    for name, value in values.items():
+        setattr(module, name, value)
+
+
+def _floating(x: Any, model: nn.Module) -> Any:
+    """Inputs of less than 32 bits as the model's own floating-point type."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    if isinstance(x, Tensor):
+        return x.to(dtype) if x.is_floating_point() and x.element_size() < 4 else x
+    if isinstance(x, dict):
+        return {name: _floating(value, model) for name, value in x.items()}
+    return tuple(_floating(value, model) for value in x) if isinstance(x, tuple | list) else x
+
+
+def _measure_blocks(
+    found: Measures, model: nn.Module, x: Any, target: Any, loss_fn: Any, blocks: Any, seed: int
+) -> None:
+    layers: list[tuple[str, Place, Tensor]] = []
+    hooks = [
+        module.register_forward_hook(_keeping(layers, name))
+        for name, module in model.named_modules()
+        if isinstance(module, _WEIGHTED)
+    ]
+    try:
+        traced = trace(model, x, blocks)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    batch = found.probed
+    names = block_names(model, traced)
+    found.blocks = [
+        _static(a, name, _sibling(model, a, name)) for a, name in zip(traced.additions, names, strict=True)
+    ]
+    _spreads(found, traced, x, batch)
+    _gradients(found, traced, layers, target, loss_fn)
+    if found.non_finite is not None:
+        return
+    generator = torch.Generator().manual_seed(seed)
+    started = time.monotonic()
+    for number, (a, b) in enumerate(zip(traced.additions, found.blocks, strict=True)):
+        _probe(a, b, batch, generator)
+        _show_progress(number + 1, len(found.blocks), started)
+    if traced.additions:
+        _measure_whole(found, traced, generator)
+
+
+def _keeping(kept: list[tuple[str, Place, Tensor]], name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.grad_fn is not None:
+            place = Place((GradientEdge(output.grad_fn, output.output_nr),), (output.shape,))
+            kept.append((name, place, output.detach()))
+
+    return hook
+
+
+def block_names(model: nn.Module, traced: Trace) -> list[str]:
+    """The module that each addition is: its own, or in a `ResidualStack` the field of that block."""
+    places: dict[str, int] = {}
+    totals: dict[str, int] = {}
+    for a in traced.additions:
+        totals[a.module] = totals.get(a.module, 0) + 1
+    names = []
+    for a in traced.additions:
+        place = places[a.module] = places.get(a.module, -1) + 1
+        module = model.get_submodule(a.module)
+        name = a.module
+        if isinstance(module, ResidualStack) and not module.shared and totals[a.module] % module.depth == 0:
+            each = totals[a.module] // module.depth
+            name = f"{a.module}.fields.{place // each}".removeprefix(".")
+        names.append(name)
+    return names
+
+
+def _sibling(model: nn.Module, a: Addition, name: str) -> str:
+    """The class of its module, with the addition's number where the module holds several."""
+    owner = model.get_submodule(name)
+    place = (
+        "" if isinstance(owner, _SOLVING) or name != a.module else a.name.removeprefix(a.module or "model")
+    )
+    return type(owner).__name__ + place
+
+
+def _static(a: Addition, name: str, sibling: str) -> BlockMeasures:
+    """What the forward pass alone tells of a block."""
+    x, y = a.x.double(), a.y.double()
+    b = BlockMeasures(name, a.name, sibling, a.kind, a.keeps_shape, NAN, a.factor)
+    if a.kind == "identity":
+        b.shortcut = 1.0
+    elif a.kind == "parameter-free" and a.shortcut.shape == a.x.shape:
+        s, square = a.shortcut.double(), float(x.square().sum())
+        c = float((s * x).sum()) / square if square > 0 else NAN
+        if float((s - c * x).norm()) <= 1e-3 * max(abs(c), 1e-3) * square**0.5:
+            b.shortcut = c
+    b.ratio = _quotient(a.increment.double(), x)
+    b.growth = _quotient(y, x)
+    if a.inactive:
+        b.dead = max(a.inactive)
+    return b
+
+
+def _quotient(a: Tensor, b: Tensor) -> float:
+    """‖a‖ / ‖b‖."""
+    size = float(b.norm())
+    return float(a.norm()) / size if size > 0 else NAN
+
+
+def _spreads(found: Measures, traced: Trace, x: Any, batch: int) -> None:
+    """How different the samples are at the inputs, in the last state and in the output."""
+    first = next((t for t in tensors_in(x) if t.is_floating_point()), None)
+    last = traced.additions[-1].y if traced.additions else None
+    output = prediction(traced.output).detach()
+    found.spread = tuple(NAN if t is None else spread(t, batch) for t in (first, last, output))  # type: ignore[assignment]
+
+
+def spread(t: Tensor, batch: int) -> float:
+    """‖z − mean over samples‖ / ‖z‖; nan for a single sample."""
+    z = rows(t.double(), batch)
+    size = float(z.norm())
+    return float((z - z.mean(0)).norm()) / size if len(z) > 1 and size > 0 else NAN
+
+
+def _gradients(
+    found: Measures, traced: Trace, layers: list[tuple[str, Place, Tensor]], target: Any, loss_fn: Any
+) -> None:
+    """One backward pass of the loss: gradients at every block's x and every layer's output."""
+    batch = found.probed
+    with torch.enable_grad():
+        losses = sample_losses(traced.output, target, loss_fn, batch)
+        places = [a.at_x for a in traced.additions] + [place for _, place, _ in layers]
+        if not losses.requires_grad or not places:
+            return
+        gradients = _gradients_at(losses.sum(), places, losses)
+    found.loss = float(losses.detach().mean())
+    norms = [float(g.double().norm()) / batch**0.5 for g in gradients]
+    for b, norm in zip(found.blocks, norms, strict=False):
+        b.gradient = norm
+    own = norms[len(found.blocks) :]
+    for (name, _, y), norm in zip(layers, own, strict=True):
+        size = float(y.double().norm()) / y.numel() ** 0.5
+        found.layers.append(LayerMeasures(name, norm, size, spread(y, batch)))
+    if found.non_finite is not None:
+        return
+    if not math.isfinite(found.loss):
+        found.non_finite = "", "the loss"
+        return
+    names = [b.name for b in found.blocks] + [name for name, _, _ in layers]
+    infinite = [i for i, g in enumerate(gradients) if not bool(g.isfinite().all())]
+    if infinite:  # the backward pass goes from the end, so the last layer with a bad gradient is the first
+        in_layers = [i for i in infinite if i >= len(found.blocks)]
+        name = names[(in_layers or infinite)[-1]]
+        found.non_finite = name, f"the gradient at the output of {name}"
+
+
+def _gradients_at(y: Tensor | Place, places: Sequence[Place], u: Tensor) -> list[Tensor]:
+    """The gradients of a loss, or of u at a place, at several places, in one pass."""
+    edges = [edge for place in places for edge in place.edges]
+    ends, seeds = (y, None) if isinstance(y, Tensor) else (y.edges, y.cut(u))
+    back = iter(torch.autograd.grad(ends, edges, seeds, retain_graph=True, allow_unused=True))
+    return [place.gradient([next(back) for _ in place.edges], u) for place in places]
+
+
+def _random(like: Tensor, generator: torch.Generator) -> Tensor:
+    u = torch.randn(like.shape, generator=generator, dtype=torch.float32)
+    return u.to(device=like.device, dtype=like.dtype)
+
+
+def _probe(a: Addition, b: BlockMeasures, batch: int, generator: torch.Generator) -> None:
+    """The gains of a block and its largest singular value, from below."""
+    products = EdgeProducts(a.at_y, a.at_x, a.y, a.x, batch)
+    gains, branches = [], []
+    u = torch.zeros_like(a.y)
+    for _ in range(_PROBES):
+        u = _random(a.y, generator)
+        w = products.vjp_like(u)
+        gains.append(_quotient(w, u))
+        rest = w - b.shortcut * u if math.isfinite(b.shortcut) else split_gradient(a, u)[1]
+        branches.append(_quotient(rest, u))
+    b.gain, b.branch_gain = _rms(gains), _rms(branches)
+    b.sigma = largest_singular_value(products, u, batch, _ROUNDS)
+
+
+def _rms(values: Sequence[float]) -> float:
+    return math.sqrt(sum(v * v for v in values) / len(values))
+
+
+def largest_singular_value(products: EdgeProducts, u: Tensor, batch: int, rounds: int) -> float:
+    """σ_max of the worst sample from below, by power iteration on JJᵀ from u of y's shape."""
+    row = rows(u, batch)
+    sigma = torch.zeros(len(row), dtype=row.dtype, device=row.device)
+    try:
+        for _ in range(rounds):
+            row = row / row.norm(dim=1, keepdim=True).clamp_min(torch.finfo(row.dtype).tiny)
+            back = products.vjp(row)
+            sigma = back.norm(dim=1)
+            row = products.jvp(back / sigma[:, None].clamp_min(torch.finfo(row.dtype).tiny))
+        sigma = torch.maximum(sigma, row.norm(dim=1))
+    except RuntimeError:  # an operation without a second derivative
+        return NAN
+    return float(sigma.max())
+
+
+def _measure_whole(found: Measures, traced: Trace, generator: torch.Generator) -> None:
+    """Gains from the first block's x, and from every other one's, to the last block's y."""
+    first, last = traced.additions[0], traced.additions[-1]
+    u = _random(last.y, generator)
+    [back] = _gradients_at(last.at_y, [first.at_x], u)
+    found.whole_gain = _quotient(back, u)
+    products = EdgeProducts(last.at_y, first.at_x, last.y, first.x, found.probed)
+    found.whole_sigma = largest_singular_value(products, u, found.probed, _WHOLE_ROUNDS)
+    before, after = (rows(t.double(), found.probed).norm(dim=1) for t in (first.x, last.y))
+    found.state_growth = float((after / before.clamp_min(1e-300)).max())
+
+
+def _show_progress(done: int, total: int, started: float) -> None:
+    """A line on the terminal's standard error, where it takes long."""
+    if not sys.stderr.isatty() or time.monotonic() - started < _PATIENCE:
+        return
+    end = "\r" if done < total else "\n"
+    print(f"resode.diagnose: block {done} of {total}", end=end, file=sys.stderr, flush=True)

@@ -1,0 +1,237 @@
+r"""Trouble that the solver makes: steps that add growth which the field has not, and stiff fields.
+
+A fixed step oversteps where it amplifies a perturbation of the state and eight times finer steps do not. An
+adaptive solver is held by stiffness where its steps are as long as its stability region allows at the field's
+fastest mode, and thousands of them are needed.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resode.analysis.depth.tracing import call
+from resode.analysis.diagnose.findings import Finding
+from resode.analysis.diagnose.measures import MANY, Measures
+from resode.analysis.steps.limit import max_stable_step
+from resode.blocks import ODEBlock, ResidualStack
+from resode.solve import SolverError
+from resode.tableaus import METHODS, get_tableau
+
+_SAMPLES = 2
+_FINER = 8
+_GROWS = 2.0  # a perturbation, in one block, and so much more than under finer steps
+_ROUNDS = 30  # of the power iteration
+_RKC_STEPS = 4
+
+Field = Callable[[Tensor], Tensor]
+
+
+def solver_findings(model: nn.Module, x: Any, m: Measures) -> list[Finding]:
+    """Blocks that overstep, most growth first, and blocks that are stiff.
+
+    Args:
+        model: in evaluation mode.
+        x: inputs of the model, a few samples.
+        m: its measures.
+    """
+    solving = {n: s for n, s in model.named_modules() if isinstance(s, ResidualStack | ODEBlock)}
+    if not solving:
+        return []
+    states: dict[str, Tensor] = {}
+    with torch.no_grad(), _entries(solving, states):
+        try:
+            call(model, x)
+        except SolverError:
+            pass
+    found: list[tuple[float, Finding]] = []
+    for name, state in states.items():
+        module, state = solving[name], state[:_SAMPLES]
+        if isinstance(module, ResidualStack) and not METHODS.get(module.solver, _EULER).adaptive:
+            found += _oversteps(name, module, state)
+        elif (stiff := _stiff(name, module, state, m)) is not None:
+            found.append(stiff)
+    return [f for _, f in sorted(found, key=lambda pair: -pair[0])][:3]
+
+
+_EULER = METHODS["euler"]
+
+
+@contextmanager
+def _entries(solving: dict[str, Any], states: dict[str, Tensor]):
+    def kept(name: str) -> Any:
+        def keep(module: nn.Module, args: Any) -> None:
+            states.setdefault(name, args[0].detach().clone())
+
+        return keep
+
+    with ExitStack() as hooks:
+        for name, module in solving.items():
+            hooks.callback(module.register_forward_pre_hook(kept(name)).remove)
+        yield
+
+
+def _oversteps(name: str, stack: ResidualStack, x: Tensor) -> list[tuple[float, Finding]]:
+    found = []
+    substeps = stack.substeps
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for i in range(stack.depth):
+            if not bool(x.isfinite().all()):
+                break
+            after, gain = _gain(lambda y, i=i: stack.advance(i, y), x, generator)
+            if not gain < _GROWS:
+                stack.substeps = substeps * _FINER
+                try:
+                    _, finer = _gain(lambda y, i=i: stack.advance(i, y), x, generator)
+                finally:
+                    stack.substeps = substeps
+                if not gain < _GROWS * finer:
+                    found.append((gain, _overstep(name, stack, i, x, gain, finer)))
+            x = after
+    return found
+
+
+def _gain(phi: Field, x: Tensor, generator: torch.Generator) -> tuple[Tensor, float]:
+    """Φ(x), and the gain of a small random perturbation, the largest of the samples."""
+    v = torch.randn(x.shape, generator=generator).to(x)
+    size = float(x.norm()) / x.numel() ** 0.5
+    epsilon = torch.finfo(x.dtype).eps ** 0.4 * (size if size > 0 else 1.0)
+    y = phi(torch.cat([x, x + epsilon * v]))
+    plain, moved = y.chunk(2)
+    gains = (moved - plain).flatten(1).norm(dim=1) / (epsilon * v.flatten(1).norm(dim=1))
+    return plain, float(gains.max()) if bool(gains.isfinite().all()) else math.inf
+
+
+def _overstep(name: str, stack: ResidualStack, i: int, x: Tensor, gain: float, finer: float) -> Finding:
+    block = name if stack.shared else f"{name}.fields.{i}".removeprefix(".")
+    eta = stack.step_size if stack.step_sizes is None else float(stack.step_sizes[i].detach().abs().max())
+    h = eta / stack.substeps
+    eigenvalue = fastest_mode(stack.field(i), x)
+    if not eigenvalue < 0:
+        return _plain_overstep(block, stack.solver, h, gain, finer, stack.substeps)
+    limit = float(max_stable_step(eigenvalues=torch.tensor([eigenvalue]).double(), solver=stack.solver))
+    times = max(2, math.ceil(h / limit)) if limit > 0 else _FINER
+    numbers = {"eigenvalue": eigenvalue, "limit": limit, "step": h, "gain": gain, "finer": finer}
+    return Finding(
+        block,
+        "overstep",
+        f"A step of {h:.4g} with {stack.solver} amplifies a perturbation {gain:.3g} times, and finer steps "
+        f"{finer:.3g}: its mode λ = {eigenvalue:.4g} decays, and allows steps up to {limit:.4g}.",
+        f"Take {times * stack.substeps} substeps, or a step_size of {0.9 * limit * stack.substeps:.3g}, or a "
+        "method with a larger stability region.",
+        numbers | {"substeps": float(times * stack.substeps)},
+    )
+
+
+def _plain_overstep(block: str, solver: str, h: float, gain: float, finer: float, now: int) -> Finding:
+    return Finding(
+        block,
+        "overstep",
+        f"A step of {h:.4g} with {solver} amplifies a perturbation {gain:.3g} times, and {_FINER} times "
+        f"finer steps {finer:.3g}.",
+        f"Take {_FINER * now} substeps.",
+        {"gain": gain, "finer": finer, "step": h, "substeps": float(_FINER * now)},
+    )
+
+
+def fastest_mode(field: Field, x: Tensor) -> float:
+    """The eigenvalue of largest modulus of F's Jacobian at x, where it is real: power iteration in float64.
+
+    The largest in modulus over the samples; nan where it is complex, or no derivative is there.
+    """
+    if isinstance(field, nn.Module):
+        field = copy.deepcopy(field).double()
+    x = x.double()
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)
+    value = torch.full((len(x),), math.nan)
+    before = value
+    with torch.no_grad():
+        for _ in range(_ROUNDS):
+            v = v / v.flatten(1).norm(dim=1).clamp_min(1e-300).reshape(-1, *[1] * (x.ndim - 1))
+            epsilon = 1e-5 * (1 + float(x.abs().max()))
+            product = (field(x + epsilon * v) - field(x - epsilon * v)) / (2 * epsilon)
+            before, value = value, (v * product).flatten(1).sum(1)
+            v = product
+    settled = (value - before).abs() <= 0.05 * value.abs()
+    if not bool(settled.any()):
+        return math.nan
+    known = value[settled]
+    return float(known[known.abs().argmax()])
+
+
+def _stiff(name: str, module: Any, x: Tensor, m: Measures) -> tuple[float, Finding] | None:
+    failed = m.solver_error is not None and m.solver_error[0] == name
+    calls = m.evaluations.get(name, [0])
+    if not failed and max(calls) <= MANY:
+        return None
+    index = calls.index(max(calls)) if calls else 0
+    field, span = _field_of(module, index)
+    eigenvalue = fastest_mode(field, x)
+    block = name or "whole network"
+    if isinstance(module, ResidualStack) and not module.shared:
+        block = f"{name}.fields.{index}".removeprefix(".")
+    tableau = get_tableau(module.solver)
+    evaluations = max(calls)
+    steps = evaluations / max(1, len(tableau.b) - 1)
+    held = eigenvalue < 0 and (failed or steps * 6 > -eigenvalue * span / 4)
+    if not held:
+        if not failed:
+            return None
+        assert m.solver_error is not None
+        text = f"{module.solver} gave up: {m.solver_error[1]}"
+        return math.inf, Finding(block, "stiff", text, _finer_or_looser(module), {})
+    return float(evaluations), Finding(
+        block,
+        "stiff",
+        f"Its mode λ = {eigenvalue:.4g} decays within {-1 / eigenvalue:.2g} of {span:.3g} and holds "
+        f"{module.solver}'s "
+        f"steps short: " + ("it gave up." if failed else f"{evaluations:,} evaluations."),
+        stiff_advice(-eigenvalue * span),
+        {"eigenvalue": eigenvalue, "evaluations": float(evaluations), "span": span},
+    )
+
+
+def _finer_or_looser(module: Any) -> str:
+    return f"Loosen rtol (it is {module.rtol:g}) and atol ({module.atol:g}), or make the field smoother."
+
+
+def stiff_advice(stiffness: float) -> str:
+    """The method to take for |λ|·T = stiffness, and what it costs."""
+    stages = max(5, math.ceil(math.sqrt(stiffness / _RKC_STEPS / 0.65)))  # the interval of rkc2 is 0.65 s²
+    try:
+        get_tableau(f"rkc2_{stages}")
+    except ValueError:  # no stabilised methods here: Euler has the longest interval an evaluation
+        steps = math.ceil(1.05 * stiffness / 2)
+        return (
+            f"Take solver='euler' with {steps:,} steps (n_steps, or substeps of a stack), as many "
+            "evaluations: so short steps are exact enough; or damp that mode, which says nothing after that "
+            "time."
+        )
+    return (
+        f"Take solver='rkc2_{stages}', a stabilised method, with {_RKC_STEPS} steps (n_steps, or substeps of "
+        f"a stack): {_RKC_STEPS * stages:,} evaluations; or an implicit one, whose few steps solve systems."
+    )
+
+
+def _field_of(module: Any, index: int) -> tuple[Field, float]:
+    """F of a block, of the state alone, and the depth time that it takes."""
+    if isinstance(module, ResidualStack):
+        eta = (
+            module.step_size
+            if module.step_sizes is None
+            else float(module.step_sizes[index].detach().abs().max())
+        )
+        return module.field(index), eta
+    start, end = module.t
+    func = copy.deepcopy(module.func)
+    func = func.double() if isinstance(func, nn.Module) else func
+    sign = 1.0 if end > start else -1.0
+    return (lambda y: sign * func(torch.tensor(start, dtype=torch.float64), y)), abs(end - start)

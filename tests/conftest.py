@@ -1,0 +1,29 @@
+"""Tests hold for other draws too: RESODE_SEED_SHIFT=K adds 1000·K to every seed given to torch and numpy.
+
+What is shifted is the library's own seeds as well as the tests'. Child processes keep theirs, and so do doctests,
+which print what they draw: `RESODE_SEED_SHIFT=3 pytest tests`.
+"""
+
+import os
+
+import numpy as np
+import torch
+
+SHIFT = 1000 * int(os.environ.get("RESODE_SEED_SHIFT", "0"))
+
+
+def shift_seeds() -> None:
+    """Wraps where seeds go in; before tests are imported, because some draw at import."""
+    seed_all, generator, rng = torch.manual_seed, torch.Generator, np.random.default_rng
+
+    class Shifted(generator):
+        def manual_seed(self, seed: int) -> torch.Generator:
+            return super().manual_seed(seed + SHIFT)
+
+    torch.manual_seed = lambda seed: seed_all(seed + SHIFT)
+    torch.Generator = Shifted
+    np.random.default_rng = lambda seed=None: rng(seed + SHIFT if isinstance(seed, int) else seed)
+
+
+if SHIFT:
+    shift_seeds()
