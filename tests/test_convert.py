@@ -287,6 +287,35 @@ def test_what_a_block_is_given_beside_the_state():
     assert torch.equal(copy.deepcopy(converted)(x, mask), model(x, mask))
 
 
+class Gates(nn.Module):
+    """Blocks inlined in a row that read different gates; the last one reads an earlier state."""
+
+    def __init__(self):
+        super().__init__()
+        self.gates = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(4)])
+
+    def forward(self, x, c):
+        for gate, layer in zip(self.gates, self.layers, strict=False):
+            x = x + torch.sigmoid(gate(c)) * layer(x)
+        y = x + self.layers[3](torch.tanh(x))
+        return y + x * torch.tanh(y @ self.gates[0].weight)
+
+
+def test_contexts_of_blocks_in_one_forward():
+    torch.manual_seed(0)
+    model, x, c = Gates(), torch.randn(2, 4), torch.randn(2, 4)
+    converted = convert(model, (x, c))
+    assert torch.equal(converted(x, c), model(x, c))
+    other = torch.randn(2, 4)
+    assert torch.equal(converted(x, other), model(x, other))
+    stack = next(iter(converted.stacks.values()))
+    assert stack.depth == 3
+    for field, gate, layer in zip(stack.fields, model.gates, model.layers, strict=False):
+        torch.testing.assert_close(field(x), torch.sigmoid(gate(other)) * layer(x))
+        assert field(x[:1]).shape == (1, 4) and field(torch.cat([x, x])).shape == (4, 4)
+
+
 class Tapped(nn.Module):
     """States between blocks are read elsewhere."""
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.autograd.functional import jacobian
 
 from resode import ResidualStack, depth_step
+from resode.analysis.depth.depth_step import _first_crossing
 
 D = torch.float64
 
@@ -63,7 +64,8 @@ class Bump(nn.Module):
         return 8 * torch.tanh(5 * (x - 1))
 
 
-def test_the_first_of_several_crossings():
+@pytest.mark.parametrize("gain", [10, 37])
+def test_the_first_of_several_crossings(gain):
     stack = ResidualStack([Shift(), Bump()])
     x = torch.zeros(1, 1, dtype=D)
 
@@ -71,9 +73,18 @@ def test_the_first_of_several_crossings():
         return 1 + eta * 40 / math.cosh(5 * (eta - 1)) ** 2
 
     scan = [i / 1e5 for i in range(1, 300_000)]
-    first = next(eta for eta in scan if sigma(eta) >= 10)
-    assert depth_step(stack, x) == pytest.approx(first, rel=2e-4)
+    first = next(eta for eta in scan if sigma(eta) >= gain)
+    assert depth_step(stack, x, gain) == pytest.approx(first, rel=2e-4)
     assert sigma(2.0) < 2, "it falls back, so that a coarser search would miss it"
+
+
+@pytest.mark.parametrize("centre", [0.01, 0.3, 0.7, 1.3, 2.9, 40.0])
+def test_narrow_peaks_are_not_stepped_over(centre):
+    """3 exp(−u²) with u = (η − c)/0.15c reaches 2.9 only within 3 % of c."""
+    width = 0.15 * centre
+    first = centre - width * math.sqrt(math.log(3 / 2.9))
+    found = _first_crossing(lambda eta: 3 * math.exp(-(((eta - centre) / width) ** 2)), 2.9, 1e-9, 1e3)
+    assert found == pytest.approx(first, rel=2e-4)
 
 
 def test_the_worst_sample_counts():

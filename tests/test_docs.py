@@ -77,7 +77,13 @@ def check_readme(names: dict, printed: str) -> None:
 def check_inspecting(names: dict, printed: str) -> None:
     assert printed.startswith("3 of 3 converged") and printed.count("saddle, unstable") == 3
     assert "1 flip 2.0\n2 flip 2.44948974" in printed and "4 flip 2.5440903" in printed
-    assert {p.name for p in Path().iterdir()} == {"cobweb.png", "portrait.png", "profile.csv", "profile.png"}
+    assert {p.name for p in Path().iterdir()} == {
+        "cobweb.png",
+        "diagnosis.png",
+        "portrait.png",
+        "profile.csv",
+        "profile.png",
+    }
 
 
 CHECKS = {"README.md": check_readme, "docs/inspecting.md": check_inspecting}

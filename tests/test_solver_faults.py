@@ -172,9 +172,7 @@ def test_the_search_takes_as_many_evaluations_as_halving_at_most():
             calls.append(s)
             return f(s)
 
-        assert root(counted, 0.0, 1.0, f(0.0), f(1.0)) == pytest.approx(
-            0.3, abs=4e-16 if name != "ninth" else 1e-15
-        )
+        assert root(counted, 0.0, 1.0, f(0.0), f(1.0)) == pytest.approx(0.3, abs=1e-15)
         assert len(calls) <= (14 if name == "smooth" else 60), name
 
 
@@ -414,7 +412,7 @@ def test_a_state_that_diverges_is_a_typed_error_in_every_way():
 
 def test_explicit_adams_is_of_order_four_and_has_a_step_limit():
     t = torch.linspace(0, 10, 101, dtype=DOUBLE)
-    assert odeint(decay, ONE, t, method="explicit_adams")[-1].item() == pytest.approx(math.exp(-10), abs=1e-7)
+    assert odeint(decay, ONE, t, method="explicit_adams")[-1].item() == pytest.approx(math.exp(-10), abs=1e-6)
     # Real interval of the fourth-order method 3/10: at z = −3/10 the root ζ = −1 solves 2 = 0.3·160/24.
     assert resode.max_stable_step(torch.tensor([[-1.0]]), solver="explicit_adams") == pytest.approx(
         0.3, abs=1e-9
@@ -428,6 +426,23 @@ def test_explicit_adams_is_of_order_four_and_has_a_step_limit():
             assert (abs(x[-1]) < 10) == stable
     limit = resode.step_limit(eigenvalues=[1.0, -4.0], solver="explicit_adams")
     assert limit.step == 0 and limit.decaying_step == pytest.approx(0.075, abs=1e-9)
+
+
+def test_listed_times_are_doubles():
+    """0.1 is no float32: jumps, outputs and steps of a perturbed grid lie where they are named."""
+    seen = []
+
+    def field(t, y):
+        seen.append(t.item())
+        return torch.ones_like(y)
+
+    odeint(field, ONE, SPAN, options={"jump_t": [0.1]})
+    assert min(abs(t - 0.1) for t in seen) < 1e-16
+    seen.clear()
+    odeint(field, ONE, SPAN, method="rk4", options={"step_size": 0.1, "perturb": True})
+    assert max(abs(10 * t - round(30 * t) / 3) for t in seen if abs(30 * t - round(30 * t)) < 1e-6) < 1e-14
+    s = solve_ivp(field, (0, 1), ONE, t_eval=[0.1, 0.7])
+    assert s.t.tolist() == [0.1, 0.7] and s(0.7).item() == s.y[1].item()
 
 
 # torch.func and torch.export
@@ -444,6 +459,12 @@ Y0, V = scalar([1.0, 0.3]), scalar([0.2, -0.5])
 TIMES = torch.linspace(0, 1, 4, dtype=DOUBLE)
 
 
+FORWARD = pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script. is deprecated"
+)  # torch's own, at the first jvp
+
+
+@FORWARD
 @pytest.mark.parametrize("kw", WAYS.values(), ids=WAYS)
 def test_transforms_of_torch_func(kw):
     """Against autograd, which other tests hold against closed forms."""
@@ -496,14 +517,15 @@ def test_functional_call_and_ensembles(kw):
         assert torch.allclose(vmap(loss)(pair), both, rtol=0, atol=1e-12)
 
 
+@FORWARD
 def test_what_the_transforms_do_not_follow_says_so():
     for gradient in ("checkpoint", "adjoint"):
+
+        def end(y, gradient=gradient):
+            return odeint(Decay(), y, SPAN, method="rk4", n_steps=3, gradient=gradient)[-1].sum()
+
         with pytest.raises(TypeError, match=f"gradient='{gradient}' has a way back of its own.*'autograd'"):
-            grad(
-                lambda y, way=gradient: odeint(Decay(), y, SPAN, method="rk4", n_steps=3, gradient=way)[
-                    -1
-                ].sum()
-            )(ONE)
+            grad(end)(ONE)
     with pytest.raises(TypeError, match="goes by the values of t"):
         vmap(lambda s: odeint(decay, ONE, torch.stack([0 * s, s]), method="rk4", n_steps=3))(torch.ones(2))
     t = grad(lambda y: odeint_event(decay, y, scalar(0.0), event_fn=lambda t, y: y - 0.5)[0])(ONE)
@@ -533,6 +555,7 @@ def test_a_block_of_fixed_steps_is_exported(strict):
         assert block.stats.nfe == {"rk4": 12, "dopri5": 18}[solver]
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo's own look at a state
 @pytest.mark.parametrize(
     "block", [ODEBlock(Field()), ResidualStack(nn.Linear(3, 3), depth=2, solver="dopri5")]
 )

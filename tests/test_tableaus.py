@@ -148,3 +148,26 @@ def test_get_tableau_names_what_it_knows():
         get_tableau("rk5")
     with pytest.raises(TypeError, match="got int"):
         get_tableau(4)
+
+
+def test_dopri8s_interpolant_meets_all_85_conditions_up_to_order_7_at_every_theta():
+    """Σ b_i(θ) φ_i(tree) = θ^q/γ(tree), with f at the step's end and the three further stages; C¹ at the ends."""
+    tableau = METHODS["dopri8"]
+    rows = [[float(x) for x in row] for row in (*tableau.a, tableau.b, *tableau.dense_a)]
+    a = [row + [0.0] * (len(rows) - len(row)) for row in rows]
+    polynomials = [[float(x) for x in row] for row in tableau.interpolant]
+    weights = {tree: stage_weights(tree, a) for q in range(1, 8) for tree in trees(q)}
+    for theta in (0.1, 0.37, 0.5, 0.83, 1.0):
+        b = [sum(c * theta ** (k + 1) for k, c in enumerate(row)) for row in polynomials]
+        for tree, w in weights.items():
+            moment = sum(x * y for x, y in zip(b, w, strict=True))
+            # Published fractions meet their own conditions to 1e-16, and coefficients go up to 1,400.
+            assert abs(moment - theta ** size(tree) / density(tree)) < 1e-12
+    value = [sum(row) for row in polynomials]
+    slopes = (
+        [row[0] for row in polynomials],
+        [sum((k + 1) * c for k, c in enumerate(row)) for row in polynomials],
+    )
+    assert value == pytest.approx([float(x) for x in tableau.b] + [0.0] * 4, abs=1e-12)
+    assert slopes[0] == pytest.approx([float(i == 0) for i in range(17)], abs=1e-12)
+    assert slopes[1] == pytest.approx([float(i == 13) for i in range(17)], abs=1e-11)

@@ -240,7 +240,7 @@ class Within:
             else:
                 rows = [(1 + 2 * s) * (1 - s) ** 2, s * (1 - s) ** 2, s**2 * (3 - 2 * s), s**3 - s**2]
                 known = [self.x, h * self.k0, self.x1, h * self.k1]
-            inner = torch.stack(rows, 1).to(self.x) @ torch.stack(known).flatten(1)
+            inner = torch.stack(rows, 1).to(self.x) @ torch.stack(known).reshape(len(known), -1)
             return [self.x, *inner.reshape(-1, *self.x.shape), self.x1]
 
     def first_zero(self, event: Event, at: Callable[[float], Tensor]) -> float | None:
@@ -320,6 +320,7 @@ def root(value: Callable[[float], float], a: float, b: float, before: float, aft
     """
     tiny = 4 * 2.0**-52 * max(abs(a), abs(b), 2.0**-1000)
     width = abs(b - a)
+    flat = False
     slack = tiny * 2.0 ** math.ceil(math.log2(max(width / tiny, 1.0)))
     while (size := abs(b - a)) > tiny:
         middle = a + 0.5 * (b - a)
@@ -340,8 +341,10 @@ def root(value: Callable[[float], float], a: float, b: float, before: float, aft
         else:
             b, after = s, c
             # An exact zero is the one looked for, unless the function is 0 before it, too.
-            if c == 0 and (c := value(s + math.copysign(min(tiny, size / 2), a - s))) > 0:
-                break
+            if c == 0 and not flat:
+                if value(s + math.copysign(min(tiny, size / 2), a - s)) > 0:
+                    break
+                flat = True
         slack *= 0.5
     return b
 

@@ -210,7 +210,7 @@ def one_step(
         callback(torch.as_tensor(start, dtype=real), x, torch.as_tensor(h, dtype=real).abs())
     g = f
     if perturb:
-        first, last = (float(plain(torch.as_tensor(s))) for s in (start, start + h))
+        first, last = (float(plain(s)) if isinstance(s, Tensor) else s for s in (start, start + h))
         low, high = opened(first, last, x.dtype.to_real())
 
         def inside(s: Time, y: Tensor) -> Tensor:

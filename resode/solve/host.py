@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 def plain(x: Tensor) -> Tensor:
     """The numbers of a tensor alone, without gradient; those of all samples under torch.func.vmap."""
-    while _functorch.is_functorch_wrapped_tensor(x):
+    while is_transformed(x):
         x = _functorch.get_unwrapped(x)
     return x.detach()
 
@@ -24,7 +24,7 @@ def decided(x: Tensor, what: str) -> Any:
         TypeError: under torch.func.vmap they are several; the message says what is decided on them.
     """
     inner = x
-    while _functorch.is_functorch_wrapped_tensor(inner):
+    while is_transformed(inner):
         if _functorch.is_batchedtensor(inner):
             raise TypeError(
                 f"{what}, which torch.func.vmap hides. Under vmap take fixed steps (n_steps or step_size), "
@@ -36,6 +36,8 @@ def decided(x: Tensor, what: str) -> Any:
 
 def is_transformed(x: Tensor | None = None) -> bool:
     """Whether this is within a transform of torch.func; of a tensor, whether it is one of its tensors."""
+    if torch.compiler.is_compiling():
+        return False  # what torch.compile would not follow
     if x is None:
         return _functorch.peek_interpreter_stack() is not None
     return _functorch.is_functorch_wrapped_tensor(x)

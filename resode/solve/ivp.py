@@ -273,8 +273,8 @@ def _zeros_to_end(terminal: Any) -> float:
     """How many zeros of an event end the solve, from its attribute `terminal`."""
     if terminal is None or terminal is False or (isinstance(terminal, int | float) and terminal == 0):
         return math.inf
-    whole = isinstance(terminal, int | float | np.integer | np.bool_) and terminal == int(terminal)
-    if not whole or terminal < 0:
+    whole = isinstance(terminal, int | float | np.integer | np.bool_) and terminal % 1 == 0
+    if not whole or not 0 < terminal < math.inf:
         raise ValueError(
             f"an event's attribute terminal must be True, False or the number of zeros that ends the solve, "
             f"got {terminal!r}."

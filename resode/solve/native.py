@@ -297,13 +297,15 @@ def _adaptive(
     if moves(t):
         # The steps are held fixed; ∂y/∂t_i = f(t_i, y_i), and moving t_0 moves the start back along f.
         start = start - field(at(t[0]), start) * moved(t[0])
-    distinct, which = torch.unique_consecutive(plain(t), dim=0, return_inverse=True)
+    times_asked = np.array(plain(t).tolist(), np.float64)
+    changes = np.any(times_asked[1:] != times_asked[:-1], axis=tuple(range(1, t.ndim)))
+    distinct = times_asked[np.append(True, changes)]
     path, state, progress = States(len(distinct), start), start, None
     path.append(start)
     again = Recomputation(counted) if settings.checkpoint else None
     if again is not None and len(t) > 1:
         again.check(at(t[0]), y0)
-    for times, asked, f in segments(field, distinct.double().cpu().numpy(), settings, real):
+    for times, asked, f in segments(field, distinct, settings, real):
         if again is not None:
             later, progress = checkpointed_solve(tableau, again, f, state, times, control, progress)
         elif settings.compile_for is not None:
@@ -317,8 +319,8 @@ def _adaptive(
         if asked:
             path.append(state)
     result = path.stacked()
-    if len(which) > len(distinct):
-        result = result[which]
+    if len(distinct) < len(t):
+        result = result[np.append(0, changes.cumsum()).tolist()]
     if moves(t):
         result = torch.stack([y + field(at(s), y) * moved(s) for s, y in zip(t, result, strict=True)])
     if progress is None:

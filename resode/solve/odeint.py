@@ -325,7 +325,7 @@ def _odeint(
     tableau, options, checkpoint = settings.method, settings.options, settings.checkpoint
     if is_transformed() and (checkpoint or adjoint is not None):
         raise TypeError(
-            f"gradient={'checkpoint' if checkpoint else 'adjoint'!r} takes the gradient back in its own way, "
+            f"gradient={'checkpoint' if checkpoint else 'adjoint'!r} has a way back of its own, which "
             "torch.func's transforms do not follow; take gradient='autograd' under them."
         )
     check_state(y0)

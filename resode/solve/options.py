@@ -175,7 +175,7 @@ def _measured(norm: Callable[[Tensor], Any], per_sample: bool) -> Callable[[Tens
 def _times(name: str, values: Any) -> list[float]:
     if values is None:
         return []
-    times = torch.as_tensor(values).detach().reshape(-1).tolist()
+    times = torch.as_tensor(values, dtype=torch.float64).detach().reshape(-1).tolist()
     if not all(math.isfinite(s) for s in times):
         raise ValueError(f"{name} must hold finite times, got {times}.")
     return [float(s) for s in times]

@@ -103,7 +103,7 @@ class Passing:
         if not n:
             return
         x = self.steps[0].x
-        many = max(1, HELD // max(1, x.numel() * x.element_size())) if _is_bare(x) else n
+        many = max(1, HELD // 4 // max(1, x.numel() * x.element_size())) if _is_bare(x) else n
         for part in np.split(now, range(many, n, many)):
             states, calls = interpolate(self.tableau, self.f, self.steps, part, self.forward, self.per_sample)
             self.calls += calls

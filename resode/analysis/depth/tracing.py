@@ -112,7 +112,7 @@ def trace(model: nn.Module, x: Any, blocks: str | Sequence[str] | None = None) -
     _refuse_adaptive(model)
     inputs: list[Tensor] = []
     given = _with_gradients(x, inputs)
-    names = _matching(model, blocks)
+    names = matching(model, blocks)
     with watching(model, inputs, names) as recorder:
         output = call(model, given)
     if recorder.overwrote_saved():
@@ -172,7 +172,12 @@ def _with_gradients(x: Any, found: list[Tensor]) -> Any:
     return x
 
 
-def _matching(model: nn.Module, blocks: str | Sequence[str] | None) -> set[str] | None:
+def matching(model: nn.Module, blocks: str | Sequence[str] | None) -> set[str] | None:
+    """The names of the modules that patterns (* and ? stand for anything but a dot) name; None for None.
+
+    Raises:
+        ValueError: a pattern that names none; the message lists modules.
+    """
     if blocks is None:
         return None
     patterns = [blocks] if isinstance(blocks, str) else list(blocks)

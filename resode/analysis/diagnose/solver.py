@@ -211,13 +211,13 @@ def stiff_advice(stiffness: float) -> str:
     except ValueError:  # no stabilised methods here: Euler has the longest interval an evaluation
         steps = math.ceil(1.05 * stiffness / 2)
         return (
-            f"Take solver='euler' with {steps:,} steps (n_steps, or substeps of a stack), as many "
-            "evaluations: so short steps are exact enough; or damp that mode, which says nothing after that "
-            "time."
+            f"Take solver='euler' with {steps:,} steps (n_steps, or substeps of a stack): as many "
+            "evaluations, and so short steps are exact enough; or damp that mode."
         )
     return (
         f"Take solver='rkc2_{stages}', a stabilised method, with {_RKC_STEPS} steps (n_steps, or substeps of "
-        f"a stack): {_RKC_STEPS * stages:,} evaluations; or an implicit one, whose few steps solve systems."
+        f"a stack): {_RKC_STEPS * stages:,} evaluations; or an implicit one, whose few steps each solve a "
+        "system."
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resode.analysis.depth.tracing import Addition, call, trace
+from resode.analysis.depth.tracing import Addition, call, matching, trace
 from resode.analysis.depth.watching import tensors_in
 from resode.analysis.swap.capture import Call, Uncuttable
 from resode.analysis.swap.cutting import Block, Cut, branch, common_factor, cut, replaced
@@ -171,12 +171,16 @@ def _converted(model: nn.Module, x: Any, blocks: Any, joined: bool) -> Converted
     network = copy.deepcopy(model, memo)  # the structure alone: hooks and modes of its own
     modes = {module: module.training for module in network.modules()}
     with evaluating(network):
-        names = None if blocks is None else _named(network, blocks)
-        additions = [a for a in trace(network, x).additions if _within(a.module, names)]
+        names = matching(network, blocks)
+        traced = trace(network, x)
+        additions = [a for a in traced.additions if _within(a.module, names)]
         additions = [a for a in additions if not _solving(network, a.module)]
         calls = _calls(network, x)
         cuts, refused = _cuts(network, additions, calls)
-        for name in names or ():
+        refused += [
+            Refusal(name, reason.rstrip(".")) for name, reason in traced.refused if _within(name, names)
+        ]
+        for name in sorted(names or ()):
             if not any(_within(part.name, [name]) and part.runs for part in cuts):
                 cuts.append(_taken_whole(name, network.get_submodule(name), calls))
                 refused = [r for r in refused if not _within(r.name, [name])]
@@ -219,12 +223,6 @@ def _grouped(refused: list[Refusal]) -> list[str]:
 
 def _short(name: str, width: int) -> str:
     return name if len(name) <= width else "…" + name[1 - width :]
-
-
-def _named(network: nn.Module, blocks: str | Sequence[str]) -> list[str]:
-    from resode.analysis.depth.tracing import _matching
-
-    return sorted(_matching(network, blocks) or ())
 
 
 def _within(name: str, names: Iterable[str] | None) -> bool:

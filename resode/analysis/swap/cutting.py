@@ -316,13 +316,10 @@ def _runs(blocks: list[Block]) -> list[list[Block]]:
     """Blocks in rows: each reads its predecessor's state, which nothing else reads."""
     runs: list[list[Block]] = []
     for block in blocks:
-        previous = runs[-1][-1] if runs else None
-        if previous is not None and block.x is previous.y and set(block.x.users) <= block.inside():
-            inside = set().union(*(b.inside() for b in runs[-1]))
-            if not inside & {n for c in block.context for n in _before(c)}:
-                runs[-1].append(block)
-                continue
-        runs.append([block])
+        if runs and block.x is runs[-1][-1].y and set(block.x.users) <= block.inside():
+            runs[-1].append(block)
+        else:
+            runs.append([block])
     return runs
 
 
@@ -383,12 +380,14 @@ def branch(block: Block, owner: nn.Module) -> nn.Module:
 def replaced(part: Cut, modules: Sequence[tuple[str, nn.Module]]) -> nn.Module:
     """The module's graph with (name, module) called in place of each run, as module(x, *contexts)."""
     holder = nn.Module()
+    ends: dict[fx.Node, fx.Node] = {}  # of earlier runs, in whose place a call stands now
     for run, (name, module) in zip(part.runs, modules, strict=True):
         graph, y = part.graph, run[-1].y
         inside = set().union(*(b.inside() for b in run))
-        contexts = [node for block in run for node in block.context]
+        read = [run[0].x, *(node for block in run for node in block.context)]
         with graph.inserting_before(y):
-            call = graph.create_node("call_module", name, (run[0].x, *contexts))
+            call = graph.create_node("call_module", name, tuple(ends.get(node, node) for node in read))
+        ends[y] = call
         y.replace_all_uses_with(call)
         for node in reversed(list(graph.nodes)):
             if node in inside and not node.users:

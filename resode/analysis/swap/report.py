@@ -36,8 +36,8 @@ class SwapRow:
         accuracy_recalibrated: the same with batch-norm statistics measured anew under this solver; None
             where there are none to measure, or that was not wanted.
         logit_drift: ‖z − z₀‖ / ‖z₀‖ over all samples, z₀ the logits of the network as it came.
-        drift_recalibrated: the same with statistics measured anew, under this solver and the trained one;
-            None likewise.
+        drift_recalibrated: the same with statistics measured anew under this solver and the trained one, or
+            None.
         defect: ‖Φ(x) − Φ₀(x)‖ / ‖Φ₀(x)‖ of the block's map Φ that differs most from the trained one Φ₀.
         worst_block: that block's name.
         nfe: field evaluations a sample, summed over the stacks.
@@ -315,9 +315,7 @@ class _Swap:
         self.some = next(iter(batches))[0][:INPUTS].to(self.device)
         self.own_logits = self.logits
         self.before = self._outputs()
-        if (
-            training_batches is not None
-        ):  # so that a row's drift is the solver's, and no lag of the statistics
+        if training_batches is not None:  # so that a row's drift is the solver's, not the statistics' lag
             with self._measured():
                 self.own_logits, self.before = self._evaluate()[0], self._outputs()
 
