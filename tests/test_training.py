@@ -813,7 +813,7 @@ def test_batch_norm_meets_all_classes_in_each_of_equal_batches(count, sizes):
     for labels in got:
         assert (labels.bincount(minlength=3) - len(labels) / 3).abs().max() < 44 * (len(labels) / 350) ** 0.5
     assert all(map(torch.equal, got, [y for _, y in batches]))  # the same for every solver
-    with pytest.raises(ValueError, match=r"at least 1 training image, got 0"):
+    with pytest.raises(ValueError, match=r"count must be a whole number of at least 1, got 0"):
         calibration_batches(sorted_images(600), 0)
 
 

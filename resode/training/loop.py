@@ -96,6 +96,7 @@ class TrainingLoop:
         task: ClassificationTask,
         batches: Batches,
         held_out: Mapping[str, Iterable[tuple[Tensor, Tensor]]],
+        *,
         folder: RunFolder,
         about: dict[str, Any],
         progress: Progress,

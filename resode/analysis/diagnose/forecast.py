@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -87,15 +88,20 @@ def forecast(model: nn.Module, x: Any, solver: str, substeps: int = 1) -> Foreca
         worst, defect = "", 0.0
         with other_solver(model, solver, 1 if METHODS[solver].adaptive else substeps):
             after = prediction(call(model, some)).double()
-            for name, stack in stacks.items():
-                for i, (start, old) in enumerate(zip(paths[name], paths[name][1:], strict=False)):
-                    new = stack.advance(i % stack.depth, start)
-                    size = float(old.norm())
-                    differs = float((new - old).norm()) / size if size > 0 else 0.0
-                    if differs > defect or not math.isfinite(differs):
-                        worst, defect = _block(name, stack, i % stack.depth), differs
+            for block, differs in _defects(stacks, paths):
+                if differs > defect or not math.isfinite(differs):
+                    worst, defect = block, differs
     moved = drift(after, before)
     return Forecast(moved, worst, defect, verdict(moved))
+
+
+def _defects(stacks: dict[str, ResidualStack], paths: dict[str, list[Tensor]]) -> Iterator[tuple[str, float]]:
+    """Each block's name, and how far its map is from the one that made the paths."""
+    for name, stack in stacks.items():
+        for i, (start, old) in enumerate(pairwise(paths[name])):
+            new, size = stack.advance(i % stack.depth, start), float(old.norm())
+            block = _block(name, stack, i % stack.depth)
+            yield block, float((new - old).norm()) / size if size > 0 else 0.0
 
 
 def drift(after: Tensor, before: Tensor) -> float:
