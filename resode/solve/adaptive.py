@@ -112,7 +112,7 @@ class Adaptive:
             zeros = np.zeros(batch, np.int64)
             calls = int(control.first_step is None)
             error = FIRST_ERROR if control.filter[1] < 0 else 1.0
-            resume = Progress(step, np.full_like(step, error, shape=(2, batch)), zeros + calls, zeros, zeros)
+            resume = Progress(step, np.full((2, batch), error, step.dtype), zeros + calls, zeros, zeros)
         step = resume.step.clip(control.min_step, control.max_step)
         self.progress = replace(resume, step=step, nfe=resume.nfe + 1)
         self.rejected = np.zeros(batch, bool)

@@ -80,9 +80,10 @@ def odeint(
             torchode name them. Fixed: step_size or
             grid_constructor (a grid over [t[0], t[-1]]), interp ("linear" or "cubic" between its points),
             perturb (evaluate just inside each step).
-        event_fn: `event_fn(t, y)` -> tensor; the solve ends where an entry first changes sign, and
-            t = (start, any later or earlier time, for the direction). With per_sample it returns (B,), and
-            each sample ends at its own event.
+        event_fn: `event_fn(t, y)` -> tensor; the solve ends where an entry first changes sign or reaches
+            0 (of booleans, flips), at once where one is 0 at the start. Pairs of zeros within an eighth of
+            a step can be missed. t = (start, any later or earlier time, for the direction). With per_sample
+            it returns (B,), and each sample ends at its own event.
         args: further arguments of func.
         step_size: the largest of equal steps between consecutive t, in t's unit; makes every explicit
             method take fixed steps.
