@@ -7,22 +7,6 @@ step has a limit that the Jacobian's eigenvalues set, and depth becomes time.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from resode import networks
-from resode.analysis.curvature import max_learning_rate
-from resode.analysis.depth.depth_step import depth_step
-from resode.analysis.depth.profile import DepthProfile, profile_depth
-from resode.analysis.diagnose.diagnose import diagnose
-from resode.analysis.diagnose.findings import Finding
-from resode.analysis.diagnose.forecast import Forecast
-from resode.analysis.diagnose.page import Diagnosis
-from resode.analysis.rest.classify import Classification, classify
-from resode.analysis.rest.fixed_points import FixedPoints, find_fixed_points, find_several_fixed_points
-from resode.analysis.steps.limit import max_stable_step, step_limit
-from resode.analysis.steps.penalty import StepLimitPenalty
-from resode.analysis.swap.convert import convert
-from resode.analysis.swap.modified import distance_from_ode, modified_field
-from resode.analysis.swap.proof import SwapProof
-from resode.analysis.swap.report import SwapReport, swap_report
 from resode.blocks import ODEBlock, ResidualStack
 from resode.solve import (
     MaxStepsReached,
@@ -48,20 +32,58 @@ from resode.stability import (
 from resode.tableaus import METHODS, ButcherTableau
 
 if TYPE_CHECKING:
-    from resode import plots
+    from resode import networks, plots
+    from resode.analysis.curvature import max_learning_rate
+    from resode.analysis.depth.depth_step import depth_step
+    from resode.analysis.depth.profile import DepthProfile, profile_depth
+    from resode.analysis.diagnose.diagnose import diagnose
+    from resode.analysis.diagnose.findings import Finding
+    from resode.analysis.diagnose.forecast import Forecast
+    from resode.analysis.diagnose.page import Diagnosis
+    from resode.analysis.rest.classify import Classification, classify
+    from resode.analysis.rest.fixed_points import FixedPoints, find_fixed_points, find_several_fixed_points
+    from resode.analysis.steps.limit import max_stable_step, step_limit
+    from resode.analysis.steps.penalty import StepLimitPenalty
+    from resode.analysis.swap.convert import convert
+    from resode.analysis.swap.modified import distance_from_ode, modified_field
+    from resode.analysis.swap.proof import SwapProof
+    from resode.analysis.swap.report import SwapReport, swap_report
     from resode.training.compare import compare
     from resode.training.evaluate import load
     from resode.training.run import train
 
 __version__ = "0.1.0"
 
-# What needs matplotlib or the extra `train` is imported when it is first asked for.
+# Imported when it is first asked for, so that solving doesn't wait for analyses, figures and training.
 _LAZY = {
-    "compare": "resode.training.compare",
-    "load": "resode.training.evaluate",
-    "plots": "resode.plots",
-    "train": "resode.training.run",
+    "resode.analysis.curvature": ("max_learning_rate",),
+    "resode.analysis.depth.depth_step": ("depth_step",),
+    "resode.analysis.diagnose.diagnose": ("diagnose",),
+    "resode.analysis.diagnose.findings": ("Finding",),
+    "resode.analysis.diagnose.forecast": ("Forecast",),
+    "resode.analysis.diagnose.page": ("Diagnosis",),
+    "resode.analysis.swap.convert": ("convert",),
+    "resode.analysis.swap.modified": (
+        "distance_from_ode",
+        "modified_field",
+    ),
+    "resode.analysis.depth.profile": ("DepthProfile", "profile_depth"),
+    "resode.analysis.rest.classify": ("Classification", "classify"),
+    "resode.analysis.rest.fixed_points": (
+        "FixedPoints",
+        "find_fixed_points",
+        "find_several_fixed_points",
+    ),
+    "resode.analysis.steps.limit": ("max_stable_step", "step_limit"),
+    "resode.analysis.steps.penalty": ("StepLimitPenalty",),
+    "resode.analysis.swap.proof": ("SwapProof",),
+    "resode.analysis.swap.report": ("SwapReport", "swap_report"),
+    "resode.training.compare": ("compare",),
+    "resode.training.evaluate": ("load",),
+    "resode.training.run": ("train",),
 }
+_HOME = {name: module for module, names in _LAZY.items() for name in names}
+_ROOMS = ("analysis", "fields", "networks", "plots", "shortcuts", "training")
 
 __all__ = [
     "METHODS",
@@ -116,7 +138,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name in _ROOMS:
+        return import_module(f"resode.{name}")
+    if name not in _HOME:
         raise AttributeError(f"module 'resode' has no attribute {name!r}")
-    module = import_module(_LAZY[name])
-    return module if name == "plots" else getattr(module, name)
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

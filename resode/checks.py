@@ -66,19 +66,20 @@ def check_number(
     """
     bounds = {"at least": least, "above": above, "at most": most, "below": below}
     words = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)
-    rule = f"{name} must be a finite number{' ' + words if words else ''}, got {value!r}."
     if isinstance(value, bool | str | bytes) or not hasattr(value, "__float__"):
-        raise WrongNumber(rule)
+        raise WrongNumber(f"{name} must be a number{words and ' ' + words}, got {value!r}.")
     number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite{words and ' and ' + words}, got {value!r}.")
+    exact = value if isinstance(value, int) else number  # 2⁶³ − 1 is 2⁶³ as a float
     inside = (
-        math.isfinite(number)
-        and (least is None or number >= least)
-        and (above is None or number > above)
-        and (most is None or number <= most)
-        and (below is None or number < below)
+        (least is None or exact >= least)
+        and (above is None or exact > above)
+        and (most is None or exact <= most)
+        and (below is None or exact < below)
     )
     if not inside:
-        raise ValueError(rule)
+        raise ValueError(f"{name} must be {words}, got {value!r}.")
     return number
 
 

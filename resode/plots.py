@@ -435,21 +435,21 @@ def swap_accuracy(report: Any, path: Path = None) -> Figure:
     return _finished(figure, path)
 
 
-def stage_spectra(stages: Sequence[Any], methods: Method | Sequence[Method], path: Path = None) -> Figure:
-    """Draw the eigenvalues hλ of a network's blocks over the methods' stability regions, one panel a stage.
+def group_spectra(groups: Sequence[Any], methods: Method | Sequence[Method], path: Path = None) -> Figure:
+    """Draw the eigenvalues hλ of a network's blocks over the methods' stability regions, one panel a group.
 
     Args:
-        stages: of `resode.analysis.steps.block_limits.block_limits`, at least one with spectra.
+        groups: of `resode.analysis.steps.block_limits.block_limits`, at least one with spectra.
         methods: names in METHODS, or tableaus.
         path: where to write the figure.
     """
-    shown = [stage for stage in stages if stage.spectra]
+    shown = [group for group in groups if group.spectra]
     figure = Figure(figsize=(1.9 + 3.0 * len(shown), 4.3), layout="constrained")
     panels = figure.subplots(1, len(shown), squeeze=False, sharex=True, sharey=True)[0]
-    everything = np.concatenate([np.ravel(z) for stage in shown for z in stage.spectra])
+    everything = np.concatenate([np.ravel(z) for group in shown for z in group.spectra])
     left, right, bottom, top = _window(_tableaus(methods), everything)
     handles: dict[str, Any] = {}
-    for ax, stage in zip(panels, shown, strict=True):
+    for ax, group in zip(panels, shown, strict=True):
         stability_region(methods, ax=ax)
         legend = ax.get_legend()
         if legend is not None:
@@ -457,7 +457,7 @@ def stage_spectra(stages: Sequence[Any], methods: Method | Sequence[Method], pat
                 text.get_text(): line for text, line in zip(legend.texts, legend.legend_handles, strict=True)
             }
             legend.remove()
-        for i, z in enumerate(stage.spectra):
+        for i, z in enumerate(group.spectra):
             colour = _BLOCKS[i % len(_BLOCKS)]
             handles[f"block {i}"] = ax.scatter(
                 z.real, z.imag, s=7, color=colour, alpha=0.6, linewidths=0, zorder=4
@@ -465,7 +465,7 @@ def stage_spectra(stages: Sequence[Any], methods: Method | Sequence[Method], pat
         ax.set(
             xlim=(left, right), ylim=(bottom, top), xlabel="Re hλ", ylabel="Im hλ" if ax is panels[0] else ""
         )
-        ax.set_title(f"{stage.name}, states {'×'.join(map(str, stage.shape))}", fontsize=10.5)
+        ax.set_title(f"{group.name}, states {'×'.join(map(str, group.shape))}", fontsize=10.5)
     regions = [name for name in handles if not name.startswith("block ")]
     names = regions + sorted(
         (name for name in handles if name not in regions), key=lambda name: int(name[6:])
@@ -486,12 +486,12 @@ def step_limits(records: Sequence[Any], path: Path = None) -> Figure:
     """
     figure = Figure(figsize=(10.4, 3.7), layout="constrained")
     sizes, growing, limits = figure.subplots(1, 3)
-    lines = list(dict.fromkeys((record.stage, record.solver) for record in records))
+    lines = list(dict.fromkeys((record.group, record.solver) for record in records))
     several = len({solver for _, solver in lines}) > 1
-    for i, (stage, solver) in enumerate(lines):
-        rows = [r for r in records if (r.stage, r.solver) == (stage, solver)]
+    for i, (group, solver) in enumerate(lines):
+        rows = [r for r in records if (r.group, r.solver) == (group, solver)]
         updates = [r.update for r in rows]
-        label = (stage or "stack") + (f", {solver}" if several else "")
+        label = (group or "stack") + (f", {solver}" if several else "")
         style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linewidth": 1.6, "marker": "o"}
         style |= {"markersize": 3.2, "label": label}
         sizes.plot(updates, [r.amplification for r in rows], **style)
@@ -628,7 +628,7 @@ def depth_profile(profile: Any, path: Path = None) -> Figure:
     """Draw a depth profile, a result of `resode.profile_depth`: six panels over the blocks.
 
     Args:
-        profile: its rows and stages.
+        profile: its rows and groups.
         path: where to write the figure.
     """
     rows = profile.rows

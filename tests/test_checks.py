@@ -41,7 +41,7 @@ def test_what_is_no_whole_number_is_refused_with_the_name(value):
     ],
 )
 def test_numbers_out_of_bounds_say_the_bounds(value, bounds, words):
-    with pytest.raises(ValueError, match=rf"share must be a .*{words}"):
+    with pytest.raises(ValueError, match=rf"share must be .*{words}"):
         check_number("share", value, **bounds)
 
 

@@ -101,7 +101,7 @@ def test_wrong_usage_lists_what_is_right(arguments, words, tmp_path, monkeypatch
         (["swap", "RUN", "--solvers", "euler,rk5"], ["no method 'rk5'"]),
         (["swap", "RUN", "--solvers", "gauss4"], ["gauss4", "implicit"]),
         (["swap", "RUN", "--substeps", "1,x"], ["--substeps takes whole numbers"]),
-        (["swap", "RUN", "--limit", "0"], ["limit must be at least 1"]),
+        (["swap", "RUN", "--limit", "0"], ["limit must be a whole number of at least 1"]),
         (["stability", "RUN", "--solvers", "rk5"], ["no method 'rk5'"]),
         (["stability", "RUN", "--solvers", ""], ["--solvers needs at least one"]),
         (["stability", "RUN", "rk4"], ["one run at a time"]),
@@ -311,10 +311,10 @@ def test_step_limits_of_a_run(run, tmp_path):
     figure = tmp_path / "spectra.png"
     result = resode("stability", run, "--solvers", "euler,rk4", "--samples", 1, "--figure", figure)
     assert result.exit_code == 0, result.output
-    assert [line.split(":")[0] for line in result.output.splitlines() if line.startswith("stage")] == [
-        "stage 1 (layer1.0)",
-        "stage 2 (layer2.1)",
-        "stage 3 (layer3.1)",
+    assert [line.split(":")[0] for line in result.output.splitlines() if line.startswith("group")] == [
+        "group 1 (layer1.0)",
+        "group 2 (layer2.1)",
+        "group 3 (layer3.1)",
     ]
     assert "states 16×8×8, trained with euler, h = 1" in result.output
     rows = [row for row in columns(result.output) if len(row) == 8 and row[1] in ("euler", "rk4")]

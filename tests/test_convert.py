@@ -10,7 +10,7 @@ from torch.nn import functional as f
 
 import resode
 from resode import convert, swap_report
-from resode.blocks.held import StochasticDepth
+from resode.blocks.frozen import StochasticDepth
 
 
 class PreActBlock(nn.Module):

@@ -45,7 +45,7 @@ def names(model, x, **options):
 
 
 def test_resnet50_as_torchvision_writes_it():
-    """3 + 4 + 6 + 3 bottlenecks; the first of each stage has a projection."""
+    """3 + 4 + 6 + 3 bottlenecks; the first of each group has a projection."""
     model = randomized(ResNet50())
     found = trace(model, images(1, 64)).additions
     expected = [(f"layer{i}.{j}", "projection" if j == 0 else "identity")
@@ -276,10 +276,10 @@ def test_residual_part_by_hand():
         assert row.epsilon == pytest.approx(0.5 * float(torch.linalg.matrix_norm(weight, 2)), rel=1e-9)
         assert 1 - row.epsilon <= row.sigma_min and row.sigma_max <= 1 + row.epsilon
     product = (one + 0.5 * w[1]) @ (one + 0.5 * w[0])
-    [stage] = profile.stages
-    assert stage.exact and stage.blocks == 2
-    assert stage.norm == pytest.approx(float(torch.linalg.matrix_norm(product, 2)), rel=1e-6)
-    assert stage.lower <= stage.smallest and stage.norm <= stage.upper <= stage.uniform * (1 + 1e-12)
+    [group] = profile.groups
+    assert group.exact and group.blocks == 2
+    assert group.norm == pytest.approx(float(torch.linalg.matrix_norm(product, 2)), rel=1e-6)
+    assert group.lower <= group.smallest and group.norm <= group.upper <= group.uniform * (1 + 1e-12)
     assert first.correction == pytest.approx(
         float(nn.functional.cosine_similarity(x @ w[0].T, y - x, dim=1).mean()), rel=1e-6
     )
@@ -330,7 +330,7 @@ def test_an_unstable_blocks_row_tells_its_growth_and_its_limit():
 
 
 def test_a_hugging_face_resnet():
-    """From its public package, where that is installed, with random weights: 2 blocks a stage."""
+    """From its public package, where that is installed, with random weights: 2 blocks a group."""
     transformers = pytest.importorskip("transformers")
     config = transformers.ResNetConfig(
         embedding_size=8, hidden_sizes=[8, 12], depths=[2, 2], layer_type="basic", num_labels=3
@@ -395,7 +395,7 @@ def test_sequences_with_a_target_at_every_position():
     profile = profile_depth(GPT().double().eval(), ids, ids)
     assert len(profile.rows) == 4 and max(r.split_error for r in profile.rows) < 1e-12
     assert all(not r.note and r.sigma_max > 1 for r in profile.rows)
-    assert profile.stages[0].exact and profile.stages[0].norm <= profile.stages[0].upper
+    assert profile.groups[0].exact and profile.groups[0].norm <= profile.groups[0].upper
 
 
 def test_lesions_are_the_network_without_the_block():

@@ -1,6 +1,8 @@
 """The import directions: tableaus at the bottom, the command line on top."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,3 +92,124 @@ def test_the_check_sees_a_wrong_arrow(tmp_path):
     file = tmp_path / "x.py"
     file.write_text("from resode.cli import main\nimport matplotlib.pyplot\n")
     assert list(imports(file)) == [("cli", True), ("matplotlib", True)]
+
+
+def imported_modules(path: Path, known: set[str]) -> set[str]:
+    """The modules of resode that a file imports anywhere: in functions and for types too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (inner & known) or {node.module or ""}
+    return found & known
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Modules that reach themselves, each circle once."""
+    found: list[list[str]] = []
+    done: set[str] = set()
+
+    def visit(name: str, way: list[str]) -> None:
+        if name in way:
+            found.append([*way[way.index(name) :], name])
+        elif name not in done:
+            for other in sorted(graph.get(name, ())):
+                visit(other, [*way, name])
+            done.add(name)
+
+    for name in sorted(graph):
+        visit(name, [])
+    return found
+
+
+def test_no_module_imports_itself_around_a_corner():
+    """Imports inside functions and for types count too: they only hide a circle.
+
+    Left out are figures, which know every result's type and are drawn on demand, and the command line.
+    """
+    names = {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in PACKAGE.rglob("*.py")
+    }
+    graph = {
+        name: imported_modules(path, set(names)) - {name}
+        for name, path in names.items()
+        if not name.startswith(("resode.plots", "resode.cli")) and name != "resode"
+    }
+    assert circles(graph) == []
+
+
+def test_a_circle_is_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c", "a"]]
+
+
+def test_solving_waits_for_nothing_else():
+    """Figures, analyses, training, torchdiffeq and scipy's large parts are loaded when first asked for."""
+    program = (
+        "import sys, torch, resode; resode.odeint(lambda t, y: -y, torch.ones(2), torch.tensor([0.0, 1.0]));"
+        "print(*(set(sys.modules) & {'torchdiffeq', 'scipy.optimize', 'scipy.integrate', 'matplotlib',"
+        "'lightning', 'resode.analysis', 'resode.training', 'resode.networks'}), sep=', ')"
+    )
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == ""
+
+
+LINES, NESTING, VALUES, IN_ORDER = 80, 4, 4, 8
+# Graphs that are compiled or differentiated pass tensors alone, in order; these belong to them.
+GRAPHS = {
+    "solve/compiled.py",
+    "solve/checkpoint.py",
+    "solve/gradient.py",
+    "solve/control.py",
+    "solve/adaptive.py",
+}
+GRAPHS |= {"analysis/steps/matrix_free.py", "analysis/steps/outlook.py"}  # until these two files are gone
+
+
+def nesting(node, depth=0):
+    """How deep conditions, loops and contexts stand in each other; elif is no deeper than if."""
+    deepest = depth
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.Lambda | ast.ClassDef):
+            continue
+        chained = isinstance(node, ast.If) and node.orelse == [child] and isinstance(child, ast.If)
+        inner = isinstance(child, ast.If | ast.For | ast.While | ast.With | ast.Try) and not chained
+        deepest = max(deepest, nesting(child, depth + inner))
+    return deepest
+
+
+def oversized(text: str, graph: bool = False) -> list[str]:
+    """Functions that are too long (without their docstring), too deep, or pass too much at once."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            start = node.body[0].end_lineno if ast.get_docstring(node) else node.lineno - 1
+            lines, deep = node.end_lineno - start, nesting(node)
+            found += [f"{node.name}: {lines} lines"] * (lines > LINES)
+            found += [f"{node.name}: nested {deep} deep"] * (deep > NESTING)
+        if graph:
+            continue
+        if (
+            isinstance(node, ast.Return)
+            and isinstance(node.value, ast.Tuple)
+            and len(node.value.elts) > VALUES
+        ):
+            found.append(f"line {node.lineno}: returns {len(node.value.elts)} values")
+        if isinstance(node, ast.Call) and len(node.args) > IN_ORDER:
+            found.append(f"line {node.lineno}: {len(node.args)} arguments by position")
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_functions_stay_readable(path):
+    assert oversized(path.read_text(), str(path.relative_to(PACKAGE)) in GRAPHS) == []
+
+
+def test_an_oversized_function_is_found():
+    deep = "def f(x):\n" + "".join(f"{' ' * (4 * i)}if x:\n" for i in range(1, 6)) + " " * 24 + "x = 1\n"
+    assert oversized(deep) == ["f: nested 5 deep"]
+    assert oversized("def f():\n" + "    x = 1\n" * 80) == ["f: 81 lines"]
+    assert oversized("def f():\n    return 1, 2, 3, 4, 5\n") == ["line 2: returns 5 values"]
+    assert oversized("f(1, 2, 3, 4, 5, 6, 7, 8, 9)") == ["line 1: 9 arguments by position"]

@@ -11,7 +11,7 @@ from problems import pair, pair_exact, riccati, riccati_exact, van_der_pol
 
 import resode
 from resode import METHODS, odeint
-from resode.solve.options import torchdiffeq_methods
+from resode.solve.foreign import foreign_methods
 
 EXPLICIT = [name for name, tableau in METHODS.items() if tableau.explicit]
 ADAPTIVE = [name for name in EXPLICIT if METHODS[name].adaptive]
@@ -116,7 +116,7 @@ def test_other_methods_go_to_torchdiffeq():
     y, stats = odeint(riccati, y0, t, method="implicit_adams", return_stats=True)
     assert torch.equal(y, torchdiffeq.odeint(riccati, y0, t, method="implicit_adams"))
     assert stats.nfe > 20 and stats.n_steps is None
-    assert "implicit_adams" in torchdiffeq_methods()
+    assert "implicit_adams" in foreign_methods()
     # In float32 too its own tolerances hold, which are finer than those of the methods here.
     y0, t = y0.float(), t.float()
     expected = torchdiffeq.odeint(riccati, y0, t, method="fehlberg2")

@@ -135,11 +135,11 @@ def test_a_table_comes_back_as_it_was_written(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "has none"),
-        ("solver,accuracy\neuler,0.5\n", "has solver, accuracy"),
-        ("HEAD\neuler,1,1.0,high,,0.0,7.0,True\n", "row 1 of"),
-        ("HEAD\neuler,1,1.0,0.5,,0.0,7.0,yes\n", "row 1 of"),
-        ("HEAD\neuler,1,1.0\n", "row 1 of"),
+        ("", "are none"),
+        ("solver,accuracy\neuler,0.5\n", "are solver, accuracy"),
+        ("HEAD\neuler,1,1.0,high,,0.0,7.0,True\n", "row 1"),
+        ("HEAD\neuler,1,1.0,0.5,,0.0,7.0,yes\n", "row 1"),
+        ("HEAD\neuler,1,1.0\n", "row 1"),
     ],
 )
 def test_another_table_is_refused(tmp_path, text, message):

@@ -22,11 +22,12 @@ from torch.nn.functional import cross_entropy
 
 from resode.analysis.steps.block_limits import block_limits
 from resode.blocks import ODEBlock, ResidualStack
+from resode.blocks.solving import set_solver
 from resode.blocks.statistics import measure_statistics
 from resode.networks import build
 from resode.training import files
 from resode.training.data import Batches, ImageData, load_data
-from resode.training.evaluate import calibration_batches, load, plain_batches, score, set_solver
+from resode.training.evaluate import calibration_batches, load, plain_batches, score
 from resode.training.evaluate import evaluate as evaluate_run
 from resode.training.files import DamagedFile, RunError, pack, read_yaml, unpack, write_atomically
 from resode.training.folder import FolderTaken, NoSuchRun, RunFolder
@@ -812,7 +813,7 @@ def test_batch_norm_meets_all_classes_in_each_of_equal_batches(count, sizes):
     for labels in got:
         assert (labels.bincount(minlength=3) - len(labels) / 3).abs().max() < 44 * (len(labels) / 350) ** 0.5
     assert all(map(torch.equal, got, [y for _, y in batches]))  # the same for every solver
-    with pytest.raises(ValueError, match=r"at least 1 training image, got 0"):
+    with pytest.raises(ValueError, match=r"count must be a whole number of at least 1, got 0"):
         calibration_batches(sorted_images(600), 0)
 
 

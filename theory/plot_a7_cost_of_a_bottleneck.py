@@ -79,13 +79,13 @@ with torch.device("meta"):
     )
     networks = {name: build(name) for name in names}
     costs = {name: count(net, torch.zeros(1, 3, 224, 224)) for name, net in networks.items()}
-    stages = {
+    groups = {
         index: count(getattr(networks["resnet34"], f"layer{index}")[1], torch.zeros(1, c, s, s)).macs
         for index, (c, s) in enumerate([(64, 56), (128, 28), (256, 14), (512, 7)], 1)
     }
 
 # %%
-# A block that changes the width is counted too: the first of a stage, with an option-A shortcut that costs
+# A block that changes the width is counted too: the first of a group, with an option-A shortcut that costs
 # nothing, from 16 to 32 channels and from 32 × 32 to 16 × 16 pixels.
 
 with torch.device("meta"):
@@ -132,7 +132,7 @@ agree("a 3×5 convolution of strides 2 and 1", layer(8, 8, 6, 10, 3, 5), odd.mac
 agree("basic block from 16 to 32 channels", basic(16, 32), widening)
 inner = basics[64][0] / bottlenecks[256][0]
 agree("equal inner width 64: basic over bottleneck", 73_728 / 69_632, inner, rtol=1e-15)
-agree("resnet34: a block's cost in stage 4 over stage 1", 1, stages[4] / stages[1])
+agree("resnet34: a block's cost in group 4 over group 1", 1, groups[4] / groups[1])
 agree("resnet34 at 224 × 224, 10⁹ as published", 3.664, costs["resnet34"].macs / 1e9, atol=5e-4)
 agree("resnet50, stride in the 3×3, 10⁹ as published", 4.089, costs["resnet50"].macs / 1e9, atol=5e-4)
 at_least("  bottlenecks over basic blocks, two networks", 1, costs["resnet50"].macs / costs["resnet34"].macs)

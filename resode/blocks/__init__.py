@@ -5,7 +5,7 @@ on dx/dt = F(t, x) over the depth time [0, Lη], where F(t, ·) = F_l for lη �
 method of `resode.METHODS` solves the same equation with the same weights.
 """
 
-from resode.blocks.held import StochasticDepth
+from resode.blocks.frozen import StochasticDepth
 from resode.blocks.ode_block import ODEBlock
 from resode.blocks.stack import ResidualStack
 

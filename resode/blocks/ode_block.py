@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resode.blocks.held import FrozenDuringStep, refuse_dropout, refuse_graphs, refuse_low_precision
+from resode.blocks.frozen import FrozenDuringStep, refuse_dropout, refuse_graphs, refuse_low_precision
 from resode.blocks.stack import explicit
 from resode.checks import one_of
 from resode.solve.fixed import equal_steps

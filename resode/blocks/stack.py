@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from resode.blocks.held import (
+from resode.blocks.frozen import (
     FrozenDuringStep,
     FrozenStatistics,
     checkpoints,

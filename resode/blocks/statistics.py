@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -51,15 +51,8 @@ def measure_statistics(model: nn.Module, inputs: Iterable[Tensor], *, every_eval
                 norm.momentum = None  # a plain average
                 norm.train()
             if not every_evaluation:
-                for (
-                    block
-                ) in model.modules():  # which take one set of statistics a call where F is in training
-                    fields = (
-                        block.fields if isinstance(block, ResidualStack) else [getattr(block, "func", None)]
-                    )
-                    for field in fields if isinstance(block, ResidualStack | ODEBlock) else ():
-                        if isinstance(field, nn.Module):
-                            field.training = True
+                for field in _fields(model):  # one set of statistics a call where F is in training
+                    field.training = True
             for x in inputs:
                 model(x)
                 count += 1
@@ -71,6 +64,15 @@ def measure_statistics(model: nn.Module, inputs: Iterable[Tensor], *, every_eval
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+
+
+def _fields(model: nn.Module) -> Iterator[nn.Module]:
+    """What solvers evaluate in a model."""
+    for block in model.modules():
+        if isinstance(block, ResidualStack):
+            yield from block.fields
+        elif isinstance(block, ODEBlock) and isinstance(block.func, nn.Module):
+            yield block.func
 
 
 @torch.no_grad()

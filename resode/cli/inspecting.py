@@ -12,6 +12,7 @@ import typer
 from resode.cli.terminal import command, console, fits, flag, say, separated, table
 from resode.cli.train import own_model
 from resode.cli.trained import _methods
+from resode.tables import short, short_complex
 
 
 @command(
@@ -123,11 +124,6 @@ def _beside(source: Path | None) -> Path:
 
 
 def _show(found: Any) -> None:
-    from resode.analysis.depth.profile import show
-
-    def number(value: float) -> str:
-        return "-" if value != value else "∞" if value == float("inf") else f"{value:.3g}"
-
     effect = "loss_change" if found.has_target else "output_change"
     names = {
         "η": "step_size",
@@ -145,7 +141,7 @@ def _show(found: Any) -> None:
     table(
         ["block", *names, "max Re λ"],
         [
-            [r.name, *(number(getattr(r, field)) for field in names.values()), show(r.rightmost)]
+            [r.name, *(short(getattr(r, field)) for field in names.values()), short_complex(r.rightmost)]
             for r in found.rows
         ],
     )
@@ -153,9 +149,9 @@ def _show(found: Any) -> None:
     say("limit     the largest stable step at the worst sample; 0 where a mode grows (Re λ > 0)")
     say("decaying  the limit of all other modes;  |R|  their largest growth in a step, above 1 too large")
     say(f"effect    of removing the block on the {'loss' if found.has_target else 'output, relative'}")
-    for stage in found.stages:
-        bound = f"at most {stage.upper:.4g}" if stage.exact else "activations between"
-        say(f"{stage.first} … {stage.last}: the gradient's gain {stage.norm:.4g}, {bound}")
+    for group in found.groups:
+        bound = f"at most {group.upper:.4g}" if group.exact else "activations between"
+        say(f"{group.first} … {group.last}: the gradient's gain {group.norm:.4g}, {bound}")
 
 
 @command(

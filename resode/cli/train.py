@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
@@ -12,9 +14,37 @@ import typer
 
 from resode.checks import did_you_mean
 from resode.cli.terminal import command, flag, separated
-from resode.training.recipe import PRECISIONS, RECIPES, SCHEDULES, WARMUPS, Recipe, make_recipe
+from resode.training.recipe import RECIPES, Recipe, make_recipe
 
 _MODEL, _RUN, _RECIPE = "Network and data", "Run", "Recipe: any of its settings"
+
+
+def recipe_flags(function: Callable[..., None]) -> Callable[..., None]:
+    """A flag for every setting of a recipe, in the place of **chosen: its kind and help are the field's."""
+    signature = inspect.signature(function, eval_str=True)
+    *parameters, _ = signature.parameters.values()
+    for setting in fields(Recipe):
+        kind = str(setting.type).removesuffix(" | None")
+        option = flag(setting.metadata["help"], _RECIPE)
+        hint = Annotated[{"int": int, "float": float, "bool": bool}.get(kind, str) | None, option]
+        parameters.append(
+            inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint)
+        )
+    function.__signature__ = signature.replace(parameters=parameters)
+    function.__annotations__ = {p.name: p.annotation for p in parameters}
+    return function
+
+
+def recipe_settings(chosen: dict[str, Any]) -> dict[str, Any]:
+    """The settings that the flags ask for; those of several numbers are given as 0.5,0.75."""
+    kinds = {setting.name: str(setting.type) for setting in fields(Recipe)}
+    found = {}
+    for name, value in chosen.items():
+        if value is not None and kinds[name].startswith("tuple"):
+            value = separated(value, int if "int" in kinds[name] else float, f"--{name.replace('_', '-')}")
+        if value is not None:
+            found[name] = value
+    return found
 
 
 @command(
@@ -26,8 +56,8 @@ _MODEL, _RUN, _RECIPE = "Network and data", "Run", "Recipe: any of its settings"
     "resode train --eval-solver rk4 --eval-substeps 2 --refine-at 10",
     "torchrun --nproc-per-node 2 -m resode.cli train --model resnet20 --data cifar10",
 )
+@recipe_flags
 def train(
-    ctx: typer.Context,
     model: Annotated[str | None, flag("Name, or package.module:function. Default odenet20.", _MODEL)] = None,
     data: Annotated[str | None, flag("digits or cifar10. Default digits.", _MODEL)] = None,
     data_dir: Annotated[Path | None, flag("Where CIFAR-10 lies; else RESODE_DATA.", _MODEL)] = None,
@@ -43,72 +73,17 @@ def train(
     recipe: Annotated[
         str | None, flag(f"{', '.join(RECIPES)}. Default fast, or digits on digits.", _RECIPE)
     ] = None,
-    epochs: Annotated[int | None, flag("Passes over the training images.", _RECIPE)] = None,
-    updates: Annotated[int | None, flag("Length in updates instead.", _RECIPE)] = None,
-    batch_size: Annotated[int | None, flag("Images per update.", _RECIPE)] = None,
-    lr: Annotated[float | None, flag("Largest learning rate.", _RECIPE)] = None,
-    scale_lr: Annotated[
-        bool | None, flag("That rate times batch/128.", _RECIPE, "--scale-lr/--no-scale-lr")
-    ] = None,
-    momentum: Annotated[float | None, flag("Of SGD.", _RECIPE)] = None,
-    nesterov: Annotated[
-        bool | None, flag("Nesterov's momentum.", _RECIPE, "--nesterov/--no-nesterov")
-    ] = None,
-    weight_decay: Annotated[float | None, flag("L2 penalty.", _RECIPE)] = None,
-    decay_norms: Annotated[
-        bool | None, flag("Also on norms and biases.", _RECIPE, "--decay-norms/--no-decay-norms")
-    ] = None,
-    schedule: Annotated[str | None, flag(f"{', '.join(SCHEDULES)}.", _RECIPE)] = None,
-    rise: Annotated[float | None, flag("Share of a one-cycle run that rises.", _RECIPE)] = None,
-    milestones: Annotated[
-        str | None, flag("Shares where the step schedule falls: 0.5,0.75.", _RECIPE)
-    ] = None,
-    gamma: Annotated[float | None, flag("Factor at a milestone.", _RECIPE)] = None,
-    warmup_updates: Annotated[int | None, flag("Updates of warm-up.", _RECIPE)] = None,
-    warmup_factor: Annotated[float | None, flag("Share of lr that it starts at.", _RECIPE)] = None,
-    warmup_shape: Annotated[str | None, flag(f"{', '.join(WARMUPS)}.", _RECIPE)] = None,
-    label_smoothing: Annotated[float | None, flag("Share spread over all classes.", _RECIPE)] = None,
-    ema: Annotated[float | None, flag("Decay of the weights' moving average; 0 for none.", _RECIPE)] = None,
-    crop_padding: Annotated[int | None, flag("Pixels an image is shifted by; 0 for none.", _RECIPE)] = None,
-    flip: Annotated[bool | None, flag("Mirror half the images.", _RECIPE, "--flip/--no-flip")] = None,
-    cutout: Annotated[
-        int | None, flag("Side of a square that each image loses; 0 for none.", _RECIPE)
-    ] = None,
-    precision: Annotated[str | None, flag(f"{', '.join(PRECISIONS)}.", _RECIPE)] = None,
-    channels_last: Annotated[
-        bool | None, flag("Memory order of images.", _RECIPE, "--channels-last/--no-channels-last")
-    ] = None,
-    compile: Annotated[
-        bool | None, flag("Compile the update; CUDA graphs on a GPU.", _RECIPE, "--compile/--no-compile")
-    ] = None,
-    sync_batch_norm: Annotated[
-        bool | None,
-        flag("Batch norms over all GPUs.", _RECIPE, "--sync-batch-norm/--no-sync-batch-norm"),
-    ] = None,
-    seed: Annotated[int | None, flag("Of weights, order and augmentation.", _RECIPE)] = None,
-    validation: Annotated[int | None, flag("Training images held out.", _RECIPE)] = None,
-    swap_proof: Annotated[
-        bool | None, flag("Draw a solver for each batch, so that other solvers keep the accuracy.", _RECIPE)
-    ] = None,
-    eval_solver: Annotated[str | None, flag("Test accuracy also under this method.", _RECIPE)] = None,
-    eval_substeps: Annotated[int | None, flag("Its steps a block.", _RECIPE)] = None,
-    refine_at: Annotated[
-        str | None, flag("Epochs from which on there are twice the blocks at half the step: 5,10.", _RECIPE)
-    ] = None,
     step_limits: Annotated[
-        bool, typer.Option("--step-limits", help="Record and draw every stage's step limits as it trains.")
+        bool, typer.Option("--step-limits", help="Record and draw every group's step limits as it trains.")
     ] = False,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Also write RUN/tensorboard, to watch it with TensorBoard.")
     ] = False,
+    **chosen: Any,
 ) -> None:
     """Train a network into a run folder."""
-    names = ["model", "data", "data_dir", "device", "recipe", *(field.name for field in fields(Recipe))]
-    flags = {name: ctx.params[name] for name in names if ctx.params[name] is not None}
-    if milestones is not None:
-        flags["milestones"] = separated(milestones, float, "--milestones")
-    if refine_at is not None:
-        flags["refine_at"] = separated(refine_at, int, "--refine-at")
+    names = {"model": model, "data": data, "data_dir": data_dir, "device": device, "recipe": recipe}
+    flags = {name: value for name, value in names.items() if value is not None} | recipe_settings(chosen)
     if download:
         flags["download"] = True
     settings = _settings(flags, _model_options(option, solver, substeps), config)

@@ -14,6 +14,7 @@ from resode.cli.terminal import command, flag, say, separated, table
 from resode.cli.train import own_model
 from resode.solve.options import NATIVE
 from resode.tableaus import METHODS
+from resode.tables import short, short_complex
 
 _Run = Annotated[Path, typer.Argument(help="Run folder or weights file.", metavar="RUN", show_default=False)]
 _OwnModel = Annotated[str | None, flag("For a network of your own: package.module:function.")]
@@ -223,8 +224,8 @@ def _method_stability(names: list[str], figure: Path | None) -> None:
                 p.name,
                 str(p.order),
                 str(p.stages),
-                _number(p.real_interval),
-                _number(p.imaginary_interval),
+                short(p.real_interval, 4),
+                short(p.imaginary_interval, 4),
                 p.letters,
             ]
             for p in found
@@ -261,32 +262,32 @@ def _run_stability(
     images = next(iter(plain_batches(dataset, limit=samples)))[0]
     count = "1 test image" if len(images) == 1 else f"{len(images)} test images"
     say(f"{run} at {count} of {dataset.title}; step h = η / substeps")
-    stages = []
-    for number, stage in enumerate(block_limits(network, images, methods, blocks=blocks), start=1):
-        size = "×".join(map(str, stage.shape))
-        steps = sorted(set(stage.steps))
+    groups = []
+    for number, group in enumerate(block_limits(network, images, methods, blocks=blocks), start=1):
+        size = "×".join(map(str, group.shape))
+        steps = sorted(set(group.steps))
         h = f"h = {steps[0]:g}" if len(steps) == 1 else f"h = {steps[0]:.3g} to {steps[-1]:.3g}"
         say()
-        say(f"stage {number} ({stage.name}): states {size}, trained with {stage.solver}, {h}", "bold")
-        stages.append(stage)
+        say(f"group {number} ({group.name}): states {size}, trained with {group.solver}, {h}", "bold")
+        groups.append(group)
         table(
             ["block", "solver", "limit", "growing", "decaying", "set by λ", "largest |R|", "within"],
             [
                 [
                     str(row.block),
                     row.solver,
-                    _number(row.step, 3) + ("" if row.converged else " ?"),
+                    short(row.step) + ("" if row.converged else " ?"),
                     ("" if row.complete or not row.growing else "≥ ") + str(row.growing),
-                    ("" if row.exact else "≤ ") + _number(row.decaying_step, 3),
-                    _complex(row.limiting_eigenvalue),
+                    ("" if row.exact else "≤ ") + short(row.decaying_step),
+                    short_complex(row.limiting_eigenvalue, 2),
                     f"{row.amplification:.3g}",
                     ("yes" if row.exact else "?") if row.inside else "no",
                 ]
-                for row in stage.rows
+                for row in group.rows
             ],
             words=("solver",),
         )
-        for line in _verdicts(stage, methods):
+        for line in _verdicts(group, methods):
             say(line)
     say()
     say("limit     the largest stable step at the worst image")
@@ -294,31 +295,31 @@ def _run_stability(
     say("decaying  the limit of all other modes, set by λ")
     say("|R|       what a step of h multiplies a mode by, at most; growing modes included")
     say("within    whether the step h is within the limit of the decaying modes")
-    if any(not row.complete for stage in stages for row in stage.rows):
+    if any(not row.complete for group in groups for row in group.rows):
         say("≥ ≤ ?     bounds from the outer eigenvalues, of states too large for all of them")
     more = next(iter(plain_batches(dataset, limit=max(samples, 16))))[0]
     for line in _forecasts(network, more, methods):
         say(line, "bold")
-    if stages:
+    if groups:
         from resode import plots
 
         path = figure or _figures(run) / "stability.png"
         with replacing(path) as unfinished:
-            plots.stage_spectra(stages, methods, unfinished)
+            plots.group_spectra(groups, methods, unfinished)
         say(f"\nfigure {path}")
 
 
-def _verdicts(stage: Any, methods: list[str]) -> list[str]:
+def _verdicts(group: Any, methods: list[str]) -> list[str]:
     """The blocks whose step decaying modes do not bear, and the step that all of them do."""
     lines = []
-    for name in dict.fromkeys([stage.solver, *methods]):
-        rows = [row for row in stage.rows if row.solver == name]
+    for name in dict.fromkeys([group.solver, *methods]):
+        rows = [row for row in group.rows if row.solver == name]
         if not rows:
             continue
         over = [str(row.block) for row in rows if not row.inside]
         least = min(rows, key=lambda row: row.decaying_step)
-        allowed = ("" if least.exact else "at most ") + _number(least.decaying_step, 3)
-        kind = "as trained" if name == stage.solver else "would be"
+        allowed = ("" if least.exact else "at most ") + short(least.decaying_step)
+        kind = "as trained" if name == group.solver else "would be"
         where = f"in block{'s' if len(over) > 1 else ''} {', '.join(over)}" if over else "nowhere"
         lines.append(f"  {name}, {kind}: over the limit {where}; all blocks allow steps up to {allowed}")
     return lines
@@ -327,9 +328,9 @@ def _verdicts(stage: Any, methods: list[str]) -> list[str]:
 def _forecasts(network: Any, images: Any, methods: list[str]) -> list[str]:
     """What swapping to each method will do, which no limit tells."""
     from resode.analysis.diagnose.forecast import forecast
-    from resode.blocks import ResidualStack
+    from resode.blocks.solving import stacks_of
 
-    stacks = [module for module in network.modules() if isinstance(module, ResidualStack)]
+    stacks = stacks_of(network)
     names = [name for name in methods if stacks and METHODS[name].explicit]
     found = {name: forecast(network, images, name) for name in names if name != stacks[0].solver}
     return [f"{name} {f.verdict} accuracy: the logits drift by {f.drift:.3g}" for name, f in found.items()]
@@ -340,16 +341,6 @@ def _runs() -> list[str]:
     return sorted(
         str(config.parent) for place in ("*", "runs/*") for config in Path().glob(f"{place}/config.yaml")
     )
-
-
-def _number(value: float, digits: int = 4) -> str:
-    return "∞" if value == float("inf") else f"{value:.{digits}g}"
-
-
-def _complex(value: complex) -> str:
-    if value != value:
-        return "-"
-    return f"{value.real:.2g}" + (f" ± {abs(value.imag):.2g}i" if value.imag else "")
 
 
 @command("resode methods")

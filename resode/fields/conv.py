@@ -19,7 +19,7 @@ class ImageField(nn.Module):
             raise ValueError(
                 f"{type(self).__name__} acts on images of shape (batch, {self.channels}, height, width): "
                 f"got x {tuple(x.shape)}. Build the field with the channels of x, or change them "
-                "between stages (resode.shortcuts)."
+                "between groups of blocks (resode.shortcuts)."
             )
 
 

@@ -26,7 +26,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import scipy.linalg
+import scipy  # whose submodules are loaded when first named
 import torch
 from torch import Tensor
 

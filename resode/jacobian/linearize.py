@@ -122,7 +122,7 @@ def check_field(field: Field, x: Tensor) -> Tensor:
             came = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
             raise ValueError(
                 f"a field must keep the state's shape: got x {tuple(x.shape)}, F(x) {came}. "
-                "Change width or resolution between stages (resode.shortcuts), not inside F."
+                "Change width or resolution between groups of blocks (resode.shortcuts), not inside F."
             )
         if not y.is_floating_point():
             raise ValueError(

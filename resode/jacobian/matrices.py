@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.linalg
-import scipy.sparse
+import scipy  # whose submodules are loaded when first named
 import torch
 from torch import Tensor
 
@@ -36,7 +35,7 @@ def checked_matrices(jacobian: Any) -> tuple[Matrices, float]:
         TypeError: an array or tensor of integers, or something that is no matrix.
         ValueError: not square, empty, not finite, or more than DENSE_LIMIT rows.
     """
-    if scipy.sparse.issparse(jacobian):
+    if type(jacobian).__module__.startswith("scipy.sparse"):
         size = max(jacobian.shape)
         if size > DENSE_LIMIT:
             raise ValueError(_too_large(size))

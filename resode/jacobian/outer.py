@@ -283,10 +283,10 @@ class _Part:
             ritz.residuals,
             np.ones_like(ritz.conditions) if self.normal[sample] else ritz.conditions.copy(),
             ritz.scale,
-            krylov.whole,
-            self.normal[sample],
-            spectrum.products,
-            bool(spectrum.steady[row]),
+            complete=krylov.whole,
+            normal=self.normal[sample],
+            products=spectrum.products,
+            steady=bool(spectrum.steady[row]),
         )
         self.found[sample] = found
         if found.normal or krylov.whole or not self.search.check:

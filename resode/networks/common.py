@@ -11,7 +11,7 @@ from functools import partial
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from resode.blocks.held import FrozenStatistics, StochasticDepth, checkpoints, moving_norms, probability
+from resode.blocks.frozen import FrozenStatistics, StochasticDepth, checkpoints, moving_norms, probability
 from resode.checks import one_of
 from resode.fields import (
     ACTIVATIONS,

@@ -1,6 +1,6 @@
-r"""ODE-ResNets: pre-activation networks whose equal blocks are one solve a stage.
+r"""ODE-ResNets: pre-activation networks whose equal blocks are one solve a group.
 
-A stage opens with a discrete transition block where the shape changes; all its other blocks are the
+A group opens with a discrete transition block where the shape changes; all its other blocks are the
 fields F_l of one `resode.ResidualStack`, dx/dt = F_l(x) for t in [lη, (l+1)η). With Euler and η = 1
 the network is the pre-activation ResNet of the same depth to the bit.
 """
@@ -16,12 +16,12 @@ from resode.checks import check_whole
 from resode.fields import ConvField, make_activation, make_norm
 from resode.formulas import Cost, Shape, chain
 from resode.networks.common import SMALL, Style, check_images, head, make_drop, make_stem
-from resode.networks.resnet import PreActBlock, blocks_a_stage
+from resode.networks.resnet import PreActBlock, blocks_a_group
 from resode.state_dicts import Checked
 
 
 class Transition(PreActBlock):
-    """The discrete block between two stages, S(x) + F(x); under autocast the state keeps its precision."""
+    """The discrete block between two groups, S(x) + F(x); under autocast the state keeps its precision."""
 
     def forward(self, x: Tensor) -> Tensor:
         """S(x) + F(x), in x's dtype."""
@@ -29,21 +29,21 @@ class Transition(PreActBlock):
 
 
 class ODENet(Checked):
-    """ODE-ResNet for small images, of a pre-activation ResNet's widths: stem, three stages, linear.
+    """ODE-ResNet for small images, of a pre-activation ResNet's widths: stem, three groups, linear.
 
     Args:
-        depth: 6n + 2 layers: n fields in the first stage, a transition and n − 1 fields in each of the
+        depth: 6n + 2 layers: n fields in the first group, a transition and n − 1 fields in each of the
             others.
         num_classes: outputs.
         in_channels: channels of the images.
-        width: channels of the first stage; the second has twice, the third four times as many.
+        width: channels of the first group; the second has twice, the third four times as many.
         style: what its fields have in common; the shortcut "A", "B" or "D" is the transitions'.
         solver, step_size, substeps, learn_step, weights, rtol, atol, per_sample: of every stack, see
             `resode.ResidualStack`; η = `step_size` in units of one block. The style's stochastic depth is
             the stacks' own, with a mask for each sample and block.
 
     Raises:
-        ValueError: a wrong depth, a shortcut that isn't the identity inside a stage, or what
+        ValueError: a wrong depth, a shortcut that isn't the identity inside a group, or what
             `ResidualStack` refuses.
 
     Source:
@@ -82,11 +82,11 @@ class ODENet(Checked):
                 "an ODE-ResNet's shortcut is the identity wherever the shape is kept: its transitions take "
                 f"'A', 'B' or 'D', got {style.shortcut!r}."
             )
-        n = blocks_a_stage(depth, 6, 2)
+        n = blocks_a_group(depth, 6, 2)
         rates = style.drop_rates(3 * n)
 
         def stack(channels: int, rates: list[float]) -> Iterator[nn.Module]:
-            """One stack, or nothing where a stage has no block but its transition."""
+            """One stack, or nothing where a group has no block but its transition."""
             fields = [
                 ConvField(
                     channels,
@@ -126,7 +126,7 @@ class ODENet(Checked):
         self.linear = nn.Linear(4 * w, check_whole("num_classes", num_classes, 1))
 
     def stacks(self) -> list[ResidualStack]:
-        """The stages' stacks, to read or to set: `for stack in model.stacks(): stack.solver = "rk4"`."""
+        """The groups' stacks, to read or to set: `for stack in model.stacks(): stack.solver = "rk4"`."""
         return [m for m in self.modules() if isinstance(m, ResidualStack)]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -142,8 +142,8 @@ class ODENet(Checked):
 
     def cost(self, shape: Shape) -> Cost:
         """Parameters and multiply-adds for samples of this shape; F's as often as the solver evaluates it."""
-        stages = (self.conv1, self.pool, self.layer1, self.layer2, self.layer3, self.bn)
-        return head(chain(shape, *stages), self.linear)
+        groups = (self.conv1, self.pool, self.layer1, self.layer2, self.layer3, self.bn)
+        return head(chain(shape, *groups), self.linear)
 
 
 def preact_names(model: ODENet) -> dict[str, str]:

@@ -179,7 +179,7 @@ def _wide_resnet(name: str, depth: int, factor: int) -> Network:
 def _odenet(name: str, depth: int) -> Network:
     return _network(
         name,
-        "ODE-ResNet: the pre-activation ResNet's equal blocks as one solve a stage",
+        "ODE-ResNet: the pre-activation ResNet's equal blocks as one solve a group",
         ODENet,
         depth,
         style=SMALL,

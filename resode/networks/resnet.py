@@ -235,13 +235,13 @@ class HighwayLayer(nn.Module):
 
 
 class CifarResNet(Checked):
-    """Post-activation network for small images: 3×3 stem, three stages of basic blocks, linear.
+    """Post-activation network for small images: 3×3 stem, three groups of basic blocks, linear.
 
     Args:
-        depth: 6n + 2 layers, n blocks a stage.
+        depth: 6n + 2 layers, n blocks a group.
         num_classes: outputs.
         in_channels: channels of the images.
-        width: channels of the first stage; the second has twice, the third four times as many.
+        width: channels of the first group; the second has twice, the third four times as many.
         style: what its blocks have in common; shortcut "none" gives the plain network.
 
     Source:
@@ -263,16 +263,16 @@ class CifarResNet(Checked):
         style: Style = SMALL,
     ) -> None:
         super().__init__()
-        n = blocks_a_stage(depth, 6, 2)
+        n = blocks_a_group(depth, 6, 2)
         block = PlainBlock if style.shortcut == "none" else BasicBlock
         drops = style.drops(3 * n)
         self.in_channels, self.gradient = check_whole("in_channels", in_channels, 1), style.gradient
         self.conv1, self.pool = make_stem(in_channels, check_whole("width", width, 1), style)
         self.bn1 = make_norm(style.norm, width)
         self.act = make_activation(style.activation)
-        self.layer1 = _stage(block, n, width, width, 1, style, drops)
-        self.layer2 = _stage(block, n, width, 2 * width, 2, style, drops)
-        self.layer3 = _stage(block, n, 2 * width, 4 * width, 2, style, drops)
+        self.layer1 = _group(block, n, width, width, 1, style, drops)
+        self.layer2 = _group(block, n, width, 2 * width, 2, style, drops)
+        self.layer3 = _group(block, n, 2 * width, 4 * width, 2, style, drops)
         self.linear = nn.Linear(4 * width, check_whole("num_classes", num_classes, 1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -288,17 +288,17 @@ class CifarResNet(Checked):
 
     def cost(self, shape: Shape) -> Cost:
         """Parameters and multiply-adds for samples of this shape, by formula."""
-        stages = (self.conv1, self.bn1, self.pool, self.layer1, self.layer2, self.layer3)
-        return head(chain(shape, *stages), self.linear)
+        groups = (self.conv1, self.bn1, self.pool, self.layer1, self.layer2, self.layer3)
+        return head(chain(shape, *groups), self.linear)
 
 
 class PreActResNet(Checked):
-    """Pre-activation network for small images: stem without norm, three stages, a last norm and σ, linear.
+    """Pre-activation network for small images: stem without norm, three groups, a last norm and σ, linear.
 
     Args:
-        blocks: blocks a stage, n.
+        blocks: blocks a group, n.
         bottleneck: bottleneck blocks with four times the channels instead of basic ones.
-        widths: channels of the stem and of the 3×3 convolutions in the three stages.
+        widths: channels of the stem and of the 3×3 convolutions in the three groups.
         num_classes, in_channels: outputs, and channels of the images.
         style: what its blocks have in common; projections are bare.
 
@@ -334,9 +334,9 @@ class PreActResNet(Checked):
         c1, c2, c3 = (block.expansion * w for w in (w1, w2, w3))
         self.in_channels, self.gradient = check_whole("in_channels", in_channels, 1), style.gradient
         self.conv1, self.pool = make_stem(in_channels, w0, style)
-        self.layer1 = _stage(block, n, w0, w1, 1, style, drops)
-        self.layer2 = _stage(block, n, c1, w2, 2, style, drops)
-        self.layer3 = _stage(block, n, c2, w3, 2, style, drops)
+        self.layer1 = _group(block, n, w0, w1, 1, style, drops)
+        self.layer2 = _group(block, n, c1, w2, 2, style, drops)
+        self.layer3 = _group(block, n, c2, w3, 2, style, drops)
         self.bn = make_norm(style.norm, c3)
         self.act = make_activation(style.activation)
         self.linear = nn.Linear(c3, check_whole("num_classes", num_classes, 1))
@@ -354,8 +354,8 @@ class PreActResNet(Checked):
 
     def cost(self, shape: Shape) -> Cost:
         """Parameters and multiply-adds for samples of this shape, by formula."""
-        stages = (self.conv1, self.pool, self.layer1, self.layer2, self.layer3, self.bn)
-        return head(chain(shape, *stages), self.linear)
+        groups = (self.conv1, self.pool, self.layer1, self.layer2, self.layer3, self.bn)
+        return head(chain(shape, *groups), self.linear)
 
 
 IMAGENET_BLOCKS: dict[int, tuple[type[Block], tuple[int, int, int, int]]] = {
@@ -365,16 +365,16 @@ IMAGENET_BLOCKS: dict[int, tuple[type[Block], tuple[int, int, int, int]]] = {
     101: (Bottleneck, (3, 4, 23, 3)),
     152: (Bottleneck, (3, 8, 36, 3)),
 }
-"""Depth -> block and blocks a stage of the ImageNet networks; basic blocks exist without shortcut too."""
+"""Depth -> block and blocks a group of the ImageNet networks; basic blocks exist without shortcut too."""
 
 
 class ImageNetResNet(Checked):
-    """Post-activation network for ImageNet: 7×7 stem, four stages, fc; torchvision's module names.
+    """Post-activation network for ImageNet: 7×7 stem, four groups, fc; torchvision's module names.
 
     Args:
         depth: 18 or 34 (basic blocks), 50, 101 or 152 (bottlenecks, stride in the 3×3).
         num_classes, in_channels: outputs, and channels of the images.
-        width: channels of the first stage's 3×3 convolutions; they double from stage to stage.
+        width: channels of the first group's 3×3 convolutions; they double from group to group.
         style: what its blocks have in common; shortcut "none" gives the plain network, of basic blocks
             only, and stem "small" keeps the resolution, for images such as CIFAR's.
 
@@ -411,10 +411,10 @@ class ImageNetResNet(Checked):
         self.conv1, self.maxpool = make_stem(in_channels, w, style)
         self.bn1 = make_norm(style.norm, w)
         self.act = make_activation(style.activation)
-        self.layer1 = _stage(block, counts[0], w, w, 1, style, drops)
-        self.layer2 = _stage(block, counts[1], e * w, 2 * w, 2, style, drops)
-        self.layer3 = _stage(block, counts[2], e * 2 * w, 4 * w, 2, style, drops)
-        self.layer4 = _stage(block, counts[3], e * 4 * w, 8 * w, 2, style, drops)
+        self.layer1 = _group(block, counts[0], w, w, 1, style, drops)
+        self.layer2 = _group(block, counts[1], e * w, 2 * w, 2, style, drops)
+        self.layer3 = _group(block, counts[2], e * 2 * w, 4 * w, 2, style, drops)
+        self.layer4 = _group(block, counts[3], e * 4 * w, 8 * w, 2, style, drops)
         self.fc = nn.Linear(e * 8 * w, check_whole("num_classes", num_classes, 1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -431,14 +431,14 @@ class ImageNetResNet(Checked):
 
     def cost(self, shape: Shape) -> Cost:
         """Parameters and multiply-adds for samples of this shape, by formula."""
-        stages = (self.conv1, self.bn1, self.maxpool, self.layer1, self.layer2, self.layer3, self.layer4)
-        return head(chain(shape, *stages), self.fc)
+        groups = (self.conv1, self.bn1, self.maxpool, self.layer1, self.layer2, self.layer3, self.layer4)
+        return head(chain(shape, *groups), self.fc)
 
 
 class HighwayNet(Checked):
     """Highway network of 19 layers for small images.
 
-    Three stages of 32, 80 and 128 channels, each a plain 3×3 convolution and then 4, 5 and 5 highway
+    Three groups of 32, 80 and 128 channels, each a plain 3×3 convolution and then 4, 5 and 5 highway
     layers, max pooling between them; a 1×1 convolution to 100 channels, mean over pixels, linear.
 
     Args:
@@ -475,7 +475,7 @@ class HighwayNet(Checked):
         self.pool = nn.MaxPool2d(2, ceil_mode=True)
         self.act = make_activation(activation)
 
-        def stage(channels: int, width: int, highways: int) -> nn.Sequential:
+        def group(channels: int, width: int, highways: int) -> nn.Sequential:
             return nn.Sequential(
                 make_conv(channels, width, 3, norm=norm),
                 make_norm(norm, width),
@@ -483,9 +483,9 @@ class HighwayNet(Checked):
                 *(HighwayLayer(width, norm, activation, gate_bias) for _ in range(highways)),
             )
 
-        self.layer1 = stage(in_channels, 32, 4)
-        self.layer2 = stage(32, 80, 5)
-        self.layer3 = stage(80, 128, 5)
+        self.layer1 = group(in_channels, 32, 4)
+        self.layer2 = group(32, 80, 5)
+        self.layer3 = group(80, 128, 5)
         self.conv = make_conv(128, 100, 1, norm="none")
         self.linear = nn.Linear(100, check_whole("num_classes", num_classes, 1))
 
@@ -500,11 +500,11 @@ class HighwayNet(Checked):
 
     def cost(self, shape: Shape) -> Cost:
         """Parameters and multiply-adds for samples of this shape, by formula."""
-        stages = (self.layer1, self.pool, self.layer2, self.pool, self.layer3, self.conv)
-        return head(chain(shape, *stages), self.linear)
+        groups = (self.layer1, self.pool, self.layer2, self.pool, self.layer3, self.conv)
+        return head(chain(shape, *groups), self.linear)
 
 
-def _stage(
+def _group(
     block: type[Block],
     count: int,
     in_channels: int,
@@ -523,7 +523,7 @@ def _zero(norm: nn.Module, conv: nn.Conv2d) -> None:
     nn.init.zeros_(conv.weight if isinstance(norm, nn.Identity) else norm.weight)  # pyright: ignore
 
 
-def blocks_a_stage(depth: int, period: int, offset: int) -> int:
+def blocks_a_group(depth: int, period: int, offset: int) -> int:
     """The n of a depth of period·n + offset layers; a ValueError for any other depth."""
     n, rest = divmod(check_whole("depth", depth, 1) - offset, period)
     if rest or n < 1:

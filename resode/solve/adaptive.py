@@ -23,8 +23,14 @@ import torch
 from torch import Tensor
 
 from resode.solve.control import NUMPY, Control, Tolerance, decide, plan
-from resode.solve.dense import Step, between
-from resode.solve.failures import field_not_finite, nothing_finite, step_underflow, too_many_steps
+from resode.solve.dense import Step, interpolate
+from resode.solve.failures import (
+    Standing,
+    field_not_finite,
+    nothing_finite,
+    step_underflow,
+    too_many_steps,
+)
 from resode.solve.host import decided
 from resode.solve.result import Stats
 from resode.solve.states import Passing, States
@@ -96,7 +102,8 @@ class Adaptive:
         self.k0 = f(self.as_times(self.time[None])[0], x)
         if not all_finite(self.k0):
             rows = self.k0 if control.per_sample else self.k0[None]
-            raise field_not_finite(self, np.array([not all_finite(row) for row in rows]))
+            bad = np.array([not all_finite(row) for row in rows])
+            raise field_not_finite(self.standing(bad, np.zeros_like(self.time)), self.k0)
         if resume is None:
             if control.first_step is None:
                 step = self._first_step()
@@ -134,9 +141,20 @@ class Adaptive:
         """Marks of samples, (B,), in a shape that selects among states."""
         return torch.from_numpy(keep).to(self.x.device).view(self.column)
 
-    def sample(self, x: Tensor, i: int) -> Tensor:
-        """One sample's part of a state, or all of it where there is one for all."""
-        return x[i] if self.control.per_sample else x
+    def standing(self, mask: np.ndarray, step: np.ndarray | None = None) -> Standing:
+        """Where the first marked sample stands, for an error; it would try `step`, or progress's."""
+        i, (t,) = int(mask.nonzero()[0][0]), self.as_times(self.time[None])
+        return Standing(
+            self.tableau,
+            self.f,
+            t,
+            self.x,
+            sample=i if self.control.per_sample else None,
+            time=float(self.time[i]),
+            step=float((self.progress.step if step is None else step)[i]),
+            end=float(self.end[i]),
+            several=len(mask) > 1,
+        )
 
     def steps(self, outputs: np.ndarray | None = None) -> Iterator[Step]:
         """Goes to the end, giving every step that passes an output; every step kept where outputs is None.
@@ -168,10 +186,10 @@ class Adaptive:
                 return
             spent = active & (progress.n_accepted + progress.n_rejected >= self.limit)
             if spent.any():
-                raise too_many_steps(self, spent)
+                raise too_many_steps(self.standing(spent), control.max_steps)
             stuck = active & (attempt.end == time)
             if stuck.any():
-                raise step_underflow(self, stuck)
+                raise step_underflow(self.standing(stuck))
             told = (self.as_times(time[None])[0], x, torch.from_numpy(size)[0]) if callbacks else None
             if callbacks is not None and told is not None:
                 callbacks.step(*told)
@@ -213,11 +231,9 @@ class Adaptive:
                 yield Step(time, self.time, x, k, new_x, error)
             if verdict.stuck.any():
                 hopeless = verdict.stuck & verdict.failed
-                raise (
-                    nothing_finite(self, hopeless, k)
-                    if hopeless.any()
-                    else step_underflow(self, verdict.stuck)
-                )
+                if hopeless.any():
+                    raise nothing_finite(self.standing(hopeless), k)
+                raise step_underflow(self.standing(verdict.stuck))
 
     def _first_step(self) -> np.ndarray:
         """A first step whose error should be near the tolerance, (B,); one call of f."""
@@ -314,3 +330,40 @@ def error_norm(
         if tableau.error_row[-1][0] < len(k) - 1:
             ratio = torch.add(ratio, k[-1], alpha=0)
         return control.measure(ratio)
+
+
+def between(
+    tableau: ButcherTableau,
+    f: Field,
+    steps: Sequence[Step],
+    outputs: np.ndarray,
+    solve: Adaptive,
+    start: tuple[Tensor, np.ndarray],
+) -> tuple[list[Tensor], int]:
+    """As `interpolate`, for outputs that may lie at a sample's start or end too.
+
+    Args:
+        tableau: the method.
+        f: the field.
+        steps: those that passed an output, in the order they were taken.
+        outputs: times, (T,), or each sample's own, (B, T).
+        solve: at its end.
+        start: the state and the times at which it began.
+    """
+    if outputs.shape[-1] == 0:
+        return [], 0
+    path, calls = [start[0]] * outputs.shape[-1], 0
+    if steps:
+        path, calls = interpolate(tableau, f, steps, outputs, solve.forward, solve.control.per_sample)
+    return at_the_ends(path, outputs, solve, start), calls
+
+
+def at_the_ends(
+    path: list[Tensor], outputs: np.ndarray, solve: Adaptive, start: tuple[Tensor, np.ndarray]
+) -> list[Tensor]:
+    """The states at the outputs, the ends where a sample's own, (B, T), lie there."""
+    if outputs.ndim > 1:
+        for known, times in (start, (solve.x, solve.end)):
+            for j in np.flatnonzero((hit := outputs == times[:, None]).any(0)):
+                path[j] = torch.where(solve.mask(hit[:, j]), known, path[j])
+    return path

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from resode.checks import warn_user
-from resode.solve.adaptive import Adaptive, Progress, adaptive_solve, error_norm
+from resode.solve.adaptive import Adaptive, Progress, adaptive_solve, at_the_ends, between, error_norm
 from resode.solve.control import NUMPY, Control, decide, plan
-from resode.solve.dense import Step, at_the_ends, between
+from resode.solve.dense import Step
 from resode.solve.failures import too_many_steps
 from resode.solve.fixed import equal_steps
 from resode.solve.result import SolverError
@@ -219,7 +219,7 @@ def _attempts(solve: Adaptive, outputs: np.ndarray, key: Any) -> list[_Attempt]:
                 solve.progress.n_accepted + solve.progress.n_rejected >= control.max_steps
             )
             if spent.any():
-                raise too_many_steps(solve, spent)
+                raise too_many_steps(solve.standing(spent), control.max_steps)
         x, k0, state, flags, made = run(f.f, x, k0, state, end, tolerance)
         tried = [_Attempt(*a) for a in made]
         attempts += len(tried)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,9 +11,6 @@ from torch import Tensor
 
 from resode.solve.step import Field, combine, stages
 from resode.tableaus import ButcherTableau
-
-if TYPE_CHECKING:
-    from resode.solve.adaptive import Adaptive
 
 
 @dataclass
@@ -125,43 +121,6 @@ def interpolate(
         times = [torch.from_numpy(s).to(device, real).view(column[1:] if per_sample else ()) for s in at]
         path.append(combine(x[i], h, tableau.b_row, stages(tableau, f, times, x[i], h, k0[i])))
     return path, len(theta) * tableau.b_row[-1][0]
-
-
-def between(
-    tableau: ButcherTableau,
-    f: Field,
-    steps: Sequence[Step],
-    outputs: np.ndarray,
-    solve: Adaptive,
-    start: tuple[Tensor, np.ndarray],
-) -> tuple[list[Tensor], int]:
-    """As `interpolate`, for outputs that may lie at a sample's start or end too.
-
-    Args:
-        tableau: the method.
-        f: the field.
-        steps: those that passed an output, in the order they were taken.
-        outputs: times, (T,), or each sample's own, (B, T).
-        solve: at its end.
-        start: the state and the times at which it began.
-    """
-    if outputs.shape[-1] == 0:
-        return [], 0
-    path, calls = [start[0]] * outputs.shape[-1], 0
-    if steps:
-        path, calls = interpolate(tableau, f, steps, outputs, solve.forward, solve.control.per_sample)
-    return at_the_ends(path, outputs, solve, start), calls
-
-
-def at_the_ends(
-    path: list[Tensor], outputs: np.ndarray, solve: Adaptive, start: tuple[Tensor, np.ndarray]
-) -> list[Tensor]:
-    """The states at the outputs, the ends where a sample's own, (B, T), lie there."""
-    if outputs.ndim > 1:
-        for known, times in (start, (solve.x, solve.end)):
-            for j in np.flatnonzero((hit := outputs == times[:, None]).any(0)):
-                path[j] = torch.where(solve.mask(hit[:, j]), known, path[j])
-    return path
 
 
 def hermite(s: Tensor | float, h: Tensor | float, x0: Tensor, k0: Tensor, x1: Tensor, k1: Tensor) -> Tensor:

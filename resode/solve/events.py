@@ -29,6 +29,7 @@ from torch import Tensor
 from resode.solve.adaptive import Adaptive
 from resode.solve.control import Callbacks
 from resode.solve.fixed import Grid, one_step
+from resode.solve.foreign import foreign_methods, stops_at_events
 from resode.solve.host import decided, is_transformed, moves, plain
 from resode.solve.native import (
     Evaluations,
@@ -37,10 +38,10 @@ from resode.solve.native import (
     segments,
     zero_with_gradient,
 )
-from resode.solve.options import SolveSettings, torchdiffeq_methods
+from resode.solve.options import SolveSettings
 from resode.solve.result import MaxStepsReached, NonFiniteState, Stats
 from resode.solve.step import Field, all_finite, combine, stages
-from resode.tableaus import METHODS, ButcherTableau
+from resode.tableaus import ButcherTableau
 
 Event = Callable[[Tensor, Any], Any]
 """c(t, y), one number, of a 0-D t and the state."""
@@ -114,14 +115,8 @@ def _by_torchdiffeq(
     event: Event,
     callbacks: Callbacks | None,
 ) -> tuple[Tensor, Tensor]:
-    from torchdiffeq._impl.odeint import SOLVERS
-
-    if not hasattr(SOLVERS[str(settings.method)], "integrate_until_event"):
-        able = [
-            name
-            for name in torchdiffeq_methods()
-            if name not in METHODS and hasattr(SOLVERS[name], "integrate_until_event")
-        ]
+    if not stops_at_events(str(settings.method)):
+        able = [name for name in foreign_methods() if stops_at_events(name)]
         raise ValueError(
             f"{settings.method!r} can't stop at an event; use a method of resode's or {', '.join(able)}."
         )

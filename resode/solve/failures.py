@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,23 +17,67 @@ from resode.solve.result import (
     SolverError,
     StepSizeUnderflow,
 )
-
-if TYPE_CHECKING:
-    from resode.solve.adaptive import Adaptive
-
-
-def _explain(solve: Adaptive, mask: np.ndarray) -> tuple[str, str, complex | None]:
-    """Why the first marked sample can't go on, from its Jacobian's eigenvalues."""
-    i, (time,) = int(mask.nonzero()[0][0]), solve.as_times(solve.time[None])
-    eigenvalues = spectrum(solve.f, time, solve.x, i if solve.control.per_sample else None)
-    left = float(solve.end[i] - solve.time[i]) * solve.forward
-    return explain(solve.tableau, eigenvalues, float(solve.progress.step[i]), left)
+from resode.solve.step import Field
+from resode.tableaus import ButcherTableau
 
 
-def too_many_steps(solve: Adaptive, spent: np.ndarray) -> SolverError:
-    """For samples that used up their steps."""
-    kind, text, eigenvalue = _explain(solve, spent)
-    control = solve.control
+@dataclass(frozen=True)
+class Standing:
+    """Where the first of the samples that can't go on stands.
+
+    Attributes:
+        tableau: the method.
+        field: of t and the whole state.
+        t: the time as the field takes it.
+        x: the whole state.
+        sample: the row of the state, or None where it is taken whole.
+        time: the sample's time.
+        step: the size of the step to be tried, at least 0.
+        end: where the solve ends.
+        several: whether there are other samples, so that the message names this one.
+    """
+
+    tableau: ButcherTableau
+    field: Field
+    t: Any
+    x: Tensor
+    sample: int | None
+    time: float
+    step: float
+    end: float
+    several: bool
+
+    @property
+    def own(self) -> Tensor:
+        """The sample's part of the state."""
+        return self.part(self.x)
+
+    def part(self, x: Tensor) -> Tensor:
+        """The sample's part of a tensor like the state."""
+        return x if self.sample is None else x[self.sample]
+
+    def explain(self) -> tuple[str, str, complex | None]:
+        """Why it can't go on, from its Jacobian's eigenvalues."""
+        eigenvalues = spectrum(self.field, self.t, self.x, self.sample)
+        return explain(self.tableau, eigenvalues, self.step, abs(self.end - self.time))
+
+    @property
+    def name(self) -> str:
+        """', sample 3', or nothing where there is one alone."""
+        return f", sample {self.sample}" if self.several else ""
+
+    def __str__(self) -> str:
+        return f"t={self.time:.9g}{self.name}, with a step of {number(self.step)}"
+
+    def about(self, eigenvalue: complex | None = None) -> dict[str, Any]:
+        """What a SolverError says of it."""
+        sample = self.sample if self.several else None
+        return {"time": self.time, "step_size": self.step, "sample": sample, "eigenvalue": eigenvalue}
+
+
+def too_many_steps(at: Standing, max_steps: int) -> SolverError:
+    """For a sample that used up its steps."""
+    kind, text, eigenvalue = at.explain()
     if kind == "stiff":
         advice = f"{text}. Try {STIFF_SOLVER}, or raise max_steps."
     elif kind == "growing":
@@ -42,22 +86,17 @@ def too_many_steps(solve: Adaptive, spent: np.ndarray) -> SolverError:
         advice = f"{text}; the tolerance asks for shorter ones. Raise max_steps, or loosen rtol and atol."
     else:
         advice = f"Raise max_steps, loosen rtol and atol, or, if it is stiff, try {STIFF_SOLVER}."
-    where = _where(spent, solve.time, solve.progress.step)
-    end = float(solve.end[int(spent.nonzero()[0][0])])
-    goal = f"before {end:g}"
-    if math.isinf(end):
+    goal = f"before {at.end:g}"
+    if math.isinf(at.end):
         goal = "without an event"
         advice = f"Check event_fn's sign and t's direction. {advice[0].upper()}{advice[1:]}"
-    return MaxStepsReached(
-        f"max_steps={control.max_steps} attempted steps ended at {where}, {goal}. {advice}",
-        **place(spent, solve.time, solve.progress.step),
-        eigenvalue=eigenvalue,
-    )
+    message = f"max_steps={max_steps} attempted steps ended at {at}, {goal}. {advice}"
+    return MaxStepsReached(message, **at.about(eigenvalue))
 
 
-def step_underflow(solve: Adaptive, underflow: np.ndarray) -> SolverError:
-    """For samples whose tolerance asks for a step below the time's precision."""
-    kind, text, eigenvalue = _explain(solve, underflow)
+def step_underflow(at: Standing) -> SolverError:
+    """For a sample whose tolerance asks for a step below the time's precision."""
+    kind, text, eigenvalue = at.explain()
     if kind == "stiff":
         advice = f"{text}. Try {STIFF_SOLVER}."
     elif kind == "growing":
@@ -68,67 +107,37 @@ def step_underflow(solve: Adaptive, underflow: np.ndarray) -> SolverError:
             f"{cause} there, or rtol and atol are finer than its rounding. Loosen them, or name the "
             'discontinuity with options={"jump_t": …}, or end the interval at it.'
         )
-    where = _where(underflow, solve.time, solve.progress.step)
-    return StepSizeUnderflow(
-        f"the tolerance asks for a step below what the time resolves at {where}: {advice}",
-        **place(underflow, solve.time, solve.progress.step),
-        eigenvalue=eigenvalue,
-    )
+    message = f"the tolerance asks for a step below what the time resolves at {at}: {advice}"
+    return StepSizeUnderflow(message, **at.about(eigenvalue))
 
 
-def nothing_finite(solve: Adaptive, underflow: np.ndarray, k: list[Tensor]) -> SolverError:
-    """For samples that no step, however small, takes to a finite field and state; k are the stages."""
-    kind, text, eigenvalue = _explain(solve, underflow)
-    where, i = _where(underflow, solve.time, solve.progress.step), int(underflow.nonzero()[0][0])
-    at = place(underflow, solve.time, solve.progress.step)
+def nothing_finite(at: Standing, k: list[Tensor]) -> SolverError:
+    """For a sample that no step, however small, takes to a finite field and state; k are the stages."""
+    kind, text, eigenvalue = at.explain()
     reason = f" {text[0].upper()}{text[1:]}." if kind == "growing" else ""
-    rows = [solve.sample(stage, i) for stage in k]
-    bad = next((row for row in rows if not torch.isfinite(row).all()), None)
+    bad = next((row for row in map(at.part, k) if not torch.isfinite(row).all()), None)
     # A huge state that overflows in F is a blow-up; a moderate one that F can't take is F's domain.
-    if bad is not None and kind != "growing" and float(solve.sample(solve.x, i).detach().abs().max()) < 1e6:
+    if bad is not None and kind != "growing" and float(at.own.detach().abs().max()) < 1e6:
         return NonFiniteField(
-            f"the field is not finite near {where}: F(x) holds {first_bad(bad)} at a finite state, and "
+            f"the field is not finite near {at}: F(x) holds {first_bad(bad)} at a finite state, and "
             f"no shorter step avoids it.{reason} The solution reaches the edge of the field's domain: "
             "end the interval before, or extend the field.",
-            **at,
-            eigenvalue=eigenvalue,
+            **at.about(eigenvalue),
         )
     return NonFiniteState(
-        f"the state leaves the finite numbers at {where}: a blow-up in finite time, or a field that "
+        f"the state leaves the finite numbers at {at}: a blow-up in finite time, or a field that "
         f"overflows.{reason} End the interval before it, or check the field.",
-        **at,
-        eigenvalue=eigenvalue,
+        **at.about(eigenvalue),
     )
 
 
-def field_not_finite(solve: Adaptive, bad: np.ndarray) -> SolverError:
-    """For samples whose field is not finite at the start."""
-    i = int(bad.nonzero()[0][0])
+def field_not_finite(at: Standing, k0: Tensor) -> SolverError:
+    """For a sample whose field k0 is not finite at the start."""
     return NonFiniteField(
-        f"the field is not finite at t={solve.time[i]:.9g}{which(bad)}, before the first step: F(x) holds "
-        f"{first_bad(solve.sample(solve.k0, i))}. Check the field's weights and the state it is given.",
-        **place(bad, solve.time, np.zeros_like(solve.time)),
+        f"the field is not finite at t={at.time:.9g}{at.name}, before the first step: F(x) holds "
+        f"{first_bad(at.part(k0))}. Check the field's weights and the state it is given.",
+        **at.about(),
     )
-
-
-def which(mask: np.ndarray) -> str:
-    """The first marked sample, for a message; nothing where there is one sample only."""
-    return f", sample {int(mask.nonzero()[0][0])}" if len(mask) > 1 else ""
-
-
-def _where(mask: np.ndarray, time: np.ndarray, step: np.ndarray) -> str:
-    i = int(mask.nonzero()[0][0])
-    return f"t={float(time[i]):.9g}{which(mask)}, with a step of {number(float(step[i]))}"
-
-
-def place(mask: np.ndarray, time: np.ndarray, step: np.ndarray) -> dict[str, Any]:
-    """Where the first marked sample stands, as SolverError takes it."""
-    i = int(mask.nonzero()[0][0])
-    return {
-        "time": float(time[i]),
-        "step_size": float(step[i]),
-        "sample": i if len(mask) > 1 else None,
-    }
 
 
 def first_bad(dx: Tensor) -> str:

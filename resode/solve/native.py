@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -11,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchdiffeq
 from torch import Tensor
 
 from resode.solve.adaptive import adaptive_solve
@@ -20,6 +18,7 @@ from resode.solve.compiled import compiled_solve, compiled_steps
 from resode.solve.control import Callbacks
 from resode.solve.diagnosis import explain, number, spectrum
 from resode.solve.fixed import equal_steps, fixed_solve, grid_solve, opened, own_steps, within
+from resode.solve.foreign import foreign_solve
 from resode.solve.host import moves, plain
 from resode.solve.options import SolveSettings, tolerances
 from resode.solve.result import NonFiniteState, SolverError, Stats
@@ -362,26 +361,10 @@ def call_torchdiffeq(
     if settings.step_size is not None:
         options["step_size"] = settings.step_size
     rtol, atol = tolerances(y0.dtype, settings.rtol, settings.atol)
-    how_much: dict[str, Any] = {}  # left out, they are torchdiffeq's own, which do not follow the dtype
-    if settings.rtol is not None:
-        how_much["rtol"] = rtol
-    if settings.atol is not None:
-        how_much["atol"] = atol
-    if callbacks is not None:
-        for name in ("step", "accept", "reject"):
-            call, suffix = getattr(callbacks, name), "step" if name == "step" else f"{name}_step"
-            if call is not Callbacks().step:
-                setattr(counted, f"callback_{suffix}", call)
-    with warnings.catch_warnings():
-        # torchdiffeq only warns of an option that this method does not know.
-        warnings.filterwarnings("error", message=".*[Uu]nexpected arguments")
-        # torchdiffeq gives scipy a min_step whether or not scipy's solver has one.
-        warnings.filterwarnings("ignore", message=".*arguments have no effect")
-        try:
-            return torchdiffeq.odeint(
-                counted, y0, t, **how_much, method=settings.method, options=options, event_fn=event_fn
-            )
-        except UserWarning as warning:
-            if "nexpected arguments" not in str(warning):
-                raise
-            raise ValueError(f"unknown options for {settings.method!r}: {warning}") from None
+    # Left out, tolerances are torchdiffeq's own, which do not follow the dtype.
+    given = {} if settings.rtol is None else {"rtol": rtol}
+    given |= {} if settings.atol is None else {"atol": atol}
+    method = str(settings.method)
+    return foreign_solve(
+        counted, y0, t, callbacks, method=method, options=options, event_fn=event_fn, **given
+    )

@@ -126,8 +126,18 @@ def odeint(
     """
     one_of("gradient", gradient, GRADIENTS)
     adjoint = {} if gradient == "adjoint" else None
-    return _odeint(func, y0, t, rtol, atol, method, options, event_fn, args, step_size, n_steps, max_steps,
-                   per_sample, return_stats, adjoint, gradient == "checkpoint", compile)  # fmt: skip
+    settings = SolveSettings(
+        method=resolve_method(method),
+        rtol=rtol,
+        atol=atol,
+        options=dict(options or {}),
+        step_size=step_size,
+        n_steps=n_steps,
+        max_steps=max_steps,
+        per_sample=per_sample,
+        checkpoint=gradient == "checkpoint",
+    )
+    return _odeint(func, y0, t, settings, event_fn, args, adjoint, compile=compile, return_stats=return_stats)
 
 
 def odeint_adjoint(
@@ -208,8 +218,17 @@ def odeint_adjoint(
     """
     adjoint = dict(rtol=adjoint_rtol, atol=adjoint_atol, method=adjoint_method, options=adjoint_options,
                    params=adjoint_params)  # fmt: skip
-    return _odeint(func, y0, t, rtol, atol, method, options, event_fn, args, step_size, n_steps, max_steps,
-                   per_sample, return_stats, adjoint)  # fmt: skip
+    settings = SolveSettings(
+        method=resolve_method(method),
+        rtol=rtol,
+        atol=atol,
+        options=dict(options or {}),
+        step_size=step_size,
+        n_steps=n_steps,
+        max_steps=max_steps,
+        per_sample=per_sample,
+    )
+    return _odeint(func, y0, t, settings, event_fn, args, adjoint, return_stats=return_stats)
 
 
 def odeint_event(
@@ -293,37 +312,29 @@ def _odeint(
     func: Callable[..., Any],
     y0: State,
     t: Tensor,
-    rtol: Any,
-    atol: Any,
-    method: str | ButcherTableau | None,
-    options: dict[str, Any] | None,
+    settings: SolveSettings,
     event_fn: Callable[..., Any] | None,
     args: Sequence[Any],
-    step_size: float | None,
-    n_steps: int | None,
-    max_steps: int,
-    per_sample: bool,
-    return_stats: bool,
     adjoint: dict[str, Any] | None,
-    checkpoint: bool = False,
+    *,
     compile: bool = False,
+    return_stats: bool,
 ) -> Any:
     """Checks, makes the state one tensor, solves, and gives back what was asked for."""
     args = checked_args(args)
+    tableau, options, checkpoint = settings.method, settings.options, settings.checkpoint
     if is_transformed() and (checkpoint or adjoint is not None):
         raise TypeError(
             f"gradient={'checkpoint' if checkpoint else 'adjoint'!r} has a way back of its own, which "
             "torch.func's transforms do not follow; take gradient='autograd' under them."
         )
     check_state(y0)
+    per_sample = settings.per_sample
     if per_sample:
         check_per_sample(y0)
     check_times(t, event_fn is not None, len(y0) if per_sample else None)
-    tableau = resolve_method(method)
-    rtol, atol = flat_tolerance("rtol", rtol, y0), flat_tolerance("atol", atol, y0)
-    settings = SolveSettings(
-        tableau, rtol, atol, dict(options or {}), step_size, n_steps, max_steps, per_sample
-    )
+    rtol, atol = flat_tolerance("rtol", settings.rtol, y0), flat_tolerance("atol", settings.atol, y0)
+    settings = replace(settings, rtol=rtol, atol=atol)
     settings.check()
     _warn_of_a_single_step(settings, t, event_fn is not None)
     state, split = (y0, None) if isinstance(y0, Tensor) else flatten(y0)

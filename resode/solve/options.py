@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from torch import Tensor
 from resode.checks import check_whole, one_of, warn_user
 from resode.solve.control import MAX_STEPS, Callbacks, Control, Tolerance, controller_filter
 from resode.solve.fixed import INTERPOLATIONS, Grid, grid_of_size
+from resode.solve.foreign import foreign_methods, foreign_options
 from resode.tableaus import METHODS, ButcherTableau
 
 NATIVE = tuple(name for name, tableau in METHODS.items() if tableau.explicit)
@@ -74,7 +74,7 @@ class SolveSettings:
                     f"{self.method!r} is solved by torchdiffeq, which has no per_sample and no n_steps; "
                     f"use one of {', '.join(NATIVE)}, or step_size."
                 )
-            _check_known(self.options, torchdiffeq_options(self.method), self.method)
+            _check_known(self.options, foreign_options(self.method), self.method)
             return
         if not self.fixed:
             hint = " As arguments, step_size and n_steps make it take fixed steps."
@@ -210,31 +210,13 @@ def resolve_method(method: str | ButcherTableau | None) -> ButcherTableau | str:
                 f'{", ".join(NATIVE)}, or scipy_solver with options={{"solver": "Radau"}} for stiff fields.'
             )
         return tableau
-    others = [name for name in torchdiffeq_methods() if name not in METHODS]
+    others = foreign_methods()
     if method in others:
         return str(method)
     raise ValueError(
         f"unknown method {method!r}; the methods are {', '.join(NATIVE)}, and through the installed "
         f"torchdiffeq {', '.join(others)}."
     )
-
-
-def torchdiffeq_methods() -> list[str]:
-    """The methods of the installed torchdiffeq; releases differ under one version number."""
-    from torchdiffeq._impl.odeint import SOLVERS
-
-    return list(SOLVERS)
-
-
-def torchdiffeq_options(method: str) -> list[str]:
-    """The options that the installed torchdiffeq's solver takes, from its constructors."""
-    from torchdiffeq._impl.odeint import SOLVERS
-
-    names = ["norm"]
-    for cls in SOLVERS[method].__mro__[:-1]:
-        names += inspect.signature(cls.__init__).parameters
-    inner = {"self", "func", "y0", "rtol", "atol", "args", "kwargs", "unused_kwargs"}
-    return [name for name in dict.fromkeys(names) if name not in inner]
 
 
 def tolerances(

@@ -115,7 +115,7 @@ def as_stage(dx: object, x: Tensor) -> Tensor:
     if dx.shape != x.shape:
         raise ValueError(
             f"a field must keep the state's shape: got x {tuple(x.shape)}, F(x) {tuple(dx.shape)}. "
-            "Change width or resolution between stages (resode.shortcuts), not inside F."
+            "Change width or resolution between groups of blocks (resode.shortcuts), not inside F."
         )
     if dx.device != x.device:
         raise ValueError(

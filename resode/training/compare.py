@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from resode.networks import NETWORKS
+from resode.tables import csv_text
 from resode.training.files import DamagedFile
 from resode.training.folder import RunFolder
 from resode.training.recipe import Recipe
@@ -112,20 +111,20 @@ class Comparison:
         Returns:
             The text.
         """
-        text = io.StringIO()
         figures = ("test_error", "train_error", "seconds", "images_per_second", "nfe")
         columns = [column for name in figures for column in (name, f"{name}_std")]
-        table = csv.writer(text, lineterminator="\n")
-        table.writerow(["configuration", "runs", "counted", "finished", "epoch", "parameters", *columns])
+        head = ["configuration", "runs", "counted", "finished", "epoch", "parameters"]
+        rows = []
         for row in self.rows:
             spreads = [getattr(row, name) for name in figures]
             values = [value for s in spreads for value in ((s.mean, s.std) if s else (None, None))]
             finished = sum(run.finished for run in row.runs)
-            head = [row.name, len(row.runs), len(row.counted), finished, row.epoch, row.parameters]
-            table.writerow(["" if value is None else value for value in (*head, *values)])
+            first = (row.name, len(row.runs), len(row.counted), finished, row.epoch, row.parameters)
+            rows.append([*first, *values])
+        text = csv_text([*head, *columns], rows)
         if path is not None:
-            Path(path).write_text(text.getvalue(), encoding="utf-8")
-        return text.getvalue()
+            Path(path).write_text(text, encoding="utf-8")
+        return text
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw the errors over the epochs; see `resode.plots.comparison`."""

@@ -14,8 +14,6 @@ The files themselves are read and written by `resode.training.files`.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import os
@@ -29,6 +27,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
+from resode.tables import csv_text, read_csv
 from resode.training.files import DamagedFile, RunError, pack, read_yaml, unpack, unusable, write_atomically
 
 try:
@@ -231,21 +230,17 @@ class RunFolder:
 
     def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Store one row an epoch; a figure that was not measured stays empty."""
-        text = io.StringIO()
-        table = csv.DictWriter(text, fieldnames=list(dict.fromkeys(chain(*rows))), lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
-        self.write("metrics.csv", text.getvalue())
+        columns = list(dict.fromkeys(chain(*rows)))
+        self.write("metrics.csv", csv_text(columns, ([row.get(name) for name in columns] for row in rows)))
 
     def read_metrics(self) -> dict[str, list[float]]:
         """The stored columns; an empty cell is NaN."""
         try:
-            with (self.path / "metrics.csv").open(newline="", encoding="utf-8") as file:
-                rows = list(csv.DictReader(file))
-            if rows and (missing := [name for name in _MEASURED if name not in rows[0]]):
+            columns, rows = read_csv(self.path / "metrics.csv")
+            if rows and (missing := [name for name in _MEASURED if name not in columns]):
                 raise ValueError(f"it has no column {', '.join(missing)}")
-            return {name: [float(row[name] or "nan") for row in rows] for name in (rows[0] if rows else [])}
-        except (TypeError, ValueError, csv.Error) as error:
+            return {name: [float(row[name] or "nan") for row in rows] for name in (columns if rows else [])}
+        except ValueError as error:
             raise DamagedFile(
                 f"{self.path / 'metrics.csv'} is no sound table of numbers: {error}."
             ) from error

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +17,7 @@ from resode.jacobian.linearize import check_field
 from resode.jacobian.spectrum import SpectrumOptions, spectrum
 from resode.modes import evaluating
 from resode.tableaus import METHODS, get_tableau
+from resode.tables import read_records, records_text
 from resode.training.files import DamagedFile, replacing
 
 FILE = "step_limits.csv"
@@ -37,11 +36,11 @@ class Callback(Protocol):
 
 @dataclass(frozen=True)
 class GroupRecord:
-    """One stage of a network after one update.
+    """One group of a network after one update.
 
     Args:
         update: updates done.
-        stage: its name.
+        group: its name.
         solver: the method.
         step: the length h of its steps, the longest of its blocks.
         growing: the most growing modes that were found in a block.
@@ -52,7 +51,7 @@ class GroupRecord:
     """
 
     update: int
-    stage: str
+    group: str
     solver: str
     step: float
     growing: int
@@ -63,7 +62,7 @@ class GroupRecord:
 
 
 class StepLimits:
-    """Records each stage's growing modes and step limits while a network trains, and draws them at the end.
+    """Records each group's growing modes and step limits while a network trains, and draws them at the end.
 
     Every block is linearized in evaluation mode at the states that fixed images reach, and the outer
     eigenvalues of its Jacobian are estimated from a small Krylov space: enough to watch, no converged limits.
@@ -72,7 +71,7 @@ class StepLimits:
     Args:
         images: to watch the states of, in the network's input format; None for the first test images.
         every: updates between two records; None for as often as `share` of the time allows.
-        solvers: methods; None for each stage's own.
+        solvers: methods; None for each group's own.
         samples: of the images to use.
         vectors: dimensions of the Krylov space.
         share: of the training time, with `every=None`.
@@ -85,7 +84,7 @@ class StepLimits:
         >>> stack = ResidualStack([nn.Linear(4, 4)], solver="rk4")
         >>> watch = StepLimits(torch.ones(2, 4))
         >>> watch.record(stack, update=0)
-        >>> watch.records[0].solver, watch.records[0].stage
+        >>> watch.records[0].solver, watch.records[0].group
         ('rk4', '')
     """
 
@@ -159,13 +158,9 @@ class StepLimits:
         path = loop.folder.path / FILE
         if self.records or not path.exists():
             return
-        kinds: dict[str, Any] = {"stage": str, "solver": str, "update": int, "growing": int}
-        kinds["exact"] = "True".__eq__
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
         try:
-            found = [GroupRecord(**{k: kinds.get(k, float)(v) for k, v in row.items()}) for row in rows]
-        except (TypeError, ValueError) as error:
+            found = read_records(GroupRecord, path, {"stage": "group"})  # as 0.1.0 called it
+        except ValueError as error:
             raise DamagedFile(f"{path} is no sound table of step limits: {error}. Remove it.") from error
         self.records = [record for record in found if record.update < loop.update]
 
@@ -175,18 +170,18 @@ class StepLimits:
         return sum(self.costs)
 
     def record(self, network: nn.Module, update: int) -> None:
-        """Add a record of every stage."""
+        """Add a record of every group."""
         if self.images is None:
             raise ValueError("there are no images to watch: pass images= to StepLimits.")
         begun = time.perf_counter()
         options = SpectrumOptions(budget=self.vectors, search=True, check=False)
         devices = [self.images.device] if self.images.device.type == "cuda" else []
         with torch.random.fork_rng(devices), evaluating(network):
-            for stage in block_groups(network, self.images[: self.samples]):
-                solvers = self.solvers or [stage.solver]
+            for group in block_groups(network, self.images[: self.samples]):
+                solvers = self.solvers or [group.solver]
                 found: list[list[BlockLimit]] = [[] for _ in solvers]
                 for block, (field, x, step) in enumerate(
-                    zip(stage.fields, stage.states, stage.steps, strict=True)
+                    zip(group.fields, group.states, group.steps, strict=True)
                 ):
                     if not self.records:
                         check_field(field, x)
@@ -196,28 +191,22 @@ class StepLimits:
                 for solver, rows in zip(solvers, found, strict=True):
                     self.records.append(
                         GroupRecord(
-                            update,
-                            stage.name,
-                            solver,
-                            max(stage.steps),
-                            max(row.growing for row in rows),
-                            min(row.decaying_step for row in rows),
-                            max(row.amplification for row in rows),
-                            all(row.exact for row in rows),
-                            min(row.estimate for row in rows),
+                            update=update,
+                            group=group.name,
+                            solver=solver,
+                            step=max(group.steps),
+                            growing=max(row.growing for row in rows),
+                            decaying_step=min(row.decaying_step for row in rows),
+                            amplification=max(row.amplification for row in rows),
+                            exact=all(row.exact for row in rows),
+                            estimate=min(row.estimate for row in rows),
                         )
                     )
         self.costs.append(time.perf_counter() - begun)
 
     def to_csv(self) -> str:
         """The records, one row each."""
-        text = io.StringIO()
-        rows = [asdict(record) for record in self.records]
-        names = [field.name for field in fields(GroupRecord)]
-        table = csv.DictWriter(text, fieldnames=names, lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
-        return text.getvalue()
+        return records_text(GroupRecord, self.records)
 
     def plot(self, path: str | None = None) -> Any:
         """Draw them over the updates; see `resode.plots.step_limits`."""

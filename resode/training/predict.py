@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from resode.tables import csv_text
 from resode.training.data import Batches
 from resode.training.data.archives import DataError
 from resode.training.evaluate import EVALUATION_BATCH, load, read_weights
@@ -58,13 +57,12 @@ class Predictions:
 
     def to_csv(self) -> str:
         """A line for every image and class: image, rank, class, probability."""
-        text = io.StringIO()
-        table = csv.writer(text, lineterminator="\n")
-        table.writerow(["image", "rank", "class", "probability"])
-        for row in self.rows:
-            for rank, (name, share) in enumerate(zip(row.classes, row.probabilities, strict=True), start=1):
-                table.writerow([row.image, rank, name, f"{share:.6f}"])
-        return text.getvalue()
+        lines = [
+            (row.image, rank, name, f"{share:.6f}")
+            for row in self.rows
+            for rank, (name, share) in enumerate(zip(row.classes, row.probabilities, strict=True), start=1)
+        ]
+        return csv_text(["image", "rank", "class", "probability"], lines)
 
 
 @dataclass(frozen=True)

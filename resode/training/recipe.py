@@ -7,15 +7,11 @@ them. The learning rate is a pure function of the update, so a resumed run needs
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from resode.checks import did_you_mean
+from resode.checks import check_number, did_you_mean, one_of
 from resode.solve.options import NATIVE
-
-SCHEDULES = ("onecycle", "cosine", "step", "constant")
-WARMUPS = ("linear", "constant")
-PRECISIONS = ("auto", "32", "bf16")
 
 SCALED_FROM = 128
 """The batch that a scaled learning rate is given for."""
@@ -24,30 +20,20 @@ DEEP_LAYERS = 110
 """From this many convolutional and linear layers on, `paper` warms up (He et al. 2016, section 4.2)."""
 
 
-_RANGES: dict[str, tuple[float, float]] = {
-    "epochs": (1, math.inf),
-    "updates": (1, math.inf),
-    "batch_size": (1, math.inf),
-    "momentum": (0, 1),
-    "weight_decay": (0, math.inf),
-    "rise": (0, 0.99),
-    "gamma": (0, 1),
-    "warmup_updates": (0, math.inf),
-    "warmup_factor": (0, 1),
-    "label_smoothing": (0, 0.99),
-    "ema": (0, 0.9999),
-    "crop_padding": (0, math.inf),
-    "cutout": (0, math.inf),
-    "seed": (0, 2**63 - 1),
-    "validation": (0, math.inf),
-    "eval_substeps": (1, math.inf),
-}
 _OF_A_SCHEDULE = {"rise": "onecycle", "milestones": "step", "gamma": "step"}
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "schedule": SCHEDULES,
-    "warmup_shape": WARMUPS,
-    "precision": PRECISIONS,
-}
+
+
+def _setting(
+    default: Any,
+    help: str = "",
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A setting, its range or choices, and what the command line says of its flag."""
+    about = {"help": help or f"{', '.join(choices)}.", "least": least, "most": most, "choices": choices}
+    return field(default=default, metadata=about)
 
 
 def _typed(name: str, kind: str, value: Any) -> Any:
@@ -60,8 +46,6 @@ def _typed(name: str, kind: str, value: Any) -> Any:
     if kind == "int" and isinstance(value, int) and not isinstance(value, bool):
         return value
     if kind == "float" and isinstance(value, int | float) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            raise ValueError(f"{name} must be finite, got {value}.")
         return float(value)
     if kind == "str" and isinstance(value, str):
         return value
@@ -133,56 +117,53 @@ class Recipe:
         [0.05, 0.05, 0.005, 0.0005]
     """
 
-    epochs: int | None = 15
-    updates: int | None = None
-    batch_size: int = 128
-    lr: float = 0.2
-    scale_lr: bool = False
-    momentum: float = 0.9
-    nesterov: bool = True
-    weight_decay: float = 5e-4
-    decay_norms: bool = False
-    schedule: str = "onecycle"
-    rise: float = 0.3
-    milestones: tuple[float, ...] = (0.5, 0.75)
-    gamma: float = 0.1
-    warmup_updates: int | None = 0
-    warmup_factor: float = 0.04
-    warmup_shape: str = "linear"
-    label_smoothing: float = 0.1
-    ema: float = 0.0
-    crop_padding: int | None = None
-    flip: bool | None = None
-    cutout: int = 0
-    precision: str = "auto"
-    channels_last: bool = True
-    compile: bool = False
-    sync_batch_norm: bool = False
-    seed: int = 0
-    validation: int = 0
-    swap_proof: bool = False
-    eval_solver: str | None = None
-    eval_substeps: int | None = None
-    refine_at: tuple[int, ...] = ()
+    epochs: int | None = _setting(15, "Passes over the training images.", least=1)
+    updates: int | None = _setting(None, "Length in updates instead.", least=1)
+    batch_size: int = _setting(128, "Images per update.", least=1)
+    lr: float = _setting(0.2, "Largest learning rate.")
+    scale_lr: bool = _setting(False, "That rate times batch/128.")
+    momentum: float = _setting(0.9, "Of SGD.", least=0, most=1)
+    nesterov: bool = _setting(True, "Nesterov's momentum.")
+    weight_decay: float = _setting(5e-4, "L2 penalty.", least=0)
+    decay_norms: bool = _setting(False, "Also on norms and biases.")
+    schedule: str = _setting("onecycle", choices=("onecycle", "cosine", "step", "constant"))
+    rise: float = _setting(0.3, "Share of a one-cycle run that rises.", least=0, most=0.99)
+    milestones: tuple[float, ...] = _setting((0.5, 0.75), "Shares where the step schedule falls: 0.5,0.75.")
+    gamma: float = _setting(0.1, "Factor at a milestone.", least=0, most=1)
+    warmup_updates: int | None = _setting(0, "Updates of warm-up.", least=0)
+    warmup_factor: float = _setting(0.04, "Share of lr that it starts at.", least=0, most=1)
+    warmup_shape: str = _setting("linear", choices=("linear", "constant"))
+    label_smoothing: float = _setting(0.1, "Share spread over all classes.", least=0, most=0.99)
+    ema: float = _setting(0.0, "Decay of the weights' moving average; 0 for none.", least=0, most=0.9999)
+    crop_padding: int | None = _setting(None, "Pixels an image is shifted by; 0 for none.", least=0)
+    flip: bool | None = _setting(None, "Mirror half the images.")
+    cutout: int = _setting(0, "Side of a square that each image loses; 0 for none.", least=0)
+    precision: str = _setting("auto", choices=("auto", "32", "bf16"))
+    channels_last: bool = _setting(True, "Memory order of images.")
+    compile: bool = _setting(False, "Compile the update; CUDA graphs on a GPU.")
+    sync_batch_norm: bool = _setting(False, "Batch norms over all GPUs.")
+    seed: int = _setting(0, "Of weights, order and augmentation.", least=0, most=2**63 - 1)
+    validation: int = _setting(0, "Training images held out.", least=0)
+    swap_proof: bool = _setting(
+        False, "Draw a solver for each batch, so that other solvers keep the accuracy."
+    )
+    eval_solver: str | None = _setting(None, "Test accuracy also under this method.")
+    eval_substeps: int | None = _setting(None, "Its steps a block.", least=1)
+    refine_at: tuple[int, ...] = _setting(
+        (), "Epochs from which on there are twice the blocks at half the step: 5,10."
+    )
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            object.__setattr__(
-                self, field.name, _typed(field.name, str(field.type), getattr(self, field.name))
-            )
-        for name, (low, high) in _RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                upper = "" if high == math.inf else f" and at most {high:g}"
-                raise ValueError(f"{name} must be at least {low:g}{upper}, got {value}.")
+        for setting in fields(self):
+            name, about = setting.name, setting.metadata
+            value = _typed(name, str(setting.type), getattr(self, name))
+            object.__setattr__(self, name, value)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                check_number(name, value, least=about["least"], most=about["most"])
+            if about["choices"]:
+                one_of(name, value, about["choices"])
         if not self.lr > 0:
             raise ValueError(f"lr must be above 0, got {self.lr}. Rates of 0.01 to 0.4 are usual for SGD.")
-        for name, valid in _CHOICES.items():
-            if getattr(self, name) not in valid:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(valid)}, got {getattr(self, name)!r}."
-                    + did_you_mean(getattr(self, name), valid)
-                )
         if (self.epochs is None) == (self.updates is None):
             raise ValueError(
                 f"a run's length is given by exactly one of epochs and updates, got epochs={self.epochs}, "
@@ -209,11 +190,8 @@ class Recipe:
                 "Half and three quarters of the run are (0.5, 0.75)."
             )
 
-        if self.eval_solver is not None and self.eval_solver not in NATIVE:
-            raise ValueError(
-                f"eval_solver must be an explicit method, got {self.eval_solver!r}."
-                f"{did_you_mean(self.eval_solver, NATIVE)} Valid: {', '.join(NATIVE)}."
-            )
+        if self.eval_solver is not None:
+            one_of("eval_solver", self.eval_solver, NATIVE)
         if self.eval_substeps is not None and self.eval_solver is None:
             raise ValueError(
                 f"eval_substeps belongs to eval_solver, got eval_substeps={self.eval_substeps} and no "
@@ -338,7 +316,7 @@ def make_recipe(base: str | Recipe = "fast", **changes: Any) -> Recipe:
                 f"no recipe {base!r}.{did_you_mean(base, RECIPES)} Valid: {', '.join(sorted(RECIPES))}."
             )
         base = RECIPES[base]
-    valid = [field.name for field in fields(Recipe)]
+    valid = [setting.name for setting in fields(Recipe)]
     for name in changes:
         if name not in valid:
             raise ValueError(

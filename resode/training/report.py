@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -14,15 +13,17 @@ import torch
 from torch import nn
 
 from resode import plots
-from resode.analysis.depth.profile import DepthProfile, profile_depth, show
+from resode.analysis.depth.profile import DepthProfile, profile_depth
 from resode.analysis.depth.tracing import trace
 from resode.analysis.diagnose.diagnose import diagnose
 from resode.analysis.steps.block_limits import block_limits
 from resode.analysis.swap.report import SwapReport, swap_report
 from resode.blocks import ResidualStack
+from resode.blocks.solving import stacks_of
 from resode.blocks.statistics import tracked_norms
 from resode.checks import check_whole
 from resode.tableaus import METHODS
+from resode.tables import short, short_complex
 from resode.training.data.datasets import ImageData
 from resode.training.evaluate import calibration_batches, images_of, load, plain_batches
 from resode.training.folder import RunFolder
@@ -80,7 +81,7 @@ def write_report(
     images = images_of(run, data, data_dir)
     x, target = next(iter(plain_batches(images, limit=samples)))
     summary, config = folder.read_summary() or {}, folder.read_config()
-    stacks = [m for m in network.modules() if isinstance(m, ResidualStack)]
+    stacks = stacks_of(network)
     parts = [_diagnosis(network, images), _facts(summary, stacks), _curves(folder)]
     if stacks:
         normed = bool(tracked_norms(network))
@@ -125,9 +126,9 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def _text(value: Any) -> str:
     if isinstance(value, complex):
-        return show(value) if value == value else "–"
+        return short_complex(value)
     if isinstance(value, float):
-        return "–" if math.isnan(value) else "∞" if math.isinf(value) else f"{value:.4g}"
+        return short(value, 4)
     return str(value)
 
 
@@ -224,7 +225,7 @@ def _critical(report: SwapReport) -> str:
 
 
 def _stability(network: nn.Module, x: torch.Tensor) -> str:
-    """Spectra of the stages over the stability regions, where their states are small enough."""
+    """Spectra of the groups over the stability regions, where their states are small enough."""
     text = "<h2>Stability</h2>"
     sizes = [a.x[0].numel() for a in trace(network, x[:1]).additions]
     if not sizes or max(sizes) > DENSE_STATE:
@@ -236,15 +237,15 @@ def _stability(network: nn.Module, x: torch.Tensor) -> str:
         dict.fromkeys([*(s.solver for s in network.modules() if isinstance(s, ResidualStack)), "rk4"])
     )
     methods = [name for name in names if name in METHODS]
-    stages = list(block_limits(network, x, methods))
+    groups = list(block_limits(network, x, methods))
     rows = [
         [f"{s.name}, block {r.block}", r.solver, r.step, r.growing, r.decaying_step, r.limiting_eigenvalue,
          "yes" if r.inside else "no"]
-        for s in stages
+        for s in groups
         for r in s.rows
     ]  # fmt: skip
     columns = ["block", "solver", "limit", "growing modes", "limit without them", "set by λ", "within it"]
-    picture = _figure(plots.stage_spectra(stages, methods), "eigenvalues over the stability regions")
+    picture = _figure(plots.group_spectra(groups, methods), "eigenvalues over the stability regions")
     return text + picture + _table(columns, rows)
 
 
@@ -265,15 +266,15 @@ def _profile_tables(profile: DepthProfile) -> str:
         "σ max": "sigma_max", "ε": "epsilon", "F with −g": "boosting", "Δ loss without": "loss_change",
     }  # fmt: skip
     rows = [[getattr(r, field) for field in columns.values()] for r in profile.rows]
-    stages = _table(
-        ["stage", "blocks", "‖∏(I+ηJ)‖", "∏(1+ε)", "∏(1−ε)", "without shortcuts at most"],
-        [[f"{s.first} … {s.last}", s.blocks, s.norm, s.upper, s.lower, s.plain] for s in profile.stages],
+    groups = _table(
+        ["group", "blocks", "‖∏(I+ηJ)‖", "∏(1+ε)", "∏(1−ε)", "without shortcuts at most"],
+        [[f"{s.first} … {s.last}", s.blocks, s.norm, s.upper, s.lower, s.plain] for s in profile.groups],
     )
     return (
         f"<p>{len(profile.rows)} residual additions at {profile.samples} test images.</p>"
         + _figure(plots.depth_profile(profile), "features, gradients and limits over depth")
         + _table(list(columns), rows)
-        + (f"<h3>Gain through a stage</h3>{stages}" if profile.stages else "")
+        + (f"<h3>Gain through a group</h3>{groups}" if profile.groups else "")
     )
 
 

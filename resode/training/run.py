@@ -6,16 +6,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from resode.blocks.solving import other_solver, solving_modules
 from resode.modes import evaluating
 from resode.solve import SolverError
 from resode.tableaus import get_tableau
 from resode.training.data import Batches, ImageData, load_data
-from resode.training.evaluate import EVALUATION_BATCH, evaluate, load, other_solver, solving_modules
+from resode.training.evaluate import EVALUATION_BATCH, evaluate, load
 from resode.training.files import RunError, replacing
 from resode.training.folder import RunFolder
 from resode.training.memory import forget_peak, peak_memory
@@ -36,6 +37,10 @@ from resode.training.recipe import Recipe
 from resode.training.refining import refinable
 
 __all__ = ["Run", "evaluate", "load", "train"]
+
+if TYPE_CHECKING:  # Lightning takes seconds to import
+    from resode.training.loop import TrainingLoop
+    from resode.training.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -133,103 +138,79 @@ def train(
             folder = processes.from_first(lambda: RunFolder.create(run_dir or plan.default_run_dir()))
         with ExitStack() as held:
             processes.from_first(lambda: held.enter_context(folder.locked()))
-            return _train(
-                plan, folder, place, download, resume is not None, progress, callbacks, penalty, processes
+            asked = _Request(
+                plan=plan,
+                folder=folder,
+                device=place,
+                processes=processes,
+                download=download,
+                resumed=resume is not None,
+                show=progress,
+                callbacks=callbacks,
+                penalty=penalty,
             )
+            return _train(asked)
 
 
-def _train(
-    plan: Plan,
-    folder: RunFolder,
-    device: torch.device,
-    download: bool,
-    resumed: bool,
-    show: bool,
-    callbacks: Sequence[Callback],
-    penalty: Callable[[nn.Module, Tensor], Tensor] | None,
-    processes: Processes,
-) -> Run:
+@dataclass(frozen=True)
+class _Request:
+    """What `train` was called with, once its plan, folder and device are found."""
+
+    plan: Plan
+    folder: RunFolder
+    device: torch.device
+    processes: Processes
+    download: bool
+    resumed: bool
+    show: bool
+    callbacks: Sequence[Callback]
+    penalty: Callable[[nn.Module, Tensor], Tensor] | None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a run is made of, checked: its recipe is resolved, its network on the device."""
+
+    asked: _Request
+    data: ImageData
+    network: nn.Module
+    options: dict[str, Any]  # of the model, with what the data say
+    recipe: Recipe
+    training: Batches
+    held_out: dict[str, Batches]
+
+    @property
+    def updates(self) -> int:
+        """Of the whole run."""
+        return self.recipe.length(len(self.training))
+
+    @property
+    def epochs(self) -> int:
+        """Of the whole run, the last one perhaps shorter."""
+        return -(-self.updates // len(self.training))
+
+
+def _train(asked: _Request) -> Run:
     """Build everything the loop needs, run it, and write what a finished run leaves."""
-    from resode.training.loop import TrainingLoop, make_fabric  # Lightning takes seconds to import
-    from resode.training.progress import Progress
-    from resode.training.task import ClassificationTask
-
-    forget_peak(device)
-    data = _load(plan, download, processes)
-    with _own_random_state(device):
+    processes, folder = asked.processes, asked.folder
+    forget_peak(asked.device)
+    data = _load(asked.plan, asked.download, processes)
+    with _own_random_state(asked.device):
         with processes.together():
-            _check_same_data(plan.record, data)
-            torch.manual_seed(plan.recipe.seed)
-            options = dict(plan.options)
-            if isinstance(plan.model, str):
-                shape = {"in_channels": data.train_images.shape[1], "num_classes": len(data.classes)}
-                options = shape | options
-            network = make_network(plan.model, options).to(device)
-            recipe = resolve(plan.recipe, data, network, device)
-            if recipe.channels_last:
-                network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            _check_output(network, data, device)
-            if not count_parameters(network):
-                raise ValueError(
-                    f"there is nothing to train: {model_name(plan.model)} has no parameter that requires a "
-                    "gradient. Give it one, or call requires_grad_() on those to train."
-                )
-            training, held_out = _batches(data, recipe, device, processes)
-            updates = recipe.length(len(training))
-            if (recipe.warmup_updates or 0) >= updates:
-                raise ValueError(
-                    f"the warm-up must end before the run does: warmup_updates {recipe.warmup_updates}, "
-                    f"the run has {updates} updates. Train longer or warm up less."
-                )
-            _check_stacks(network, recipe, data, device, -(-updates // len(training)))
-            for callback in callbacks:
-                if isinstance(callback, StepLimits):
-                    callback.check(network, next(iter(held_out["test"]))[0])
-            restore_norms = _synchronised(network, recipe, device, processes)
+            job = _prepared(asked, data)
+            _check_job(job)
+            restore_norms = _synchronised(job.network, job.recipe, asked.device, processes)
         if processes.rank:  # its own dropout; the weights are the first one's
-            torch.manual_seed(recipe.seed + processes.rank)
-        about = {
-            "model": model_name(plan.model),
-            "own": not isinstance(plan.model, str),
-            "options": options,
-            "data": plan.data_name,
-            "title": data.title,
-            "shape": tuple(data.train_images.shape[1:]),
-            "classes": data.classes,
-            "mean": data.mean,
-            "std": data.std,
-        }
-        progress = Progress(show and processes.first, -(-updates // len(training)))
-        progress.other = recipe.other_solver
-        loop = TrainingLoop(
-            make_fabric(device, recipe.precision, processes),
-            ClassificationTask(network, recipe, updates, penalty),
-            training,
-            held_out,
-            folder,
-            about,
-            progress,
-            callbacks,
-            processes,
-        )
-        for line in _heading(plan, recipe, data, network, device, folder, processes):
+            torch.manual_seed(job.recipe.seed + processes.rank)
+        loop = _loop(job)
+        progress = loop.progress
+        for line in _heading(job):
             progress.say(line)
-        if resumed:
-            before = (plan.record or {}).get("processes", 1)
-            if before != processes.size:
-                progress.say(
-                    f"started on {before} process{'es' if before > 1 else ''}, going on with "
-                    f"{processes.size}: the same batches in other parts"
-                )
-            checkpoint, damaged = processes.from_first(folder.read_checkpoint)
-            if damaged:
-                progress.say(f"{damaged} Going on from the checkpoint before.")
-            if checkpoint:
-                loop.restore(checkpoint)
-            progress.say(f"resuming after update {loop.update} of {updates}")
+        if asked.resumed:
+            _take_up(job, loop)
         else:
-            config = make_config(plan, recipe, data, network, device)
-            config["record"] |= {"penalty": _penalty_name(penalty), "processes": processes.size}
+            config = make_config(asked.plan, job.recipe, data, job.network, asked.device)
+            config["record"] |= {"penalty": _penalty_name(asked.penalty), "processes": processes.size}
             processes.from_first(lambda: folder.write_config(config))
         progress.heading()
         for row in loop.rows:
@@ -238,11 +219,93 @@ def _train(
             loop.run()
         finally:
             restore_norms()
-        network.eval()
-        summary, metrics = processes.from_first(
-            lambda: _finish(folder, plan, recipe, data, network, loop.rows, progress, device)
+        job.network.eval()
+        summary, metrics = processes.from_first(lambda: _finish(job, loop.rows, progress))
+    return Run(folder.path, job.network, job.recipe, summary, metrics)
+
+
+def _prepared(asked: _Request, data: ImageData) -> _Job:
+    """The network, the resolved recipe and the batches."""
+    plan, device = asked.plan, asked.device
+    _check_same_data(plan.record, data)
+    torch.manual_seed(plan.recipe.seed)
+    options = dict(plan.options)
+    if isinstance(plan.model, str):
+        options = {"in_channels": data.train_images.shape[1], "num_classes": len(data.classes)} | options
+    network = make_network(plan.model, options).to(device)
+    recipe = resolve(plan.recipe, data, network, device)
+    if recipe.channels_last:
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    _check_output(network, data, device)
+    if not count_parameters(network):
+        raise ValueError(
+            f"there is nothing to train: {model_name(plan.model)} has no parameter that requires a "
+            "gradient. Give it one, or call requires_grad_() on those to train."
         )
-    return Run(folder.path, network, recipe, summary, metrics)
+    training, held_out = _batches(data, recipe, device, asked.processes)
+    return _Job(asked, data, network, options, recipe, training, held_out)
+
+
+def _check_job(job: _Job) -> None:
+    if (job.recipe.warmup_updates or 0) >= job.updates:
+        raise ValueError(
+            f"the warm-up must end before the run does: warmup_updates {job.recipe.warmup_updates}, "
+            f"the run has {job.updates} updates. Train longer or warm up less."
+        )
+    _check_stacks(job.network, job.recipe, job.data, job.asked.device, job.epochs)
+    for callback in job.asked.callbacks:
+        if isinstance(callback, StepLimits):
+            callback.check(job.network, next(iter(job.held_out["test"]))[0])
+
+
+def _loop(job: _Job) -> TrainingLoop:
+    """The loop that trains it, before its first update."""
+    from resode.training.loop import TrainingLoop, make_fabric  # Lightning takes seconds to import
+    from resode.training.progress import Progress
+    from resode.training.task import ClassificationTask
+
+    asked, data, recipe = job.asked, job.data, job.recipe
+    about = {
+        "model": model_name(asked.plan.model),
+        "own": not isinstance(asked.plan.model, str),
+        "options": job.options,
+        "data": asked.plan.data_name,
+        "title": data.title,
+        "shape": tuple(data.train_images.shape[1:]),
+        "classes": data.classes,
+        "mean": data.mean,
+        "std": data.std,
+    }
+    progress = Progress(asked.show and asked.processes.first, job.epochs)
+    progress.other = recipe.other_solver
+    return TrainingLoop(
+        make_fabric(asked.device, recipe.precision, asked.processes),
+        ClassificationTask(job.network, recipe, job.updates, asked.penalty),
+        job.training,
+        job.held_out,
+        folder=asked.folder,
+        about=about,
+        progress=progress,
+        callbacks=asked.callbacks,
+        processes=asked.processes,
+    )
+
+
+def _take_up(job: _Job, loop: TrainingLoop) -> None:
+    """Go on where the stored run stopped."""
+    processes, say = job.asked.processes, loop.progress.say
+    before = (job.asked.plan.record or {}).get("processes", 1)
+    if before != processes.size:
+        say(
+            f"started on {before} process{'es' if before > 1 else ''}, going on with "
+            f"{processes.size}: the same batches in other parts"
+        )
+    checkpoint, damaged = processes.from_first(job.asked.folder.read_checkpoint)
+    if damaged:
+        say(f"{damaged} Going on from the checkpoint before.")
+    if checkpoint:
+        loop.restore(checkpoint)
+    say(f"resuming after update {loop.update} of {job.updates}")
 
 
 def device_of(name: str, processes: Processes) -> torch.device:
@@ -426,16 +489,10 @@ def _own_random_state(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _heading(
-    plan: Plan,
-    recipe: Recipe,
-    data: ImageData,
-    network: nn.Module,
-    device: torch.device,
-    folder: RunFolder,
-    processes: Processes,
-) -> list[str]:
+def _heading(job: _Job) -> list[str]:
     """What is trained on what, how and where."""
+    plan, recipe, data, device = job.asked.plan, job.recipe, job.data, job.asked.device
+    processes = job.asked.processes
     options = ", ".join(f"{name} {value}" for name, value in plan.options.items())
     threads = torch.get_num_threads()
     place = f"cpu with {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else str(device)
@@ -443,26 +500,37 @@ def _heading(
         place = f"{processes.size} processes, each on {place if device.type == 'cpu' else 'its own GPU'}"
     return [
         f"{model_name(plan.model)}{f' ({options})' if options else ''} on {data.title}",
-        f"{count_parameters(network):,} parameters; {len(data.train_labels) - recipe.validation:,} training "
-        f"and {len(data.test_labels):,} test images",
+        f"{count_parameters(job.network):,} parameters; {len(data.train_labels) - recipe.validation:,} "
+        f"training and {len(data.test_labels):,} test images",
         f"recipe {plan.recipe_name}: {recipe.describe()}",
         f"{place}, {recipe.precision}{', channels-last' if recipe.channels_last else ''}, seed {recipe.seed}",
-        f"run folder {folder.path}",
+        f"run folder {job.asked.folder.path}",
         "",
     ]
 
 
 def _finish(
-    folder: RunFolder,
-    plan: Plan,
-    recipe: Recipe,
-    data: ImageData,
-    network: nn.Module,
-    rows: list[dict[str, Any]],
-    progress: Any,
-    device: torch.device,
+    job: _Job, rows: list[dict[str, Any]], progress: Progress
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """Write the summary and the figures of a run that has come to its end; the summary and the metrics."""
+    from resode import plots
+
+    folder, summary = job.asked.folder, _summary(job, rows)
+    folder.write_metrics(rows)  # as the checkpoint has them, whatever became of the file since
+    folder.write_summary(summary)
+    metrics = folder.read_metrics()
+    figure = folder.figures / "training.png"
+    with replacing(figure) as path:
+        plots.training_curves(metrics, path)
+    for line in _ending(job, summary, rows[-1]):
+        progress.say(line)
+    progress.say(f"curves  {figure}")
+    return summary, metrics
+
+
+def _summary(job: _Job, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of summary.json."""
+    plan, recipe, device = job.asked.plan, job.recipe, job.asked.device
     last = rows[-1]
     images = sum(_images(rows, recipe))
     training_seconds = sum(
@@ -471,9 +539,9 @@ def _finish(
     summary: dict[str, Any] = {
         "model": model_name(plan.model),
         "model_options": plan.options,
-        "data": data.title,
+        "data": job.data.title,
         "recipe": plan.recipe_name,
-        "parameters": count_parameters(network),
+        "parameters": count_parameters(job.network),
         "epochs": last["epoch"],
         "updates": last["update"],
         "test_accuracy": last["test_accuracy"],
@@ -489,7 +557,6 @@ def _finish(
         "precision": recipe.precision,
         "seed": recipe.seed,
     }
-    best = None
     if recipe.validation:
         best = max(rows, key=lambda row: row["validation_accuracy"])  # the first of equals
         summary["validation_accuracy"] = last["validation_accuracy"]
@@ -498,36 +565,33 @@ def _finish(
         summary["best_test_accuracy"] = best["test_accuracy"]
     if recipe.eval_solver is not None:
         summary |= {"eval_solver": recipe.other_solver, "eval_accuracy": last["eval_accuracy"]}
-    folder.write_metrics(rows)  # as the checkpoint has them, whatever became of the file since
-    folder.write_summary(summary)
-    metrics = folder.read_metrics()
-    from resode import plots
+    return summary
 
-    figure = folder.figures / "training.png"
-    with replacing(figure) as path:
-        plots.training_curves(metrics, path)
-    progress.say("")
-    progress.say(
+
+def _ending(job: _Job, summary: Mapping[str, Any], last: Mapping[str, Any]) -> list[str]:
+    """What is printed of a finished run, a line each."""
+    recipe, folder = job.recipe, job.asked.folder
+    lines = [
+        "",
         f"test accuracy {100 * last['test_accuracy']:.2f} % after {last['seconds']:.0f} s, "
         f"{summary['images_per_second']:,.0f} images/s"
         + (f", {last['nfe']:g} F evaluations" if last["nfe"] else "")
-        + (f" and {summary['nfe_backward']:g} on the way back" if summary["nfe_backward"] else "")
-    )
-    if best is not None:
-        progress.say(
-            f"best on validation: epoch {best['epoch']}, {100 * best['validation_accuracy']:.2f} %; its test "
-            f"accuracy {100 * best['test_accuracy']:.2f} %"
+        + (f" and {summary['nfe_backward']:g} on the way back" if summary["nfe_backward"] else ""),
+    ]
+    if recipe.validation:
+        lines.append(
+            f"best on validation: epoch {summary['best_epoch']}, "
+            f"{100 * summary['best_validation_accuracy']:.2f} %; its test accuracy "
+            f"{100 * summary['best_test_accuracy']:.2f} %"
         )
-        progress.say(f"best    {folder.best}")
+        lines.append(f"best    {folder.best}")
     if summary["peak_memory_bytes"] is not None:
-        place = "of tensors on the GPU" if device.type == "cuda" else "of the whole process"
-        progress.say(f"peak memory {summary['peak_memory_bytes'] / 2**20:,.0f} MiB {place}")
+        place = "of tensors on the GPU" if job.asked.device.type == "cuda" else "of the whole process"
+        lines.append(f"peak memory {summary['peak_memory_bytes'] / 2**20:,.0f} MiB {place}")
     if recipe.eval_solver is not None:
         accuracy = 100 * last["eval_accuracy"]
-        progress.say(f"under {recipe.other_solver} {accuracy:.2f} %, {last['eval_nfe']:g} F evaluations")
-    progress.say(f"weights {folder.weights}")
-    progress.say(f"curves  {figure}")
-    return summary, metrics
+        lines.append(f"under {recipe.other_solver} {accuracy:.2f} %, {last['eval_nfe']:g} F evaluations")
+    return [*lines, f"weights {folder.weights}"]
 
 
 def _images(rows: list[dict[str, Any]], recipe: Recipe) -> list[int]:

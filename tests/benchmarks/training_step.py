@@ -164,9 +164,9 @@ def resode_steps(
         ClassificationTask(network, recipe, updates),
         training,
         held_out,
-        RunFolder.create(Path(folder) / f"run{compile}"),
-        {"model": model},
-        Progress(False, 1),
+        folder=RunFolder.create(Path(folder) / f"run{compile}"),
+        about={"model": model},
+        progress=Progress(False, 1),
     )
 
     def steps() -> None:

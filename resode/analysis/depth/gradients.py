@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from resode.analysis.depth.losses import LossFunction, sample_losses
 from resode.analysis.depth.tracing import Addition
 from resode.blocks import ResidualStack
-from resode.blocks.held import FrozenStatistics, moving_norms
+from resode.blocks.frozen import FrozenStatistics, moving_norms
 from resode.jacobian.krylov import KrylovSchur
 from resode.jacobian.lanczos import random_start, singular_values
 from resode.jacobian.linearize import Field, check_field

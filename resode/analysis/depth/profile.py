@@ -2,7 +2,6 @@ r"""The depth profile of any residual network: features, gradients and eigenvalu
 
 from __future__ import annotations
 
-import csv
 import itertools
 import math
 import sys
@@ -36,6 +35,7 @@ from resode.jacobian.lanczos import random_start, singular_values
 from resode.jacobian.products import JacobianProducts, rows
 from resode.jacobian.spectrum import SpectrumOptions, formed
 from resode.tableaus import ButcherTableau, get_tableau
+from resode.tables import csv_text, plain_table, short
 
 NAN = math.nan
 
@@ -125,13 +125,13 @@ class DepthRow:
     @property
     def decaying(self) -> str:
         """`decaying_step` as it is printed: a figure, or a bound with its sign."""
-        return ("" if self.exact or self.decaying_step != self.decaying_step else "≤ ") + _short(
+        return ("" if self.exact or self.decaying_step != self.decaying_step else "≤ ") + short(
             self.decaying_step
         )
 
 
 @dataclass(frozen=True)
-class StageGradient:
+class GroupGradient:
     """The gradient's gain through consecutive blocks of one shape, worst over the samples.
 
     Args:
@@ -165,7 +165,7 @@ class DepthProfile:
 
     Args:
         rows: one `DepthRow` a residual addition, in the order of the forward pass.
-        stages: gains through runs of equal shape.
+        groups: gains through runs of equal shape.
         loss: mean loss of the network.
         samples: how many were looked at.
         has_target: whether the loss is that of a target.
@@ -174,7 +174,7 @@ class DepthProfile:
     """
 
     rows: list[DepthRow]
-    stages: list[StageGradient]
+    groups: list[GroupGradient]
     loss: float
     samples: int
     has_target: bool
@@ -183,11 +183,10 @@ class DepthProfile:
 
     def to_csv(self, path: str | Path) -> None:
         """Write the rows as CSV, under their field names; of eigenvalues NAME_real and NAME_imag."""
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow([name for f in fields(DepthRow) for name in _columns(f.name)])
-            for row in self.rows:
-                writer.writerow([cell for f in fields(DepthRow) for cell in _cells(f.name, row)])
+        names = [f.name for f in fields(DepthRow)]
+        columns = [column for name in names for column in _columns(name)]
+        rows = ([cell for name in names for cell in _cells(name, row)] for row in self.rows)
+        Path(path).write_text(csv_text(columns, rows), encoding="utf-8")
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw it; see `resode.plots.depth_profile`."""
@@ -198,25 +197,18 @@ class DepthProfile:
     def __str__(self) -> str:
         columns = ["block", "kind", "η", "‖x‖", "‖F‖/‖x‖", "dead", "grad", "id·res", "max Re λ", "limit"]
         columns += ["decaying", "growth", "σ min", "σ max", "Δ loss" if self.has_target else "Δ output"]
-        table = [columns]
+        table = []
         for r in self.rows:
             effect = r.loss_change if self.has_target else r.output_change
             numbers = (r.step_size, r.state_norm, r.ratio, r.inactive, r.gradient, r.gradient_cosine)
-            limits = (("" if r.converged or r.step_limit == 0 else "≤ ") + _short(r.step_limit), r.decaying)
+            limits = (("" if r.converged or r.step_limit == 0 else "≤ ") + short(r.step_limit), r.decaying)
             last = (r.growth, r.sigma_min, r.sigma_max, effect)
-            cells = [*map(_short, numbers), _short(complex(r.rightmost).real), *limits, *map(_short, last)]
+            cells = [*map(short, numbers), short(complex(r.rightmost).real), *limits, *map(short, last)]
             table.append([r.name, r.kind, *cells])
-        widths = [max(len(row[i]) for row in table) for i in range(len(columns))]
-        lines = [
-            "  ".join(
-                cell.ljust(w) if i < 2 else cell.rjust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in table
-        ]
+        lines = plain_table(columns, table, words=2)
         solvers = ", ".join(dict.fromkeys(r.solver for r in self.rows if r.solver)) or "no solver"
         lines.append(f"{len(self.rows)} residual additions, {self.samples} samples, limits for {solvers}")
-        for s in self.stages:
+        for s in self.groups:
             gain = f"‖∏(I+ηJ)‖ = {s.norm:.4g}" if s.norm == s.norm else "‖∏(I+ηJ)‖ not measured,"
             bound = f"≤ ∏(1+ε) = {s.upper:.4g}" if s.exact else "(activations between)"
             lines.append(f"{s.first} … {s.last}: {gain} {bound}; without shortcuts ≤ {s.plain:.3g}")
@@ -238,18 +230,6 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def show(value: complex) -> str:
-    """A real or complex number in short."""
-    value = complex(value)
-    if value.imag == 0 or value != value:
-        return f"{value.real:.4g}"
-    return f"{value.real:.4g} ± {abs(value.imag):.4g}i"
-
-
-def _short(value: float) -> str:
-    return "-" if value != value else "∞" if math.isinf(value) else f"{value:.3g}"
-
-
 _COMPLEX = ("rightmost", "leftmost", "largest", "limiting_eigenvalue", "growth_eigenvalue")
 
 
@@ -261,7 +241,7 @@ def _cells(name: str, row: DepthRow) -> list[Any]:
     value = getattr(row, name)
     if name in _COMPLEX:
         return [complex(value).real, complex(value).imag]
-    return ["x".join(map(str, value)) if isinstance(value, tuple) else value]
+    return [value]
 
 
 def profile_depth(
@@ -322,7 +302,7 @@ def profile_depth(
     check_whole("batch_size", batch_size, 1)
     device = next((p.device for p in model.parameters()), None)
     spectra_found: list[BlockSpectrum] = []
-    stages: list[StageGradient] = []
+    groups: list[GroupGradient] = []
     pieces: list[_Part] = []
     with torch.inference_mode(False), _Progress() as progress:
         stream = batches(x, target, device)
@@ -339,7 +319,7 @@ def profile_depth(
             for i, a in _numbered(traced.additions):
                 progress(f"spectrum of block {len(spectra_found) + 1} of {len(traced.additions)}, {a.name}")
                 spectra_found.append(block_spectrum(a, model, count, tableau, i))
-            stages = _stages(traced, spectra_found, count)
+            groups = _groups(traced, spectra_found, count)
     merged = _merged(pieces)
     found = []
     for i, measures in enumerate(merged.rows):
@@ -348,7 +328,7 @@ def profile_depth(
         found.append(DepthRow(**{**measures, **spectrum}, note="; ".join(notes)))
     samples, has_target = sum(p.samples for p in pieces), wanted is not None
     return DepthProfile(
-        found, stages, merged.loss, samples, has_target, pieces[0].traced.refused, pieces[0].traced.outside
+        found, groups, merged.loss, samples, has_target, pieces[0].traced.refused, pieces[0].traced.outside
     )
 
 
@@ -590,7 +570,7 @@ def _ratio(squares: Tensor, of: Tensor) -> float:
     return math.sqrt(float(squares.sum()) / whole) if whole > 0 else 0.0
 
 
-def _stages(traced: Trace, spectra: list[BlockSpectrum], batch: int) -> list[StageGradient]:
+def _groups(traced: Trace, spectra: list[BlockSpectrum], batch: int) -> list[GroupGradient]:
     """The gain through every run of at least two identity blocks of one shape."""
     additions = traced.additions
     found, start = [], 0
@@ -609,7 +589,7 @@ def _joined(a: Addition, b: Addition) -> bool:
     return a.kind == b.kind == "identity" and a.y.shape == b.x.shape
 
 
-def _gain(run: list[Addition], spectra: list[BlockSpectrum], batch: int) -> StageGradient:
+def _gain(run: list[Addition], spectra: list[BlockSpectrum], batch: int) -> GroupGradient:
     first, last = run[0], run[-1]
     products = JacobianProducts.between(last.at_y, first.at_x, last.y, first.x, batch)
     flat = rows(first.x, batch)
@@ -622,7 +602,7 @@ def _gain(run: list[Addition], spectra: list[BlockSpectrum], batch: int) -> Stag
         sigma = torch.linalg.svdvals(formed(products, flat)) if small else torch.full((1, 1), NAN)
     norm, smallest = float(sigma[:, 0].max()), float(sigma[:, -1].min())
     exact = all(b.at_x == a.at_y for a, b in itertools.pairwise(run))
-    return StageGradient(
+    return GroupGradient(
         first=first.name,
         last=last.name,
         blocks=len(run),

@@ -20,7 +20,7 @@ from resode.analysis.diagnose.measures import SAMPLES, Measures, measure
 from resode.analysis.diagnose.page import Diagnosis, DiagnosisRow, Training, Whole
 from resode.analysis.diagnose.solver import solver_findings
 from resode.blocks import ResidualStack
-from resode.blocks.held import FrozenStatistics
+from resode.blocks.frozen import FrozenStatistics
 from resode.modes import evaluating
 from resode.tableaus import get_tableau
 
@@ -102,15 +102,15 @@ def diagnose(
         if training.ratio > THRESHOLDS.learning_rate:
             found.append(too_fast(training))
     return Diagnosis(
-        found,
-        _whole(m),
-        swap,
-        training,
-        _rows(m, found),
-        samples,
-        ", ".join(dict.fromkeys(s.solver for s in model.modules() if isinstance(s, ResidualStack))),
-        len(m.layers),
-        tuple(notes + m.notes),
+        findings=found,
+        whole=_whole(m),
+        swap=swap,
+        training=training,
+        rows=_rows(m, found),
+        samples=samples,
+        solver=", ".join(dict.fromkeys(s.solver for s in model.modules() if isinstance(s, ResidualStack))),
+        layers=len(m.layers),
+        notes=tuple(notes + m.notes),
     )
 
 

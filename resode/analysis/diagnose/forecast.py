@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from resode.analysis.depth.losses import batch_of, part, prediction
 from resode.analysis.depth.tracing import call
 from resode.blocks import ResidualStack
+from resode.blocks.solving import other_solver
 from resode.modes import evaluating
 from resode.tableaus import METHODS, get_tableau
 
@@ -84,17 +86,22 @@ def forecast(model: nn.Module, x: Any, solver: str, substeps: int = 1) -> Foreca
         with _paths(stacks, paths):
             before = prediction(call(model, some)).double()
         worst, defect = "", 0.0
-        with swapped(model, solver, substeps):
+        with other_solver(model, solver, 1 if METHODS[solver].adaptive else substeps):
             after = prediction(call(model, some)).double()
-            for name, stack in stacks.items():
-                for i, (start, old) in enumerate(zip(paths[name], paths[name][1:], strict=False)):
-                    new = stack.advance(i % stack.depth, start)
-                    size = float(old.norm())
-                    differs = float((new - old).norm()) / size if size > 0 else 0.0
-                    if differs > defect or not math.isfinite(differs):
-                        worst, defect = _block(name, stack, i % stack.depth), differs
+            for block, differs in _defects(stacks, paths):
+                if differs > defect or not math.isfinite(differs):
+                    worst, defect = block, differs
     moved = drift(after, before)
     return Forecast(moved, worst, defect, verdict(moved))
+
+
+def _defects(stacks: dict[str, ResidualStack], paths: dict[str, list[Tensor]]) -> Iterator[tuple[str, float]]:
+    """Each block's name, and how far its map is from the one that made the paths."""
+    for name, stack in stacks.items():
+        for i, (start, old) in enumerate(pairwise(paths[name])):
+            new, size = stack.advance(i % stack.depth, start), float(old.norm())
+            block = _block(name, stack, i % stack.depth)
+            yield block, float((new - old).norm()) / size if size > 0 else 0.0
 
 
 def drift(after: Tensor, before: Tensor) -> float:
@@ -110,21 +117,6 @@ def verdict(drift: float) -> str:
 
 def _block(name: str, stack: ResidualStack, index: int) -> str:
     return name if stack.shared else f"{name}.fields.{index}".removeprefix(".")
-
-
-@contextmanager
-def swapped(model: nn.Module, solver: str, substeps: int) -> Iterator[None]:
-    """The model's stacks under another solver; theirs is put back."""
-    stacks = [m for m in model.modules() if isinstance(m, ResidualStack)]
-    before = [(m.solver, m.substeps, m.stats, m.evaluations) for m in stacks]
-    try:
-        for m in stacks:
-            m.solver, m.substeps = solver, 1 if METHODS[solver].adaptive else substeps
-        yield
-    finally:
-        for m, (name, n, stats, evaluations) in zip(stacks, before, strict=True):
-            m.solver, m.substeps = name, n
-            m.stats, m.evaluations = stats, evaluations
 
 
 @contextmanager

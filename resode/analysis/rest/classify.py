@@ -2,7 +2,6 @@ r"""What a fixed point is: node, spiral, saddle, centre or degenerate, for the f
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from resode.jacobian.spectrum import SpectrumOptions, spectrum
 from resode.stability.function import amplification
 from resode.stability.unstable_rays import Complexes, Floats
 from resode.tableaus import ButcherTableau, get_tableau
+from resode.tables import short_complex
 
 KINDS = ("node", "spiral", "saddle", "centre", "degenerate")
 
@@ -67,7 +67,7 @@ class Classification:
                 flow = "neutral"
             elif kind == "degenerate" and not self.stable[i] and rightmost.real <= 0:
                 flow = "undecided"
-            line = f"{kind}, {flow} for the flow (λ = {_show(rightmost)})"
+            line = f"{kind}, {flow} for the flow (λ = {short_complex(rightmost, 6)})"
             if self.spurious is not None and self.spurious[i]:
                 line = f"spurious, no fixed point of the flow (max|F| = {float(self.residual[i]):.3g})"
             if self.solver_stable is not None and self.growth is not None:
@@ -89,12 +89,6 @@ class Classification:
 def _rest(dtype: torch.dtype) -> float:
     """max|F| up to which a point counts as a fixed point."""
     return 1e-6 if dtype == torch.float64 else 1e-3
-
-
-def _show(value: complex) -> str:
-    if value.imag == 0 or math.isnan(value.imag):
-        return f"{value.real:.6g}"
-    return f"{value.real:.6g} ± {abs(value.imag):.6g}i"
 
 
 def classify(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.optimize
+import scipy  # whose submodules are loaded when first named
 import torch
 from torch import Tensor
 
@@ -158,7 +158,7 @@ def _double(
                 inside = _cycle(field, tableau, h, start, period)
                 return math.nan if inside is None else abs(inside[0]) - 1
 
-            at = float(scipy.optimize.brentq(excess, last[0], h, xtol=1e-12, rtol=1e-13))  # type: ignore[arg-type]
+            at = float(scipy.optimize.brentq(excess, last[0], h, xtol=1e-12, rtol=1e-13))
             final = _cycle(field, tableau, at, start, period)
             assert final is not None
             return _loss(at, *final)

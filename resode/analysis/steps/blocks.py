@@ -245,8 +245,19 @@ def _calls(network: nn.Module, images: Tensor, modules: dict[str, Any]) -> list[
         others = dict(list(options.items())[0 if inputs else 1 :])
         y = output[0] if isinstance(output, tuple) else output
         y = y if isinstance(y, Tensor) else None
-        held = first_of(inputs, options), y
-        found.append(_Call(names[module], module, x, inputs[1:], others, y, entry, _version(y), held))
+        found.append(
+            _Call(
+                name=names[module],
+                module=module,
+                x=x,
+                arguments=inputs[1:],
+                options=others,
+                y=y,
+                entry=entry,
+                exit=_version(y),
+                held=(first_of(inputs, options), y),
+            )
+        )
 
     hooks = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in modules.values()]
     hooks += [module.register_forward_hook(leave, with_kwargs=True) for module in modules.values()]

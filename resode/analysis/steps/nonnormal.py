@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.optimize
+import scipy  # whose submodules are loaded when first named
 
 from resode.jacobian.matrices import Matrices, checked_matrices, spectral_norms
 from resode.jacobian.spectrum import matrix_spectrum

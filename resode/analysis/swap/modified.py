@@ -192,7 +192,7 @@ def modified_field(stack: ResidualStack, order: int = 1) -> ModifiedField:
         >>> _ = nn.init.constant_(decay.weight, -1.0)          # x' = −x; a step is x ← (1 − h) x
         >>> stack = ResidualStack(decay, depth=1, step_size=0.1).double()
         >>> x = torch.ones(1, 1, dtype=torch.float64)
-        >>> [round(float(modified_field(stack, order)(x)), 6) for order in (1, 2, 3)]
+        >>> [round(modified_field(stack, order)(x).item(), 6) for order in (1, 2, 3)]
         [-1.05, -1.053333, -1.053583]
         >>> round(float(torch.tensor(0.9).log() / 0.1), 6)     # its limit, the logarithm
         -1.053605

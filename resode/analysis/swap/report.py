@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import csv
+import math
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from resode.analysis.diagnose.forecast import INPUTS, drift, forecast, swapped, verdict
+from resode.analysis.diagnose.forecast import INPUTS, drift, forecast, verdict
 from resode.blocks import ResidualStack
+from resode.blocks.solving import other_solver, stacks_of
 from resode.blocks.statistics import measure_statistics, put_back, tracked_norms
 from resode.modes import evaluating
 from resode.tableaus import METHODS, get_tableau
+from resode.tables import plain_table, read_records, records_text
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -82,10 +84,7 @@ class SwapReport:
 
     def to_csv(self, path: str | Path) -> None:
         """Write the rows as CSV, under their field names."""
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, [f.name for f in fields(SwapRow)])
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in self.rows)
+        Path(path).write_text(records_text(SwapRow, self.rows), encoding="utf-8")
 
     @classmethod
     def from_csv(cls, path: str | Path) -> SwapReport:
@@ -106,17 +105,10 @@ class SwapReport:
             ...     SwapReport.from_csv(folder + "/swap.csv").rows == [row]
             True
         """
-        names = [f.name for f in fields(SwapRow)]
-        with open(path, newline="") as file:
-            reader = csv.DictReader(file)
-            had = list(reader.fieldnames or [])
-            if had not in (names, [name for name in names if name not in _NEW]):
-                raise ValueError(
-                    f"a swap table has the columns {', '.join(names)}: {path} has "
-                    f"{', '.join(had) or 'none'}. `resode swap RUN` writes one."
-                )
-            rows = list(reader)
-        return cls([_row_of(path, number, row) for number, row in enumerate(rows, 1)])
+        try:
+            return cls(read_records(SwapRow, path, added=_ADDED))
+        except ValueError as error:
+            raise ValueError(f"{path} is no swap table, as `resode swap RUN` writes one: {error}.") from None
 
     def critical_steps(self, drop: float = 0.01) -> dict[str, float]:
         """For each fixed-step solver the largest step that keeps the accuracy, as all finer ones do.
@@ -204,18 +196,17 @@ class SwapReport:
 
     def __str__(self) -> str:
         recalibrated = any(row.accuracy_recalibrated is not None for row in self.rows)
-        again = "  recalibrated" if recalibrated else ""
-        head = f"{'solver':<12}{'substeps':>9}  {'forecast':<10}{'accuracy':>9}"
-        lines = [f"{head}{again}{'drift':>10}{'F calls':>9}"]
+        columns = ["solver", "substeps", "forecast", "accuracy", "recalibrated", "drift", "F calls", ""]
+        table = []
         for row in self.rows:
             steps = "adaptive" if row.substeps is None else str(row.substeps)
             value = row.accuracy_recalibrated
-            again = f"{'—' if value is None else f'{value:.2%}':>14}" if recalibrated else ""
-            lines.append(
-                f"{row.solver:<12}{steps:>9}  {row.forecast:<10}{row.accuracy:>9.2%}{again}"
-                f"{row.logit_drift:>10.1e}{row.nfe:>9.1f}" + ("  as trained" if row.as_trained else "")
-            )
-        return "\n".join([*lines, self.causes()])
+            cells = [row.solver, steps, row.forecast, f"{row.accuracy:.2%}"]
+            cells += ["—" if value is None else f"{value:.2%}", f"{row.logit_drift:.1e}", f"{row.nfe:.1f}"]
+            table.append([*cells, "as trained" if row.as_trained else ""])
+        shown = [number for number, name in enumerate(columns) if name != "recalibrated" or recalibrated]
+        columns, *table = [[row[number] for number in shown] for row in (columns, *table)]
+        return "\n".join([*plain_table(columns, table), self.causes()])
 
 
 def swap_report(
@@ -258,7 +249,7 @@ def swap_report(
         >>> [row.nfe for row in swap_report(model, data, ["euler", "rk4"], [1]).rows]
         [3.0, 12.0]
     """
-    stacks = [module for module in model.modules() if isinstance(module, ResidualStack)]
+    stacks = stacks_of(model)
     if not stacks:
         raise ValueError(
             "a solver can be swapped only in a resode.ResidualStack, and this model holds none. "
@@ -279,32 +270,8 @@ def swap_report(
     return SwapReport(rows, swap.calibration)
 
 
-_NEW = ("forecast", "drift_recalibrated", "defect", "worst_block")  # columns that version 0.1.0 had not
-
-
-def _row_of(path: str | Path, number: int, entries: dict[str, str]) -> SwapRow:
-    """A line of a table as `SwapReport.to_csv` writes it, or as version 0.1.0 did."""
-
-    def number_of(name: str) -> float | None:
-        return float(entries[name]) if entries.get(name) else None
-
-    try:
-        return SwapRow(
-            solver=entries["solver"],
-            substeps=int(entries["substeps"]) if entries["substeps"] else None,
-            step_size=number_of("step_size"),
-            forecast=entries.get("forecast", "not made"),
-            accuracy=float(entries["accuracy"]),
-            accuracy_recalibrated=number_of("accuracy_recalibrated"),
-            logit_drift=float(entries["logit_drift"]),
-            drift_recalibrated=number_of("drift_recalibrated"),
-            defect=float(entries.get("defect", "nan")),
-            worst_block=entries.get("worst_block", ""),
-            nfe=float(entries["nfe"]),
-            as_trained={"True": True, "False": False}[entries["as_trained"]],
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"row {number} of {path} is no row of a swap table: {entries} ({error}).") from None
+# Columns that version 0.1.0 had not.
+_ADDED = {"forecast": "not made", "drift_recalibrated": None, "defect": math.nan, "worst_block": ""}
 
 
 def _calibration(
@@ -359,7 +326,7 @@ class _Swap:
         foretold = forecast(self.model, self.some, solver, n)
         recalibrated: tuple[Tensor, Tensor, float] | None = None
         said = foretold.verdict
-        with swapped(self.model, solver, n):
+        with other_solver(self.model, solver, n):
             if self.training_batches is not None:
                 with self._measured():
                     said = verdict(drift(self._outputs(), self.before))

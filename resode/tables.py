@@ -1,0 +1,143 @@
+"""Tables: comma-separated values written and read, numbers in short, columns of plain text."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_type_hints
+
+Row = TypeVar("Row")
+
+
+def short(value: float, digits: int = 3) -> str:
+    """A real number in a table's cell; '-' where there is none.
+
+    Example:
+        >>> short(0.12345), short(float("nan")), short(float("inf"))
+        ('0.123', '-', '∞')
+    """
+    return "-" if math.isnan(value) else "∞" if value == math.inf else f"{value:.{digits}g}"
+
+
+def short_complex(value: complex, digits: int = 4) -> str:
+    """A number, or a pair of conjugate ones; '-' where there is none.
+
+    Example:
+        >>> short_complex(-2), short_complex(0.5 - 3j)
+        ('-2', '0.5 ± 3i')
+    """
+    value = complex(value)
+    return short(value.real, digits) + (f" ± {abs(value.imag):.{digits}g}i" if value.imag else "")
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    return "" if value is None else value
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    r"""A table as comma-separated values, numbers to the last digit; what is None stays empty.
+
+    Shapes are written 3x8x8.
+
+    Example:
+        >>> csv_text(["step", "limit"], [[1, 0.5], [2, None]])
+        'step,limit\n1,0.5\n2,\n'
+    """
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(columns)
+    table.writerows([_cell(value) for value in row] for row in rows)
+    return text.getvalue()
+
+
+def records_text(kind: type, records: Iterable[Any]) -> str:
+    """Dataclass objects of one kind as comma-separated values, under their fields' names."""
+    names = [field.name for field in fields(kind)]
+    return csv_text(names, ([getattr(record, name) for name in names] for record in records))
+
+
+def read_csv(path: str | Path) -> tuple[list[str], list[dict[str, str]]]:
+    """The columns' names of a table, and its rows by them.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a row is longer or shorter than the others, or it is no table.
+    """
+    with open(path, newline="", encoding="utf-8") as file:
+        try:
+            columns, *rows = [row for row in csv.reader(file, strict=True) if row] or [[]]
+        except csv.Error as error:
+            raise ValueError(str(error)) from error
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(columns):
+            raise ValueError(f"row {number} has {len(row)} cells under {len(columns)} columns")
+    return columns, [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def read_records(
+    kind: type[Row],
+    path: str | Path,
+    rename: Mapping[str, str] | None = None,
+    added: Mapping[str, Any] | None = None,
+) -> list[Row]:
+    """What `records_text` wrote, as objects again; fields are str, int, float, bool, or these or None.
+
+    Args:
+        kind: the dataclass.
+        path: the file.
+        rename: today's names of columns that older files call otherwise.
+        added: values for the columns that older files lack, all of these or none.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: other columns, or a cell that is none of its column.
+    """
+    rename, added, hints = rename or {}, added or {}, get_type_hints(kind)
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    columns, rows = read_csv(path)
+    has = [rename.get(column, column) for column in columns]
+    if has not in (names, [name for name in names if name not in added]):
+        raise ValueError(f"its columns must be {', '.join(names)}, and are {', '.join(columns) or 'none'}")
+    found = []
+    for number, row in enumerate(rows, 1):
+        try:
+            values = {name: _value(text, hints[name]) for name, text in zip(has, row.values(), strict=True)}
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"row {number}: {', '.join(row.values())} ({error})") from None
+        found.append(kind(**{**added, **values}))
+    return found
+
+
+def _value(text: str, hint: Any) -> Any:
+    kinds = get_args(hint) or (hint,)
+    if not text and NoneType in kinds:
+        return None
+    kind = kinds[0]
+    return {"True": True, "False": False}[text] if kind is bool else kind(text)
+
+
+def plain_table(columns: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> list[str]:
+    r"""Lines of text: the first `words` columns flush left, the others flush right.
+
+    Example:
+        >>> print("\n".join(plain_table(["solver", "order"], [["euler", "1"], ["rk4", "4"]])))
+        solver  order
+        euler       1
+        rk4         4
+    """
+    table = [columns, *rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if number < words else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    ]
