@@ -496,7 +496,7 @@ def step_limits(records: Sequence[Any], path: Path = None) -> Figure:
         style |= {"markersize": 3.2, "label": label}
         sizes.plot(updates, [r.amplification for r in rows], **style)
         growing.plot(updates, [r.growing for r in rows], **style)
-        limits.plot(updates, [r.decaying_step / r.step for r in rows], **style)
+        limits.plot(updates, [r.estimate / r.step for r in rows], **style)
     for ax, bound in ((sizes, 1.0), (limits, 1.0)):
         ax.axhline(bound, color=UNSTABLE, linewidth=1, linestyle=(0, (4, 2)))
     limits.set_yscale("log")

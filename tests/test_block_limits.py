@@ -333,7 +333,7 @@ def test_wrong_settings_of_the_callback(wrong):
 
 def test_no_records_are_a_table_without_rows():
     assert StepLimits(images()).to_csv() == (
-        "update,group,solver,step,growing,decaying_step,amplification,exact\n"
+        "update,group,solver,step,growing,decaying_step,amplification,exact,estimate\n"
     )
     StepLimits(images()).plot()
 

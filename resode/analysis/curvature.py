@@ -95,7 +95,7 @@ def largest_hessian_eigenvalue(
     Example:
         >>> model = nn.Linear(2, 1, bias=False).double()
         >>> x = torch.tensor([[1.0, 0.0], [0.0, 3.0]], dtype=torch.float64)
-        >>> largest_hessian_eigenvalue(model, nn.MSELoss(), (x, torch.zeros(2, 1).double()))
+        >>> round(largest_hessian_eigenvalue(model, nn.MSELoss(), (x, torch.zeros(2, 1).double())), 9)
         9.0
     """
     check_whole("max_iter", max_iter, 1)

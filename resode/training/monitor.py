@@ -46,7 +46,8 @@ class GroupRecord:
         growing: the most growing modes that were found in a block.
         decaying_step: the least limit over the other modes of a block, as far as they were found.
         amplification: the largest |R(hλ)| of a block, growing modes included: at most 1 inside the region.
-        exact: whether `decaying_step` is exact; else it is what the eigenvalues that were found allow.
+        exact: whether `decaying_step` is exact; else it is an upper bound, inf where none is known.
+        estimate: what the eigenvalues that were found allow, without a claim; it is what is drawn.
     """
 
     update: int
@@ -57,6 +58,7 @@ class GroupRecord:
     decaying_step: float
     amplification: float
     exact: bool = False
+    estimate: float = float("nan")
 
 
 class StepLimits:
@@ -189,14 +191,15 @@ class StepLimits:
                 for solver, rows in zip(solvers, found, strict=True):
                     self.records.append(
                         GroupRecord(
-                            update,
-                            group.name,
-                            solver,
-                            max(group.steps),
-                            max(row.growing for row in rows),
-                            min(row.decaying_step for row in rows),
-                            max(row.amplification for row in rows),
-                            all(row.exact for row in rows),
+                            update=update,
+                            group=group.name,
+                            solver=solver,
+                            step=max(group.steps),
+                            growing=max(row.growing for row in rows),
+                            decaying_step=min(row.decaying_step for row in rows),
+                            amplification=max(row.amplification for row in rows),
+                            exact=all(row.exact for row in rows),
+                            estimate=min(row.estimate for row in rows),
                         )
                     )
         self.costs.append(time.perf_counter() - begun)

@@ -152,6 +152,8 @@ def _measures(found: Spectrum, tableau: ButcherTableau, eta: float) -> dict[str,
     steps, decaying, exact, error = (
         np.asarray(plain(v)) for v in (limit.step, limit.decaying_step, limit.decaying_converged, limit.error)
     )
+    none = np.isinf(error) & ~exact  # no bound
+    steps, decaying = (np.where(none & (s > 0), np.inf, s) for s in (steps, decaying))
     known = found.values[found.trusted]
     slow = found.values[found.trusted & (found.values.real <= found.tau)]
     sizes = amplification(tableau, eta * slow)

@@ -32,8 +32,9 @@ class BlockLimit:
         inside: whether the network's own step is within it.
         amplification: largest |R(hλ)| over the eigenvalues and samples, growing modes included.
         converged: whether `step` rests on converged eigenvalues in every sample.
-        exact: whether `decaying_step` is known; else it is an upper bound.
+        exact: whether `decaying_step` is known; else it is an upper bound, inf where none is known.
         complete: whether all eigenvalues were computed; else more modes than `growing` may grow.
+        estimate: what the eigenvalues as they were found allow: `decaying_step` without its certainty.
     """
 
     block: int
@@ -47,6 +48,7 @@ class BlockLimit:
     converged: bool = True
     exact: bool = True
     complete: bool = True
+    estimate: float = float("nan")
 
 
 @dataclass(frozen=True)
@@ -126,18 +128,21 @@ def _block_limits(
 def block_limit(found: Spectrum, solver: str, step: float, block: int) -> BlockLimit:
     """The least limits over the samples of one block's spectrum."""
     limit = limits(found, solver)
-    decaying, exact = plain(limit.decaying_step), plain(limit.decaying_converged)
-    worst = int(np.argmin(decaying))
+    found_steps, exact = plain(limit.decaying_step), plain(limit.decaying_converged)
+    none = np.isinf(plain(limit.error)) & ~exact  # no bound
+    steps, decaying = (np.where(none & (s > 0), np.inf, s) for s in (plain(limit.step), found_steps))
+    worst = int(np.argmin(found_steps))
     return BlockLimit(
         block=block,
         solver=solver,
-        step=float(plain(limit.step).min()),
+        step=float(steps.min()),
         growing=max(len(modes) for modes in limit.growing),
-        decaying_step=float(decaying[worst]),
+        decaying_step=float(decaying.min()),
         limiting_eigenvalue=complex(plain(limit.decaying_eigenvalue)[worst]),
-        inside=bool(step <= decaying[worst]),
+        inside=bool(step <= found_steps[worst]),
         amplification=float(amplification(solver, step * found.values[found.trusted]).max()),
         converged=bool(plain(limit.converged).all()),
         exact=bool(exact.all()),
         complete=bool(found.complete.all()),
+        estimate=float(found_steps[worst]),
     )
