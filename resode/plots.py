@@ -27,8 +27,8 @@ from resode.stability import (
     stability_function,
 )
 from resode.stability.intervals import ray_polynomials
-from resode.stability.limits import StepLimit, as_counted, checked_spectrum, rounding_of_spectrum
-from resode.stability.rays import Complexes
+from resode.stability.limits import StepLimit, as_counted, checked_spectrum, rounding
+from resode.stability.unstable_rays import Complexes
 from resode.tableaus import ButcherTableau, get_tableau
 
 Method = str | ButcherTableau
@@ -535,7 +535,7 @@ def _plain(values: Any) -> Any:
 def _counted(eigenvalues: Any) -> tuple[Complexes, np.ndarray]:
     """One flat spectrum as the step limit counts it, and its τ."""
     values, eps = checked_spectrum(eigenvalues)
-    tau = rounding_of_spectrum(values.ravel(), eps)
+    tau = np.array(rounding(values.size, eps) * np.abs(values).max())
     return as_counted(values.ravel(), tau), tau
 
 

@@ -32,7 +32,6 @@ INTERNAL = {
         "plain_batches",
         "read_weights",
         "recomputations_of_last_call",
-        "solving_modules",
     },
     "resode.training.processes": {"losing"},
 }

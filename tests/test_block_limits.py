@@ -332,7 +332,9 @@ def test_wrong_settings_of_the_callback(wrong):
 
 
 def test_no_records_are_a_table_without_rows():
-    assert StepLimits(images()).to_csv() == ("update,group,solver,step,growing,decaying_step,amplification\n")
+    assert StepLimits(images()).to_csv() == (
+        "update,group,solver,step,growing,decaying_step,amplification,exact\n"
+    )
     StepLimits(images()).plot()
 
 
@@ -375,7 +377,7 @@ def test_the_penalty_is_zero_inside_and_its_gradient_points_there():
 def test_the_penalty_brings_a_network_inside():
     """A stack that is outside for Euler is inside after a few updates of the penalty alone.
 
-    Its slope fades with what is left, so that after 200 updates a mode may lack a last thousandth.
+    Its slope fades with what is left, so that after 400 updates some of the excess, below 1 %, may be there.
     """
     torch.manual_seed(0)
     stack = ResidualStack([nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 6)) for _ in range(2)])
@@ -386,12 +388,12 @@ def test_the_penalty_brings_a_network_inside():
     before = max(row.amplification for s in block_limits(stack, x, ["euler"]) for row in s.rows)
     penalty = StepLimitPenalty("euler", margin=0.2)
     optimizer = torch.optim.SGD(stack.parameters(), lr=0.1)
-    for _ in range(200):
+    for _ in range(400):
         optimizer.zero_grad()
         penalty(stack, x).backward()
         optimizer.step()
     rows = [row for s in block_limits(stack, x, ["euler"]) for row in s.rows]
-    assert before > 1.5 and all(row.amplification <= 1 + 5e-3 and row.inside for row in rows)
+    assert before > 1.5 and all(row.amplification - 1 <= 0.01 * (before - 1) and row.inside for row in rows)
     assert stack.training
 
 

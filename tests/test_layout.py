@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "networks": {"blocks", "fields", "shortcuts", "formulas", "state_dicts"},
     "analysis": {"tableaus", "stability", "jacobian", "solve", "blocks", "formulas"},
     "plots": {"tableaus", "stability"},
-    "training": {"networks", "analysis", "blocks", "solve", "jacobian", "tableaus", "plots"},
+    "training": {"networks", "analysis", "blocks", "solve", "jacobian", "stability", "tableaus", "plots"},
 }
 EVERYWHERE = {"checks", "tables", "modes", "whole_blocks"}  # import nothing of resode but checks
 ON_TOP = {"cli", "__init__"}  # may import everything

@@ -16,12 +16,13 @@ from torch.nn.functional import cross_entropy
 from typer.testing import CliRunner
 
 from resode.blocks import ResidualStack
+from resode.blocks.solving import other_solver
 from resode.cli import app
 from resode.fields import ConvField
 from resode.solve import SolverError
 from resode.training import loop as loop_module
 from resode.training.data import Batches, load_data
-from resode.training.evaluate import evaluate, load, other_solver, plain_batches, score
+from resode.training.evaluate import evaluate, load, plain_batches, score
 from resode.training.loop import Interrupted
 from resode.training.recipe import RECIPES, make_recipe
 from resode.training.refining import refine

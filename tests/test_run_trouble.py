@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import time
@@ -198,6 +199,8 @@ def test_sixty_blocks_without_norm_are_told_of_their_depth(tmp_path):
         message = str(error.value)
         assert "60 blocks amplify a perturbation" in message and "tenth" not in message
         assert "Multiply each branch by 1/√60 = 0.13 (step_size in a ResidualStack)" in message
+        eta = float(re.search(r"With every branch times (\S+) the depth's gain is 10", message)[1])
+        assert 0.05 < eta < 0.5
     train(network(60**-0.5), "digits", "smoke", run_dir=tmp_path / "again", progress=False, lr=0.02)
 
 

@@ -29,7 +29,10 @@ def adapted(
     y0 = y0.to(torch.float64) if y0.is_floating_point() else y0
     keep = {k: v for k, v in options.items() if k in ("first_step", "max_step")}
     keep |= {k: torch.as_tensor(options.get(k, v)) for k, v in (("rtol", 1e-3), ("atol", 1e-6))}
-    s = resode.solve_ivp(as_numpy(fun), t_span, y0, OURS[name], t_eval, True, watched or None, args, **keep)
+    field = as_numpy(
+        lambda t, y, *a: np.reshape(fun(t, y, *a), y.shape)
+    )  # a vectorized one has a column more
+    s = resode.solve_ivp(field, t_span, y0, OURS[name], t_eval, True, watched or None, args, **keep)
     s.t, s.y, s.nfev, s.njev, s.nlu = s.t.numpy(), s.y.numpy().T, s.stats.nfe, 0, 0
     dense, s.sol = s.sol, lambda t: dense(np.asarray(t)).numpy().T
     s.t_events = None if s.t_events is None else [t.numpy() for t in s.t_events]
@@ -61,7 +64,19 @@ CALLS = {
     "test_tbound_respected_larger_interval": [dict(method="RK45")],
     "test_tbound_respected_oscillator": [dict(method="RK45")],
 }
-OTHERWISE = {}
+WORDS = "the error is of the same type and says the same in other words"
+BEYOND = "a time beyond the solve is refused, where scipy extrapolates"
+OTHERWISE = {
+    "test_duplicate_timestamps": BEYOND,
+    "test_no_integration": BEYOND,
+    "test_empty": "an infinite t_span needs a terminal event here",
+    "test_event_terminal_iv": WORDS,
+    "test_args_single_value": WORDS,
+    "test_initial_state_finiteness": WORDS,
+    "test_t_eval_early_event": "Solution.message has other words, and the empty y is (0, n), not ()",
+    "test_array_rtol": "the warning of a tolerance that is too fine has other words",
+}
+"""The tests that see a difference, which is meant."""
 
 
 def cases():
@@ -71,7 +86,7 @@ def cases():
             yield pytest.param(name, arguments, marks=marks, id=f"{name[5:]}-{i}")
 
 
-@pytest.mark.parametrize(("name", "arguments"), cases())
+@pytest.mark.parametrize(("name", "arguments"), list(cases()))
 def test_scipys_own(name, arguments, monkeypatch):
     monkeypatch.setattr(suite, "solve_ivp", adapted)
     getattr(suite, name)(**arguments)

@@ -27,10 +27,10 @@ from resode.stability import (
     stable_intervals,
 )
 from resode.stability import limits as limits_module
+from resode.stability.binding import _stable_on
 from resode.stability.intervals import ray_polynomials
 from resode.stability.polynomials import positive_intervals, roots_lie_right
-from resode.stability.pruning import _stable_on
-from resode.stability.rays import bernstein_matrix
+from resode.stability.unstable_rays import bernstein_matrix
 from resode.tableaus import METHODS, ButcherTableau
 from theory.measures.edge import edge_check
 
@@ -672,7 +672,7 @@ def test_stability_region_into_given_axes():
     assert not axes[0].collections
     with pytest.raises(ValueError, match="at least one method"):
         plots.stability_region([])
-    with pytest.raises(ValueError, match="step_size must be positive"):
+    with pytest.raises(ValueError, match="step_size must be a finite number above 0"):
         plots.stability_region("rk4", step_size=0.0)
 
 

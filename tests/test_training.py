@@ -22,11 +22,12 @@ from torch.nn.functional import cross_entropy
 
 from resode.analysis.steps.block_limits import block_limits
 from resode.blocks import ODEBlock, ResidualStack
+from resode.blocks.solving import set_solver
 from resode.blocks.statistics import measure_statistics
 from resode.networks import build
 from resode.training import files
 from resode.training.data import Batches, ImageData, load_data
-from resode.training.evaluate import calibration_batches, load, plain_batches, score, set_solver
+from resode.training.evaluate import calibration_batches, load, plain_batches, score
 from resode.training.evaluate import evaluate as evaluate_run
 from resode.training.files import DamagedFile, RunError, pack, read_yaml, unpack, write_atomically
 from resode.training.folder import FolderTaken, NoSuchRun, RunFolder

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from resode.checks import check_number, check_whole, warn_user
+from resode.jacobian.lanczos import largest
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -68,13 +69,13 @@ def max_learning_rate(
         0.4
     """
     check_number("momentum", momentum, least=0, below=1)
-    largest = largest_hessian_eigenvalue(
+    steepest = largest_hessian_eigenvalue(
         model, loss_fn, data, batch_size=batch_size, tol=tol, max_iter=max_iter
     )
-    if largest <= 0:
+    if steepest <= 0:
         return math.inf
     factor = 2 * (1 + momentum) / ((1 + 2 * momentum) if nesterov else 1)
-    return factor / largest
+    return factor / steepest
 
 
 def largest_hessian_eigenvalue(
@@ -106,8 +107,12 @@ def largest_hessian_eigenvalue(
         hessian = Hessian(model, loss_fn, data, parameters, batch_size)
         start = hessian.start()
         goal = max(tol, 64 * torch.finfo(start.dtype).eps)
-        value, residual, size = _lanczos(hessian.product, start, goal, max_iter)
-    if residual > goal * size:
+        room = max(8, min(max_iter, _BASIS_BYTES // (8 * len(start))))
+        top = largest(
+            lambda v: hessian.product(v[0])[None], start[None], goal, products=max_iter, vectors=room
+        )
+        value, residual = float(top.value[0]), float(top.residual[0])
+    if residual > goal * float(top.size[0]):
         warn_user(
             f"the largest Hessian eigenvalue {value:.6g} has a residual of {residual:.1e} after {max_iter} "
             "products; raise max_iter.",
@@ -194,58 +199,11 @@ class Hessian:
                 for h, p in zip(found, self.parameters, strict=True)
             ]
             total += weight * torch.cat(flat)
+        if not bool(torch.isfinite(total).all()):
+            raise ValueError(
+                "the Hessian holds inf or nan: look for them in x, target, the weights and the loss."
+            )
         return total
-
-
-def _lanczos(
-    product: Callable[[Tensor], Tensor], v: Tensor, goal: float, max_iter: int
-) -> tuple[float, float, float]:
-    """The largest eigenvalue of a symmetric operator, its residual, and the largest modulus seen.
-
-    It starts again from the best vector where the basis fills its room in memory.
-    """
-    n = len(v)
-    room = max(8, min(max_iter, n, _BASIS_BYTES // (n * v.element_size())))
-    done, value, residual, size = 0, 0.0, math.inf, 0.0
-    while done < max_iter:
-        basis: list[Tensor] = []
-        alphas: list[float] = []
-        betas: list[float] = []
-        q = v / v.norm()
-        weights = torch.ones(1, dtype=torch.float64)
-        for _ in range(room):
-            basis.append(q)
-            w = product(q)
-            if not bool(torch.isfinite(w).all()):
-                raise ValueError(
-                    "the Hessian holds inf or nan: look for them in x, target, the weights and the loss."
-                )
-            done += 1
-            alphas.append(float(q @ w))
-            old = torch.stack(basis)
-            for _ in range(2):
-                w = w - (old @ w) @ old
-            beta = float(w.norm())
-            matrix = torch.diag(torch.tensor(alphas, dtype=torch.float64))
-            if betas:
-                off = torch.tensor(betas, dtype=torch.float64)
-                matrix += torch.diag(off, 1) + torch.diag(off, -1)
-            values, vectors = torch.linalg.eigh(matrix)
-            value, weights = float(values[-1]), vectors[:, -1]
-            residual = beta * abs(float(weights[-1]))
-            size = float(values.abs().max())
-            if (
-                residual <= goal * abs(value)
-                or beta <= 8 * torch.finfo(v.dtype).eps * size
-                or done >= max_iter
-            ):
-                break
-            betas.append(beta)
-            q = w / beta
-        v = weights.to(q.dtype).to(q.device) @ torch.stack(basis)
-        if residual <= goal * size or len(basis) < room or room == n:
-            break
-    return value, residual, size
 
 
 def check_modes(model: nn.Module, batch_size: int | None) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from resode.analysis.steps.contraction import largest
 from resode.checks import check_number
+from resode.jacobian.lanczos import largest
 from resode.jacobian.products import full_precision
 
 _ITERATIONS = 20  # of a bounded norm in a call, at most; five as a rule
@@ -45,8 +45,8 @@ def operator_norm(conv: nn.Module, input_shape: Sequence[int], *, rtol: float = 
         start = torch.ones(1, *shape, dtype=weight.dtype, device=weight.device)
         generator = torch.Generator().manual_seed(24)
         start += torch.randn(start.shape, generator=generator, dtype=weight.dtype).to(weight.device)
-    value, _ = largest(lambda v: _gram(conv, weight, v, shape), start.flatten(1), rtol)
-    return float(max(value[0], 0.0)) ** 0.5
+    top = largest(lambda v: _gram(conv, weight, v, shape), start.flatten(1), rtol)
+    return max(float(top.value[0]), 0.0) ** 0.5
 
 
 def bound_operator_norm(conv: nn.Module, input_shape: Sequence[int], bound: float = 1.0) -> nn.Module:
@@ -97,7 +97,7 @@ class _Bounded(nn.Module):
         self.shape, self.bound = shape, bound
         weight = _weight(conv)
         start = torch.randn(1, *shape, dtype=weight.dtype, device=weight.device).flatten(1)
-        _, found = largest(lambda v: _gram(conv, weight, v, shape), start, 1e-4)
+        found = largest(lambda v: _gram(conv, weight, v, shape), start, 1e-4).vector
         self.register_buffer("vector", found.reshape(1, *shape).to(weight.dtype))
 
     def forward(self, weight: Tensor) -> Tensor:

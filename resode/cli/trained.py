@@ -328,9 +328,9 @@ def _verdicts(group: Any, methods: list[str]) -> list[str]:
 def _forecasts(network: Any, images: Any, methods: list[str]) -> list[str]:
     """What swapping to each method will do, which no limit tells."""
     from resode.analysis.diagnose.forecast import forecast
-    from resode.blocks import ResidualStack
+    from resode.blocks.solving import stacks_of
 
-    stacks = [module for module in network.modules() if isinstance(module, ResidualStack)]
+    stacks = stacks_of(network)
     names = [name for name in methods if stacks and METHODS[name].explicit]
     found = {name: forecast(network, images, name) for name in names if name != stacks[0].solver}
     return [f"{name} {f.verdict} accuracy: the logits drift by {f.drift:.3g}" for name, f in found.items()]

@@ -30,9 +30,8 @@ import scipy  # whose submodules are loaded when first named
 import torch
 from torch import Tensor
 
-from resode.stability.rays import Complexes, Floats
-
-Operator = Callable[[Tensor], Tensor]
+from resode.jacobian.lanczos import Operator
+from resode.stability.unstable_rays import Complexes, Floats
 
 _PLAIN = 2048  # entries up to which vectors are not sketched
 _BREAKDOWN = 16.0  # times ε: what is left of a product that lies in the space
@@ -247,14 +246,14 @@ class KrylovSchur:
         except np.linalg.LinAlgError:
             conditions = np.full(j, np.inf)
         values, vectors = values.astype(np.complex128), vectors.astype(np.complex128)
-        return Ritz(values, residuals, conditions, vectors, _norm(h))
+        return Ritz(values, residuals, conditions, vectors, norm_estimate(h))
 
     def condition(self, row: int, value: complex) -> float:
         """1/cos of the angle between the left and right spaces of an eigenvalue that occurs several times."""
         h = self._projected(row)
         shifted = h - (value if value.imag else value.real) * np.eye(len(h))
         left, sizes, right = np.linalg.svd(shifted)
-        several = max(1, int((sizes <= 1e3 * self.eps * _norm(h)).sum()))
+        several = max(1, int((sizes <= 1e3 * self.eps * norm_estimate(h)).sum()))
         cosines = np.linalg.svd(left[:, -several:].conj().T @ right[-several:].conj().T, compute_uv=False)
         return float(1 / cosines[-1]) if cosines[-1] > 2.0**-52 else float("inf")
 
@@ -311,12 +310,12 @@ def _reorder(*arguments: Any, **options: Any) -> Any:
     return routine(*arguments, **options)
 
 
-def _norm(h: np.ndarray) -> float:
-    """‖H‖₂, from below, by power iteration."""
+def norm_estimate(h: np.ndarray) -> float:
+    """‖H‖₂ of a square matrix, from below, by power iteration."""
     v = np.random.default_rng(0).normal(size=len(h))
     size = 0.0
     for _ in range(12):
-        v = h.T @ (h @ v)
+        v = h.conj().T @ (h @ v)
         size = float(np.linalg.norm(v))
         if size == 0:
             return 0.0

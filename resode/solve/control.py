@@ -59,7 +59,7 @@ def controller_filter(controller: str | Sequence[float]) -> tuple[float, float, 
             f"(pcoeff, icoeff, dcoeff); got {controller!r}."
         )
     p, i, d = gains
-    filter = (p + i + d, -p - 2 * d, d + 0.0)
+    filter = (p + i + d, -p - 2 * d + 0.0, d + 0.0)
     largest = float(abs(np.roots([1.0, filter[0] - 1, filter[1], filter[2]])).max())
     if largest >= 1:
         raise ValueError(

@@ -98,7 +98,9 @@ def solve_ivp(
         dense_output: keep the steps, so that the solution can be evaluated at any time.
         events: one or several functions `event(t, y, *args)` -> one number, whose zeros are to be found. One
             with an attribute `terminal` = True (or a number of zeros) ends the solve; one with `direction`
-            above (below) 0 counts where it rises (falls) only.
+            above (below) 0 counts where it rises (falls) only. A zero at the start counts once, by the way
+            the event goes on; of booleans, a zero is where they flip. Pairs of zeros within an eighth of a
+            step can be missed: max_step bounds it.
         args: further arguments of func and the events.
         rtol: relative tolerance, as for `odeint` (scipy's defaults are looser).
         atol: absolute tolerance likewise.

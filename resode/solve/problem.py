@@ -221,7 +221,7 @@ def flat_tolerance(name: str, value: Any, y0: State) -> Tolerance | None:
             given = leaves_like(value, structure)
         except ValueError:
             raise ValueError(
-                f"{name} must have one entry a tensor of y0, which has {len(leaves)}, in its structure; "
+                f"{name} must have one entry a tensor of y0, in its structure, which has {len(leaves)}; "
                 f"it has {len(tree_leaves(value))}."
             ) from None
         real = leaves[0].dtype.to_real()

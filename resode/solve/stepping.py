@@ -87,7 +87,14 @@ class DenseOutput:
 
     def at(self, times: np.ndarray) -> list[Tensor]:
         """The states at times (T,), each of y's shape."""
-        return interpolate(self.tableau, self.f, self.steps, times, self.forward, self.per_sample)[0]
+        path = interpolate(self.tableau, self.f, self.steps, times, self.forward, self.per_sample)[0]
+        if self.per_sample:
+            return path
+        # At the end of a step the step's own state, to the bit.
+        ends = self.forward * np.array([step.end.item() for step in self.steps])
+        places = ends.searchsorted(self.forward * times).clip(max=len(ends) - 1)
+        on = ends[places] == self.forward * times
+        return [self.steps[i].x_end if met else y for i, met, y in zip(places, on, path, strict=True)]
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: all of it, where func can be."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -171,6 +172,16 @@ def stability_function(method: str | ButcherTableau, z: Tensor) -> Tensor:
         _horner(numerator, inner) / _horner(denominator, inner),
     )
     return _finite_or_inf(ratio, z)
+
+
+def amplification(method: str | ButcherTableau, z: np.ndarray) -> np.ndarray:
+    """|R(z)|, what a step multiplies a mode by, of an array z = step times eigenvalue.
+
+    Example:
+        >>> amplification("euler", np.array([-1.0, 0.5j, -3 + 1j])).tolist()
+        [0.0, 1.118033988749895, 2.23606797749979]
+    """
+    return stability_function(method, torch.as_tensor(np.asarray(z, dtype=np.complex128))).abs().numpy()
 
 
 def _horner(coefficients: Sequence[float], z: Tensor) -> Tensor:

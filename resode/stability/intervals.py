@@ -12,7 +12,7 @@ import numpy as np
 
 from resode.stability.function import stability_coefficients
 from resode.stability.polynomials import roots_lie_right
-from resode.stability.rays import RayPolynomials, complement
+from resode.stability.unstable_rays import RayPolynomials, complement
 from resode.tableaus import ButcherTableau, get_tableau
 
 Interval = tuple[float, float]

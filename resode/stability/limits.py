@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Any
 
@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from resode.stability.binding import binding
 from resode.stability.intervals import Interval, ray_polynomials
 from resode.stability.multistep import EXPLICIT_ADAMS, AdamsRays
-from resode.stability.pruning import binding
-from resode.stability.rays import Complexes, RayPolynomials, complement
+from resode.stability.unstable_rays import Complexes, RayPolynomials, complement
 from resode.tableaus import ButcherTableau, get_tableau
 
 _MANY = 4096  # eigenvalues beyond which those that cannot bind are sorted out first
@@ -42,12 +42,16 @@ class StepLimit:
         residual: ‖Jv − λv‖₂ of the limiting eigenvalue and its unit eigenvector v; None if not known.
         condition: condition number 1/|w*v| of the limiting eigenvalue, w and v its unit left and right
             eigenvectors: a change of J by ε moves it by up to condition·ε. None if not known.
-        converged: whether the eigenvalues it rests on were found to tolerance (always so for dense ones).
+        converged: whether `step` is exact to its error. Where not, it is an upper bound; or no bound at all,
+            the limit of the eigenvalues as they were computed, where `error` is inf: then rounding may have
+            moved them anywhere, as the condition number says, or none has been found yet.
         method: the method's name.
-        decaying_converged: whether `decaying_step` is known; where not, it is an upper bound.
-        error: relative error of `decaying_step`, as far as the eigenvalue's condition and residual tell;
-            None where all eigenvalues were computed. Else `growing` lists those modes that were found.
+        decaying_converged: the same of `decaying_step`.
+        error: relative error of `decaying_step`, as far as the eigenvalues' conditions and residuals tell;
+            None for eigenvalues that were given, which count as exact.
         logarithmic_norm: μ₂(J) = λ_max((J + J*)/2), the fastest growth of ‖x‖ at any moment; None as above.
+        complete: whether all eigenvalues were computed; else `growing` lists those modes that were found.
+        decaying_eigenvalue: the λ that sets `decaying_step`, in the way of `limiting_eigenvalue`.
     """
 
     step: Any
@@ -63,37 +67,17 @@ class StepLimit:
     logarithmic_norm: Any = None
     decaying_converged: Any = True
     error: Any = None
+    complete: Any = True
+    decaying_eigenvalue: Any = None
 
     def __str__(self) -> str:
-        steps = _plain(self.step)
+        steps = plain(self.step)
+        if steps.size == 1 and steps.ndim:
+            return str(self._only())
         if steps.ndim:
             return self._summary(steps)
-        lines = []
-        count = len(self.growing)
-        least = "" if self.error is None else "at least "
-        if math.isinf(self.step):
-            lines.append(f"{self.method}: stable at every step size.")
-        elif self.step > 0:
-            lines.append(
-                f"{self.method}: stable up to step {self.step:.6g}; "
-                f"λ = {_show(self.limiting_eigenvalue)} leaves the region first."
-            )
-        elif count:
-            lines.append(
-                f"{self.method}: no small step is stable: {least}{count} "
-                f"{'mode grows' if count == 1 else 'modes grow'} with the equation itself, "
-                f"fastest λ = {_show(self.limiting_eigenvalue)}."
-            )
-            if math.isfinite(self.decaying_step):
-                others = "it" if count == 1 else "them"
-                bound = "" if self.decaying_converged else "at most "
-                lines.append(f"  Without {others} the limit would be {bound}{self.decaying_step:.6g}.")
-        else:
-            lines.append(
-                f"{self.method}: no small step is stable, because λ = {_show(self.limiting_eigenvalue)} "
-                "lies on the imaginary axis, of which the method's region holds no segment at 0."
-            )
-        further = [pair for pair in self.intervals if pair[0] > 0]
+        lines = self._verdict()
+        further = [pair for pair in self.intervals if pair[0] > 0 and self.converged]
         if further:
             shown = ", ".join(f"[{a:.6g}, {b:.6g}]" for a, b in further[:4])
             lines.append(f"  Stable again for steps in {shown}{', …' if len(further) > 4 else ''}.")
@@ -108,34 +92,103 @@ class StepLimit:
                 "(contraction limit), because J is not normal "
                 f"(logarithmic norm {self.logarithmic_norm:.6g})."
             )
-        if not self.converged:
-            lines.append("  Not converged: an eigenvalue that limits the step further may be missing.")
         return "\n".join(lines)
 
-    def _summary(self, steps: np.ndarray) -> str:
-        decaying = _plain(self.decaying_step)
-        unstable = int((steps == 0).sum())
+    def _only(self) -> StepLimit:
+        """The one limit of a batch that holds one."""
+        intervals, growing = self.intervals, self.growing
+        for _ in plain(self.step).shape:
+            intervals, growing = intervals[0], growing[0]
+        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("intervals", "growing")}
+        values: dict[str, Any] = {
+            k: v if v is None or isinstance(v, str) else plain(v).item() for k, v in rest.items()
+        }
+        return StepLimit(intervals=intervals, growing=growing, **values)
+
+    def _verdict(self) -> list[str]:
+        """What the step limit is, or what is known of it; and how sure that is."""
+        limiting, count = f"λ = {_show(self.limiting_eigenvalue)}", len(self.growing)
+        unsure = self.error is not None and math.isinf(self.error)
+        if self.step == 0 and count:
+            least = "" if self.complete else "at least "
+            grow = "mode grows" if count == 1 else "modes grow"
+            lines = [
+                f"{self.method}: no small step is stable: {least}{count} {grow} with the equation itself, "
+                f"fastest {limiting}."
+            ]
+            if math.isfinite(self.decaying_step):
+                others = "it" if count == 1 else "them"
+                lines.append(f"  Without {others} the limit would be {self._figure(self.decaying_step)}.")
+            return lines
+        if self.converged and self.step == 0:
+            return [
+                f"{self.method}: no small step is stable, because {limiting} "
+                "lies on the imaginary axis, of which the method's region holds no segment at 0."
+            ]
+        if self.converged:
+            if math.isinf(self.step):
+                return [f"{self.method}: stable at every step size."]
+            return [f"{self.method}: stable up to step {self.step:.6g}; {limiting} leaves the region first."]
+        if not unsure:
+            return [
+                f"{self.method}: stable up to a step ≤ {self.step:.6g}, an upper bound from {limiting}: "
+                "not converged, an eigenvalue that limits the step further may be missing or within rounding."
+            ]
         lines = [
-            f"{self.method}, {steps.size} spectra: stable up to step {steps.min():.6g} in all of them, "
-            f"{np.median(steps):.6g} in half, {steps.max():.6g} at most."
+            f"{self.method}: the limit is not known; the eigenvalues as computed would allow "
+            f"{self.step:.6g}, which is no bound."
+        ]
+        if self.complete:
+            lines.append(
+                f"  They are ill-conditioned: rounding moves {limiting} by up to its condition number "
+                f"{self.condition:.3g} times that of J, and others likewise."
+            )
+        else:
+            lines.append("  Not converged: no eigenvalue has been found well enough.")
+        return lines
+
+    def _figure(self, value: float) -> str:
+        """The limit of the decaying modes: a figure, a bound, or neither."""
+        if self.decaying_converged:
+            return f"{value:.6g}"
+        if self.error is not None and math.isinf(self.error):
+            return f"about {value:.6g}, as the eigenvalues were computed (no bound: they are ill-conditioned)"
+        return f"≤ {value:.6g} (an upper bound)"
+
+    def _summary(self, steps: np.ndarray) -> str:
+        decaying, no = plain(self.decaying_step), np.zeros(steps.shape, dtype=bool)
+        none = no if self.error is None else np.isinf(plain(self.error))
+        exact, converged = plain(self.decaying_converged) | no, plain(self.converged) | no
+        unstable = int((steps == 0).sum())
+        sign, slow_sign = ("" if every.all() else "≤ " for every in (converged, exact))
+        lines = [
+            f"{self.method}, {steps.size} spectra: stable up to step {sign}{steps.min():.6g} in all of them, "
+            f"{sign}{np.median(steps):.6g} in half, {sign}{steps.max():.6g} at most."
         ]
         if unstable:
-            worst: Complexes = _plain(self.limiting_eigenvalue)[steps == 0]
+            worst: Complexes = plain(self.limiting_eigenvalue)[steps == 0]
             where = f"in {unstable}" if unstable < steps.size else "in any of them"
             reason = (
                 f"no small step is stable {where}, fastest λ = {_show(worst[worst.real.argmax()])}; "
-                f"without growing modes: {decaying.min():.6g} in all, {np.median(decaying):.6g} in half."
+                f"without growing modes: {slow_sign}{decaying.min():.6g} in all, "
+                f"{slow_sign}{np.median(decaying):.6g} in half."
             )
             if unstable < steps.size:
                 lines.append(f"  N{reason[1:]}")
             else:
                 lines = [f"{self.method}, {steps.size} spectra: {reason}"]
-        open_ended = int((~_plain(self.decaying_converged) & np.ones(steps.shape, dtype=bool)).sum())
-        if unstable and open_ended:
-            lines.append(f"  Without growing modes it is an upper bound in {open_ended}.")
-        missing = int((~_plain(self.converged)).sum())
-        if missing:
-            lines.append(f"  {missing} not converged.")
+        for what, some in (
+            ("I", ~converged & ~none),
+            ("Without growing modes i", converged & ~exact & ~none),
+        ):
+            if some.any() and (unstable or what == "I"):
+                lines.append(f"  {what}t is an upper bound in {int(some.sum())}: not converged.")
+        if none.any():
+            worst = np.where(none, plain(self.condition), 0.0).max()
+            lines.append(
+                f"  {int(none.sum())} where none is known: eigenvalues are ill-conditioned or were not found "
+                f"(condition {worst:.3g})."
+            )
         return "\n".join(lines)
 
 
@@ -191,7 +244,8 @@ def eigenvalue_step_limit(
     rays = AdamsRays(math.sqrt(allowed)) if adams else ray_polynomials(get_tableau(method), allowed)
     shape, n = values.shape[:-1], values.shape[-1]
     given: Complexes = values.reshape(-1, n)
-    tau = rounding_of_spectrum(values, eps) if tolerance is None else _plain(tolerance)
+    size = np.abs(values).max(axis=-1, keepdims=True)
+    tau = rounding(n, eps) * size if tolerance is None else plain(tolerance)
     if not (tau >= 0).all():
         raise ValueError(f"a tolerance must be at least 0, got {tolerance}.")
     tau = np.broadcast_to(tau, values.shape).reshape(given.shape)
@@ -203,34 +257,55 @@ def eigenvalue_step_limit(
         parts = [_exits_of_many(rays, *row) for row in zip(lam, growing, strict=True)]
         exits, intervals = np.stack([p[0] for p in parts]), [p[1] for p in parts]
     step = exits.min(axis=1)
+    slow = np.where(growing, np.inf, exits)
     # Of those that allow no step at all the worst: the fastest growth, else the fastest oscillation.
-    fastest = np.where(growing, given.real, -np.inf).argmax(axis=1)
+    axis = np.where(lam.real == 0, np.abs(lam), -1.0)
     fastest = np.where(
-        growing.any(axis=1), fastest, np.where(lam.real == 0, np.abs(lam), -1.0).argmax(axis=1)
+        growing.any(axis=1), np.where(growing, given.real, -np.inf).argmax(axis=1), axis.argmax(axis=1)
     )
-    first = np.where(step == 0, fastest, exits.argmin(axis=1))
-    limiting = lam[np.arange(len(given)), first]
-    paired = (np.abs(given - limiting.conj()[:, None]) <= tau).any(axis=1)
-    limiting = np.where(paired & (limiting.imag < 0), limiting.conj(), limiting)
+    lines = np.arange(len(given))
+    chosen = {
+        "limiting_eigenvalue": (step, np.where(step == 0, fastest, exits.argmin(axis=1))),
+        "decaying_eigenvalue": (
+            slow.min(axis=1),
+            np.where(slow.min(axis=1) == 0, axis.argmax(axis=1), slow.argmin(axis=1)),
+        ),
+    }
+    shown = {
+        name: like(
+            eigenvalues, np.where(np.isinf(least), np.nan, upper_of_pairs(lam[lines, i], given, tau)), shape
+        )
+        for name, (least, i) in chosen.items()
+    }
     fast_first = [row[mask][np.argsort(-row[mask].real)] for row, mask in zip(given, growing, strict=True)]
     return StepLimit(
         step=like(eigenvalues, step, shape),
-        limiting_eigenvalue=like(eigenvalues, np.where(np.isinf(step), np.nan, limiting), shape),
         intervals=nested(intervals, shape),
         growing=nested([like(eigenvalues, row, row.shape) for row in fast_first], shape),
-        decaying_step=like(eigenvalues, np.where(growing, np.inf, exits).min(axis=1), shape),
+        decaying_step=like(eigenvalues, slow.min(axis=1), shape),
         converged=like(eigenvalues, np.ones(len(given), dtype=bool), shape),
         decaying_converged=like(eigenvalues, np.ones(len(given), dtype=bool), shape),
         method=EXPLICIT_ADAMS if adams else get_tableau(method).name,
+        **shown,
     )
 
 
-def rounding_of_spectrum(values: Complexes, eps: float) -> np.ndarray:
-    """τ = 8·√n·ε·max|λ| of spectra (…, n), shape (…, 1)."""
-    return 8 * math.sqrt(values.shape[-1]) * eps * np.abs(values).max(axis=-1, keepdims=True)
+def upper_of_pairs(chosen: Complexes, values: Complexes, tau: np.ndarray) -> Complexes:
+    """One eigenvalue (B,) of each spectrum (B, n): of a conjugate pair the one above the real axis."""
+    paired = (np.abs(values - chosen.conj()[:, None]) <= tau).any(axis=1)
+    return np.where(paired & (chosen.imag < 0), chosen.conj(), chosen)
 
 
-def as_counted(values: Complexes, tau: np.ndarray) -> Complexes:
+def rounding(n: int, eps: float) -> float:
+    """τ/‖J‖ = 8√n·ε: the share of ‖J‖ up to which eigenvalues count as 0, for n rows in a dtype of spacing ε.
+
+    A few times what a backward stable routine leaves in n eigenvalues. Where only eigenvalues are known, the
+    largest of them stands for ‖J‖.
+    """
+    return 8 * math.sqrt(n) * eps
+
+
+def as_counted(values: Complexes, tau: np.ndarray | float) -> Complexes:
     """Eigenvalues with |λ| ≤ τ set to 0 and those with |Re λ| ≤ τ moved onto the imaginary axis."""
     counted = values.copy()
     counted.real[np.abs(values.real) <= tau] = 0
@@ -248,6 +323,13 @@ def _exits(rays: RayPolynomials | AdamsRays, lam: np.ndarray) -> tuple[np.ndarra
         unstable[nonzero[i * _CHUNK : (i + 1) * _CHUNK], : part.shape[1]] = part
     unstable = unstable.reshape(*lam.shape, -1, 2)
     return unstable[..., 0, 0], [complement(row) for row in unstable]
+
+
+def first_exits(rays: RayPolynomials, lam: Complexes) -> np.ndarray:
+    """First exit of each eigenvalue, any shape, as it was counted: inf where it never leaves."""
+    upper, place = np.unique(lam.real + 1j * np.abs(lam.imag), return_inverse=True)
+    exits = _exits(rays, upper[None])[0][0] if lam.size else np.zeros(0)
+    return exits[place].reshape(lam.shape)
 
 
 def _exits_of_many(
@@ -282,7 +364,8 @@ def allowed_growth(growth: tuple[int, float] | None) -> Fraction:
     return 1 + Fraction(math.expm1(2 * math.log1p(tol) / steps))
 
 
-def _plain(values: Any) -> np.ndarray:
+def plain(values: Any) -> np.ndarray:
+    """A tensor, array or number as an array."""
     if isinstance(values, Tensor):
         values = values.detach().cpu().resolve_conj().resolve_neg().numpy()
     return np.asarray(values)
@@ -294,7 +377,7 @@ def checked_spectrum(eigenvalues: Any) -> tuple[Complexes, float]:
         floating = eigenvalues.is_floating_point() or eigenvalues.is_complex()
         eps = torch.finfo(eigenvalues.dtype).eps if floating else _EPS
         wide = torch.complex128 if eigenvalues.is_complex() else torch.float64
-        values = _plain(eigenvalues.to(wide))
+        values = plain(eigenvalues.to(wide))
         numeric = eigenvalues.dtype != torch.bool
     else:
         values = np.asarray(eigenvalues)

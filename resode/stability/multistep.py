@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from resode.stability.rays import Complexes, Floats
+from resode.stability.unstable_rays import Complexes, Floats
 
 EXPLICIT_ADAMS = "explicit_adams"
 ORDER = 4

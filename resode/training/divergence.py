@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from resode.analysis.depth.depth_step import depth_step
 from resode.analysis.diagnose.diagnose import diagnose, too_fast
 from resode.analysis.diagnose.findings import Finding
 
@@ -56,7 +58,17 @@ def why_diverged(
     first = next((f for cause in BLAMED for f in found.findings if f.cause == cause), None)
     if first is None and found.training is not None and found.training.ratio > 1:
         return too_fast(found.training)
-    return first
+    return _with_depth_step(first, network, x) if first is not None and first.cause == "explosion" else first
+
+
+def _with_depth_step(f: Finding, network: nn.Module, x: Tensor) -> Finding:
+    """An explosion's advice with the factor on every branch at which the depth's gain is 10."""
+    try:
+        eta = depth_step(network, x[:2])
+    except (ValueError, RuntimeError, ArithmeticError):  # no residual blocks, or no second derivative
+        return f
+    said = f"{f.advice} With every branch times {eta:.2g} the depth's gain is 10 (resode.depth_step)."
+    return replace(f, advice=said, evidence=f.evidence | {"depth_step": eta})
 
 
 @torch.no_grad()

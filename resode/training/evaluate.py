@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from resode import networks
 from resode.blocks import ODEBlock, ResidualStack
+from resode.blocks.solving import set_solver, solving_modules
 from resode.checks import check_whole, one_of
 from resode.modes import evaluating
 from resode.training.data import Batches, ImageData, load_data
@@ -251,11 +251,6 @@ def score(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Score
     )
 
 
-def solving_modules(network: nn.Module) -> list[ResidualStack | ODEBlock]:
-    """The blocks of a network that a solver advances, in the network's order."""
-    return [module for module in network.modules() if isinstance(module, ResidualStack | ODEBlock)]
-
-
 def evaluations_of_last_call(solving: Iterable[ResidualStack | ODEBlock]) -> float | Tensor:
     """Calls of F in the last forward pass, as a number; a 0-D tensor on the device where samples differ."""
     total: float | Tensor = 0
@@ -269,43 +264,6 @@ def evaluations_of_last_call(solving: Iterable[ResidualStack | ODEBlock]) -> flo
 def recomputations_of_last_call(solving: Iterable[ResidualStack | ODEBlock]) -> int:
     """Calls of F on the way back from the last forward pass; none where the activations were kept."""
     return sum(module.stats.nfe_backward for module in solving if module.stats is not None)
-
-
-def set_solver(network: nn.Module, solver: str | None = None, substeps: int | None = None) -> None:
-    """Let other solvers advance a network's blocks, with the same weights.
-
-    Args:
-        network: with at least one `ResidualStack`.
-        solver: a method's name; None leaves it.
-        substeps: solver steps a block; None leaves them.
-
-    Raises:
-        ValueError: no such method, substeps below 1, or no block that a solver advances.
-    """
-    stacks = [module for module in network.modules() if isinstance(module, ResidualStack)]
-    if not stacks:
-        raise ValueError(
-            "only the blocks of a ResidualStack can change their solver, and this network has none. "
-            "Take an ODE-ResNet, such as odenet20."
-        )
-    for stack in stacks:
-        if solver is not None:
-            stack.solver = solver
-        if substeps is not None:
-            stack.substeps = substeps
-
-
-@contextmanager
-def other_solver(network: nn.Module, solver: str | None, substeps: int | None) -> Iterator[None]:
-    """Lets another solver advance a network's blocks for a while; see `set_solver`."""
-    stacks = [module for module in network.modules() if isinstance(module, ResidualStack)]
-    before = [(stack.solver, stack.substeps) for stack in stacks]
-    try:
-        set_solver(network, solver, substeps)
-        yield
-    finally:
-        for stack, (own, steps) in zip(stacks, before, strict=True):
-            stack.solver, stack.substeps = own, steps
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -22,16 +22,15 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from resode.analysis.swap.proof import SwapProof
+from resode.blocks.solving import other_solver, solving_modules
 from resode.blocks.statistics import measure_statistics
 from resode.solve import SolverError
 from resode.training.data import Batches
 from resode.training.divergence import why_diverged
 from resode.training.evaluate import (
     evaluations_of_last_call,
-    other_solver,
     recomputations_of_last_call,
     score,
-    solving_modules,
 )
 from resode.training.files import RunError, pack
 from resode.training.folder import FORMAT, Checkpoint, RunFolder

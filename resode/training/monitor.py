@@ -10,11 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from resode.analysis.steps.block_limits import BlockLimit, block_limit
 from resode.analysis.steps.blocks import block_groups
-from resode.analysis.steps.matrix_free import outer_spectra
-from resode.analysis.steps.outlook import amplification
 from resode.checks import check_number, check_whole
 from resode.jacobian.linearize import check_field
+from resode.jacobian.spectrum import SpectrumOptions, spectrum
 from resode.modes import evaluating
 from resode.tableaus import METHODS, get_tableau
 from resode.tables import read_records, records_text
@@ -46,6 +46,7 @@ class GroupRecord:
         growing: the most growing modes that were found in a block.
         decaying_step: the least limit over the other modes of a block, as far as they were found.
         amplification: the largest |R(hλ)| of a block, growing modes included: at most 1 inside the region.
+        exact: whether `decaying_step` is exact; else it is what the eigenvalues that were found allow.
     """
 
     update: int
@@ -55,6 +56,7 @@ class GroupRecord:
     growing: int
     decaying_step: float
     amplification: float
+    exact: bool = False
 
 
 class StepLimits:
@@ -170,35 +172,31 @@ class StepLimits:
         if self.images is None:
             raise ValueError("there are no images to watch: pass images= to StepLimits.")
         begun = time.perf_counter()
+        options = SpectrumOptions(budget=self.vectors, search=True, check=False)
         devices = [self.images.device] if self.images.device.type == "cuda" else []
         with torch.random.fork_rng(devices), evaluating(network):
             for group in block_groups(network, self.images[: self.samples]):
                 solvers = self.solvers or [group.solver]
-                tableaus = [get_tableau(solver) for solver in solvers]
-                found: list[list[tuple[int, float, float]]] = [[] for _ in solvers]
-                for field, x, step in zip(group.fields, group.states, group.steps, strict=True):
+                found: list[list[BlockLimit]] = [[] for _ in solvers]
+                for block, (field, x, step) in enumerate(
+                    zip(group.fields, group.states, group.steps, strict=True)
+                ):
                     if not self.records:
                         check_field(field, x)
-                    spectra = outer_spectra(field, x, tableaus, budget=self.vectors, verify=False, warn=False)
-                    for number, tableau in enumerate(tableaus):
-                        some = [s.outlooks[number] for s in spectra]
-                        largest = max(
-                            float(amplification(step * s.ritz.values, tableau).max(initial=0.0))
-                            for s in spectra
-                        )
-                        growing = max(len(o.modes) for o in some)
-                        found[number].append((growing, min(o.estimate for o in some), largest))
-                for solver, blocks in zip(solvers, found, strict=True):
-                    growing, limits, sizes = zip(*blocks, strict=True)
+                    some = spectrum(field, x, options, solvers)
+                    for number, solver in enumerate(solvers):
+                        found[number].append(block_limit(some, solver, step, block))
+                for solver, rows in zip(solvers, found, strict=True):
                     self.records.append(
                         GroupRecord(
                             update,
                             group.name,
                             solver,
                             max(group.steps),
-                            max(growing),
-                            min(limits),
-                            max(sizes),
+                            max(row.growing for row in rows),
+                            min(row.decaying_step for row in rows),
+                            max(row.amplification for row in rows),
+                            all(row.exact for row in rows),
                         )
                     )
         self.costs.append(time.perf_counter() - begun)

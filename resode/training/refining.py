@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from resode.blocks import ResidualStack
+from resode.blocks.solving import stacks_of
 
 _REFUSED = (
     "only the blocks of a ResidualStack can be refined, and this network has none. "
@@ -23,7 +24,7 @@ def refinable(network: nn.Module) -> list[ResidualStack]:
     """
     if isinstance(network, ResidualStack):
         raise ValueError("a stack is refined within a network, and this one is all of it: wrap it.")
-    stacks = [module for module in network.modules() if isinstance(module, ResidualStack)]
+    stacks = stacks_of(network)
     if not stacks:
         raise ValueError(_REFUSED)
     return stacks

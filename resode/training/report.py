@@ -19,6 +19,7 @@ from resode.analysis.diagnose.diagnose import diagnose
 from resode.analysis.steps.block_limits import block_limits
 from resode.analysis.swap.report import SwapReport, swap_report
 from resode.blocks import ResidualStack
+from resode.blocks.solving import stacks_of
 from resode.blocks.statistics import tracked_norms
 from resode.checks import check_whole
 from resode.tableaus import METHODS
@@ -80,7 +81,7 @@ def write_report(
     images = images_of(run, data, data_dir)
     x, target = next(iter(plain_batches(images, limit=samples)))
     summary, config = folder.read_summary() or {}, folder.read_config()
-    stacks = [m for m in network.modules() if isinstance(m, ResidualStack)]
+    stacks = stacks_of(network)
     parts = [_diagnosis(network, images), _facts(summary, stacks), _curves(folder)]
     if stacks:
         normed = bool(tracked_norms(network))

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from resode.blocks.solving import other_solver, solving_modules
 from resode.modes import evaluating
 from resode.solve import SolverError
 from resode.tableaus import get_tableau
 from resode.training.data import Batches, ImageData, load_data
-from resode.training.evaluate import EVALUATION_BATCH, evaluate, load, other_solver, solving_modules
+from resode.training.evaluate import EVALUATION_BATCH, evaluate, load
 from resode.training.files import RunError, replacing
 from resode.training.folder import RunFolder
 from resode.training.memory import forget_peak, peak_memory

@@ -13,7 +13,7 @@ from torch import Tensor
 from resode.analysis.depth.alignment import cosine
 from resode.analysis.depth.losses import LossFunction, sample_losses
 from resode.blocks import ResidualStack
-from resode.jacobian.products import Products
+from resode.jacobian.products import JacobianProducts
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +93,7 @@ def gradient_conflict(
     cosines, quotients, slopes = [], [], []
     for i, (before, after) in enumerate(pairwise(gradients)):
         v = after.reshape(batch, -1)
-        pulled = Products(stack.field(i), states[i].detach()).transposed(v)
+        pulled = JacobianProducts(stack.field(i), states[i].detach()).vjp(v)
         cosines.append(cosine(before, after, batch))
         quotients.append((pulled * v).sum(1) / v.square().sum(1))
         slopes.append((after * increments[i].detach()).sum())

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resode.analysis.depth.gradients import rows
 from resode.analysis.depth.losses import LossFunction, sample_losses
+from resode.jacobian.products import rows
 
 
 def cosine(a: Tensor, b: Tensor, batch: int) -> Tensor:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from resode.analysis.depth.gradients import EdgeProducts
 from resode.analysis.depth.lesion import branch_factors, scaling
 from resode.analysis.depth.losses import batch_of
 from resode.analysis.depth.sums import ScaledBranches
 from resode.analysis.depth.tracing import Addition, call, trace
 from resode.blocks import ResidualStack
-from resode.jacobian.arnoldi import random_start, singular_values
+from resode.jacobian.lanczos import random_start, singular_values
 from resode.jacobian.places import Place
+from resode.jacobian.products import JacobianProducts
 from resode.modes import evaluating
 
 _CHANGE = 0.25  # of log σ between two steps tried: what is narrower than that is not looked for
@@ -158,7 +158,7 @@ def _log_gain(start: Tensor, end: Tensor, batch: int) -> float:
     if not end.requires_grad:
         return -math.inf
     places = [Place((GradientEdge(t.grad_fn, t.output_nr),), (t.shape,)) for t in (end, start)]  # type: ignore[arg-type]
-    products = EdgeProducts(places[0], places[1], end, start, batch)
+    products = JacobianProducts.between(places[0], places[1], end, start, batch)
     first = random_start(batch, start.numel() // batch, start)
     for steps in (20, 80):
         values, residuals = singular_values(products.jvp, products.vjp, first, steps)

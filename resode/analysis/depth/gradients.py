@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,23 +18,10 @@ from resode.analysis.depth.losses import LossFunction, sample_losses
 from resode.analysis.depth.tracing import Addition
 from resode.blocks import ResidualStack
 from resode.blocks.frozen import FrozenStatistics, moving_norms
-from resode.jacobian.arnoldi import random_start, ritz_values, singular_values
-from resode.jacobian.field_products import Field, Products
-from resode.jacobian.linearize import check_field
-from resode.jacobian.places import Place, pulled_back
-
-
-def rows(t: Tensor, batch: int) -> Tensor:
-    """A tensor as one row a sample, shape (batch, n); a single row where no dimension is the batch.
-
-    Example:
-        >>> rows(torch.zeros(4, 2, 3), 2).shape
-        torch.Size([2, 12])
-    """
-    for dim in range(min(2, t.ndim)):
-        if t.shape[dim] == batch:
-            return t.movedim(dim, 0).reshape(batch, -1)
-    return t.reshape(1, -1)
+from resode.jacobian.krylov import KrylovSchur
+from resode.jacobian.lanczos import random_start, singular_values
+from resode.jacobian.linearize import Field, check_field
+from resode.jacobian.products import Combination, JacobianProducts, rows
 
 
 def loss_gradient_norms(
@@ -99,60 +87,21 @@ def _keeping(kept: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]
     return hook
 
 
-class EdgeProducts:
-    """J v and Jᵀu between two places of an autograd graph that is kept, for every sample.
-
-    Args:
-        at_y: where J leads to.
-        at_x: where it comes from.
-        y: a tensor of y's shape.
-        x: a tensor of x's shape.
-        batch: samples.
-        factor: what J is multiplied by.
-    """
-
-    def __init__(
-        self, at_y: Place, at_x: Place, y: Tensor, x: Tensor, batch: int, factor: float = 1.0
-    ) -> None:
-        self.at_y, self.at_x, self.factor = at_y, at_x, factor
-        self.y, self.x, self.batch = y, x, batch
-        self._forward: tuple[Tensor, Tensor] | None = None
-
-    def vjp_like(self, u: Tensor) -> Tensor:
-        """Jᵀu for u of y's shape, of x's shape."""
-        if self.at_y == self.at_x:
-            return self.factor * u
-        return self.factor * pulled_back(self.at_y, self.at_x, u)
-
-    def vjp(self, u: Tensor) -> Tensor:
-        """Jᵀu for u (batch, m), shape (batch, n)."""
-        return rows(self.vjp_like(self._back(u, self.y)), self.batch)
-
-    def jvp(self, v: Tensor) -> Tensor:
-        """J v for v (batch, n), shape (batch, m)."""
-        if self.at_y == self.at_x:
-            return self.factor * v
-        if self._forward is None:
-            with torch.enable_grad():
-                u = torch.zeros_like(self.y).requires_grad_()
-                self._forward = u, pulled_back(self.at_y, self.at_x, u, create_graph=True)
-        u, h = self._forward
-        if not h.requires_grad:
-            return rows(torch.zeros_like(self.y), self.batch)
-        (product,) = torch.autograd.grad(h, u, self._back(v, self.x), retain_graph=True, allow_unused=True)
-        return rows(torch.zeros_like(self.y) if product is None else self.factor * product, self.batch)
-
-    def _back(self, flat: Tensor, like: Tensor) -> Tensor:
-        """Rows (batch, n) in the shape of a tensor."""
-        for dim in range(min(2, like.ndim)):
-            if like.shape[dim] == self.batch:
-                return flat.reshape(like.movedim(dim, 0).shape).movedim(0, dim)
-        return flat.reshape(like.shape)
-
-
-def block_products(a: Addition, batch: int) -> EdgeProducts:
+def block_products(a: Addition, batch: int) -> JacobianProducts:
     """Products with the block's Jacobian S' + ηJ."""
-    return EdgeProducts(a.at_y, a.at_x, a.y, a.x, batch)
+    return JacobianProducts.between(a.at_y, a.at_x, a.y, a.x, batch)
+
+
+def shortcut_products(a: Addition, batch: int) -> JacobianProducts:
+    """Products with the shortcut's Jacobian S'."""
+    return JacobianProducts.between(a.at_shortcut, a.at_x, a.shortcut, a.x, batch)
+
+
+def increment_products(a: Addition, batch: int) -> JacobianProducts | Combination:
+    """Products with ηJ, the Jacobian of a block's increment, also where it has no edge of its own."""
+    if a.at_field is not None and a.increment.shape == a.y.shape:
+        return JacobianProducts.between(a.at_field, a.at_x, a.increment, a.x, batch, a.factor)
+    return Combination((1.0, block_products(a, batch)), (-1.0, shortcut_products(a, batch)))
 
 
 def split_gradient(a: Addition, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,11 +111,11 @@ def split_gradient(a: Addition, g: Tensor) -> tuple[Tensor, Tensor]:
         a: a residual addition of `resode.analysis.depth.tracing.trace`, its graph kept.
         g: the gradient at y, of y's shape.
     """
-    identity = EdgeProducts(a.at_shortcut, a.at_x, a.shortcut, a.x, 1).vjp_like(_sum_to(g, a.shortcut))
+    identity = shortcut_products(a, 1).pulled_back(_sum_to(g, a.shortcut))
     if a.at_field is not None:
-        field = EdgeProducts(a.at_field, a.at_x, a.increment, a.x, 1, a.factor)
-        return identity, field.vjp_like(_sum_to(g, a.increment))
-    return identity, block_products(a, 1).vjp_like(g) - identity
+        field = JacobianProducts.between(a.at_field, a.at_x, a.increment, a.x, 1, a.factor)
+        return identity, field.pulled_back(_sum_to(g, a.increment))
+    return identity, block_products(a, 1).pulled_back(g) - identity
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,29 +239,6 @@ def _sum_to(g: Tensor, addend: Tensor) -> Tensor:
     return g if g.shape == addend.shape else g.sum_to_size(addend.shape)
 
 
-class FieldProducts:
-    """Products with ηJ, the Jacobian of a block's increment, also where it has no edge of its own."""
-
-    def __init__(self, a: Addition, batch: int) -> None:
-        self.block = block_products(a, batch)
-        self.shortcut = EdgeProducts(a.at_shortcut, a.at_x, a.shortcut, a.x, batch)
-        self.field = None
-        if a.at_field is not None and a.increment.shape == a.y.shape:
-            self.field = EdgeProducts(a.at_field, a.at_x, a.increment, a.x, batch, a.factor)
-
-    def vjp(self, u: Tensor) -> Tensor:
-        """ηJᵀu for u (batch, m)."""
-        if self.field is not None:
-            return self.field.vjp(u)
-        return self.block.vjp(u) - self.shortcut.vjp(u)
-
-    def jvp(self, v: Tensor) -> Tensor:
-        """ηJ v for v (batch, n)."""
-        if self.field is not None:
-            return self.field.jvp(v)
-        return self.block.jvp(v) - self.shortcut.jvp(v)
-
-
 @dataclass(frozen=True, eq=False)
 class ProductNorm:
     r"""The gradient's gain through a whole stack, against what single blocks tell.
@@ -379,11 +305,11 @@ def product_norm(
     if not len(fields):
         raise ValueError("fields must hold at least one block.")
     batch, n = len(x), x[0].numel()
-    products: list[Products] = []
+    products: list[JacobianProducts] = []
     state = x.detach()
     for f, eta in zip(fields, etas, strict=True):
         check_field(f, state)
-        products.append(Products(f, state))
+        products.append(JacobianProducts(f, state))
         state = (state + eta * products[-1].value.reshape(state.shape)).detach()
 
     def through(v: Tensor, shortcut: float, *, transposed: bool) -> Tensor:
@@ -399,7 +325,9 @@ def product_norm(
     for p, eta in zip(products, etas, strict=True):
         own, _ = _singular(lambda v, t, p=p, eta=eta: eta * (p.vjp(v) if t else p.jvp(v)), start, steps)
         norms.append(own[:, 0])
-        radii.append(abs(eta) * ritz_values(p.vjp, start, steps)[0].abs().nan_to_num().amax(1))
+        space = KrylovSchur(p.vjp, start, min(steps, n))
+        space.grow(space.size)
+        radii.append([abs(eta) * np.abs(space.ritz(row).values).max() for row in range(batch)])
     sizes = torch.stack(norms, 1)
     return ProductNorm(
         norm=sigma[:, 0],
@@ -410,7 +338,7 @@ def product_norm(
         plain=plain[:, 0],
         plain_bound=sizes.prod(1),
         block_norms=sizes,
-        radii=torch.stack(radii, 1),
+        radii=torch.as_tensor(np.array(radii).T).to(x),
         residual=left[:, 0] / sigma[:, 0].clamp_min(torch.finfo(x.dtype).tiny),
     )
 

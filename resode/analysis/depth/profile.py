@@ -17,7 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from resode.analysis.depth.alignment import boosting, class_means, cosine, error_correction
 from resode.analysis.depth.block_spectrum import BlockSpectrum, block_spectrum
-from resode.analysis.depth.gradients import EdgeProducts, rows, split_gradient
+from resode.analysis.depth.gradients import split_gradient
 from resode.analysis.depth.lesion import run_edited
 from resode.analysis.depth.losses import (
     LossFunction,
@@ -31,7 +31,9 @@ from resode.analysis.depth.losses import (
 from resode.analysis.depth.tracing import Addition, Trace, call, trace
 from resode.analysis.depth.watching import tensors_in
 from resode.checks import check_whole
-from resode.jacobian.arnoldi import random_start, singular_values
+from resode.jacobian.lanczos import random_start, singular_values
+from resode.jacobian.products import JacobianProducts, rows
+from resode.jacobian.spectrum import SpectrumOptions, formed
 from resode.tableaus import ButcherTableau, get_tableau
 from resode.tables import csv_text, plain_table, short
 
@@ -78,7 +80,8 @@ class DepthRow:
         sigma_min: smallest singular value of the block's Jacobian S' + ηJ in any sample.
         sigma_max: the largest.
         epsilon: ‖ηJ‖₂; every singular value lies in [1 − ε, 1 + ε] where S is the identity.
-        converged: whether the outermost eigenvalues and singular values have settled to 1e-2.
+        converged: whether both limits are exact, and singular values known to 1e-2.
+        exact: whether `decaying_step` is exact; else it is an upper bound, or `note` says that none is known.
         loss_change: the mean loss without this block (y = S(x)) less that of the network.
         output_change: ‖z' − z‖ / ‖z‖ of the outputs without this block, over all samples.
         note: what could not be measured.
@@ -114,9 +117,17 @@ class DepthRow:
     sigma_max: float = NAN
     epsilon: float = NAN
     converged: bool = True
+    exact: bool = True
     loss_change: float = NAN
     output_change: float = NAN
     note: str = ""
+
+    @property
+    def decaying(self) -> str:
+        """`decaying_step` as it is printed: a figure, or a bound with its sign."""
+        return ("" if self.exact or self.decaying_step != self.decaying_step else "≤ ") + short(
+            self.decaying_step
+        )
 
 
 @dataclass(frozen=True)
@@ -190,14 +201,15 @@ class DepthProfile:
         for r in self.rows:
             effect = r.loss_change if self.has_target else r.output_change
             numbers = (r.step_size, r.state_norm, r.ratio, r.inactive, r.gradient, r.gradient_cosine)
-            more = (complex(r.rightmost).real, r.step_limit, r.decaying_step, r.growth)
-            last = (r.sigma_min, r.sigma_max, effect)
-            table.append([r.name, r.kind, *(short(v) for v in (*numbers, *more, *last))])
+            limits = (("" if r.converged or r.step_limit == 0 else "≤ ") + short(r.step_limit), r.decaying)
+            last = (r.growth, r.sigma_min, r.sigma_max, effect)
+            cells = [*map(short, numbers), short(complex(r.rightmost).real), *limits, *map(short, last)]
+            table.append([r.name, r.kind, *cells])
         lines = plain_table(columns, table, words=2)
         solvers = ", ".join(dict.fromkeys(r.solver for r in self.rows if r.solver)) or "no solver"
         lines.append(f"{len(self.rows)} residual additions, {self.samples} samples, limits for {solvers}")
         for s in self.groups:
-            gain = f"‖∏(I+ηJ)‖ = {s.norm:.4g}"
+            gain = f"‖∏(I+ηJ)‖ = {s.norm:.4g}" if s.norm == s.norm else "‖∏(I+ηJ)‖ not measured,"
             bound = f"≤ ∏(1+ε) = {s.upper:.4g}" if s.exact else "(activations between)"
             lines.append(f"{s.first} … {s.last}: {gain} {bound}; without shortcuts ≤ {s.plain:.3g}")
         lines += [f"{r.name}: {_beside(r.split_error)}" for r in self.rows if r.split_error > _SPLIT]
@@ -312,7 +324,7 @@ def profile_depth(
     found = []
     for i, measures in enumerate(merged.rows):
         spectrum = spectra_found[i].values if spectra_found else {}
-        notes = [spectra_found[i].note] if spectra_found and spectra_found[i].note else []
+        notes = spectra_found[i].notes if spectra_found else []
         found.append(DepthRow(**{**measures, **spectrum}, note="; ".join(notes)))
     samples, has_target = sum(p.samples for p in pieces), wanted is not None
     return DepthProfile(
@@ -579,15 +591,16 @@ def _joined(a: Addition, b: Addition) -> bool:
 
 def _gain(run: list[Addition], spectra: list[BlockSpectrum], batch: int) -> GroupGradient:
     first, last = run[0], run[-1]
-    products = EdgeProducts(last.at_y, first.at_x, last.y, first.x, batch)
+    products = JacobianProducts.between(last.at_y, first.at_x, last.y, first.x, batch)
     flat = rows(first.x, batch)
     start = random_start(len(flat), flat.shape[1], first.x)
     sizes = [float(s.values.get("epsilon", NAN)) for s in spectra]
     try:
         sigma, _ = singular_values(products.jvp, products.vjp, start, 40)
-        norm, smallest = float(sigma[:, 0].max()), float(sigma[:, -1].min())
-    except RuntimeError:
-        norm = smallest = NAN  # an operation without a second derivative
+    except RuntimeError:  # an operation without a second derivative: Jᵀ alone, where J can be formed
+        small = flat.shape[1] <= SpectrumOptions.dense_up_to
+        sigma = torch.linalg.svdvals(formed(products, flat)) if small else torch.full((1, 1), NAN)
+    norm, smallest = float(sigma[:, 0].max()), float(sigma[:, -1].min())
     exact = all(b.at_x == a.at_y for a, b in itertools.pairwise(run))
     return GroupGradient(
         first=first.name,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from resode.analysis.depth.losses import batch_of, part, prediction
 from resode.analysis.depth.tracing import call
 from resode.blocks import ResidualStack
+from resode.blocks.solving import other_solver
 from resode.modes import evaluating
 from resode.tableaus import METHODS, get_tableau
 
@@ -85,7 +86,7 @@ def forecast(model: nn.Module, x: Any, solver: str, substeps: int = 1) -> Foreca
         with _paths(stacks, paths):
             before = prediction(call(model, some)).double()
         worst, defect = "", 0.0
-        with swapped(model, solver, substeps):
+        with other_solver(model, solver, 1 if METHODS[solver].adaptive else substeps):
             after = prediction(call(model, some)).double()
             for block, differs in _defects(stacks, paths):
                 if differs > defect or not math.isfinite(differs):
@@ -116,21 +117,6 @@ def verdict(drift: float) -> str:
 
 def _block(name: str, stack: ResidualStack, index: int) -> str:
     return name if stack.shared else f"{name}.fields.{index}".removeprefix(".")
-
-
-@contextmanager
-def swapped(model: nn.Module, solver: str, substeps: int) -> Iterator[None]:
-    """The model's stacks under another solver; theirs is put back."""
-    stacks = [m for m in model.modules() if isinstance(m, ResidualStack)]
-    before = [(m.solver, m.substeps, m.stats, m.evaluations) for m in stacks]
-    try:
-        for m in stacks:
-            m.solver, m.substeps = solver, 1 if METHODS[solver].adaptive else substeps
-        yield
-    finally:
-        for m, (name, n, stats, evaluations) in zip(stacks, before, strict=True):
-            m.solver, m.substeps = name, n
-            m.stats, m.evaluations = stats, evaluations
 
 
 @contextmanager

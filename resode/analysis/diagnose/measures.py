@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from resode.analysis.depth.gradients import EdgeProducts, rows, split_gradient
+from resode.analysis.depth.gradients import split_gradient
 from resode.analysis.depth.losses import LossFunction, batch_of, part, parts, prediction, sample_losses
 from resode.analysis.depth.tracing import Addition, Trace, call, tensors_in, trace
 from resode.blocks import ODEBlock, ResidualStack
 from resode.jacobian.places import Place
+from resode.jacobian.products import JacobianProducts, rows
 from resode.solve import SolverError
 from resode.tableaus import METHODS
 
@@ -522,12 +523,12 @@ def _random(like: Tensor, generator: torch.Generator) -> Tensor:
 
 def _probe(a: Addition, b: BlockMeasures, batch: int, generator: torch.Generator) -> None:
     """The gains of a block and its largest singular value, from below."""
-    products = EdgeProducts(a.at_y, a.at_x, a.y, a.x, batch)
+    products = JacobianProducts.between(a.at_y, a.at_x, a.y, a.x, batch)
     gains, branches = [], []
     u = torch.zeros_like(a.y)
     for _ in range(_PROBES):
         u = _random(a.y, generator)
-        w = products.vjp_like(u)
+        w = products.pulled_back(u)
         gains.append(_quotient(w, u))
         rest = w - b.shortcut * u if math.isfinite(b.shortcut) else split_gradient(a, u)[1]
         branches.append(_quotient(rest, u))
@@ -539,7 +540,7 @@ def _rms(values: Sequence[float]) -> float:
     return math.sqrt(sum(v * v for v in values) / len(values))
 
 
-def largest_singular_value(products: EdgeProducts, u: Tensor, batch: int, rounds: int) -> float:
+def largest_singular_value(products: JacobianProducts, u: Tensor, batch: int, rounds: int) -> float:
     """σ_max of the worst sample from below, by power iteration on JJᵀ from u of y's shape."""
     row = rows(u, batch)
     sigma = torch.zeros(len(row), dtype=row.dtype, device=row.device)
@@ -561,7 +562,7 @@ def _measure_whole(found: Measures, traced: Trace, generator: torch.Generator) -
     u = _random(last.y, generator)
     [back] = _gradients_at(last.at_y, [first.at_x], u)
     found.whole_gain = _quotient(back, u)
-    products = EdgeProducts(last.at_y, first.at_x, last.y, first.x, found.probed)
+    products = JacobianProducts.between(last.at_y, first.at_x, last.y, first.x, found.probed)
     found.whole_sigma = largest_singular_value(products, u, found.probed, _WHOLE_ROUNDS)
     before, after = (rows(t.double(), found.probed).norm(dim=1) for t in (first.x, last.y))
     found.state_growth = float((after / before.clamp_min(1e-300)).max())

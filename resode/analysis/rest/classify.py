@@ -11,21 +11,18 @@ from torch import Tensor
 
 from resode.analysis.rest.fixed_points import SMALL, newton_direction, solver_slope
 from resode.checks import check_number
-from resode.jacobian.arnoldi import random_start, ritz_values
-from resode.jacobian.field_products import Field, Products
-from resode.jacobian.linearize import check_field, dense_jacobian
-from resode.stability import stability_function
-from resode.stability.rays import Complexes, Floats
+from resode.jacobian.linearize import Field, check_field, dense_jacobian
+from resode.jacobian.spectrum import SpectrumOptions, spectrum
+from resode.stability.function import amplification
+from resode.stability.unstable_rays import Complexes, Floats
 from resode.tableaus import ButcherTableau, get_tableau
 from resode.tables import short_complex
-
-DENSE = 1024
-"""Entries of a state up to which all eigenvalues are computed; beyond, the outermost ones by Arnoldi."""
 
 KINDS = ("node", "spiral", "saddle", "centre", "degenerate")
 
 _NEUTRAL = 1e-12  # distance of |R(ηλ)| from 1
-_STEPS = 240  # products with the Jacobian where it is not formed
+_LEAST = 240  # products with a Jacobian that is not formed: the rightmost eigenvalue may limit no step
+_SAFETY = 16.0  # times the first-order error: what may make a part of an eigenvalue count as 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +130,7 @@ def classify(
     if step_size is not None:
         check_number("step_size", step_size, above=0)
     residual = value.detach().flatten(1).abs().amax(1)
-    spectra = [_spectrum(field, x[i : i + 1], value[i : i + 1].detach()) for i in range(len(x))]
+    spectra = _spectra(field, x, value.detach())
     width = max(len(s.values) for s in spectra)
     padded = [np.pad(s.values, (0, width - len(s.values)), constant_values=np.nan) for s in spectra]
     eigenvalues = torch.as_tensor(np.array(padded), device=x.device)
@@ -180,30 +177,31 @@ class _Spectrum:
         return "spiral" if turns.any() else "node"
 
 
-def _spectrum(field: Field, x: Tensor, value: Tensor) -> _Spectrum:
-    """Of one sample."""
-    n = x.numel()
+def _spectra(field: Field, x: Tensor, value: Tensor) -> list[_Spectrum]:
+    """Of every sample; of a search those that are known, and the rightmost."""
+    found = spectrum(field, x, SpectrumOptions(rtol=1e-3, check=False, least=_LEAST))
     eps = max(float(torch.finfo(x.dtype).eps), 2.0**-52)
-    if n > DENSE:
-        return _outermost(field, x, eps)
-    matrix = dense_jacobian(field, x)[0].double().cpu().numpy()
-    found, vectors = np.linalg.eig(matrix)
-    values: Complexes = np.asarray(found, dtype=np.complex128)
-    norm = float(np.linalg.norm(matrix, 2)) if n <= 256 else float(np.linalg.norm(matrix))
-    try:
-        left = np.linalg.inv(vectors)
-        condition = np.linalg.norm(left, axis=1) * np.linalg.norm(vectors, axis=0)
-    except np.linalg.LinAlgError:
-        condition = np.full(n, np.inf)
-    condition = np.minimum(np.nan_to_num(condition, nan=np.inf), eps**-0.5)
-    error = 16 * n * eps * norm * condition + _moved_by_residual(field, x, value, matrix)
-    order = np.argsort(-values.real, kind="stable")
-    values, error = values[order], error[order]
-    values[np.abs(values.imag) <= error] = values[np.abs(values.imag) <= error].real
-    return _Spectrum(values, error, True)
+    result = []
+    for i in range(len(x)):
+        order = np.argsort(-found.values[i].real, kind="stable")  # nan last
+        values, scale = found.values[i][order], found.scale[i] or 1.0
+        error = np.minimum(_SAFETY * found.errors[i][order], _SAFETY * x[0].numel() * eps**0.5 * scale)
+        keep, converged = np.isfinite(values), True
+        if found.complete[i]:
+            error = error + _moved_by_residual(field, x[i : i + 1], value[i : i + 1])
+        else:
+            error = np.maximum(found.errors[i][order], 16 * x[0].numel() * eps * scale)
+            converged = bool(error[0] <= 1e-3 * scale)
+            keep &= error <= 1e-3 * scale
+            keep[0] = True
+        values, error = values[keep], error[keep]
+        real = np.abs(values.imag) <= error
+        values[real] = values[real].real
+        result.append(_Spectrum(values, error, converged))
+    return result
 
 
-def _moved_by_residual(field: Field, x: Tensor, value: Tensor, matrix: np.ndarray) -> float:
+def _moved_by_residual(field: Field, x: Tensor, value: Tensor) -> float:
     """How far the Jacobian changes from x to the fixed point next to it, where x is nearly one."""
     scale = torch.finfo(x.dtype).eps ** 0.25 * (1 + float(x.norm()))
     if not bool(value.abs().max() > 0) or x.numel() > SMALL:
@@ -211,28 +209,8 @@ def _moved_by_residual(field: Field, x: Tensor, value: Tensor, matrix: np.ndarra
     step = newton_direction(field, x, value.flatten(1))
     if not bool(torch.isfinite(step).all()) or float(step.norm()) > scale:
         return 0.0
-    other = dense_jacobian(field, x + step.reshape(x.shape))[0].double().cpu().numpy()
-    return float(np.linalg.norm(other - matrix))
-
-
-def _outermost(field: Field, x: Tensor, eps: float) -> _Spectrum:
-    """Ritz values with their residuals as errors; those that have not settled are left out."""
-    products = Products(field, x)
-    values, error = ritz_values(products.vjp, random_start(1, x.numel(), x), _STEPS)
-    theta: Complexes = values[0].cpu().numpy().astype(np.complex128)
-    left: Floats = error[0].double().cpu().numpy()
-    keep = np.isfinite(theta.real)
-    theta, left = theta[keep], left[keep]
-    size = float(np.abs(theta).max(initial=0.0)) or 1.0
-    order = np.argsort(-theta.real, kind="stable")
-    theta, left = theta[order], left[order]
-    converged = bool(left[:1].max(initial=0.0) <= 1e-3 * size)
-    settled = left <= 1e-3 * size
-    settled[:1] = True
-    error_bound = np.maximum(left, 16 * x.numel() * eps * size)[settled]
-    theta = theta[settled]
-    theta[np.abs(theta.imag) <= error_bound] = theta[np.abs(theta.imag) <= error_bound].real
-    return _Spectrum(theta, error_bound, converged)
+    moved = dense_jacobian(field, x + step.reshape(x.shape)) - dense_jacobian(field, x)
+    return float(moved.double().norm())
 
 
 def _growth(
@@ -247,11 +225,10 @@ def _growth(
         rests = slope(x).detach().flatten(1).abs().amax(1) <= small * residual
         spurious = rests & (residual > small)
     sizes = np.empty(len(x))
-    for i, spectrum in enumerate(spectra):
+    for i, own in enumerate(spectra):
         if spurious[i]:
-            mapped = _spectrum(slope, x[i : i + 1], slope(x[i : i + 1]).detach())
+            mapped = _spectra(slope, x[i : i + 1], slope(x[i : i + 1]).detach())[0]
             sizes[i] = np.abs(1 + h * mapped.values).max()
         else:
-            z = torch.as_tensor(h * spectrum.values)
-            sizes[i] = float(stability_function(tableau, z).abs().max())
+            sizes[i] = amplification(tableau, h * own.values).max()
     return sizes, spurious

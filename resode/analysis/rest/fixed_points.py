@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from resode.checks import check_number, check_whole, warn_user
-from resode.jacobian.arnoldi import gmres, random_start
-from resode.jacobian.field_products import Field, Products
-from resode.jacobian.linearize import check_field, dense_jacobian
+from resode.jacobian.gmres import gmres
+from resode.jacobian.lanczos import random_start
+from resode.jacobian.linearize import Field, check_field, dense_jacobian
 from resode.jacobian.matrices import DENSE_LIMIT
+from resode.jacobian.products import JacobianProducts
 from resode.solve.step import combine, stages
 from resode.tableaus import ButcherTableau, get_tableau
 
@@ -390,7 +391,7 @@ class _Search:
             ]
             return torch.stack(rows)
 
-        products = Products(self.residual, x)
+        products = JacobianProducts(self.residual, x)
         direction, left = gmres(lambda v: products.jvp(prepared(v)), -f, tol=1e-3)
         direction = prepared(direction)
         for i in torch.nonzero(~(left <= 0.1)).flatten().tolist() if f.shape[1] <= DENSE_LIMIT else []:
@@ -550,7 +551,7 @@ def _transposed_solve(residual: Field, x: Tensor, flat: Tensor, tol: float) -> t
         left = (flat - (matrix @ solution[..., None])[..., 0]).norm(dim=1)
         left = torch.maximum(left, _unsettled(residual, x, matrix, flat, solution))
     else:
-        products = Products(residual, x)
+        products = JacobianProducts(residual, x)
         solution, relative = gmres(products.vjp, flat, tol=tol, restarts=10)
         for i in (
             torch.nonzero(relative > 100 * tol).flatten().tolist() if flat.shape[1] <= DENSE_LIMIT else []

@@ -15,8 +15,7 @@ from torch import Tensor
 from resode.analysis.rest.classify import classify
 from resode.analysis.rest.fixed_points import find_fixed_points, find_several_fixed_points
 from resode.checks import check_number, check_whole
-from resode.jacobian.field_products import Field
-from resode.jacobian.linearize import check_field, dense_jacobian
+from resode.jacobian.linearize import Field, check_field, dense_jacobian
 from resode.solve.step import rk_step
 from resode.stability import eigenvalue_step_limit, stability_function
 from resode.tableaus import ButcherTableau, get_tableau

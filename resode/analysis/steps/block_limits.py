@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from resode.analysis.steps.blocks import block_groups
-from resode.analysis.steps.limit import DENSE_STATE, step_limit
-from resode.analysis.steps.matrix_free import BUDGET, outer_spectra
-from resode.analysis.steps.outlook import amplification
-from resode.jacobian.linearize import check_field, jacobian
-from resode.jacobian.matrices import all_eigenvalues
-from resode.tableaus import get_tableau
+from resode.jacobian.linearize import check_field
+from resode.jacobian.spectrum import SpectrumOptions, spectrum
+from resode.stability.function import amplification
+from resode.stability.limits import plain
+from resode.stability.spectra import Spectrum, limits
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def block_limits(
     solvers: Sequence[str],
     *,
     blocks: str | None = None,
-    budget: int = BUDGET,
+    budget: int = SpectrumOptions.budget,
 ) -> Iterator[GroupLimits]:
     """Step limits of every block, at the states that images reach there.
 
@@ -97,70 +97,47 @@ def block_limits(
     Raises:
         ValueError: the network has no blocks, or a block couples samples or changes its input.
     """
-    network = copy.deepcopy(network).float().eval()
-    for stage in block_groups(network, images.float(), blocks):
+    network = copy.deepcopy(network).eval()
+    wide = any(p.dtype == torch.float64 for p in network.parameters())
+    network, images = (network.double(), images.double()) if wide else (network.float(), images.float())
+    options = SpectrumOptions(budget=budget)
+    for stage in block_groups(network, images, blocks):
+        stage.check_finite()
         rows, spectra = [], []
         for block, (field, x, step) in enumerate(zip(stage.fields, stage.states, stage.steps, strict=True)):
-            limits, eigenvalues = _block_limits(field, x, solvers, step, block, budget)
+            limits, eigenvalues = _block_limits(field, x, solvers, step, block, options)
             rows += limits
             spectra.append(step * eigenvalues)
         yield GroupLimits(stage.name, stage.shape, stage.solver, stage.steps, rows, spectra)
 
 
 def _block_limits(
-    field: nn.Module, x: Tensor, solvers: Sequence[str], step: float, block: int, budget: int
+    field: nn.Module, x: Tensor, solvers: Sequence[str], step: float, block: int, options: SpectrumOptions
 ) -> tuple[list[BlockLimit], np.ndarray]:
     """One block's limits under each solver, and its eigenvalues."""
-    if x[0].numel() <= DENSE_STATE:
-        eigenvalues = all_eigenvalues(jacobian(copy.deepcopy(field).double(), x.double()).numpy())
-        return [_dense_limit(block, solver, eigenvalues, step) for solver in solvers], eigenvalues
+    if x[0].numel() <= options.dense_up_to:
+        field, x = copy.deepcopy(field).double(), x.double()
     check_field(field, x)
-    tableaus = [get_tableau(solver) for solver in solvers]
-    spectra = outer_spectra(field, x, tableaus, budget=budget)
-    found = []
-    for number, solver in enumerate(solvers):
-        outlooks = [s.outlooks[number] for s in spectra]
-        worst = min(range(len(outlooks)), key=lambda i: outlooks[i].decaying)
-        o = outlooks[worst]
-        found.append(
-            BlockLimit(
-                block=block,
-                solver=solver,
-                step=min(o.step for o in outlooks),
-                growing=max(len(o.growing) for o in outlooks),
-                decaying_step=o.decaying,
-                limiting_eigenvalue=complex(spectra[worst].ritz.values[o.mode] if o.mode >= 0 else np.nan),
-                inside=step <= o.decaying,
-                amplification=max(_amplification(solver, step * s.ritz.values) for s in spectra),
-                converged=all(o.converged for o in outlooks),
-                exact=all(o.settled for o in outlooks),
-                complete=False,
-            )
-        )
-    return found, np.concatenate([s.trusted for s in spectra])
+    found = spectrum(field, x, options, solvers)
+    rows = [block_limit(found, solver, step, block) for solver in solvers]
+    return rows, found.values[found.trusted]
 
 
-def _amplification(solver: str, z: np.ndarray) -> float:
-    """Largest |R(z)|."""
-    return float(amplification(z, get_tableau(solver)).max())
-
-
-def _dense_limit(block: int, solver: str, eigenvalues: np.ndarray, step: float) -> BlockLimit:
-    """The least limits over the samples, whose eigenvalues are the rows (samples, n)."""
-    limit = step_limit(eigenvalues=eigenvalues, solver=solver)
-    worst = int(np.argmin(limit.decaying_step))
-    decaying = eigenvalues[worst][~np.isin(eigenvalues[worst], limit.growing[worst])]
-    limiting = (
-        step_limit(eigenvalues=decaying, solver=solver).limiting_eigenvalue if len(decaying) else np.nan
-    )
-    decaying_step = float(limit.decaying_step[worst])
+def block_limit(found: Spectrum, solver: str, step: float, block: int) -> BlockLimit:
+    """The least limits over the samples of one block's spectrum."""
+    limit = limits(found, solver)
+    decaying, exact = plain(limit.decaying_step), plain(limit.decaying_converged)
+    worst = int(np.argmin(decaying))
     return BlockLimit(
         block=block,
         solver=solver,
-        step=float(np.min(limit.step)),
+        step=float(plain(limit.step).min()),
         growing=max(len(modes) for modes in limit.growing),
-        decaying_step=decaying_step,
-        limiting_eigenvalue=complex(limiting),
-        inside=step <= decaying_step,
-        amplification=_amplification(solver, step * eigenvalues),
+        decaying_step=float(decaying[worst]),
+        limiting_eigenvalue=complex(plain(limit.decaying_eigenvalue)[worst]),
+        inside=bool(step <= decaying[worst]),
+        amplification=float(amplification(solver, step * found.values[found.trusted]).max()),
+        converged=bool(plain(limit.converged).all()),
+        exact=bool(exact.all()),
+        complete=bool(found.complete.all()),
     )

@@ -41,6 +41,18 @@ class BlockGroup:
         """Of a state, without the batch."""
         return tuple(self.states[0].shape[1:])
 
+    def check_finite(self) -> None:
+        """Name the first block whose states or whose F there are not finite."""
+        for block, (field, x) in enumerate(zip(self.fields, self.states, strict=True)):
+            with torch.no_grad():
+                what = "states before" if not x.isfinite().all() else "F in"
+                if what == "states before" or not field(x).isfinite().all():
+                    raise ValueError(
+                        f"step limits belong to finite states: the {what} block {block} of "
+                        f"{self.name or 'the stack'} hold inf or nan, the first in the network. Look for it "
+                        "in the weights and the images."
+                    )
+
 
 @dataclass(frozen=True)
 class _Call:

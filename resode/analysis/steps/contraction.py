@@ -6,71 +6,64 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resode.jacobian.krylov import Operator
-from resode.jacobian.products import Products
+from resode.jacobian.lanczos import Operator, largest
+from resode.jacobian.linearize import Field
+from resode.jacobian.outer import MEMORY
+from resode.jacobian.products import JacobianProducts, full_precision
 from resode.stability import stability_coefficients
-from resode.stability.rays import Floats
+from resode.stability.limits import StepLimit, plain
+from resode.stability.spectra import Spectrum
+from resode.stability.unstable_rays import Floats
 from resode.tableaus import ButcherTableau
 
-_VECTORS = 32
-_RESTARTS = 6
+_AMPLE = 100.0  # times 1/‖J‖: more than any method's contraction limit
 _ROUNDS = 12  # cuts of the contraction limit
 
 
-def largest(product: Operator, start: Tensor, rtol: float) -> tuple[Floats, Tensor]:
-    """The largest eigenvalue of a symmetric operator in each row, and its unit vector.
-
-    Lanczos with full orthogonalization in float64, started again from what it has found.
+def contraction_limits(
+    field: Field, x: Tensor, tableau: ButcherTableau, limit: StepLimit, spectrum: Spectrum
+) -> tuple[Floats, Floats]:
+    """μ₂ and the contraction limit of every sample, from products with J and Jᵀ.
 
     Args:
-        product: A v (rows, n) of v (rows, n), A symmetric.
-        start: first vectors (rows, n).
-        rtol: wanted residual, relative to the largest Ritz value's modulus.
-
-    Example:
-        >>> a = torch.diag(torch.tensor([1.0, 2.0, -3.0]))
-        >>> float(largest(lambda v: v @ a, torch.ones(1, 3), 1e-6)[0][0])
-        2.0...
+        field: checked.
+        x: states, shape (batch, *state).
+        tableau: an explicit method.
+        limit: its step limits.
+        spectrum: what those rest on.
     """
-    rows, n = start.shape
-    size = min(_VECTORS, n)
-    values, x = np.zeros(rows), start.double()
-    for _ in range(_RESTARTS):
-        basis = torch.zeros(rows, size + 1, n, dtype=torch.float64, device=start.device)
-        images = torch.zeros(rows, size, n, dtype=torch.float64, device=start.device)
-        basis[:, 0] = x / x.norm(dim=1, keepdim=True).clamp_min(1e-300)
-        for j in range(size):
-            w = images[:, j] = product(basis[:, j].to(start.dtype)).double()
-            known = basis[:, : j + 1]
-            for _ in range(2):
-                w = w - ((known @ w[..., None]).transpose(1, 2) @ known)[:, 0]
-            norm = w.norm(dim=1, keepdim=True)
-            scale = images[:, j].norm(dim=1, keepdim=True)
-            basis[:, j + 1] = torch.where(norm > 1e-12 * scale, w / norm.clamp_min(1e-300), 0.0)
-        v = basis[:, :size]
-        t = v @ images.transpose(1, 2)
-        theta, y = torch.linalg.eigh((t + t.transpose(1, 2)) / 2 - 1e300 * _absent(v))
-        top = y[:, :, -1:]
-        x = (top.transpose(1, 2) @ v)[:, 0]
-        residual = ((top.transpose(1, 2) @ images)[:, 0] - theta[:, -1:] * x).norm(dim=1)
-        values = theta[:, -1].cpu().numpy()
-        if bool((residual <= rtol * theta[:, -1].abs().clamp_min(1e-300)).all()):
-            break
-    return values, x
+    n = x[0].numel()
+    spectral, scales, tau = plain(limit.step).astype(float), spectrum.scale, spectrum.tau[:, 0]
+    wide = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
+    rows = max(1, MEMORY // (80 * n * 8))
+    rates, contraction = np.zeros(len(x)), np.zeros(len(x))
+    generator = torch.Generator().manual_seed(23)
+    rtol = max(1e-4, 1e3 * torch.finfo(x.dtype).eps)
+    with full_precision():
+        for first in range(0, len(x), rows):
+            part = slice(first, min(first + rows, len(x)))
+            products = JacobianProducts(field, x[part])
+            start = torch.randn(len(x[part]), n, generator=generator, dtype=wide).to(x.device)
+            rates[part] = logarithmic_norms_of(products, start, 1e-2)
+            quiet = np.flatnonzero((rates[part] <= tau[part]) & (spectral[part] > 0))
+            for i in quiet + first:
+                if scales[i] == 0:
+                    contraction[i] = np.inf
+                    continue
+                # Where no eigenvalue limits it, or none was found that does, a multiple of 1/‖J‖ is enough.
+                above = np.minimum(spectral[i : i + 1], _AMPLE / scales[i])
+                one = JacobianProducts(field, x[i : i + 1])
+                contraction[i] = contraction_steps_of(one, tableau, above, start[i - first][None], rtol)[0]
+    return rates, contraction
 
 
-def _absent(basis: Tensor) -> Tensor:
-    """1 on the diagonal for basis vectors that are 0, past the end of an invariant space."""
-    return torch.diag_embed((basis.norm(dim=2) < 0.5).double())
-
-
-def logarithmic_norms_of(products: Products, start: Tensor, rtol: float) -> Floats:
+def logarithmic_norms_of(products: JacobianProducts, start: Tensor, rtol: float) -> Floats:
     """μ₂ (rows,) of the Jacobians, λ_max((J + Jᵀ)/2), from below to about `rtol`²."""
-    return largest(lambda v: (products.transposed(v) + products.forward(v)) / 2, start, rtol)[0]
+    return largest(lambda v: (products.vjp(v) + products.jvp(v)) / 2, start, rtol).value.cpu().numpy()
 
 
 def contraction_steps_of(
-    products: Products, tableau: ButcherTableau, spectral: Floats, start: Tensor, rtol: float
+    products: JacobianProducts, tableau: ButcherTableau, spectral: Floats, start: Tensor, rtol: float
 ) -> Floats:
     """sup{h : ‖R(sJ)‖₂ ≤ 1 for 0 ≤ s ≤ h} (rows,) of Jacobians with μ₂ ≤ 0, an explicit method.
 
@@ -84,10 +77,10 @@ def contraction_steps_of(
             at = torch.as_tensor(fraction * h, device=start.device)[:, None]
 
             def squared(v: Tensor, at: Tensor = at) -> Tensor:
-                return apply(products.transposed, tableau, at, apply(products.forward, tableau, at, v))
+                return apply(products.vjp, tableau, at, apply(products.jvp, tableau, at, v))
 
-            sizes, u = largest(squared, u.to(start.dtype), max(rtol, 1e-6))
-            above = sizes > 1 + 2 * rtol
+            top = largest(squared, u.to(start.dtype), max(rtol, 1e-6))
+            u, above = top.vector, top.value.cpu().numpy() > 1 + 2 * rtol
             if not above.any():
                 break
             exits = _first_exits(products, tableau, u.to(start.dtype), fraction * h)
@@ -95,12 +88,12 @@ def contraction_steps_of(
     return h
 
 
-def _first_exits(products: Products, tableau: ButcherTableau, u: Tensor, below: Floats) -> Floats:
+def _first_exits(products: JacobianProducts, tableau: ButcherTableau, u: Tensor, below: Floats) -> Floats:
     """The first h ≤ `below` beyond which ‖R(hJ)u‖ > ‖u‖, from the powers J^k u."""
     coefficients = np.array([float(c) for c in stability_coefficients(tableau)[0]])
     powers = [u]
     for _ in coefficients[1:]:
-        powers.append(products.forward(powers[-1]))
+        powers.append(products.jvp(powers[-1]))
     k = torch.stack([p.double() for p in powers], dim=1)
     gram = (k @ k.transpose(1, 2)).cpu().numpy() * np.outer(coefficients, coefficients)
     found = below.copy()

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import scipy  # whose submodules are loaded when first named
 
-from resode.jacobian.matrices import Matrices, all_eigenvalues, checked_matrices, spectral_norms
-from resode.stability import eigenvalue_step_limit, stability_coefficients, stability_properties
-from resode.stability.limits import like
-from resode.stability.rays import Floats, bernstein_matrix
+from resode.jacobian.matrices import Matrices, checked_matrices, spectral_norms
+from resode.jacobian.spectrum import matrix_spectrum
+from resode.stability import stability_coefficients, stability_properties
+from resode.stability.limits import like, plain
+from resode.stability.spectra import limits
+from resode.stability.unstable_rays import Floats, bernstein_matrix
 from resode.tableaus import ButcherTableau, get_tableau
 
 
@@ -84,8 +86,7 @@ def contraction_step(jacobian: Any, method: str | ButcherTableau = "euler") -> A
     tableau = get_tableau(method)
     flat = values.reshape(-1, *values.shape[-2:])
     norms = spectral_norms(flat)
-    tau = flat.shape[-1] * eps * norms[:, None]
-    spectral = eigenvalue_step_limit(all_eigenvalues(flat), tableau, tolerance=tau).step
+    spectral = plain(limits(matrix_spectrum(jacobian), tableau).step).reshape(-1)
     found = contraction_steps(flat, tableau, eps, spectral, norms, logarithmic_norms(flat))
     return like(jacobian, found, values.shape[:-2])
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from resode.analysis.steps.blocks import block_groups
 from resode.jacobian.krylov import KrylovSchur
 from resode.jacobian.linearize import Field
-from resode.jacobian.products import Products, full_precision
+from resode.jacobian.products import JacobianProducts, full_precision
 from resode.modes import evaluating
 from resode.stability import stability_coefficients
 from resode.tableaus import METHODS, ButcherTableau, get_tableau
@@ -127,10 +127,10 @@ class StepLimitPenalty:
 
     def _space(self, field: Field, x: Tensor) -> Tensor:
         """An orthonormal basis (rows, k, n) of each sample's Krylov space of Jᵀ."""
-        products = Products(field, x)
+        products = JacobianProducts(field, x)
         n = x[0].numel()
         start = torch.randn(len(x), n, generator=torch.Generator().manual_seed(25), dtype=x.dtype)
-        krylov = KrylovSchur(products.transposed, start.to(x.device), min(self.vectors, n))
+        krylov = KrylovSchur(products.vjp, start.to(x.device), min(self.vectors, n))
         krylov.grow(krylov.size)
         q, _ = torch.linalg.qr(krylov.basis[:, : krylov.used].double().transpose(1, 2))
         return q.transpose(1, 2).to(x.dtype)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from resode.blocks import ResidualStack
+from resode.blocks.solving import other_solver, stacks_of
 from resode.checks import check_whole
 from resode.tableaus import METHODS
 
@@ -53,7 +53,7 @@ class SwapProof:
         seed: int = 0,
     ) -> None:
         self.network = network
-        came_with = {(stack.solver, stack.substeps) for stack in self._stacks()}
+        came_with = {(stack.solver, stack.substeps) for stack in stacks_of(network)}
         if len(came_with) != 1:
             had = ", ".join(f"{name} with {n} substeps" for name, n in sorted(came_with)) or "none"
             raise ValueError(
@@ -86,15 +86,5 @@ class SwapProof:
     @contextmanager
     def batch(self, update: int, updates: int) -> Iterator[None]:
         """The solver of one update within it; the network's own before and afterwards."""
-        self._set(self.choice(update, updates))
-        try:
+        with other_solver(self.network, *self.choice(update, updates)):
             yield
-        finally:
-            self._set(self.own)
-
-    def _stacks(self) -> list[ResidualStack]:
-        return [module for module in self.network.modules() if isinstance(module, ResidualStack)]
-
-    def _set(self, choice: Choice) -> None:
-        for stack in self._stacks():
-            stack.solver, stack.substeps = choice

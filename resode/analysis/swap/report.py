@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from resode.analysis.diagnose.forecast import INPUTS, drift, forecast, swapped, verdict
+from resode.analysis.diagnose.forecast import INPUTS, drift, forecast, verdict
 from resode.blocks import ResidualStack
+from resode.blocks.solving import other_solver, stacks_of
 from resode.blocks.statistics import measure_statistics, put_back, tracked_norms
 from resode.modes import evaluating
 from resode.tableaus import METHODS, get_tableau
@@ -248,7 +249,7 @@ def swap_report(
         >>> [row.nfe for row in swap_report(model, data, ["euler", "rk4"], [1]).rows]
         [3.0, 12.0]
     """
-    stacks = [module for module in model.modules() if isinstance(module, ResidualStack)]
+    stacks = stacks_of(model)
     if not stacks:
         raise ValueError(
             "a solver can be swapped only in a resode.ResidualStack, and this model holds none. "
@@ -325,7 +326,7 @@ class _Swap:
         foretold = forecast(self.model, self.some, solver, n)
         recalibrated: tuple[Tensor, Tensor, float] | None = None
         said = foretold.verdict
-        with swapped(self.model, solver, n):
+        with other_solver(self.model, solver, n):
             if self.training_batches is not None:
                 with self._measured():
                     said = verdict(drift(self._outputs(), self.before))

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resode.stability.polynomials import Intervals
-from resode.stability.rays import (
+from resode.stability.unstable_rays import (
     NEAR,
     UNIT,
     Complexes,

@@ -1,0 +1,65 @@
+"""Which modules of a network solve, and with what: read, set, and set for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from resode.blocks.ode_block import ODEBlock
+from resode.blocks.stack import ResidualStack
+
+
+def solving_modules(network: nn.Module) -> list[ResidualStack | ODEBlock]:
+    """The blocks of a network that a solver advances, in the network's order."""
+    return [module for module in network.modules() if isinstance(module, ResidualStack | ODEBlock)]
+
+
+def stacks_of(network: nn.Module) -> list[ResidualStack]:
+    """The stacks among them, whose solver can be swapped."""
+    return [module for module in network.modules() if isinstance(module, ResidualStack)]
+
+
+def set_solver(network: nn.Module, solver: str | None = None, substeps: int | None = None) -> None:
+    """Let other solvers advance a network's blocks, with the same weights.
+
+    Args:
+        network: with at least one `ResidualStack`.
+        solver: a method's name; None leaves it.
+        substeps: solver steps a block; None leaves them.
+
+    Raises:
+        ValueError: no such method, substeps below 1, or no block that a solver advances.
+
+    Example:
+        >>> stack = ResidualStack(nn.Linear(2, 2), depth=3)
+        >>> set_solver(nn.Sequential(stack), "rk4", 2)
+        >>> stack.solver, stack.substeps
+        ('rk4', 2)
+    """
+    stacks = stacks_of(network)
+    if not stacks:
+        raise ValueError(
+            "only the blocks of a ResidualStack can change their solver, and this network has none. "
+            "Take an ODE-ResNet, such as odenet20, or resode.convert."
+        )
+    for stack in stacks:
+        if solver is not None:
+            stack.solver = solver
+        if substeps is not None:
+            stack.substeps = substeps
+
+
+@contextmanager
+def other_solver(network: nn.Module, solver: str | None, substeps: int | None = None) -> Iterator[None]:
+    """Lets another solver advance a network's blocks for a while; then all is as it was, counts too."""
+    stacks = stacks_of(network)
+    before = [(stack.solver, stack.substeps, stack.stats, stack.evaluations) for stack in stacks]
+    try:
+        set_solver(network, solver, substeps)
+        yield
+    finally:
+        for stack, (own, steps, stats, evaluations) in zip(stacks, before, strict=True):
+            stack.solver, stack.substeps = own, steps
+            stack.stats, stack.evaluations = stats, evaluations
