@@ -165,7 +165,6 @@ GRAPHS = {
     "solve/control.py",
     "solve/adaptive.py",
 }
-GRAPHS |= {"analysis/steps/matrix_free.py", "analysis/steps/outlook.py"}  # until these two files are gone
 
 
 def nesting(node, depth=0):

@@ -23,7 +23,7 @@ class BlockLimit:
     """The step limit of one block under one solver, over all samples.
 
     Args:
-        block: its number in the stage, from 0.
+        block: its number in the group, from 0.
         solver: the method's name.
         step: the least step limit of the samples; 0 where a mode grows.
         growing: the largest number of growing modes, Re λ > 0, that a sample has; of those found.
@@ -53,12 +53,12 @@ class BlockLimit:
 
 @dataclass(frozen=True)
 class GroupLimits:
-    """The step limits of one stage.
+    """The step limits of one group.
 
     Args:
-        name: the stage's name in the network.
+        name: the group's name in the network.
         shape: of a state, without the batch.
-        solver: the stage's own method.
+        solver: the group's own method.
         steps: the length h of a solver step in each block, η over the substeps.
         rows: a `BlockLimit` for every block and solver.
         spectra: eigenvalues times the block's step, hλ, of every block, of all samples: complex arrays;
@@ -94,7 +94,7 @@ def block_limits(
         budget: products a sample for large states.
 
     Yields:
-        The stages, in the network's order, each when it is done.
+        The groups, in the network's order, each when it is done.
 
     Raises:
         ValueError: the network has no blocks, or a block couples samples or changes its input.
@@ -103,14 +103,14 @@ def block_limits(
     wide = any(p.dtype == torch.float64 for p in network.parameters())
     network, images = (network.double(), images.double()) if wide else (network.float(), images.float())
     options = SpectrumOptions(budget=budget)
-    for stage in block_groups(network, images, blocks):
-        stage.check_finite()
+    for group in block_groups(network, images, blocks):
+        group.check_finite()
         rows, spectra = [], []
-        for block, (field, x, step) in enumerate(zip(stage.fields, stage.states, stage.steps, strict=True)):
+        for block, (field, x, step) in enumerate(zip(group.fields, group.states, group.steps, strict=True)):
             limits, eigenvalues = _block_limits(field, x, solvers, step, block, options)
             rows += limits
             spectra.append(step * eigenvalues)
-        yield GroupLimits(stage.name, stage.shape, stage.solver, stage.steps, rows, spectra)
+        yield GroupLimits(group.name, group.shape, group.solver, group.steps, rows, spectra)
 
 
 def _block_limits(

@@ -179,17 +179,17 @@ def _blocks_of(network: nn.Module, images: Tensor, pattern: str | None) -> list[
         for call in _calls(network, images, named)
         if call.x is not None and call.y is not None and call.y.shape == call.x.shape
     ]
-    stages: list[BlockGroup] = []
+    groups: list[BlockGroup] = []
     for call in _outermost(calls):
         assert call.x is not None
         _check_arguments(call, len(call.x))
-        if not stages or stages[-1].shape != tuple(call.x.shape[1:]):
-            stages.append(BlockGroup(call.name, "euler", [], [], []))
-        stages[-1].steps.append(1.0)
-        stages[-1].fields.append(Increment(call.module, call.arguments, call.options))
-        stages[-1].states.append(call.x)
-    if stages:
-        return stages
+        if not groups or groups[-1].shape != tuple(call.x.shape[1:]):
+            groups.append(BlockGroup(call.name, "euler", [], [], []))
+        groups[-1].steps.append(1.0)
+        groups[-1].fields.append(Increment(call.module, call.arguments, call.options))
+        groups[-1].states.append(call.x)
+    if groups:
+        return groups
     which = f"module named {pattern}" if pattern else "ResidualStack and no module whose class is a block"
     classes = sorted({type(module).__name__ for module in network.modules()})
     raise ValueError(

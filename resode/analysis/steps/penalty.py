@@ -112,16 +112,16 @@ class StepLimitPenalty:
             images: a batch, of which `samples` are used.
         """
         values = []
-        stages = block_groups(network, images[: self.samples])
+        groups = block_groups(network, images[: self.samples])
         with evaluating(network):
-            for stage in stages:
-                solver = stage.solver if self.tableau is None else None
-                if stage.states[0].dtype not in (torch.float32, torch.float64):
+            for group in groups:
+                solver = group.solver if self.tableau is None else None
+                if group.states[0].dtype not in (torch.float32, torch.float64):
                     raise TypeError(
-                        f"weights in {stage.states[0].dtype} do not resolve the eigenvalues of a penalty: "
+                        f"weights in {group.states[0].dtype} do not resolve the eigenvalues of a penalty: "
                         "keep the network in float32, and its passes under torch.autocast."
                     )
-                for field, x, step in zip(stage.fields, stage.states, stage.steps, strict=True):
+                for field, x, step in zip(group.fields, group.states, group.steps, strict=True):
                     values.append(self.of_field(field, x, step, solver).double())
         return self.weight * torch.stack(values).sum()
 
