@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import textwrap
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from resode.analysis.diagnose.findings import WHOLE, Finding
 from resode.analysis.diagnose.forecast import Forecast
+from resode.tables import records_text, short
 
 WIDTH = 80
 
@@ -152,8 +152,8 @@ class Diagnosis:
             return "no residual block adds a branch to the state that it starts from."
         low, high = w.usual
         return (
-            f"gain {_short(w.gain)}, at most {_short(w.sigma)} (usual {low:g} to {high:g}); ‖x_L‖/‖x_0‖ "
-            f"{_short(w.state_growth)}."
+            f"gain {short(w.gain)}, at most {short(w.sigma)} (usual {low:g} to {high:g}); ‖x_L‖/‖x_0‖ "
+            f"{short(w.state_growth)}."
         )
 
     def _block_lines(self) -> Iterator[str]:
@@ -163,12 +163,12 @@ class Diagnosis:
             return
         odd = [r for r in self.rows if r.cause]
         yield (
-            f"branch gains {_short(known[0])} to {_short(known[-1])}, median "
-            f"{_short(known[len(known) // 2])}; {len(odd) or 'none'} of {len(self.rows)} "
+            f"branch gains {short(known[0])} to {short(known[-1])}, median "
+            f"{short(known[len(known) // 2])}; {len(odd) or 'none'} of {len(self.rows)} "
             f"{'stand' if len(odd) > 1 else 'stands'} out."
         )
         for r in odd[:5]:
-            yield f"{r.block}: {r.cause}; gain {_short(r.gain)}, branch {_short(r.branch_gain)}"
+            yield f"{r.block}: {r.cause}; gain {short(r.gain)}, branch {short(r.branch_gain)}"
 
     def _swap_lines(self) -> Iterator[str]:
         if not self.swap:
@@ -177,21 +177,18 @@ class Diagnosis:
             if solver == self.solver:
                 yield f"{solver}: as it is."
                 continue
-            where = f"; most in {f.worst_block}: {_short(f.defect)}" if f.worst_block else ""
-            yield f"{solver} {f.verdict} accuracy: drift {_short(f.drift)}{where}."
+            where = f"; most in {f.worst_block}: {short(f.defect)}" if f.worst_block else ""
+            yield f"{solver} {f.verdict} accuracy: drift {short(f.drift)}{where}."
 
     def _train_line(self) -> str:
         t = self.training
         if t is None:
             return "give target= and lr= for the learning rate against its limit."
-        return f"lr {t.lr:.3g} is {_short(t.ratio)} of its limit {_short(t.limit)} for gradient descent."
+        return f"lr {t.lr:.3g} is {short(t.ratio)} of its limit {short(t.limit)} for gradient descent."
 
     def to_csv(self, path: str | Path) -> None:
         """Write the rows as CSV, under their field names."""
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [f.name for f in fields(DiagnosisRow)])
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in self.rows)
+        Path(path).write_text(records_text(DiagnosisRow, self.rows), encoding="utf-8")
 
     def plot(self, path: str | Path | None = None) -> Any:
         """The gain by block with what stands out marked; see `resode.plots.block_gains`."""
@@ -212,12 +209,6 @@ class Diagnosis:
 
 def _count(n: int, what: str) -> str:
     return f"{n:,} {what}{'' if n == 1 else 's'}"
-
-
-def _short(value: float) -> str:
-    if math.isnan(value):
-        return "–"
-    return "∞" if math.isinf(value) else f"{value:.3g}"
 
 
 __all__ = ["WHOLE", "Diagnosis", "DiagnosisRow", "Training", "Whole"]

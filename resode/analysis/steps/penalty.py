@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from resode.analysis.steps.blocks import block_groups
+from resode.checks import check_number, check_whole
 from resode.jacobian.krylov import KrylovSchur
 from resode.jacobian.linearize import Field
 from resode.jacobian.products import JacobianProducts, full_precision
@@ -56,14 +57,10 @@ class StepLimitPenalty:
         vectors: int = 24,
     ) -> None:
         self.tableau = None if solver is None else _explicit(solver)
-        if not 0 <= margin < 1:
-            raise ValueError(f"margin must lie in [0, 1), got {margin}.")
-        if not (isinstance(samples, int) and isinstance(vectors, int) and samples >= 1 and vectors >= 1):
-            raise ValueError(
-                f"samples and vectors must be whole numbers of at least 1, got {samples} and {vectors}."
-            )
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"weight must be at least 0 and finite, got {weight}.")
+        check_number("margin", margin, least=0, below=1)
+        check_whole("samples", samples, 1)
+        check_whole("vectors", vectors, 1)
+        check_number("weight", weight, least=0)
         self.margin, self.weight, self.samples, self.vectors = margin, weight, samples, vectors
 
     def __repr__(self) -> str:
