@@ -672,7 +672,7 @@ def test_stability_region_into_given_axes():
     assert not axes[0].collections
     with pytest.raises(ValueError, match="at least one method"):
         plots.stability_region([])
-    with pytest.raises(ValueError, match="step_size must be a finite number above 0"):
+    with pytest.raises(ValueError, match="step_size must be above 0"):
         plots.stability_region("rk4", step_size=0.0)
 
 

@@ -458,7 +458,7 @@ def test_periods_of_orbits():
     brief = bifurcation(lambda x: x * (1 - x), eta, x0=0.1, transient=2000, keep=7)
     assert brief.periods().tolist() == [1, 2, 0, 3, 0, 0]
     assert brief.periods(tol=1.0).tolist() == [1, 1, 1, 1, 1, 0]
-    with pytest.raises(ValueError, match="tol must be a finite number above 0"):
+    with pytest.raises(ValueError, match="tol must be above 0"):
         brief.periods(0.0)
     with pytest.raises(ValueError, match="two states or more"):
         bifurcation(torch.tanh, eta, 0.1, keep=1).periods()

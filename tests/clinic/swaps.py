@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from resode import ResidualStack
-from resode.analysis.diagnose.forecast import Forecast, forecast, swapped
+from resode.analysis.diagnose.forecast import Forecast, forecast
+from resode.blocks.solving import other_solver
 from tests.clinic.networks import HEALTHY, accuracy, data, healthy
 
 SOLVERS = ("euler", "midpoint", "rk4")
@@ -43,6 +44,6 @@ def swaps() -> Iterator[Swap]:
                 if (solver, n) == (stacks[0].solver, stacks[0].substeps):
                     continue
                 foretold = forecast(model, d.test_x[:16], solver, n)
-                with swapped(model, solver, n):
+                with other_solver(model, solver, n):
                     after = accuracy(model, d)
                 yield Swap(f"{origin} under {solver}×{n}", origin, foretold, before - after)

@@ -24,7 +24,7 @@ from resode.blocks.solving import other_solver
 from resode.modes import evaluating
 from resode.tableaus import METHODS, get_tableau
 
-INPUTS = 16
+INPUTS = 64
 """Inputs that are looked at, the first ones."""
 
 KEEPS = 0.25
@@ -58,7 +58,7 @@ def forecast(model: nn.Module, x: Any, solver: str, substeps: int = 1) -> Foreca
 
     Args:
         model: with at least one `ResidualStack`; looked at in evaluation mode, and put back.
-        x: unlabelled inputs, dimension 0 the batch; the first 16 are taken.
+        x: unlabelled inputs, dimension 0 the batch; the first 64 are taken.
         solver: an explicit method's name.
         substeps: its steps a block.
 

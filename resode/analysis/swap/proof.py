@@ -34,6 +34,7 @@ class SwapProof:
         ValueError: no stack, stacks that differ, an adaptive or unknown method, or a start outside [0, 1).
 
     Example:
+        >>> from resode import ResidualStack
         >>> stack = ResidualStack(nn.Linear(4, 4), depth=3, step_size=0.3)
         >>> proof = SwapProof(stack, start=0.0)
         >>> solvers = set()

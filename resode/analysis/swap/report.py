@@ -313,7 +313,8 @@ class _Swap:
         self.batches, self.training_batches, self.calibration = batches, training_batches, calibration
         self.device = next(model.parameters()).device
         self.logits, self.labels, self.nfe = self._evaluate()
-        self.some = next(iter(batches))[0][:INPUTS].to(self.device)
+        first = next(iter(batches))[0]  # spaced, because data sets may lie sorted
+        self.some = first[:: max(1, len(first) // INPUTS)][:INPUTS].to(self.device)
         self.own_logits = self.logits
         self.before = self._outputs()
         if training_batches is not None:  # so that a row's drift is the solver's, not the statistics' lag
