@@ -9,6 +9,8 @@ import os
 import numpy as np
 import torch
 
+collect_ignore = ["clinic"]  # networks without tests, of the name of a benchmark
+
 SHIFT = 1000 * int(os.environ.get("RESODE_SEED_SHIFT", "0"))
 
 
