@@ -136,11 +136,11 @@ class FirstExits:
         self.doubtful = (self.grows & ~self.surely_grows).any(axis=1) | self.beside.any(axis=1)
 
     def _beside_the_axis(self) -> np.ndarray:
-        """Which eigenvalues on the imaginary axis, as they were counted, need not allow 0 alone; bool (B, m).
+        """Which eigenvalues counted as on the imaginary axis may allow more than the step 0; bool (B, m).
 
-        Re λ = −τ/2 allows Euler 2·(τ/2)/|λ|² and not 0. That is as good as 0 where it is within the accuracy sought
-        of 1/‖J‖ for one of them. Elsewhere each keeps, as its exit, the largest step that its error allows; or none
-        where it may as well grow.
+        Re λ = −τ/2 allows Euler τ/|λ|², and 0 would be no upper bound. It is as good as 0 where one of them
+        surely allows no more than `rtol`/‖J‖. Elsewhere the exit of each becomes the largest step that its
+        error allows, or none where it may as well grow.
         """
         s, beside = self.spectrum, np.zeros(self.exits.shape, dtype=bool)
         row, place = np.nonzero((self.counted != 0) & (self.counted.real == 0) & (self.exits == 0))
