@@ -89,23 +89,30 @@ def test_a_chaotic_field_follows_the_reference_until_errors_have_grown():
 
 @pytest.mark.parametrize("method", ADAPTIVE)
 def test_a_kink_is_passed_with_short_steps_and_a_right_answer(method):
-    """y' = |sin t| has kinks at multiples of π: y(10) = 6 + 1 − |cos 10| signed by the last arch."""
+    """y' = |sin t| has kinks at multiples of π: y(10) = 6 + 1 − |cos 10| signed by the last arch.
+
+    A kink that falls between two stages is not seen: errors of 6e-8 to 6e-5 with four methods, five ends and two
+    processors' sines.
+    """
     y, stats = odeint(lambda t, y: torch.sin(t).abs() + 0 * y, times(0.0), times(0.0, 10.0), method=method,
                       rtol=1e-7, atol=1e-7, return_stats=True)  # fmt: skip
     exact = 2 * 3 + 1 - math.cos(10 - 3 * math.pi)
-    assert y[-1].item() == pytest.approx(exact, abs=1e-5)
+    assert y[-1].item() == pytest.approx(exact, abs=3e-4)
     assert stats.n_rejected > 2
 
 
 def test_a_relu_field_is_solved_near_the_tolerance():
-    """Its error estimate is blind to a kink that falls between two stages: a hundred times the tolerance."""
+    """Its error estimate is blind to a kink that falls between two stages: some hundred times the tolerance.
+
+    3e-5 to 3e-4 over five starts and two processors' sines.
+    """
 
     def field(t, y):
         return torch.relu(torch.sin(5 * t) - y)
 
     fine = odeint(field, times(-1.0, 0.0), times(0.0, 3.0), rtol=1e-11, atol=1e-11)
     got = odeint(field, times(-1.0, 0.0), times(0.0, 3.0), rtol=1e-6, atol=1e-6)
-    assert (fine - got).abs().max() < 2e-4
+    assert (fine - got).abs().max() < 1e-3
 
 
 @settings(deadline=None, max_examples=12, derandomize=True)

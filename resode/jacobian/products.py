@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -125,10 +126,8 @@ class JacobianProducts:
         assert self.field is not None
         if self._ahead:
             try:
-                with warnings.catch_warnings():  # torch's own first use of jvp warns of its own parts
-                    warnings.simplefilter("ignore", DeprecationWarning)
-                    warnings.simplefilter("ignore", FutureWarning)
-                    return torch.func.jvp(self.field, (self.x.detach(),), (direction,))[1]
+                first_jvp()
+                return torch.func.jvp(self.field, (self.x.detach(),), (direction,))[1]
             except (RuntimeError, NotImplementedError):  # nor forward
                 self._ahead = False
         with torch.no_grad():
@@ -187,6 +186,15 @@ class Combination:
         """Σ c_i A_i v (rows, m) of v (rows, n)."""
         self.count += 1
         return torch.stack([c * (v if a is None else a.jvp(v)) for c, a in self.parts]).sum(0)
+
+
+@cache
+def first_jvp() -> None:
+    """A forward derivative of nothing: torch warns of its own deprecated functions at the first one."""
+    with warnings.catch_warnings():
+        for category in (DeprecationWarning, FutureWarning):  # up to torch 2.13, from 2.14 on
+            warnings.simplefilter("ignore", category)
+        torch.func.jvp(torch.tanh, (torch.zeros(1),), (torch.zeros(1),))
 
 
 def rows(t: Tensor, batch: int) -> Tensor:

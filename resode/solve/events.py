@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from resode.jacobian.products import first_jvp
 from resode.solve.adaptive import Adaptive
 from resode.solve.control import Callbacks
 from resode.solve.fixed import Grid, one_step
@@ -420,6 +421,7 @@ def _rate(
 ) -> Tensor:
     """The event's change in time along the solution, ċ, without gradient."""
     if any(map(is_transformed, parts)):
+        first_jvp()
         ones = torch.ones_like(time)
         return torch.func.jvp(lambda s, *at: event(s, rebuild(at)), (time, *parts), (ones, *slopes))[
             1

@@ -3,7 +3,6 @@ r"""Backward error analysis: the field whose exact flow a stack of blocks follow
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -17,6 +16,7 @@ from resode.analysis.swap.bseries import Tree, modified_coefficient, symmetry, t
 from resode.blocks import ResidualStack
 from resode.checks import check_whole, warn_user
 from resode.jacobian.linearize import check_field
+from resode.jacobian.products import first_jvp
 from resode.solve import odeint
 from resode.tableaus import ButcherTableau, get_tableau
 
@@ -135,14 +135,6 @@ def _transformed(x: Any) -> bool:
     return isinstance(x, Tensor) and functorch.is_functorch_wrapped_tensor(x)
 
 
-@cache
-def _first_jvp() -> None:
-    """A forward derivative of nothing: torch warns of its own deprecated functions at the first one."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.func.jvp(torch.tanh, (torch.zeros(1),), (torch.zeros(1),))
-
-
 class _Kinks(TorchFunctionMode):
     """Notes functions with kinks."""
 
@@ -259,7 +251,7 @@ def modified_value(
     field: Callable[[State], State], state: State, tableau: ButcherTableau, h: float, order: int
 ) -> State:
     """F̃ of one state: F and the trees of p + 1 … p + order vertices."""
-    _first_jvp()
+    first_jvp()
 
     @cache
     def differential(tree: Tree) -> State:
