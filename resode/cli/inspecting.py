@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from resode.checks import known
 from resode.cli.terminal import command, console, fits, flag, say, separated, table
 from resode.cli.train import own_model
 from resode.cli.trained import _methods
@@ -97,9 +98,8 @@ def _inputs(
     """Test images with their classes, or random inputs without."""
     import torch
 
-    from resode.training.data.datasets import load_data
+    from resode.training.data.datasets import DATASETS, load_data
     from resode.training.evaluate import images_of, plain_batches
-    from resode.training.plan import check_data_name
 
     if shape is not None:
         sizes = separated(shape, int, "--shape")
@@ -110,8 +110,7 @@ def _inputs(
     if source is None and data is None:
         raise ValueError("a network without a run needs inputs: give --data NAME or --shape 3,32,32.")
     if source is None:
-        check_data_name(str(data))
-        images = load_data(str(data), data_dir)
+        images = load_data(known("data set", str(data), DATASETS), data_dir)
     else:
         images = images_of(source, data, data_dir)
     return next(iter(plain_batches(images, device=place, limit=samples)))

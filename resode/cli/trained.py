@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from resode.checks import did_you_mean
+from resode.checks import did_you_mean, known
 from resode.cli.terminal import command, flag, say, separated, table
 from resode.cli.train import own_model
 from resode.solve.options import NATIVE
@@ -147,8 +147,7 @@ def _methods(names: list[str], valid: tuple[str, ...] = tuple(METHODS)) -> list[
             raise ValueError(
                 f"{name} is an implicit method; a stack takes explicit ones. Valid: {', '.join(valid)}."
             )
-        if name not in valid:
-            raise ValueError(f"no method {name!r}.{did_you_mean(name, valid)} Valid: {', '.join(valid)}.")
+        known("method", name, valid)
     return names
 
 
