@@ -7,6 +7,7 @@ import io
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from shutil import get_terminal_size
 from typing import Any
 
@@ -76,6 +77,26 @@ def fits(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
     """Whether a table is no wider than standard output, its columns two apart."""
     needed = sum(max(len(row[i]) for row in (columns, *rows)) + 2 for i in range(len(columns))) - 2
     return needed <= console().width
+
+
+def figures_of(source: Path | None) -> Path:
+    """Where the figures of a run folder, or of a weights file, go; here without."""
+    return Path() if source is None else (source if source.is_dir() else source.parent) / "figures"
+
+
+def store(folder: Path, name: str, found: Any, *, figure: bool = True) -> None:
+    """Write a result's table, and its figure, into a folder, and say where they are."""
+    from resode.training.files import replacing
+
+    folder.mkdir(parents=True, exist_ok=True)
+    said = f"\ntable  {folder / name}.csv"
+    with replacing(folder / f"{name}.csv") as path:
+        found.to_csv(path)
+    if figure:
+        with replacing(folder / f"{name}.png") as path:
+            found.plot(path)
+        said = f"\nfigure {folder / name}.png{said}"
+    say(said)
 
 
 def complain(message: str) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from resode.checks import did_you_mean, known
-from resode.cli.terminal import command, flag, say, separated, table
+from resode.cli.terminal import command, figures_of, flag, say, separated, store, table
 from resode.cli.train import own_model
 from resode.solve.options import NATIVE
 from resode.tableaus import METHODS
@@ -85,7 +85,6 @@ def swap(
     trained network under other solvers and steps.
     """
     from resode.training.evaluate import calibration_batches, images_of, load, plain_batches
-    from resode.training.files import replacing
 
     methods = _methods(separated(solvers, str, "--solvers"), NATIVE)
     counts = separated(substeps, int, "--substeps")
@@ -98,7 +97,6 @@ def swap(
     images = images_of(run, data, data_dir)
     place = next(network.parameters()).device
 
-    from resode import plots
     from resode.analysis.diagnose.forecast import INPUTS
     from resode.analysis.swap.report import swap_report
     from resode.blocks.statistics import tracked_norms
@@ -117,12 +115,7 @@ def swap(
     table(columns, [_swap_row(row) for row in result.rows], words=("step",))
     say(f"\n{result.causes()}\n\nforecast: of the accuracy, from {INPUTS} images and no label.")
     say("drift: how far the logits moved, relative to their size, from those of the trained solver.")
-    folder = _figures(run)
-    with replacing(folder / "swap.csv") as path:
-        result.to_csv(path)
-    with replacing(folder / "swap.png") as path:
-        plots.swap_accuracy(result, path)
-    say(f"\nfigure {folder / 'swap.png'}\ntable  {folder / 'swap.csv'}")
+    store(figures_of(run), "swap", result)
 
 
 def _swap_row(row: Any) -> list[str]:
@@ -149,13 +142,6 @@ def _methods(names: list[str], valid: tuple[str, ...] = tuple(METHODS)) -> list[
             )
         known("method", name, valid)
     return names
-
-
-def _figures(run: Path) -> Path:
-    """Where a run's figures go."""
-    folder = (run if run.is_dir() else run.parent) / "figures"
-    folder.mkdir(exist_ok=True)
-    return folder
 
 
 @command(
@@ -302,7 +288,8 @@ def _run_stability(
     if groups:
         from resode import plots
 
-        path = figure or _figures(run) / "stability.png"
+        path = figure or figures_of(run) / "stability.png"
+        path.parent.mkdir(exist_ok=True)
         with replacing(path) as unfinished:
             plots.group_spectra(groups, methods, unfinished)
         say(f"\nfigure {path}")
