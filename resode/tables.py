@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
@@ -81,37 +81,23 @@ def read_csv(path: str | Path) -> tuple[list[str], list[dict[str, str]]]:
     return columns, [dict(zip(columns, row, strict=True)) for row in rows]
 
 
-def read_records(
-    kind: type[Row],
-    path: str | Path,
-    rename: Mapping[str, str] | None = None,
-    added: Mapping[str, Any] | None = None,
-) -> list[Row]:
+def read_records(kind: type[Row], path: str | Path) -> list[Row]:
     """What `records_text` wrote, as objects again; fields are str, int, float, bool, or these or None.
-
-    Args:
-        kind: the dataclass.
-        path: the file.
-        rename: today's names of columns that older files call otherwise.
-        added: values for the columns that older files lack, all of these or none.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: other columns, or a cell that is none of its column.
     """
-    rename, added, hints = rename or {}, added or {}, get_type_hints(kind)
-    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    hints, names = get_type_hints(kind), [field.name for field in fields(kind)]  # type: ignore[arg-type]
     columns, rows = read_csv(path)
-    has = [rename.get(column, column) for column in columns]
-    if has not in (names, [name for name in names if name not in added]):
+    if columns != names:
         raise ValueError(f"its columns must be {', '.join(names)}, and are {', '.join(columns) or 'none'}")
     found = []
     for number, row in enumerate(rows, 1):
         try:
-            values = {name: _value(text, hints[name]) for name, text in zip(has, row.values(), strict=True)}
+            found.append(kind(**{name: _value(text, hints[name]) for name, text in row.items()}))
         except (KeyError, ValueError) as error:
             raise ValueError(f"row {number}: {', '.join(row.values())} ({error})") from None
-        found.append(kind(**{**added, **values}))
     return found
 
 

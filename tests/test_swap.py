@@ -206,12 +206,3 @@ def test_the_loss_is_said_by_its_cause(other, words):
     assert all(word in said for word in words), said
     assert ("batch norm" in said) == any("batch norm" in word for word in words)
     assert "to the solver" in said or not any("to the solver" in word for word in words)
-
-
-def test_tables_of_the_first_version_are_read(tmp_path):
-    (tmp_path / "t.csv").write_text(
-        "solver,substeps,step_size,accuracy,accuracy_recalibrated,logit_drift,nfe,as_trained\n"
-        "euler,1,1.0,0.85,0.8474,0.0,7.0,True\n"
-    )
-    (found,) = SwapReport.from_csv(tmp_path / "t.csv").rows
-    assert (found.accuracy, found.accuracy_recalibrated, found.forecast) == (0.85, 0.8474, "not made")

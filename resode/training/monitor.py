@@ -159,7 +159,7 @@ class StepLimits:
         if self.records or not path.exists():
             return
         try:
-            found = read_records(GroupRecord, path, {"stage": "group"})  # as 0.1.0 called it
+            found = read_records(GroupRecord, path)
         except ValueError as error:
             raise DamagedFile(f"{path} is no sound table of step limits: {error}. Remove it.") from error
         self.records = [record for record in found if record.update < loop.update]

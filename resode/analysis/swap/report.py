@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -106,7 +105,7 @@ class SwapReport:
             True
         """
         try:
-            return cls(read_records(SwapRow, path, added=_ADDED))
+            return cls(read_records(SwapRow, path))
         except ValueError as error:
             raise ValueError(f"{path} is no swap table, as `resode swap RUN` writes one: {error}.") from None
 
@@ -268,10 +267,6 @@ def swap_report(
         own = trained is not None and trained == (name, trained[1] if METHODS[name].adaptive else n)
         rows.append(swap.row(name, n, own))
     return SwapReport(rows, swap.calibration)
-
-
-# Columns that version 0.1.0 had not.
-_ADDED = {"forecast": "not made", "drift_recalibrated": None, "defect": math.nan, "worst_block": ""}
 
 
 def _calibration(
