@@ -74,14 +74,8 @@ class PadShortcut(nn.Module):
                 f"shortcut A adds channels of zeros and cannot drop channels: got {in_channels} in, "
                 f"{out_channels} out. Use a projection (B)."
             )
-        if zeros not in ("around", "behind"):
-            raise ValueError(f"zeros must be 'around' or 'behind': got {zeros!r}.")
-        self.in_channels, self.out_channels, self.stride, self.zeros = (
-            in_channels,
-            out_channels,
-            stride,
-            zeros,
-        )
+        self.in_channels, self.out_channels, self.stride = in_channels, out_channels, stride
+        self.zeros = one_of("zeros", zeros, ("around", "behind"))
         new = out_channels - in_channels
         before = new // 2 if zeros == "around" else 0
         self.before, self.behind = before, new - before

@@ -48,17 +48,17 @@ class StochasticDepth(nn.Module):
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = probability("p", p)
-        self.held: dict[nn.Module, Tensor] | None = None
+        self.masks: dict[nn.Module, Tensor] | None = None
 
     def forward(self, residual: Tensor) -> Tensor:
         """F or 0, sample by sample, shape of F."""
         if not self.training or self.p == 0:
             return residual
-        scale = None if self.held is None else self.held.get(self)
+        scale = None if self.masks is None else self.masks.get(self)
         if scale is None or scale.shape[0] != residual.shape[0]:
             scale = draw_scale(self.p, residual)
-            if self.held is not None:
-                self.held[self] = scale
+            if self.masks is not None:
+                self.masks[self] = scale
         return residual * scale.to(residual.dtype)
 
     def extra_repr(self) -> str:
@@ -97,7 +97,7 @@ class FrozenDuringStep:
         first, self.first = self.first, False
         before = [vars(norm).get("forward") for norm in self.norms]
         for drop in self.drops:
-            drop.held = self.masks
+            drop.masks = self.masks
         try:
             if self.own_statistics:
                 with nullcontext() if first else FrozenStatistics(self.norms):
@@ -108,7 +108,7 @@ class FrozenDuringStep:
             yield
         finally:
             for drop in self.drops:
-                drop.held = None
+                drop.masks = None
             for norm, forward in zip(self.norms, before, strict=True):
                 vars(norm).pop("forward", None)
                 if forward is not None:

@@ -486,12 +486,12 @@ class ResidualStack(Checked):
 
     def _checkpointed(self, blocks: range, x: Tensor, cost: _Cost, every: bool) -> list[Tensor]:
         """As `_through`, keeping the input alone; the way back goes through the blocks again."""
-        progress, again = cost.progress, False
+        progress, ran = cost.progress, False
 
         def through(x: Tensor) -> list[Tensor]:
-            nonlocal again
-            if not again:
-                again = True
+            nonlocal ran
+            if not ran:
+                ran = True
                 return self._through(blocks, x, cost, every)
             repeat = _Cost(progress)
             try:
@@ -515,16 +515,16 @@ class ResidualStack(Checked):
         """F_l of (s, state), times `scale`; one block call's. With a clock F_l takes the time of s too."""
         module = self.field(index)
         nodes = self._nodes(index) if self.weights == "linear" and not self.shared else None
-        held = None
+        frozen = None
         if several and module.training:
             refuse_dropout(module, self.solver)
-            held = FrozenDuringStep(module)
+            frozen = FrozenDuringStep(module)
         first = True
 
         def f(s: Any, y: Tensor) -> Any:
             nonlocal first
             t = None if clock is None else clock(s, y)
-            with nullcontext() if held is None else held.evaluation():
+            with nullcontext() if frozen is None else frozen.evaluation():
                 if nodes is None or (first and isinstance(s, float)):  # the first stage is at the node itself
                     dy = evaluate(module, y, index, t=t)
                 else:

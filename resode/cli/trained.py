@@ -110,8 +110,8 @@ def swap(
         substeps=tuple(counts),
         recalibrate=calibration_batches(images, count, place) if normed else False,
     )
-    again = ["recalibrated %"] if normed else []
-    columns = ["solver", "substeps", "forecast", "accuracy %", *again, "drift", "F calls", "step"]
+    recalibrated = ["recalibrated %"] if normed else []
+    columns = ["solver", "substeps", "forecast", "accuracy %", *recalibrated, "drift", "F calls", "step"]
     table(columns, [_swap_row(row) for row in result.rows], words=("step",))
     say(f"\n{result.causes()}\n\nforecast: of the accuracy, from {INPUTS} images and no label.")
     say("drift: how far the logits moved, relative to their size, from those of the trained solver.")
@@ -119,14 +119,14 @@ def swap(
 
 
 def _swap_row(row: Any) -> list[str]:
-    again = [] if row.accuracy_recalibrated is None else [f"{100 * row.accuracy_recalibrated:.2f}"]
+    recalibrated = [] if row.accuracy_recalibrated is None else [f"{100 * row.accuracy_recalibrated:.2f}"]
     step = "adaptive" if row.step_size is None else f"{row.step_size:g}"
     return [
         row.solver,
         "-" if row.substeps is None else str(row.substeps),
         row.forecast,
         f"{100 * row.accuracy:.2f}",
-        *again,
+        *recalibrated,
         f"{row.logit_drift:.3f}",
         f"{row.nfe:.4g}",
         step + (", trained" if row.as_trained else ""),

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resode.checks import check_whole, warn_user
+from resode.checks import check_number, check_whole, warn_user
 from resode.jacobian.krylov import norm_estimate
 from resode.jacobian.linearize import Field, dense_jacobian
 from resode.jacobian.matrices import DENSE_LIMIT, check_precision, checked_matrices, eigenvalues_with_errors
@@ -55,8 +55,8 @@ class SpectrumOptions:
     def __post_init__(self) -> None:
         for name, least in (("k", 1), ("budget", 1), ("dense_up_to", 0)):
             check_whole(name, getattr(self, name), least=least)
-        if self.rtol is not None and not (isinstance(self.rtol, (int, float)) and 0 < self.rtol < 1):
-            raise ValueError(f"rtol must be a number between 0 and 1, got {self.rtol!r}.")
+        if self.rtol is not None:
+            check_number("rtol", self.rtol, above=0, below=1)
         allowed_growth(self.growth)
 
     def accuracy(self, eps: float) -> float:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from resode.checks import check_number, check_whole
 from resode.stability.binding import binding
 from resode.stability.intervals import Interval, ray_polynomials
 from resode.stability.multistep import EXPLICIT_ADAMS, AdamsRays
@@ -356,11 +357,8 @@ def allowed_growth(growth: tuple[int, float] | None) -> Fraction:
         steps, tol = growth
     except TypeError:
         raise TypeError(f"growth is a pair (number of steps, tolerance), got {growth!r}.") from None
-    if not (isinstance(steps, int) and steps >= 1 and 0 <= tol < math.inf):
-        raise ValueError(
-            "growth is (N, tol) with an integer N ≥ 1 and a finite tol ≥ 0, asking for |R|^N ≤ 1 + tol; "
-            f"got {growth!r}."
-        )
+    steps = check_whole("the N of growth=(N, tol), which asks for |R|^N ≤ 1 + tol,", steps, 1)
+    tol = check_number("the tol of growth=(N, tol)", tol, least=0)
     return 1 + Fraction(math.expm1(2 * math.log1p(tol) / steps))
 
 

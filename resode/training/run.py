@@ -136,8 +136,8 @@ def train(
                 plan = Plan.new(model, data, recipe, model_options, data_dir, settings)
                 check_data_place(plan.data, data_dir, download)
             folder = processes.from_first(lambda: RunFolder.create(run_dir or plan.default_run_dir()))
-        with ExitStack() as held:
-            processes.from_first(lambda: held.enter_context(folder.locked()))
+        with ExitStack() as locks:
+            processes.from_first(lambda: locks.enter_context(folder.locked()))
             asked = _Request(
                 plan=plan,
                 folder=folder,

@@ -379,9 +379,9 @@ def _check_random(model: nn.Module, x: Any) -> None:
         z = call(model, x)
         if torch.equal(state, torch.get_rng_state()):
             return
-        again = call(model, x)
+        second = call(model, x)
     if not all(
-        torch.allclose(a, b, equal_nan=True) for a, b in zip(tensors_in(z), tensors_in(again), strict=True)
+        torch.allclose(a, b, equal_nan=True) for a, b in zip(tensors_in(z), tensors_in(second), strict=True)
     ):
         training = [name for name, module in model.named_modules() if module.training]
         raise ValueError(

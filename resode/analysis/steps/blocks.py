@@ -64,7 +64,7 @@ class _Call:
         arguments, options: what else it was called with.
         y: the tensor that it returned, or the first of several.
         entry, exit: which tensors x and y were, in which version.
-        held: those tensors, so that none takes their place.
+        kept: those tensors, so that none takes their place.
     """
 
     name: str
@@ -75,7 +75,7 @@ class _Call:
     y: Tensor | None
     entry: tuple[int, int]
     exit: tuple[int, int]
-    held: tuple[Any, Any]
+    kept: tuple[Any, Any]
 
 
 class Increment(nn.Module):
@@ -255,7 +255,7 @@ def _calls(network: nn.Module, images: Tensor, modules: dict[str, Any]) -> list[
                 y=y,
                 entry=entry,
                 exit=_version(y),
-                held=(first_of(inputs, options), y),
+                kept=(first_of(inputs, options), y),
             )
         )
 
