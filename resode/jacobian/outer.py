@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from resode.jacobian.krylov import KrylovSchur, Ritz, outermost
-from resode.stability.intervals import ray_polynomials
-from resode.stability.limits import allowed_growth, first_exits
+from resode.stability.limits import first_exits, rays_of
 from resode.stability.spectra import ROUNDINGS, FirstExits, Spectrum
 from resode.stability.unstable_rays import Complexes, Floats
 from resode.tableaus import ButcherTableau
@@ -261,7 +260,7 @@ class _Part:
         large = np.argsort(np.where(upper, -np.abs(values), np.inf), kind="stable")[:k]
         binding: list[int] = []
         for tableau in self.search.tableaus:  # each has its own; growing modes limit none of them
-            rays = ray_polynomials(tableau, allowed_growth(self.search.growth))
+            rays = rays_of(tableau, self.search.growth)
             exits = np.where(upper & (values.real <= 0), first_exits(rays, values), np.inf)
             binding += exits.argsort(kind="stable")[:k].tolist()
         return np.array(list(dict.fromkeys([*binding, *large, *outermost(values)])))

@@ -241,8 +241,7 @@ def eigenvalue_step_limit(
           Without them the limit would be 0.696323.
     """
     values, eps = checked_spectrum(eigenvalues)
-    allowed, adams = allowed_growth(growth), method == EXPLICIT_ADAMS
-    rays = AdamsRays(math.sqrt(allowed)) if adams else ray_polynomials(get_tableau(method), allowed)
+    rays = rays_of(method, growth)
     shape, n = values.shape[:-1], values.shape[-1]
     given: Complexes = values.reshape(-1, n)
     size = np.abs(values).max(axis=-1, keepdims=True)
@@ -253,7 +252,7 @@ def eigenvalue_step_limit(
     growing = given.real > tau
     lam = as_counted(given, tau)
     if n <= _MANY or isinstance(rays, AdamsRays):
-        exits, intervals = _exits(rays, lam)
+        exits, intervals = exits_and_intervals(rays, lam)
     else:
         parts = [_exits_of_many(rays, *row) for row in zip(lam, growing, strict=True)]
         exits, intervals = np.stack([p[0] for p in parts]), [p[1] for p in parts]
@@ -286,7 +285,7 @@ def eigenvalue_step_limit(
         decaying_step=like(eigenvalues, slow.min(axis=1), shape),
         converged=like(eigenvalues, np.ones(len(given), dtype=bool), shape),
         decaying_converged=like(eigenvalues, np.ones(len(given), dtype=bool), shape),
-        method=EXPLICIT_ADAMS if adams else get_tableau(method).name,
+        method=name_of(method),
         **shown,
     )
 
@@ -314,7 +313,24 @@ def as_counted(values: Complexes, tau: np.ndarray | float) -> Complexes:
     return counted
 
 
-def _exits(rays: RayPolynomials | AdamsRays, lam: np.ndarray) -> tuple[np.ndarray, list[list[Interval]]]:
+Rays = RayPolynomials | AdamsRays
+"""Where along rays h·λ a method is unstable."""
+
+
+def rays_of(method: str | ButcherTableau, growth: tuple[int, float] | None = None) -> Rays:
+    """The rays of a method that is given by name, with what N steps may amplify."""
+    allowed = allowed_growth(growth)
+    if method == EXPLICIT_ADAMS:
+        return AdamsRays(math.sqrt(allowed))
+    return ray_polynomials(get_tableau(method), allowed)
+
+
+def name_of(method: str | ButcherTableau) -> str:
+    """What a limit calls a method."""
+    return EXPLICIT_ADAMS if method == EXPLICIT_ADAMS else get_tableau(method).name
+
+
+def exits_and_intervals(rays: Rays, lam: np.ndarray) -> tuple[np.ndarray, list[list[Interval]]]:
     """First exit of each eigenvalue (B, n), and the stable intervals of each row; λ = 0 has no exit."""
     flat = lam.reshape(-1)
     nonzero = np.flatnonzero(flat)
@@ -326,10 +342,10 @@ def _exits(rays: RayPolynomials | AdamsRays, lam: np.ndarray) -> tuple[np.ndarra
     return unstable[..., 0, 0], [complement(row) for row in unstable]
 
 
-def first_exits(rays: RayPolynomials, lam: Complexes) -> np.ndarray:
+def first_exits(rays: Rays, lam: Complexes) -> np.ndarray:
     """First exit of each eigenvalue, any shape, as it was counted: inf where it never leaves."""
     upper, place = np.unique(lam.real + 1j * np.abs(lam.imag), return_inverse=True)
-    exits = _exits(rays, upper[None])[0][0] if lam.size else np.zeros(0)
+    exits = exits_and_intervals(rays, upper[None])[0][0] if lam.size else np.zeros(0)
     return exits[place].reshape(lam.shape)
 
 
@@ -339,12 +355,12 @@ def _exits_of_many(
     """The same for one large spectrum; inf for eigenvalues that bind nowhere."""
     decaying = np.flatnonzero(~growing & (lam != 0))
     chosen = decaying[binding(rays, lam[decaying], [(0.0, math.inf)])]
-    stable = _exits(rays, lam[None, chosen])[1][0] if chosen.size else [(0.0, math.inf)]
+    stable = exits_and_intervals(rays, lam[None, chosen])[1][0] if chosen.size else [(0.0, math.inf)]
     rising = np.flatnonzero(growing)
     chosen = np.concatenate([chosen, rising[binding(rays, lam[rising], stable)]])
     exits = np.full(len(lam), np.inf)
     if chosen.size:
-        some, intervals = _exits(rays, lam[None, chosen])
+        some, intervals = exits_and_intervals(rays, lam[None, chosen])
         exits[chosen], stable = some[0], intervals[0]
     return exits, stable
 
