@@ -54,7 +54,7 @@ def recipe_settings(chosen: dict[str, Any]) -> dict[str, Any]:
     "resode train --resume runs/odenet20-digits-…",
     "resode train --config runs/demo/config.yaml --seed 1",
     "resode train --eval-solver rk4 --eval-substeps 2 --refine-at 10",
-    "torchrun --nproc-per-node 2 -m resode.cli train --model resnet20 --data cifar10",
+    "torchrun --nproc-per-node 2 -m resode train --model resnet20 --data cifar10",
 )
 @recipe_flags
 def train(
