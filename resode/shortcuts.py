@@ -138,9 +138,7 @@ class ProjectionShortcut(nn.Sequential):
         if not conv.weight.is_meta:  # there is nothing to fill, and torch pretends slowly
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
         super().__init__(
-            *([pool] if average_pool else []),
-            conv,
-            *([] if norm is None else [norm(out_channels)]),
+            *([pool] if average_pool else []), conv, *([] if norm is None else [norm(out_channels)])
         )
         self.in_channels = in_channels
 

@@ -203,11 +203,7 @@ def takes_time(field: nn.Module) -> bool:
 
 
 def evaluate(
-    field: nn.Module,
-    y: Tensor,
-    index: int,
-    values: dict[str, Tensor] | None = None,
-    t: Tensor | None = None,
+    field: nn.Module, y: Tensor, index: int, values: dict[str, Tensor] | None = None, t: Tensor | None = None
 ) -> Any:
     """F(y), or F(t, y) where a time is given, with other parameters where `values` has them.
 

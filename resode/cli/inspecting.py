@@ -185,10 +185,7 @@ def report(
     say(f"report {path}")
 
 
-@command(
-    "resode compare runs/plain20 runs/resnet20 runs/odenet20",
-    "resode compare runs/* --out figures",
-)
+@command("resode compare runs/plain20 runs/resnet20 runs/odenet20", "resode compare runs/* --out figures")
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.", metavar="RUN...", show_default=False)],
     out: Annotated[

@@ -23,10 +23,7 @@ _DataDir = Annotated[Path | None, flag("Where its data lies, where that changed.
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 
 
-@command(
-    "resode evaluate runs/demo",
-    "resode evaluate runs/demo --solver rk4 --substeps 2",
-)
+@command("resode evaluate runs/demo", "resode evaluate runs/demo --solver rk4 --substeps 2")
 def evaluate(
     run: _Run,
     solver: Annotated[str | None, flag("Method instead of the run's.")] = None,

@@ -33,12 +33,7 @@ class MLPField(nn.Module):
     """
 
     def __init__(
-        self,
-        width: int,
-        *,
-        hidden: int | None = None,
-        activation: str = "relu",
-        zero_init_last: bool = False,
+        self, width: int, *, hidden: int | None = None, activation: str = "relu", zero_init_last: bool = False
     ) -> None:
         super().__init__()
         self.width = check_whole("width", width, 1)

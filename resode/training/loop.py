@@ -27,11 +27,7 @@ from resode.blocks.statistics import measure_statistics
 from resode.solve import SolverError
 from resode.training.data import Batches
 from resode.training.divergence import why_diverged
-from resode.training.evaluate import (
-    evaluations_of_last_call,
-    recomputations_of_last_call,
-    score,
-)
+from resode.training.evaluate import evaluations_of_last_call, recomputations_of_last_call, score
 from resode.training.files import RunError, pack
 from resode.training.folder import FORMAT, Checkpoint, RunFolder
 from resode.training.monitor import Callback

@@ -253,10 +253,7 @@ def make_config(
     plan: Plan, recipe: Recipe, data: ImageData, network: nn.Module, device: torch.device
 ) -> dict[str, Any]:
     """What config.yaml holds: the settings that repeat the run, and under `record` what it met."""
-    settings = asdict(recipe) | {
-        "milestones": list(recipe.milestones),
-        "refine_at": list(recipe.refine_at),
-    }
+    settings = asdict(recipe) | {"milestones": list(recipe.milestones), "refine_at": list(recipe.refine_at)}
     return {
         "format": FORMAT,
         "model": model_name(plan.model),

@@ -56,12 +56,7 @@ def _explicit(solver: str | ButcherTableau) -> ButcherTableau:
 
 
 def stability_losses(
-    field: Field,
-    x0: Tensor,
-    max_step: float,
-    *,
-    solver: str | ButcherTableau = "euler",
-    max_period: int = 4,
+    field: Field, x0: Tensor, max_step: float, *, solver: str | ButcherTableau = "euler", max_period: int = 4
 ) -> list[StabilityLoss]:
     r"""Follow a fixed point, and the cycles that double from it, to the steps where each loses stability.
 
