@@ -3,65 +3,24 @@ r"""Eigenvalues of Jacobians with their errors: all of them, or the outer ones o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from resode.checks import check_number, check_whole, warn_user
+from resode.checks import warn_user
 from resode.jacobian.krylov import norm_estimate
 from resode.jacobian.linearize import Field, dense_jacobian
 from resode.jacobian.matrices import DENSE_LIMIT, check_precision, checked_matrices, eigenvalues_with_errors
-from resode.jacobian.outer import SPACE, Row, Search, gathered, outer_rows
+from resode.jacobian.outer import SPACE, Row, SpectrumOptions, gathered, outer_rows
 from resode.jacobian.products import JacobianProducts, full_precision
-from resode.stability.limits import allowed_growth, rounding
+from resode.stability.limits import rounding
 from resode.stability.spectra import ROUNDINGS, FirstExits, Spectrum
 from resode.tableaus import METHODS, ButcherTableau, get_tableau
 
 _ENTRIES = 2**26  # of Jacobians that are formed together
-
-
-@dataclass(frozen=True)
-class SpectrumOptions:
-    """How eigenvalues are sought.
-
-    Args:
-        k: eigenvalues that limit the step, and largest ones, to hold on to where J is not formed.
-        rtol: relative accuracy of step limits; None for 1e-6 in float64, 1e-4 in float32.
-        budget: products a sample, where J is not formed.
-        least: products a sample before a search may end, where more is wanted than what limits a step.
-        growth: as in `resode.stability.eigenvalue_step_limit`.
-        dense_up_to: entries of a state up to which J is formed.
-        search: whether to seek outer eigenvalues first, whatever the size; J is formed, within
-            `dense_up_to`, where they do not decide.
-        check: whether to check what was found by a search by both eigenvectors, and to warn where limits did
-            not converge; without it a search is a quick look.
-
-    Raises:
-        ValueError: a number out of range.
-    """
-
-    k: int = 6
-    rtol: float | None = None
-    budget: int = 1200
-    growth: tuple[int, float] | None = None
-    dense_up_to: int = 1024
-    search: bool = False
-    check: bool = True
-    least: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("k", 1), ("budget", 1), ("dense_up_to", 0)):
-            check_whole(name, getattr(self, name), least=least)
-        if self.rtol is not None:
-            check_number("rtol", self.rtol, above=0, below=1)
-        allowed_growth(self.growth)
-
-    def accuracy(self, eps: float) -> float:
-        """The relative accuracy of step limits, of a J in a dtype of this spacing."""
-        return self.rtol or (1e-6 if eps <= 2.0**-52 else max(1e-4, 8 * eps))
 
 
 def spectrum(
@@ -155,8 +114,8 @@ def _searched(
     # Where J can be formed, a search that lasts about as long as that is given up.
     can_be_formed = n <= options.dense_up_to and n + SPACE <= options.budget
     budget = min(max(SPACE, n // 2), options.budget - n) if can_be_formed else options.budget
-    search = Search(tableaus, options.k, rtol, budget, options.growth, eps, options.check, options.least)
-    rows = outer_rows(source.products, x.detach().flatten(1).to(wide), search)
+    start = x.detach().flatten(1).to(wide)
+    rows = outer_rows(source.products, start, replace(options, budget=budget), tableaus, eps)
     if not can_be_formed:
         return rows
     found = gathered(rows, n, eps, rtol, options.growth)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from resode.analysis.depth.alignment import boosting, class_means, cosine, error_correction
+from resode.analysis.depth.alignment import class_means, cosine
 from resode.analysis.depth.block_spectrum import BlockSpectrum, block_spectrum
 from resode.analysis.depth.gradients import split_gradient
 from resode.analysis.depth.lesion import run_edited
@@ -465,16 +465,16 @@ def _profile_part(
             "gradient_cosine": cosine(identity, residual, batch),
             "split_squares": _norm(identity + residual - total, batch) ** 2,
             "gradient_squares": _norm(total, batch) ** 2,
-            "boosting": boosting(a.increment.expand_as(a.y), at_y[i], batch),
+            "boosting": cosine(a.increment.expand_as(a.y), -at_y[i], batch),
         }
         following = at_x[i + 1] if i + 1 < len(additions) else at_y[i]
         if following.shape == total.shape:
             values["next_cosine"] = cosine(total, following, batch)
         if a.keeps_shape and last.shape == a.x.shape:
-            values["correction"] = error_correction(a.increment, a.x, last, batch)
+            values["correction"] = cosine(a.increment, last - a.x, batch)
             if labels is not None and labels.shape == (batch,) == a.x.shape[:1]:
                 means = class_means(last, labels.to(last.device))
-                values["class_correction"] = error_correction(a.increment, a.x, means, batch)
+                values["class_correction"] = cosine(a.increment, means - a.x, batch)
         if a.inactive:
             values["inactive"] = torch.full((batch,), sum(a.inactive) / len(a.inactive))
         if lesions:
