@@ -64,12 +64,7 @@ def records_text(kind: type, records: Iterable[Any]) -> str:
 
 
 def read_csv(path: str | Path) -> tuple[list[str], list[dict[str, str]]]:
-    """The columns' names of a table, and its rows by them.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: a row is longer or shorter than the others, or it is no table.
-    """
+    """The columns' names of a table, and its rows by them; a ValueError where rows are of several lengths."""
     with open(path, newline="", encoding="utf-8") as file:
         try:
             columns, *rows = [row for row in csv.reader(file, strict=True) if row] or [[]]
@@ -84,9 +79,7 @@ def read_csv(path: str | Path) -> tuple[list[str], list[dict[str, str]]]:
 def read_records(kind: type[Row], path: str | Path) -> list[Row]:
     """What `records_text` wrote, as objects again; fields are str, int, float, bool, or these or None.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: other columns, or a cell that is none of its column.
+    Other columns, and a cell that is none of its column, are a ValueError.
     """
     hints, names = get_type_hints(kind), [field.name for field in fields(kind)]  # type: ignore[arg-type]
     columns, rows = read_csv(path)

@@ -43,10 +43,7 @@ def say(text: str = "", style: str | None = None) -> None:
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: Sequence[str] = ()) -> None:
     """Print rows under their columns' names; closer together where the terminal is narrow.
 
-    Args:
-        columns: names; the first of them, and those in `words`, are flush left, the others flush right.
-        rows: one text a column.
-        words: the columns that hold words instead of numbers; they may be folded.
+    The first column, and those that hold words and may be folded, are flush left, the others flush right.
     """
     target = console()
     roomy = fits(columns, rows)

@@ -150,9 +150,6 @@ def outer_rows(
         options: how they are sought.
         tableaus: the methods whose limits are to settle.
         eps: spacing of J's dtype.
-
-    Raises:
-        ValueError: J is not finite.
     """
     n, size = x.shape[1], x.element_size()
     space = max(24, min(SPACE, options.budget, n, MEMORY // (n * size)))

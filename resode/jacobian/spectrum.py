@@ -68,15 +68,9 @@ def spectrum(
 def matrix_spectrum(
     jacobians: Any, options: SpectrumOptions | None = None, eigenvalues: Any = None
 ) -> Spectrum:
-    """The spectrum of matrices, shape (n, n) or (…, n, n), with errors.
+    """The spectrum of matrices, shape (n, n) or (…, n, n), with errors, as `checked_matrices` takes them.
 
-    Args:
-        jacobians: as `resode.jacobian.matrices.checked_matrices` takes them.
-        options: `growth` and `rtol`.
-        eigenvalues: their own, where those are known; they are then taken as exact but for rounding.
-
-    Raises:
-        TypeError, ValueError: as `checked_matrices` and `check_precision`.
+    Of the options `growth` and `rtol` count. Eigenvalues that are known are taken as exact but for rounding.
     """
     options = SpectrumOptions() if options is None else options
     values, eps = checked_matrices(jacobians)
@@ -182,13 +176,7 @@ class _Some:
 
 
 def formed(products: Any, like: Tensor, rows_out: int | None = None) -> Tensor:
-    """The Jacobians (batch, m, n) of products, row by row.
-
-    Args:
-        products: an object with `vjp`.
-        like: of the states' shape (batch, n) and dtype.
-        rows_out: m; n if None.
-    """
+    """The Jacobians (batch, m, n) of products at states (batch, n), row by row; m is n where not given."""
     one = torch.eye(rows_out or like.shape[1], dtype=like.dtype, device=like.device)
     return torch.stack([products.vjp(e.expand(len(like), -1).contiguous()) for e in one], 1)
 

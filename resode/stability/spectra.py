@@ -92,25 +92,12 @@ class Spectrum:
 
 
 def limits(spectrum: Spectrum, method: str | ButcherTableau) -> StepLimit:
-    """The step limits of a spectrum under a method: the one answer behind every step limit of a Jacobian.
-
-    Args:
-        spectrum: as `resode.jacobian.spectrum.spectrum` finds it.
-        method: as in `eigenvalue_step_limit`.
-
-    Returns:
-        StepLimit of the batch's shape.
-    """
+    """The step limits of a spectrum under a method: the one answer behind every step limit of a Jacobian."""
     return FirstExits(spectrum, method).limits()
 
 
 class FirstExits:
-    """Where the eigenvalues of each Jacobian leave a method's stability region first.
-
-    Args:
-        spectrum: the eigenvalues.
-        method: as in `eigenvalue_step_limit`.
-    """
+    """Where the eigenvalues of each Jacobian leave a method's stability region first."""
 
     def __init__(self, spectrum: Spectrum, method: str | ButcherTableau) -> None:
         self.spectrum, self.method = spectrum, method

@@ -152,16 +152,8 @@ def plain_batches(
 ) -> Batches:
     """Images of a data set in their order, normalised and otherwise as they are.
 
-    Some data sets lie sorted by class, so that a few images are taken evenly from all of them.
-
-    Args:
-        data: the data set.
-        split: "test" or "train".
-        device: where the batches are made.
-        limit: only so many images, evenly spaced over the split; None, or more than there are, for all.
-
-    Raises:
-        ValueError: no such split, or a limit below 1.
+    Some data sets lie sorted by class, so that a few images (up to `limit`) are evenly spaced over the split,
+    "test" or "train".
     """
     one_of("split", split, ("test", "train"))
     if limit is not None:

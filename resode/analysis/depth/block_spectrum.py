@@ -36,14 +36,9 @@ class BlockSpectrum:
 def block_spectrum(
     a: Addition, model: nn.Module, batch: int, tableau: ButcherTableau | None, place: int
 ) -> BlockSpectrum:
-    """Spectrum, step limit and singular values of a traced block.
+    """Spectrum, step limit and singular values of a traced block, the `place`-th addition of its module.
 
-    Args:
-        a: the addition, its graph kept.
-        model: where it was traced.
-        batch: samples of the trace.
-        tableau: the method whose step limit is wanted; None for the block's own.
-        place: which addition of its module it is.
+    The limit is that of the tableau, or of the block's own method.
     """
     result = BlockSpectrum()
     stack = model.get_submodule(a.module)

@@ -18,12 +18,9 @@ from resode.analysis.depth.watching import tensors_in
 
 
 def run_edited(model: nn.Module, x: Any, edits: Sequence[tuple[Addition, float]]) -> Any:
-    """The model's output with ηF of some blocks multiplied by c; 0 removes a block.
+    """The model's output with ηF multiplied by c for each (addition, c) of a trace; 0 removes a block.
 
-    Args:
-        model: in eval mode.
-        x: as in `resode.analysis.depth.tracing.trace`; samples may be others than the traced ones.
-        edits: (addition, c) pairs, of a trace of this model.
+    Samples may be others than the traced ones.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
