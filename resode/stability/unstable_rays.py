@@ -91,7 +91,7 @@ class RayPolynomials:
         return not len(self.axes["imaginary"]) and roots_lie_right(self.parts[1][1])
 
     def unstable(self, eigenvalues: Complexes) -> Floats:
-        """Open intervals of h > 0 where g > 0 at h·λ for each λ (M,), not 0: (M, K, 2), filled up with inf."""
+        """Open intervals of h > 0 where g > 0 at h·λ for each λ (M,), not 0: (M, K, 2), filled with inf."""
         modulus = np.abs(eigenvalues)
         done: list[tuple[Indices, Floats]] = []
         for axis, index in by_axis(eigenvalues).items():
