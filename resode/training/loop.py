@@ -478,7 +478,7 @@ class TrainingLoop:
             torch.cuda.set_rng_state(random[_of_rank("cuda", rank)], self.fabric.device)
         self.epoch, self.index = checkpoint.state["epoch"], checkpoint.state["index"]
         self.seconds, self.epoch_seconds = checkpoint.state["seconds"], checkpoint.state["epoch_seconds"]
-        self.nfe_backward = checkpoint.state.get("nfe_backward", 0)
+        self.nfe_backward = checkpoint.state["nfe_backward"]
         self.rows = checkpoint.state["rows"]
         self.losses[: self.index] = tally["losses"].to(self.losses.device)
         self.hits = (tally["hits"] if rank == 0 else tally["hits"] * 0).to(self.hits.device)

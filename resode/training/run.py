@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +36,44 @@ from resode.training.processes import Processes, synchronise_norms
 from resode.training.recipe import Recipe
 from resode.training.refining import refinable
 
-__all__ = ["Run", "evaluate", "load", "train"]
+__all__ = ["Run", "Summary", "evaluate", "load", "train"]
 
 if TYPE_CHECKING:  # Lightning takes seconds to import
     from resode.training.loop import TrainingLoop
     from resode.training.progress import Progress
+
+
+class Summary(TypedDict):
+    """The figures of a finished run, as summary.json holds them; accuracies are shares, 0 to 1.
+
+    Those of images held out, and of another solver, are there where the recipe asks for them.
+    """
+
+    model: str
+    model_options: dict[str, Any]
+    data: str
+    recipe: str
+    parameters: int
+    epochs: int
+    updates: int
+    test_accuracy: float
+    test_loss: float
+    train_accuracy: float
+    train_loss: float
+    images_per_second: float
+    nfe: float
+    nfe_backward: float
+    peak_memory_bytes: int | None
+    seconds: float
+    device: str
+    precision: str
+    seed: int
+    validation_accuracy: NotRequired[float]
+    best_epoch: NotRequired[int]
+    best_validation_accuracy: NotRequired[float]
+    best_test_accuracy: NotRequired[float]
+    eval_solver: NotRequired[str]
+    eval_accuracy: NotRequired[float]
 
 
 @dataclass(frozen=True)
@@ -51,14 +84,14 @@ class Run:
         path: its folder.
         network: trained, in evaluation mode, on the device it was trained on.
         recipe: the settings, resolved.
-        summary: test_accuracy, train_accuracy, images_per_second, nfe, seconds, ….
+        summary: its figures.
         metrics: the columns of metrics.csv, one entry an epoch; NaN where nothing was measured.
     """
 
     path: Path
     network: nn.Module
     recipe: Recipe
-    summary: dict[str, Any]
+    summary: Summary
     metrics: dict[str, list[float]]
 
 
@@ -511,7 +544,7 @@ def _heading(job: _Job) -> list[str]:
 
 def _finish(
     job: _Job, rows: list[dict[str, Any]], progress: Progress
-) -> tuple[dict[str, Any], dict[str, list[float]]]:
+) -> tuple[Summary, dict[str, list[float]]]:
     """Write the summary and the figures of a run that has come to its end; the summary and the metrics."""
     from resode import plots
 
@@ -528,15 +561,13 @@ def _finish(
     return summary, metrics
 
 
-def _summary(job: _Job, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(job: _Job, rows: list[dict[str, Any]]) -> Summary:
     """The figures of summary.json."""
     plan, recipe, device = job.asked.plan, job.recipe, job.asked.device
     last = rows[-1]
-    images = sum(_images(rows, recipe))
-    training_seconds = sum(
-        n / row["images_per_second"] for n, row in zip(_images(rows, recipe), rows, strict=True)
-    )
-    summary: dict[str, Any] = {
+    images = _images(rows, recipe)
+    training_seconds = sum(n / row["images_per_second"] for n, row in zip(images, rows, strict=True))
+    summary: Summary = {
         "model": model_name(plan.model),
         "model_options": plan.options,
         "data": job.data.title,
@@ -548,9 +579,9 @@ def _summary(job: _Job, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "test_loss": last["test_loss"],
         "train_accuracy": last["train_accuracy"],
         "train_loss": last["train_loss"],
-        "images_per_second": images / training_seconds,
+        "images_per_second": sum(images) / training_seconds,
         "nfe": last["nfe"],
-        "nfe_backward": last.get("nfe_backward", 0.0),
+        "nfe_backward": last["nfe_backward"],
         "peak_memory_bytes": peak_memory(device),
         "seconds": last["seconds"],
         "device": str(device),
@@ -564,7 +595,7 @@ def _summary(job: _Job, rows: list[dict[str, Any]]) -> dict[str, Any]:
         summary["best_validation_accuracy"] = best["validation_accuracy"]
         summary["best_test_accuracy"] = best["test_accuracy"]
     if recipe.eval_solver is not None:
-        summary |= {"eval_solver": recipe.other_solver, "eval_accuracy": last["eval_accuracy"]}
+        summary["eval_solver"], summary["eval_accuracy"] = recipe.other_solver, last["eval_accuracy"]
     return summary
 
 
