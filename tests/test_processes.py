@@ -150,7 +150,16 @@ def test_there_is_one_log_and_one_folder(tmp_path):
 
 def test_torchrun_starts_the_command(tmp_path):
     """The real thing, imports and all; the figure is drawn by the first process alone."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "resode", "train"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "resode",
+        "train",
+    ]
     settings = ["--recipe", "smoke", "--updates", "2", "--option", "norm=group", "--run-dir", "run"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     result = subprocess.run(

@@ -3,6 +3,7 @@
 import copy
 import csv
 import math
+from dataclasses import fields
 
 import pytest
 import torch
@@ -137,13 +138,13 @@ def test_a_table_comes_back_as_it_was_written(tmp_path):
     [
         ("", "are none"),
         ("solver,accuracy\neuler,0.5\n", "are solver, accuracy"),
-        ("HEAD\neuler,1,1.0,high,,0.0,7.0,True\n", "row 1"),
-        ("HEAD\neuler,1,1.0,0.5,,0.0,7.0,yes\n", "row 1"),
+        ("HEAD\neuler,1,1.0,keeps,high,,0.0,,0.0,,7.0,True\n", "row 1"),
+        ("HEAD\neuler,1,1.0,keeps,0.5,,0.0,,0.0,,7.0,yes\n", "row 1"),
         ("HEAD\neuler,1,1.0\n", "row 1"),
     ],
 )
 def test_another_table_is_refused(tmp_path, text, message):
-    head = "solver,substeps,step_size,accuracy,accuracy_recalibrated,logit_drift,nfe,as_trained"
+    head = ",".join(field.name for field in fields(SwapRow))
     (tmp_path / "t.csv").write_text(text.replace("HEAD", head))
     with pytest.raises(ValueError, match=message):
         SwapReport.from_csv(tmp_path / "t.csv")
