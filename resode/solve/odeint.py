@@ -31,7 +31,7 @@ from resode.solve.problem import (
     largest_rms,
     leaves_like,
 )
-from resode.solve.sample_events import solve_to_own_events, with_own_event_gradients
+from resode.solve.sample_events import sample_event, solve_to_own_events
 from resode.tableaus import ButcherTableau
 
 
@@ -290,19 +290,17 @@ def odeint_event(
     field = (lambda t, y: func(t, y, *args)) if args else func
     leaves, structure = tree_flatten(path)
     last: Any = leaves[0][-1] if isinstance(path, Tensor) else tuple(p[-1] for p in leaves)
-    if per_sample:
-        event_t, last = with_own_event_gradients(field, event_fn, event_t, last)
-    elif isinstance(path, Tensor):
-        event_t, last = with_event_gradient(field, event_fn, event_t, last, (start, y0))
+    if isinstance(path, Tensor):
+        event = sample_event(event_fn) if per_sample else combined(event_fn, start.detach().to(event_t), y0)
     else:
 
         def on_structure(call: Callable[..., Any]) -> Callable[..., Any]:
             return lambda t, parts: call(t, tree_unflatten(list(parts), structure))
 
-        event_t, last = with_event_gradient(
-            lambda t, parts: tuple(leaves_like(on_structure(field)(t, parts), structure)),
-            on_structure(event_fn), event_t, last, (start, tuple(tree_leaves(y0))),
-        )  # fmt: skip
+        given = on_structure(field)
+        field = lambda t, parts: tuple(leaves_like(given(t, parts), structure))  # noqa: E731
+        event = combined(on_structure(event_fn), start.detach().to(event_t), tuple(tree_leaves(y0)))
+    event_t, last = with_event_gradient(field, event, event_t, last, start.expand(event_t.shape))
     ends = (last,) if isinstance(path, Tensor) else last
     leaves = [torch.cat([p[:-1], y[None]]) for p, y in zip(leaves, ends, strict=True)]
     path = tree_unflatten(leaves, structure)
