@@ -115,14 +115,20 @@ def swap(
     again = ["recalibrated %"] if normed else []
     columns = ["solver", "substeps", "forecast", "accuracy %", *again, "drift", "F calls", "step"]
     table(columns, [_swap_row(row) for row in result.rows], words=("step",))
-    say(f"\n{result.causes()}\n\nforecast: of the accuracy, from {INPUTS} images and no label.")
+    say(f"\n{' '.join(result.causes().split())}")
+    say(f"\nforecast: of the accuracy, from {INPUTS} images and no label.")
     say("drift: how far the logits moved, relative to their size, from those of the trained solver.")
+    say(f"\n{result.about_distances()}")
+    if result.distances:
+        table(["furthest blocks", "distance"], result.furthest())
     folder = _figures(run)
     with replacing(folder / "swap.csv") as path:
         result.to_csv(path)
+    with replacing(folder / "swap-blocks.csv") as path:
+        result.distances_to_csv(path)
     with replacing(folder / "swap.png") as path:
         plots.swap_accuracy(result, path)
-    say(f"\nfigure {folder / 'swap.png'}\ntable  {folder / 'swap.csv'}")
+    say(f"\nfigure {folder / 'swap.png'}\ntables {folder / 'swap.csv'}\n       {folder / 'swap-blocks.csv'}")
 
 
 def _swap_row(row: Any) -> list[str]:
