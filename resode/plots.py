@@ -389,32 +389,34 @@ _MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 def swap_accuracy(report: Any, path: Path = None) -> Figure:
-    """Draw accuracy and logit drift of the same weights against the solver's step.
+    """Draw the same weights' accuracy and drift against the solver's step, and blocks' distance from an ODE.
+
+    Filled dots are the accuracy with batch norm's statistics measured anew, open ones that as it is; where
+    there is nothing to measure anew, all are filled.
 
     Args:
         report: of `resode.swap_report`; an adaptive solver, which chooses its steps, is a level line.
         path: where to write the figure.
     """
-    figure = Figure(figsize=(9.6, 3.9), layout="constrained")
-    accuracy, drift = figure.subplots(1, 2)
+    figure = Figure(figsize=(13.2 if report.distances else 9.6, 3.9), layout="constrained")
+    accuracy, drift, *more = figure.subplots(1, 3 if report.distances else 2)
+    recalibrated = any(row.accuracy_recalibrated is not None for row in report.rows)
     solvers = list(dict.fromkeys(row.solver for row in report.rows))
     for i, solver in enumerate(solvers):
         rows = [row for row in report.rows if row.solver == solver]
-        style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linewidth": 1.7}
-        for ax, values in (
-            (accuracy, [100 * row.accuracy for row in rows]),
-            (drift, [row.logit_drift for row in rows]),
-        ):
-            if rows[0].step_size is None:
-                ax.axhline(values[0], linestyle=(0, (5, 2)), label=f"{solver}, adaptive", **style)
-                continue
-            ax.plot([row.step_size for row in rows], values, marker="o", markersize=5, label=solver, **style)
-            for row, value in zip(rows, values, strict=True):
-                if row.as_trained:
-                    ring = {"markersize": 13, "markerfacecolor": "none", "markeredgewidth": 1.8}
-                    ax.plot([row.step_size], [value], "o", color=style["color"], label="as trained", **ring)
+        colour = COLOURS[i % len(COLOURS)]
+        _against_step(accuracy, rows, [100 * row.kept for row in rows], colour, solver)
+        if recalibrated:
+            _against_step(accuracy, rows, [100 * row.accuracy for row in rows], colour)
+        _against_step(drift, rows, [row.logit_drift for row in rows], colour, solver)
+    if recalibrated:
+        accuracy.plot([], [], "o:", color=STABLE, markerfacecolor="none", label="not recalibrated")
     steps = sorted({row.step_size for row in report.rows if row.step_size is not None})
-    for ax, title in ((accuracy, "accuracy, %"), (drift, "drift of the logits, relative")):
+    titles = (
+        "accuracy, recalibrated, %" if recalibrated else "accuracy, %",
+        "drift of the logits, as it is, relative",
+    )
+    for ax, title in zip((accuracy, drift), titles, strict=True):
         ax.set_title(title, fontsize=11)
         if steps:
             ax.set_xlabel("step size (finer to the right)")
@@ -422,12 +424,42 @@ def swap_accuracy(report: Any, path: Path = None) -> Figure:
             ax.set_xlim(steps[-1] * 1.25, steps[0] / 1.25)
             ax.set_xticks(steps, [f"{step:g}" for step in steps])
             ax.xaxis.set_minor_locator(NullLocator())
-    low = min(100 * row.accuracy for row in report.rows)
+    low = min(100 * min(row.accuracy, row.kept) for row in report.rows)
     accuracy.set_ylim(max(0, low - 5), 101.5)
     drift.set_ylim(0, None)
+    for ax in more:
+        ax.bar(range(1, len(report.distances) + 1), [d.distance for d in report.distances], color=COLOURS[0])
+        ax.set_title("distance from an ODE, as trained", fontsize=11)
+        ax.set_xlabel("block")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     handles, labels = accuracy.get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, loc="outside right center")
     return _finished(figure, path)
+
+
+def _against_step(
+    ax: Axes, rows: Sequence[Any], values: Sequence[float], colour: str, label: str = ""
+) -> None:
+    """One solver's line; without a label it is the fainter of two. The row as trained has a second ring."""
+    style: dict[str, Any] = {"color": colour, "linewidth": 1.7 if label else 1.1}
+    if rows[0].step_size is None:
+        dashes = (0, (5, 2)) if label else (0, (1, 2))
+        ax.axhline(values[0], linestyle=dashes, label=f"{label}, adaptive" if label else None, **style)
+        return
+    face = {} if label else {"markerfacecolor": "none", "linestyle": ":"}
+    ax.plot(
+        [row.step_size for row in rows],
+        values,
+        marker="o",
+        markersize=5,
+        label=label or None,
+        **style,
+        **face,
+    )
+    ring = {"markersize": 13, "markerfacecolor": "none", "markeredgewidth": 1.8, "linestyle": ""}
+    for row, value in zip(rows, values, strict=True):
+        if row.as_trained and label:
+            ax.plot([row.step_size], [value], "o", color=colour, label="as trained", **ring)
 
 
 def group_spectra(groups: Sequence[Any], methods: Method | Sequence[Method], path: Path = None) -> Figure:

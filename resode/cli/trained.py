@@ -82,6 +82,7 @@ def swap(
     trained network under other solvers and steps.
     """
     from resode.training.evaluate import calibration_batches, images_of, load, plain_batches
+    from resode.training.files import replacing
 
     methods = _methods(separated(solvers, str, "--solvers"), NATIVE)
     counts = separated(substeps, int, "--substeps")
@@ -110,9 +111,16 @@ def swap(
     recalibrated = ["recalibrated %"] if normed else []
     columns = ["solver", "substeps", "forecast", "accuracy %", *recalibrated, "drift", "F calls", "step"]
     table(columns, [_swap_row(row) for row in result.rows], words=("step",))
-    say(f"\n{result.causes()}\n\nforecast: of the accuracy, from {INPUTS} images and no label.")
+    say(f"\n{' '.join(result.causes().split())}")
+    say(f"\nforecast: of the accuracy, from {INPUTS} images and no label.")
     say("drift: how far the logits moved, relative to their size, from those of the trained solver.")
+    say(f"\n{result.about_distances()}")
+    if result.distances:
+        table(["furthest blocks", "distance"], result.furthest())
     store(figures_of(run), "swap", result)
+    with replacing(figures_of(run) / "swap-blocks.csv") as path:
+        result.distances_to_csv(path)
+    say(f"       {path}")
 
 
 def _swap_row(row: Any) -> list[str]:

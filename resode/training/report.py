@@ -184,6 +184,8 @@ def _swap(report: SwapReport) -> str:
         "F evaluations",
         "",
     ]
+    if all(r.accuracy_recalibrated is None for r in report.rows):
+        columns.remove("recalibrated %")
     rows = [
         [
             r.solver,
@@ -206,6 +208,20 @@ def _swap(report: SwapReport) -> str:
         + _figure(plots.swap_accuracy(report), "accuracy and drift over the step size")
         + _table(columns, rows)
         + _critical(report)
+        + _distances(report)
+    )
+
+
+def _distances(report: SwapReport) -> str:
+    """How far each block is from the flow of its own F."""
+    if not report.distances:
+        return (
+            f"<p>Distance from an ODE: {escape(report.distances_note)}</p>" if report.distances_note else ""
+        )
+    rows = [[d.block, d.distance] for d in report.distances]
+    return (
+        f"<p>{escape(report.about_distances())} Near 0 every finer solver does the same.</p>"
+        f"<details><summary>Blocks</summary>{_table(['block', 'distance'], rows)}</details>"
     )
 
 

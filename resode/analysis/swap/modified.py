@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -13,10 +15,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from resode.analysis.diagnose.forecast import block_name
 from resode.analysis.swap.bseries import Tree, modified_coefficient, symmetry, trees
 from resode.blocks import ResidualStack
+from resode.blocks.solving import other_solver
 from resode.checks import check_whole, warn_user
 from resode.jacobian.linearize import check_field
+from resode.modes import evaluating
 from resode.solve import odeint
 from resode.tableaus import ButcherTableau, get_tableau
 
@@ -117,12 +122,10 @@ class ModifiedField:
             return
         check_field(module, x)
         if not self._checked:
-            seen = _Kinks()
-            with torch.no_grad(), seen:
-                module(x)
-            if seen.found:
+            found = kinks(module, x)
+            if found:
                 warn_user(
-                    f"F has kinks ({', '.join(sorted(seen.found))}), where it has no derivatives: the "
+                    f"F has kinks ({', '.join(found)}), where it has no derivatives: the "
                     "modified field holds between kinks, and a step across one does not follow it. Compare "
                     "modified_field(stack).flow(x) with stack(x), or use a smooth activation (tanh, GELU)."
                 )
@@ -155,6 +158,14 @@ class _Kinks(TorchFunctionMode):
         if _KINKS.match(name):
             self.found.add(name.strip("_"))
         return func(*args, **(kwargs or {}))
+
+
+def kinks(field: nn.Module, x: Tensor) -> list[str]:
+    """The functions with kinks that a field calls, by name."""
+    seen = _Kinks()
+    with torch.no_grad(), seen:
+        field(x)
+    return sorted(seen.found)
 
 
 def modified_field(stack: ResidualStack, order: int = 1) -> ModifiedField:
@@ -253,6 +264,65 @@ def distance_from_ode(stack: ResidualStack, x: Tensor) -> Tensor:
             change = (modified.block(index)(state) - first).flatten(1).norm(dim=1)
             rows.append(torch.where(change > 0, change / size, 0.0))
     return torch.stack(rows)
+
+
+@dataclass(frozen=True)
+class BlockDistance:
+    """How far one block of a network is from the flow of its own F.
+
+    Args:
+        block: its field's name in the network; where blocks share a field, the stack's and a number.
+        distance: `distance_from_ode`, the mean over samples.
+    """
+
+    block: str
+    distance: float
+
+
+def block_distances(model: nn.Module, x: Tensor) -> tuple[list[BlockDistance], str]:
+    """`distance_from_ode` of every block of a network, in evaluation mode, at the states that it meets.
+
+    Args:
+        model: with stacks anywhere inside; its solvers, modes and statistics stay.
+        x: its inputs; each sample counts the same.
+
+    Returns:
+        One a block in the network's order, and what is to be said of them: that F has kinks, or why there
+        are none (an adaptive solver, a method of an order above 4, whose first correction has hundreds of
+        terms, or an F that cannot be differentiated so often).
+    """
+    stacks = {name: m for name, m in model.named_modules() if isinstance(m, ResidualStack)}
+    for stack in stacks.values():
+        tableau = get_tableau(stack.solver)
+        if tableau.adaptive:
+            return [], f"not measured: {tableau.name} follows the flow of F to its tolerance."
+        if tableau.order > 4:
+            return [], f"not measured: {tableau.name} is of order {tableau.order}, above 4."
+    met: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda stack, args: met.setdefault(name, args[0].detach())  # of several calls the first
+
+    found, bent = [], set[str]()
+    with evaluating(model), other_solver(model, None), warnings.catch_warnings():  # counts are put back
+        with ExitStack() as hooks, torch.no_grad():
+            for name, stack in stacks.items():
+                hooks.callback(stack.register_forward_pre_hook(hook(name)).remove)
+            model(x)
+        warnings.simplefilter("ignore", UserWarning)  # kinks are said once, of all blocks
+        for name, state in met.items():
+            try:
+                distances = distance_from_ode(stacks[name], state).mean(1).tolist()
+            except (RuntimeError, TypeError, ValueError) as error:
+                return (
+                    [],
+                    f"not measured: {name or 'the stack'} has no derivatives ({str(error).splitlines()[0]})",
+                )
+            bent |= {kink for i in range(len(distances)) for kink in kinks(stacks[name].field(i), state)}
+            for i, distance in enumerate(distances):
+                number = f" block {i}" if stacks[name].shared else ""
+                found.append(BlockDistance(f"{block_name(name, stacks[name], i)}{number}".strip(), distance))
+    return found, f"F has kinks ({', '.join(sorted(bent))}): it holds between them." if bent else ""
 
 
 def modified_value(
