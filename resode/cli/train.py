@@ -59,7 +59,9 @@ def recipe_settings(chosen: dict[str, Any]) -> dict[str, Any]:
 @recipe_flags
 def train(
     model: Annotated[str | None, flag("Name, or package.module:function. Default odenet20.", _MODEL)] = None,
-    data: Annotated[str | None, flag("digits or cifar10. Default digits.", _MODEL)] = None,
+    data: Annotated[
+        str | None, flag("digits, cifar10, cifar100 or cifar100_coarse. Default digits.", _MODEL)
+    ] = None,
     data_dir: Annotated[Path | None, flag("Where CIFAR-10 lies; else RESODE_DATA.", _MODEL)] = None,
     download: Annotated[bool, flag("Fetch CIFAR-10 where it is missing.", _MODEL, "--download")] = False,
     solver: Annotated[str | None, flag("Method of every ResidualStack.", _MODEL)] = None,

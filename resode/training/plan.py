@@ -18,6 +18,7 @@ from torch import nn
 
 from resode.checks import known
 from resode.networks import build
+from resode.training.data.cifar_tables import CIFARS
 from resode.training.data.datasets import DATASETS, ImageData
 from resode.training.files import RunError
 from resode.training.folder import FORMAT
@@ -165,12 +166,12 @@ def _check_kinds(model: Any, data: Any) -> None:
 
 def check_data_place(data: str | ImageData, data_dir: str | Path | None, download: bool) -> None:
     """A ValueError where a place is named for data that have none."""
-    if data == "cifar10" or not (data_dir or download):
+    if (isinstance(data, str) and data in CIFARS) or not (data_dir or download):
         return
     what = "digits come with scikit-learn" if data == "digits" else "an ImageData is in memory"
     raise ValueError(
         f"{what}, so it takes neither data_dir nor download, got "
-        f"{f'data_dir {data_dir}' if data_dir else 'download'}. Leave it out, or ask for 'cifar10'."
+        f"{f'data_dir {data_dir}' if data_dir else 'download'}. Leave it out, or ask for {', '.join(CIFARS)}."
     )
 
 

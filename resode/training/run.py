@@ -122,7 +122,7 @@ def train(
     Args:
         model: a name ("odenet20" where None), a network (trained in place), or a function called with
             `model_options` that makes one; images (B, C, H, W) in, logits (B, classes) out.
-        data: "digits" (where None), "cifar10", or an `ImageData` of one's own.
+        data: "digits" (where None), "cifar10", "cifar100", "cifar100_coarse", or an `ImageData` of one's own.
         recipe: a name in RECIPES or a `Recipe`; None for "digits" on the digits and "fast" elsewhere.
         model_options: of the model, such as `{"solver": "rk4", "substeps": 2}`.
         run_dir: the run's folder; None for runs/<model>-<data>-<time>.
