@@ -555,6 +555,27 @@ def test_a_block_of_fixed_steps_is_exported(strict):
         assert block.stats.nfe == {"rk4": 12, "dopri5": 18}[solver]
 
 
+@pytest.mark.filterwarnings("ignore")  # the exporter's own, many
+@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
+def test_a_block_of_fixed_steps_goes_to_onnx(solver):
+    """What onnxruntime computes from the file, of a batch of another size too."""
+    for name in ("onnx", "onnxscript"):
+        pytest.importorskip(name)
+    session = pytest.importorskip("onnxruntime").InferenceSession
+    torch.manual_seed(0)
+    x, more, sizes = torch.randn(2, 3), torch.randn(5, 3), ({0: torch.export.Dim("batch", min=2)},)
+    stack = ResidualStack(nn.Linear(3, 3), depth=4, solver="rk4", step_size=0.3)
+    for block in (ODEBlock(Field(), solver=solver, n_steps=3).eval(), stack.eval()):
+        program = torch.onnx.export(block, (x,), dynamo=True, dynamic_shapes=sizes, verbose=False)
+        run = session(program.model_proto.SerializeToString())
+        (y,) = run.run(None, {run.get_inputs()[0].name: more.numpy()})
+        assert torch.allclose(torch.from_numpy(y), block(more), atol=1e-5)
+    with pytest.raises(
+        torch.onnx.OnnxExporterError, match=r"dopri5 chooses its steps by the values.*n_steps="
+    ):
+        torch.onnx.export(ODEBlock(Field()).eval(), (x,), dynamo=True, verbose=False)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo's own look at a state
 @pytest.mark.parametrize(
     "block", [ODEBlock(Field()), ResidualStack(nn.Linear(3, 3), depth=2, solver="dopri5")]
