@@ -58,9 +58,18 @@ def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def records_text(kind: type, records: Iterable[Any]) -> str:
-    """Dataclass objects of one kind as comma-separated values, under their fields' names."""
-    names = [field.name for field in fields(kind)]
-    return csv_text(names, ([getattr(record, name) for name in names] for record in records))
+    """Dataclass objects as comma-separated values, under the fields' names, complex ones' _real and _imag."""
+    columns: dict[str, tuple[str, str]] = {}
+    for field in fields(kind):
+        parts = ("real", "imag") if field.type in (complex, "complex") else ("",)
+        columns |= {f"{field.name}_{part}".rstrip("_"): (field.name, part) for part in parts}
+    cells = list(columns.values())
+    rows = ([_part(getattr(record, name), part) for name, part in cells] for record in records)
+    return csv_text(list(columns), rows)
+
+
+def _part(value: Any, part: str) -> Any:
+    return getattr(complex(value), part) if part else value
 
 
 def read_csv(path: str | Path) -> tuple[list[str], list[dict[str, str]]]:

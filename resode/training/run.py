@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from resode.blocks.solving import other_solver, solving_modules
-from resode.modes import evaluating
+from resode.modes import evaluating, own_random_state
 from resode.solve import SolverError
 from resode.tableaus import get_tableau
 from resode.training.data import Batches, ImageData, load_data
@@ -228,7 +228,7 @@ def _train(asked: _Request) -> Run:
     processes, folder = asked.processes, asked.folder
     forget_peak(asked.device)
     data = _load(asked.plan, asked.download, processes)
-    with _own_random_state(asked.device):
+    with own_random_state(asked.device):
         with processes.together():
             job = _prepared(asked, data)
             _check_job(job)
@@ -512,14 +512,6 @@ def _check_same_data(record: Mapping[str, Any] | None, data: ImageData) -> None:
             f"the images or labels of {data.title} are not those that the run was started on: their checksum "
             f"was {was} and is {found}. Point --data-dir at the data it was started on, or train again."
         )
-
-
-@contextmanager
-def _own_random_state(device: torch.device) -> Iterator[None]:
-    """Leaves torch's random state as it was."""
-    devices = [device.index or 0] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        yield
 
 
 def _heading(job: _Job) -> list[str]:
