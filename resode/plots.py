@@ -411,7 +411,12 @@ def swap_accuracy(report: Any, path: Path = None) -> Figure:
             ax.plot([row.step_size for row in rows], values, marker="o", markersize=5, label=solver, **style)
             for row, value in zip(rows, values, strict=True):
                 if row.as_trained:
-                    ring = {"markersize": 13, "markerfacecolor": "none", "markeredgewidth": 1.8}
+                    ring = {
+                        "markersize": 13,
+                        "markerfacecolor": "none",
+                        "markeredgewidth": 1.8,
+                        "linestyle": "",
+                    }
                     ax.plot([row.step_size], [value], "o", color=style["color"], label="as trained", **ring)
     steps = sorted({row.step_size for row in report.rows if row.step_size is not None})
     for ax, title in ((accuracy, "accuracy, %"), (drift, "drift of the logits, relative")):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
@@ -85,19 +85,21 @@ def read_csv(path: str | Path) -> tuple[list[str], list[dict[str, str]]]:
     return columns, [dict(zip(columns, row, strict=True)) for row in rows]
 
 
-def read_records(kind: type[Row], path: str | Path) -> list[Row]:
+def read_records(kind: type[Row], path: str | Path, added: Mapping[str, Any] | None = None) -> list[Row]:
     """What `records_text` wrote, as objects again; fields are str, int, float, bool, or these or None.
 
-    Other columns, and a cell that is none of its column, are a ValueError.
+    Other columns, or a cell that is none of its column, are a ValueError; older files may lack all `added`.
     """
     hints, names = get_type_hints(kind), [field.name for field in fields(kind)]  # type: ignore[arg-type]
     columns, rows = read_csv(path)
-    if columns != names:
+    added = added or {}
+    if columns not in (names, [name for name in names if name not in added]):
         raise ValueError(f"its columns must be {', '.join(names)}, and are {', '.join(columns) or 'none'}")
     found = []
     for number, row in enumerate(rows, 1):
         try:
-            found.append(kind(**{name: _value(text, hints[name]) for name, text in row.items()}))
+            values = {name: _value(text, hints[name]) for name, text in row.items()}
+            found.append(kind(**{**added, **values}))
         except (KeyError, ValueError) as error:
             raise ValueError(f"row {number}: {', '.join(row.values())} ({error})") from None
     return found

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from resode.checks import did_you_mean, known
-from resode.cli.terminal import command, figures_of, flag, say, separated, store, table
+from resode.cli.terminal import command, figures_of, flag, say, separated, table
 from resode.cli.train import own_model
 from resode.solve.options import NATIVE
 from resode.tableaus import METHODS
@@ -82,6 +82,7 @@ def swap(
     trained network under other solvers and steps.
     """
     from resode.training.evaluate import calibration_batches, images_of, load, plain_batches
+    from resode.training.files import replacing
 
     methods = _methods(separated(solvers, str, "--solvers"), NATIVE)
     counts = separated(substeps, int, "--substeps")
@@ -94,6 +95,7 @@ def swap(
     images = images_of(run, data, data_dir)
     place = next(network.parameters()).device
 
+    from resode import plots
     from resode.analysis.diagnose.forecast import INPUTS
     from resode.analysis.swap.report import swap_report
     from resode.blocks.statistics import tracked_norms
@@ -107,23 +109,28 @@ def swap(
         substeps=tuple(counts),
         recalibrate=calibration_batches(images, count, place) if normed else False,
     )
-    recalibrated = ["recalibrated %"] if normed else []
-    columns = ["solver", "substeps", "forecast", "accuracy %", *recalibrated, "drift", "F calls", "step"]
+    again = ["recalibrated %"] if normed else []
+    columns = ["solver", "substeps", "forecast", "accuracy %", *again, "drift", "F calls", "step"]
     table(columns, [_swap_row(row) for row in result.rows], words=("step",))
     say(f"\n{result.causes()}\n\nforecast: of the accuracy, from {INPUTS} images and no label.")
     say("drift: how far the logits moved, relative to their size, from those of the trained solver.")
-    store(figures_of(run), "swap", result)
+    folder = _figures(run)
+    with replacing(folder / "swap.csv") as path:
+        result.to_csv(path)
+    with replacing(folder / "swap.png") as path:
+        plots.swap_accuracy(result, path)
+    say(f"\nfigure {folder / 'swap.png'}\ntable  {folder / 'swap.csv'}")
 
 
 def _swap_row(row: Any) -> list[str]:
-    recalibrated = [] if row.accuracy_recalibrated is None else [f"{100 * row.accuracy_recalibrated:.2f}"]
+    again = [] if row.accuracy_recalibrated is None else [f"{100 * row.accuracy_recalibrated:.2f}"]
     step = "adaptive" if row.step_size is None else f"{row.step_size:g}"
     return [
         row.solver,
         "-" if row.substeps is None else str(row.substeps),
         row.forecast,
         f"{100 * row.accuracy:.2f}",
-        *recalibrated,
+        *again,
         f"{row.logit_drift:.3f}",
         f"{row.nfe:.4g}",
         step + (", trained" if row.as_trained else ""),
@@ -139,6 +146,13 @@ def _methods(names: list[str], valid: tuple[str, ...] = tuple(METHODS)) -> list[
             )
         known("method", name, valid)
     return names
+
+
+def _figures(run: Path) -> Path:
+    """Where a run's figures go."""
+    folder = figures_of(run)
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @command(
@@ -285,8 +299,7 @@ def _run_stability(
     if groups:
         from resode import plots
 
-        path = figure or figures_of(run) / "stability.png"
-        path.parent.mkdir(exist_ok=True)
+        path = figure or _figures(run) / "stability.png"
         with replacing(path) as unfinished:
             plots.group_spectra(groups, methods, unfinished)
         say(f"\nfigure {path}")
