@@ -228,7 +228,7 @@ def transient_growth(growth: Any, path: Path = None) -> Figure:
         'step n'
     """
     results = growth if isinstance(growth, list | tuple) else [growth]
-    ax = _axes((6.2, 3.9))
+    figure, ax = _panel(6.2, 3.9)
     for i, result in enumerate(results):
         norms = np.asarray(_plain(result.norms)).reshape(-1, np.shape(result.norms)[-1])
         style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
@@ -245,7 +245,7 @@ def transient_growth(growth: Any, path: Path = None) -> Figure:
     ax.set(xlabel="step n", ylabel="‖R(ηJ)ⁿ‖₂", xlim=(0, None), ylim=(max(ax.get_ylim()[0], 1e-3), None))
     ax.set_title("Growth before decay", fontsize=11)
     ax.legend(fontsize=8.5)
-    return _finished(_figure_of(ax), path)
+    return _finished(figure, path)
 
 
 def edge(check: Any, path: Path = None) -> Figure:
@@ -256,7 +256,7 @@ def edge(check: Any, path: Path = None) -> Figure:
         >>> len(edge(edge_check("rk4", [-2.0, -5.0])).axes[0].lines)
         3
     """
-    ax = _axes((6.2, 3.9))
+    figure, ax = _panel(6.2, 3.9)
     for step, path_, colour, word in (
         (check.below, check.decay, COLOURS[0], "below"),
         (check.above, check.growth, UNSTABLE, "above"),
@@ -269,7 +269,7 @@ def edge(check: Any, path: Path = None) -> Figure:
     ax.set(xlabel="step n", ylabel="largest |x|", xlim=(0, None))
     ax.set_title(f"{check.method} on either side of its limit η = {check.limit:.10g}", fontsize=11)
     ax.legend(fontsize=8.5)
-    return _finished(_figure_of(ax), path)
+    return _finished(figure, path)
 
 
 def bifurcation(result: Any, path: Path = None) -> Figure:
@@ -283,12 +283,12 @@ def bifurcation(result: Any, path: Path = None) -> Figure:
     """
     orbits = np.asarray(_plain(result.orbits))
     steps = np.broadcast_to(np.asarray(_plain(result.step_sizes))[:, None], orbits.shape)
-    ax = _axes((7.2, 4.4))
+    figure, ax = _panel(7.2, 4.4)
     keep = np.isfinite(orbits)
     ax.plot(steps[keep], orbits[keep], ",", color=STABLE, alpha=0.35, rasterized=True)
     ax.set(xlabel="step size η", ylabel="x after the transient", xlim=(steps.min(), steps.max()))
     ax.set_title(f"Where x ← {result.solver}'s step of size η settles", fontsize=11)
-    return _finished(_figure_of(ax), path)
+    return _finished(figure, path)
 
 
 def training_curves(metrics: Mapping[str, Sequence[float]], path: Path = None) -> Figure:
@@ -351,8 +351,7 @@ def comparison(compared: Any, path: Path = None) -> Figure:
         compared: of `resode.training.compare.compare`.
         path: where to write the figure.
     """
-    figure = Figure(figsize=(9.6, 4.8), layout="constrained")
-    ax = figure.subplots()
+    figure, ax = _panel(9.6, 4.8)
     handles = []
     for i, row in enumerate(compared.rows):
         runs = [run for run in row.runs if run.epochs]
@@ -539,8 +538,9 @@ def _counted(eigenvalues: Any) -> tuple[Complexes, np.ndarray]:
     return as_counted(values.ravel(), tau), tau
 
 
-def _axes(size: tuple[float, float]) -> Axes:
-    return Figure(figsize=size, layout="constrained").subplots()
+def _panel(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
 
 
 def _axes_beside_legend(ratio: float) -> Axes:
@@ -552,12 +552,6 @@ def _axes_beside_legend(ratio: float) -> Axes:
     return figure.add_axes(
         (left / total_width, below / total_height, width / total_width, height / total_height)
     )
-
-
-def _figure_of(ax: Axes) -> Figure:
-    figure = ax.figure
-    assert isinstance(figure, Figure)
-    return figure
 
 
 def _finished(figure: Figure, path: Path) -> Figure:
@@ -579,7 +573,7 @@ def cobweb(web: Any, path: Path = None) -> Figure:
         >>> cobweb(measure(lambda x: x * (1 - x), 0.1, 2.5)).axes[0].get_ylabel()
         'next x'
     """
-    ax = _axes((5.0, 4.6))
+    figure, ax = _panel(5.0, 4.6)
     x, y, orbit = (np.asarray(_plain(values)) for values in (web.x, web.y, web.orbit))
     ax.plot(x, y, color=COLOURS[0], linewidth=1.8, label=f"{web.solver}'s step, η = {web.step_size:g}")
     ax.plot(x, x, color="0.5", linewidth=0.9, label="x")
@@ -587,7 +581,7 @@ def cobweb(web: Any, path: Path = None) -> Figure:
     ax.plot(stairs[:-1], np.r_[stairs[0], stairs[2:]], color=UNSTABLE, linewidth=0.9, label="orbit")
     ax.set(xlabel="x", ylabel="next x", xlim=(x.min(), x.max()))
     ax.legend(frameon=False, fontsize=8.5)
-    return _finished(_figure_of(ax), path)
+    return _finished(figure, path)
 
 
 def phase_portrait(portrait: Any, path: Path = None) -> Figure:
@@ -598,7 +592,7 @@ def phase_portrait(portrait: Any, path: Path = None) -> Figure:
         >>> phase_portrait(measure(lambda x: x * (1 - x), (-0.5, 1.5))).axes[0].get_ylabel()
         'F(x)'
     """
-    ax = _axes((5.6, 4.6))
+    figure, ax = _panel(5.6, 4.6)
     if len(portrait.axes) == 1:
         x, slope = portrait.axes[0], portrait.slopes[:, 0]
         ax.plot(x, slope, color=COLOURS[0], linewidth=1.8)
@@ -621,7 +615,7 @@ def phase_portrait(portrait: Any, path: Path = None) -> Figure:
         ax.plot([point[0]], [height], "o", markersize=7, color=STABLE, markerfacecolor=face, zorder=5)
         place: dict[str, Any] = {"xytext": (6, 6), "textcoords": "offset points", "fontsize": 8.5}
         ax.annotate(kind, (point[0], height), **place)
-    return _finished(_figure_of(ax), path)
+    return _finished(figure, path)
 
 
 def depth_profile(profile: Any, path: Path = None) -> Figure:
@@ -670,8 +664,7 @@ def block_gains(diagnosis: Any, path: Path = None) -> Figure:
         path: where to write the figure.
     """
     rows = diagnosis.rows
-    figure = Figure(figsize=(max(6.4, 0.22 * len(rows) + 3), 4.2), layout="constrained")
-    ax = figure.subplots()
+    figure, ax = _panel(max(6.4, 0.22 * len(rows) + 3), 4.2)
     series = {"sigma": "σ max, at least", "gain": "block", "branch_gain": "branch"}
     _over_blocks(ax, [row.block for row in rows], rows, series, names=30)
     for i, row in enumerate(rows):
