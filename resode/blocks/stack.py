@@ -414,8 +414,7 @@ class ResidualStack(Checked):
         eta = self._step(index, x)
         # For fixed steps s is a depth time from the block's start on; else the fraction of the block.
         fractions = tableau.adaptive or self.weights == "linear"
-        timed = self.timed[0 if self.shared else index]
-        clock = partial(self._time, index, eta if fractions else 1.0) if timed else None
+        clock = partial(self._time, index, eta if fractions else 1.0) if self._is_timed(index) else None
         f = self._field(index, several, None if several else scale, clock)
         field = Counted(f, len(tableau.b) > 1)
 
@@ -458,6 +457,10 @@ class ResidualStack(Checked):
                     sample=entry[0] if entry else None,
                 )
         return x
+
+    def _is_timed(self, index: int) -> bool:
+        """Whether the field of a block takes the depth time."""
+        return self.timed[0 if self.shared else index]
 
     def _time(self, index: int, unit: Any, s: Any, x: Tensor) -> Tensor:
         """The depth time at s units from the start of a block, as a field takes it."""
