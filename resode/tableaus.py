@@ -372,7 +372,14 @@ _S3, _S6 = sqrt(3), sqrt(6)
 
 _IMPLICIT = [
     ButcherTableau("implicit_euler", ((Q(1),),), (Q(1),), (Q(1),), order=1, source=_HW + ", IV.3"),
-    ButcherTableau("implicit_midpoint", ((Q(1, 2),),), (Q(1),), (Q(1, 2),), order=2, source=_HW + ", IV.3"),
+    ButcherTableau(
+        "implicit_midpoint",
+        ((Q(1, 2),),),
+        (Q(1),),
+        (Q(1, 2),),
+        order=2,
+        source=_HW + ", IV.3",
+    ),
     ButcherTableau(
         "trapezoid",
         ((Q(0), Q(0)), (Q(1, 2), Q(1, 2))),
@@ -401,7 +408,10 @@ _IMPLICIT = [
         ((4 - _S6) / 10, (4 + _S6) / 10, 1.0),
         order=5,
         source="Ehle (1969), Radau IIA; " + _HW + ", IV.5",
-        rational=((Q(1), Q(2, 5), Q(1, 20)), (Q(1), Q(-3, 5), Q(3, 20), Q(-1, 60))),
+        rational=(
+            (Q(1), Q(2, 5), Q(1, 20)),
+            (Q(1), Q(-3, 5), Q(3, 20), Q(-1, 60)),
+        ),
     ),
 ]
 

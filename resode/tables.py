@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
@@ -58,9 +58,18 @@ def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def records_text(kind: type, records: Iterable[Any]) -> str:
-    """Dataclass objects of one kind as comma-separated values, under their fields' names."""
-    names = [field.name for field in fields(kind)]
-    return csv_text(names, ([getattr(record, name) for name in names] for record in records))
+    """Dataclass objects as comma-separated values, under the fields' names, complex ones' _real and _imag."""
+    columns: dict[str, tuple[str, str]] = {}
+    for field in fields(kind):
+        parts = ("real", "imag") if field.type in (complex, "complex") else ("",)
+        columns |= {f"{field.name}_{part}".rstrip("_"): (field.name, part) for part in parts}
+    cells = list(columns.values())
+    rows = ([_part(getattr(record, name), part) for name, part in cells] for record in records)
+    return csv_text(list(columns), rows)
+
+
+def _part(value: Any, part: str) -> Any:
+    return getattr(complex(value), part) if part else value
 
 
 def read_csv(path: str | Path) -> tuple[list[str], list[dict[str, str]]]:
@@ -76,19 +85,21 @@ def read_csv(path: str | Path) -> tuple[list[str], list[dict[str, str]]]:
     return columns, [dict(zip(columns, row, strict=True)) for row in rows]
 
 
-def read_records(kind: type[Row], path: str | Path) -> list[Row]:
+def read_records(kind: type[Row], path: str | Path, added: Mapping[str, Any] | None = None) -> list[Row]:
     """What `records_text` wrote, as objects again; fields are str, int, float, bool, or these or None.
 
-    Other columns, and a cell that is none of its column, are a ValueError.
+    Other columns, or a cell that is none of its column, are a ValueError; older files may lack all `added`.
     """
     hints, names = get_type_hints(kind), [field.name for field in fields(kind)]  # type: ignore[arg-type]
     columns, rows = read_csv(path)
-    if columns != names:
+    added = added or {}
+    if columns not in (names, [name for name in names if name not in added]):
         raise ValueError(f"its columns must be {', '.join(names)}, and are {', '.join(columns) or 'none'}")
     found = []
     for number, row in enumerate(rows, 1):
         try:
-            found.append(kind(**{name: _value(text, hints[name]) for name, text in row.items()}))
+            values = {name: _value(text, hints[name]) for name, text in row.items()}
+            found.append(kind(**{**added, **values}))
         except (KeyError, ValueError) as error:
             raise ValueError(f"row {number}: {', '.join(row.values())} ({error})") from None
     return found

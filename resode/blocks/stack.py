@@ -515,16 +515,16 @@ class ResidualStack(Checked):
         """F_l of (s, state), times `scale`; one block call's. With a clock F_l takes the time of s too."""
         module = self.field(index)
         nodes = self._nodes(index) if self.weights == "linear" and not self.shared else None
-        frozen = None
+        held = None
         if several and module.training:
             refuse_dropout(module, self.solver)
-            frozen = FrozenDuringStep(module)
+            held = FrozenDuringStep(module)
         first = True
 
         def f(s: Any, y: Tensor) -> Any:
             nonlocal first
             t = None if clock is None else clock(s, y)
-            with nullcontext() if frozen is None else frozen.evaluation():
+            with nullcontext() if held is None else held.evaluation():
                 if nodes is None or (first and isinstance(s, float)):  # the first stage is at the node itself
                     dy = evaluate(module, y, index, t=t)
                 else:

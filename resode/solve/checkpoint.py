@@ -25,6 +25,7 @@ from torch._C._autograd import _get_current_graph_task_keep_graph as keeps_graph
 from torch.autograd import Variable
 from torch.utils.checkpoint import checkpoint
 
+from resode.modes import own_random_state
 from resode.solve.adaptive import Adaptive, Progress
 from resode.solve.control import NUMPY, Control
 from resode.solve.dense import interpolate
@@ -90,10 +91,9 @@ class Recomputation:
         Raises:
             ValueError: it draws from a generator of its own, or depends on how often it was called.
         """
-        devices = [x.device] if x.is_cuda else []
         results = []
         for _ in range(2):
-            with torch.random.fork_rng(devices):  # not without gradients: the field may take one of its own
+            with own_random_state(x.device):  # not without gradients: the field may take one of its own
                 results.append(self.f(t, x).detach())
         first, second = results
         if not torch.allclose(first, second, rtol=1e-3, atol=1e-3 * float(first.abs().max()), equal_nan=True):

@@ -144,19 +144,19 @@ def _fixed(
     callback = None if callbacks is None else callbacks.step
     grid = settings.grid()
     steps = {"step_size": settings.step_size, "n_steps": settings.n_steps}
-    recomputation = Recomputation(counted) if settings.checkpoint else None
-    if recomputation is not None and len(t) > 1:
-        recomputation.check(within_dtype(t, y0, settings.per_sample), y0)
+    again = Recomputation(counted) if settings.checkpoint else None
+    if again is not None and len(t) > 1:
+        again.check(within_dtype(t, y0, settings.per_sample), y0)
     perturb = bool(settings.options.get("perturb", False))
     if t.ndim > 1:
-        advance = equal_steps if recomputation is None else checkpointed_steps(recomputation)
+        advance = equal_steps if again is None else checkpointed_steps(again)
         path, n = own_steps(tableau, field, y0, t, **steps, advance=advance)
     elif grid is not None and len(t) > 1 and t[0] != t[-1]:
         path, n = grid_solve(tableau, field, y0, t, grid, callback)
     elif callback is not None or perturb:
         path, n = fixed_solve(tableau, field, y0, t, **steps, callback=callback, perturb=perturb)
     else:
-        path, n = _equal(counted, y0, t, tableau, settings, recomputation, steps)
+        path, n = _equal(counted, y0, t, tableau, settings, again, steps)
     result = path.stacked()
     if not all_finite(result[-1]):
         raise not_finite(tableau, field, result, t, n, settings.per_sample)
@@ -165,7 +165,7 @@ def _fixed(
     if settings.per_sample:
         counts = [torch.from_numpy(np.full(len(y0), c, np.int64)).to(y0.device) for c in counts]
     stats = Stats(*counts)
-    return result if recomputation is None else recomputation.finish(result, stats), stats
+    return result if again is None else again.finish(result, stats), stats
 
 
 def _equal(
@@ -174,7 +174,7 @@ def _equal(
     t: Tensor,
     tableau: ButcherTableau,
     settings: SolveSettings,
-    recomputation: Recomputation | None,
+    again: Recomputation | None,
     steps: dict[str, Any],
 ) -> tuple[States, int]:
     """As `fixed_solve`: with compiled steps, or in pieces that run again, or both, or neither."""
@@ -191,8 +191,8 @@ def _equal(
         ends = torch.tensor(_ends(t), dtype=torch.float64, device=y0.device)
         field = fixed_field(func, y0, ends[0], ends[1], settings.per_sample)
         advance = compiled_steps(settings.compile_for)
-    if recomputation is not None:
-        advance = checkpointed_steps(recomputation, advance)
+    if again is not None:
+        advance = checkpointed_steps(again, advance)
     path, n = fixed_solve(tableau, field, y0, t, **steps, advance=advance)
     if settings.compile_for is not None:
         counted.calls += n * (tableau.b_row[-1][0] + 1)  # they were not counted on the way
@@ -302,12 +302,12 @@ def _adaptive(
     distinct = times_asked[np.append(True, changes)]
     path, state, progress = States(len(distinct), start), start, None
     path.append(start)
-    recomputation = Recomputation(counted) if settings.checkpoint else None
-    if recomputation is not None and len(t) > 1:
-        recomputation.check(at(t[0]), y0)
+    again = Recomputation(counted) if settings.checkpoint else None
+    if again is not None and len(t) > 1:
+        again.check(at(t[0]), y0)
     for times, asked, f in segments(field, distinct, settings, real):
-        if recomputation is not None:
-            later, progress = checkpointed_solve(tableau, recomputation, f, state, times, control, progress)
+        if again is not None:
+            later, progress = checkpointed_solve(tableau, again, f, state, times, control, progress)
         elif settings.compile_for is not None:
             key = settings.compile_for
             later, progress = compiled_solve(tableau, counted, state, times, control, progress, key)
@@ -330,7 +330,7 @@ def _adaptive(
         stats = progress.stats()
     if not settings.per_sample:
         stats = replace(stats.item(), nfe=counted.calls)
-    return result if recomputation is None else recomputation.finish(result, stats), stats
+    return result if again is None else again.finish(result, stats), stats
 
 
 def zero_with_gradient(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -385,6 +385,16 @@ def plain(values: Any) -> np.ndarray:
     return np.asarray(values)
 
 
+def bounds(limit: StepLimit) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A batch's steps and decaying steps, inf where nothing is known, and whether the latter are exact."""
+    exact = plain(limit.decaying_converged)
+    none = np.isinf(plain(limit.error)) & ~exact
+    steps, decaying = (
+        np.where(none & (s > 0), np.inf, s) for s in (plain(limit.step), plain(limit.decaying_step))
+    )
+    return steps, decaying, exact
+
+
 def checked_spectrum(eigenvalues: Any) -> tuple[Complexes, float]:
     """Checked eigenvalues as complex128 of shape (…, n), and the spacing of the dtype they came in."""
     if isinstance(eigenvalues, Tensor):

@@ -102,7 +102,9 @@ class RayPolynomials:
                     unit = eigenvalues[index] / modulus[index]
                     intervals, undecided = self._isolate(unit)
                     done.append((index, intervals))
-                    done += [(index[[i]], self._with_integers(complex(unit[i]))) for i in undecided]
+                    for i in undecided:
+                        exact = np.array(self.unstable_exactly(complex(unit[i]))).reshape(1, -1, 2)
+                        done.append((index[[i]], exact))
             elif index.size:
                 done.append((index, self.axes[axis][None]))
         width = max((intervals.shape[1] for _, intervals in done), default=0)
@@ -112,9 +114,6 @@ class RayPolynomials:
             result[index, : intervals.shape[1]] = intervals
         with np.errstate(over="ignore"):
             return result / modulus[:, None, None]
-
-    def _with_integers(self, unit: complex) -> Floats:
-        return np.array(self.unstable_exactly(unit)).reshape(1, -1, 2)
 
     def coefficients(self, x: Floats) -> tuple[Floats, Floats]:
         """c_n(x) of g / r^lowest, and the sums of their terms' moduli, each (degree + 1, M).

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from resode.analysis.steps.block_limits import BlockLimit, block_limit
@@ -15,7 +14,7 @@ from resode.analysis.steps.blocks import block_groups
 from resode.checks import check_number, check_whole
 from resode.jacobian.linearize import check_field
 from resode.jacobian.spectrum import SpectrumOptions, spectrum
-from resode.modes import evaluating
+from resode.modes import evaluating, own_random_state
 from resode.tableaus import METHODS, get_tableau
 from resode.tables import read_records, records_text
 from resode.training.files import DamagedFile, replacing
@@ -121,7 +120,7 @@ class StepLimits:
     def check(self, network: nn.Module, images: Tensor) -> None:
         """That there are blocks to watch, before anything is trained; a ValueError where there are none."""
         images = images if self.images is None else self.images
-        with torch.random.fork_rng([images.device] if images.device.type == "cuda" else []):
+        with own_random_state(images.device):
             block_groups(network, images[: self.samples])
 
     def after_update(self, loop: Any) -> None:
@@ -175,8 +174,7 @@ class StepLimits:
             raise ValueError("there are no images to watch: pass images= to StepLimits.")
         begun = time.perf_counter()
         options = SpectrumOptions(budget=self.vectors, search=True, check=False)
-        devices = [self.images.device] if self.images.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), evaluating(network):
+        with own_random_state(self.images.device), evaluating(network):
             for group in block_groups(network, self.images[: self.samples]):
                 solvers = self.solvers or [group.solver]
                 found: list[list[BlockLimit]] = [[] for _ in solvers]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from resode.blocks.solving import other_solver, solving_modules
-from resode.modes import evaluating
+from resode.modes import evaluating, own_random_state
 from resode.solve import SolverError
 from resode.tableaus import get_tableau
 from resode.training.data import Batches, ImageData, load_data
-from resode.training.evaluate import EVALUATION_BATCH, evaluate, load
+from resode.training.evaluate import EVALUATION_BATCH, evaluate, load, plain_batches
 from resode.training.files import RunError, replacing
 from resode.training.folder import RunFolder
 from resode.training.memory import forget_peak, peak_memory
@@ -228,7 +228,7 @@ def _train(asked: _Request) -> Run:
     processes, folder = asked.processes, asked.folder
     forget_peak(asked.device)
     data = _load(asked.plan, asked.download, processes)
-    with _own_random_state(asked.device):
+    with own_random_state(asked.device):
         with processes.together():
             job = _prepared(asked, data)
             _check_job(job)
@@ -442,17 +442,8 @@ def _batches(
 
 
 def _check_output(network: nn.Module, data: ImageData, device: torch.device) -> None:
-    """The network must turn two images into two rows of logits."""
-    probe = Batches(
-        data.test_images[[0, -1]],
-        data.test_labels[[0, -1]],
-        2,
-        mean=data.mean,
-        std=data.std,
-        train=False,
-        device=device,
-    )
-    images = next(iter(probe))[0]
+    """The network must turn a few images into as many rows of logits."""
+    images = next(iter(plain_batches(data, device=device, limit=2)))[0]
     try:
         with evaluating(network), torch.no_grad():
             logits = network(images)
@@ -463,11 +454,12 @@ def _check_output(network: nn.Module, data: ImageData, device: torch.device) -> 
             f"a classifier of {data.title} takes float32 images {tuple(images.shape)}, and this network "
             f"fails with them: {type(error).__name__}: {error}"
         ) from error
-    if not isinstance(logits, torch.Tensor) or logits.shape != (2, len(data.classes)):
+    wanted = (len(images), len(data.classes))
+    if not isinstance(logits, torch.Tensor) or logits.shape != wanted:
         got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise ValueError(
-            f"a classifier of {data.title} turns images {tuple(images.shape)} into logits "
-            f"(2, {len(data.classes)}), got {got}. Give its last layer {len(data.classes)} outputs."
+            f"a classifier of {data.title} turns images {tuple(images.shape)} into logits {wanted}, got "
+            f"{got}. Give its last layer {len(data.classes)} outputs."
         )
 
 
@@ -512,14 +504,6 @@ def _check_same_data(record: Mapping[str, Any] | None, data: ImageData) -> None:
             f"the images or labels of {data.title} are not those that the run was started on: their checksum "
             f"was {was} and is {found}. Point --data-dir at the data it was started on, or train again."
         )
-
-
-@contextmanager
-def _own_random_state(device: torch.device) -> Iterator[None]:
-    """Leaves torch's random state as it was."""
-    devices = [device.index or 0] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        yield
 
 
 def _heading(job: _Job) -> list[str]:

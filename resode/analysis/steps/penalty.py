@@ -123,7 +123,11 @@ class StepLimitPenalty:
         return self.weight * torch.stack(values).sum()
 
     def _space(self, field: Field, x: Tensor) -> Tensor:
-        """An orthonormal basis (rows, k, n) of each sample's Krylov space of Jᵀ."""
+        """An orthonormal basis (rows, k, n) of each sample's Krylov space of Jᵀ.
+
+        Not by `spectrum`, which gives eigenvalues without a graph: J is projected onto the basis anew, with
+        the weights' graph, and all of its Ritz values are differentiated.
+        """
         products = JacobianProducts(field, x)
         n = x[0].numel()
         start = torch.randn(len(x), n, generator=torch.Generator().manual_seed(25), dtype=x.dtype)

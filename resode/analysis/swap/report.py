@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -115,7 +116,7 @@ class SwapReport:
             True
         """
         try:
-            return cls(read_records(SwapRow, path))
+            return cls(read_records(SwapRow, path, added=_ADDED))
         except ValueError as error:
             raise ValueError(f"{path} is no swap table, as `resode swap RUN` writes one: {error}.") from None
 
@@ -315,6 +316,10 @@ def swap_report(
         own = trained is not None and trained == (name, trained[1] if METHODS[name].adaptive else n)
         rows.append(swap.row(name, n, own))
     return SwapReport(rows, swap.calibration, *block_distances(model, swap.some))
+
+
+# Columns that version 0.1.0 had not.
+_ADDED = {"forecast": "not made", "drift_recalibrated": None, "defect": math.nan, "worst_block": ""}
 
 
 def _calibration(
