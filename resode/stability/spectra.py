@@ -110,6 +110,7 @@ class FirstExits:
         small = self.errors <= _FIRST_ORDER * spectrum.scale[:, None]
         self.counted[small & (np.abs(self.values) <= self.errors)] = 0  # as good as 0
         self.exits = first_exits(self.rays, self.counted)
+        self.beside = self._beside_the_axis()
         self.grows = self.counted.real > 0
         # The union of discs of n times the first-order errors holds all eigenvalues, however ill-conditioned.
         wide = np.where((spectrum.normal | ~spectrum.complete)[:, None], 1, spectrum.n) * self.errors
@@ -119,7 +120,28 @@ class FirstExits:
         self.estimate = self.slow[self.lines, self.mode]
         self.fastest = np.where(self.surely_grows, self.values.real, -np.inf).argmax(axis=1)
         self.unstable = np.asarray(self.surely_grows.any(axis=1))
-        self.doubtful = (self.grows & ~self.surely_grows).any(axis=1)
+        self.doubtful = (self.grows & ~self.surely_grows).any(axis=1) | self.beside.any(axis=1)
+
+    def _beside_the_axis(self) -> np.ndarray:
+        """Which eigenvalues counted as on the imaginary axis may allow more than the step 0; bool (B, m).
+
+        Re λ = −τ/2 allows Euler τ/|λ|², and 0 would be no upper bound. It is as good as 0 where one of them
+        surely allows no more than `rtol`/‖J‖. Elsewhere the exit of each becomes the largest step that its
+        error allows, or none where it may as well grow.
+        """
+        s, beside = self.spectrum, np.zeros(self.exits.shape, dtype=bool)
+        row, place = np.nonzero((self.counted != 0) & (self.counted.real == 0) & (self.exits == 0))
+        value, error = self.values[row, place], self.errors[row, place]
+        allowed = first_exits(self.rays, np.minimum(value.real, 0) - error + 1j * value.imag)
+        least = np.full(len(self.lines), np.inf)
+        np.minimum.at(least, row, allowed)
+        unsure = least[row] * s.scale[row] > s.rtol
+        beside[row[unsure], place[unsure]] = True
+        self.exits[beside] = np.inf
+        decays = unsure & (value.real + error < 0)
+        self.exits[row[decays], place[decays]] = allowed[decays]
+        self.counted[row[decays], place[decays]] = value[decays]
+        return beside
 
     @property
     def first(self) -> np.ndarray:
@@ -160,7 +182,7 @@ class FirstExits:
     @cached_property
     def known(self) -> np.ndarray:
         """Whether the decaying eigenvalues that were found set the limit beyond doubt."""
-        return self.accurate & (self.spectrum.steady | ~self.threatened)
+        return self.accurate & (self.spectrum.steady | ~self.threatened) & ~self.beside.any(axis=1)
 
     @cached_property
     def axis(self) -> float:
@@ -207,6 +229,8 @@ class FirstExits:
         """
         allowed = 0.5 if self.spectrum.normal[row] else _FIRST_ORDER
         for i in map(int, self.slow[row].argsort(kind="stable")[:_NEAR]):
+            if self.beside[row, i] and self.slow[row, i] < np.inf:
+                return i, float(self.slow[row, i]), 1.0
             if 0 < self.slow[row, i] < np.inf:
                 error = float(self._spread(np.array([row]), np.array([i]))[0])
                 if error <= allowed:
