@@ -189,7 +189,8 @@ axes[2].legend(fontsize=8)
 
 # %%
 # **Verdict.** Slopes to a tenth. Of the networks' drifts the largest is compared; the bounds lie more
-# than three standard deviations above the seeds' mean. At η = 4 the corrections are larger than what they correct.
+# than three standard deviations above the seeds' mean. At η = 4 the corrections are larger than what they
+# correct.
 
 for (name, m), slope in slopes.items():
     agree(f"slope of {name}'s drift with {m} correction(s)", predicted[name, m], slope, atol=0.1)
