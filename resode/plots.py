@@ -446,7 +446,7 @@ def _against_step(
         dashes = (0, (5, 2)) if label else (0, (1, 2))
         ax.axhline(values[0], linestyle=dashes, label=f"{label}, adaptive" if label else None, **style)
         return
-    face = {} if label else {"markerfacecolor": "none", "linestyle": ":"}
+    face: dict[str, Any] = {} if label else {"markerfacecolor": "none", "linestyle": ":"}
     ax.plot(
         [row.step_size for row in rows],
         values,

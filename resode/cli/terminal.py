@@ -6,7 +6,7 @@ import inspect
 import io
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from shutil import get_terminal_size
 from typing import Any
@@ -47,27 +47,48 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: Seque
     """
     target = console()
     roomy = fits(columns, rows)
-    grid = Table(box=None, pad_edge=False, padding=(0, 2 if roomy else 1, 0, 0))
+    needed = [_widest(row[number] for row in rows) for number in range(len(columns))]
     for number, name in enumerate(columns):
-        left = name == columns[0] or name in words
-        cells = [row[number] for row in rows]
-        whole = [word for cell in cells for word in cell.split()] if name in words else cells
+        if name in words:
+            needed[number] = _widest(word for row in rows for word in row[number].split())
+    target.width = max(target.width, sum(needed) + len(columns) - 1)  # else digits are cut
+    widths = _cramped(columns, needed, target.width)
+    grid = Table(box=None, pad_edge=False, padding=(0, 2 if roomy else 1, 0, 0))
+    for name, least, width in zip(columns, needed, widths, strict=True):
         grid.add_column(
             name,
-            justify="left" if left else "right",
+            justify="left" if name == columns[0] or name in words else "right",
             no_wrap=roomy and name not in words,
-            min_width=max(map(len, whole), default=None),  # a name may be folded, a number never
+            min_width=least,  # a name may be folded, a number never
+            width=width,
             overflow="fold",
             header_style="bold",
         )
     for row in rows:
         grid.add_row(*(Text(cell) for cell in row))
     if target.is_terminal:
-        target.print(grid)
+        target.print(grid, crop=False)
         return
     with target.capture() as printed:
         target.print(grid)
     print("\n".join(line.rstrip() for line in printed.get().splitlines()))
+
+
+def _cramped(columns: Sequence[str], needed: Sequence[int], width: int) -> list[int | None]:
+    """Widths of columns whose names must be folded within their words; all None where they need not."""
+    headed = [max(least, _widest(name.split())) for name, least in zip(columns, needed, strict=True)]
+    spare = width - sum(needed) - len(columns) + 1
+    if sum(headed) - sum(needed) <= spare:
+        return [None] * len(columns)
+    widths = [max(1, least) for least in needed]
+    for _ in range(spare):
+        short = [wanted - given for wanted, given in zip(headed, widths, strict=True)]
+        widths[short.index(max(short))] += 1
+    return list(widths)
+
+
+def _widest(texts: Iterable[str]) -> int:
+    return max(map(len, texts), default=0)
 
 
 def fits(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:

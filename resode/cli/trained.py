@@ -109,10 +109,13 @@ def swap(
         recalibrate=calibration_batches(images, count, place) if normed else False,
     )
     recalibrated = ["recalibrated %"] if normed else []
-    columns = ["solver", "substeps", "forecast", "accuracy %", *recalibrated, "drift", "F calls", "step"]
-    table(columns, [_swap_row(row) for row in result.rows], words=("step",))
+    columns = ["solver", "steps", "forecast", "accuracy %", *recalibrated, "drift", "F calls"]
+    table(columns, [_swap_row(row) for row in result.rows])
+    if any(row.as_trained for row in result.rows):
+        say("* as trained")
     say(f"\n{' '.join(result.causes().split())}")
     say(f"\nforecast: of the accuracy, from {INPUTS} images and no label.")
+    say("steps: of the solver in a block; a method with error control takes its own.")
     say("drift: how far the logits moved, relative to their size, from those of the trained solver.")
     say(f"\n{result.about_distances()}")
     if result.distances:
@@ -125,16 +128,14 @@ def swap(
 
 def _swap_row(row: Any) -> list[str]:
     recalibrated = [] if row.accuracy_recalibrated is None else [f"{100 * row.accuracy_recalibrated:.2f}"]
-    step = "adaptive" if row.step_size is None else f"{row.step_size:g}"
     return [
-        row.solver,
-        "-" if row.substeps is None else str(row.substeps),
+        row.solver + "*" * row.as_trained,
+        "own" if row.substeps is None else str(row.substeps),
         row.forecast,
         f"{100 * row.accuracy:.2f}",
         *recalibrated,
         f"{row.logit_drift:.3f}",
         f"{row.nfe:.4g}",
-        step + (", trained" if row.as_trained else ""),
     ]
 
 
