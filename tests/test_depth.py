@@ -535,6 +535,20 @@ def test_a_head_that_reads_the_last_state_is_no_activation():
     pooled = nn.Sequential(Block(nn.Identity()), nn.AdaptiveAvgPool1d(1)).eval()
     assert profile_depth(pooled, torch.randn(2, 3), spectra=0).rows[0].after == ""
 
+    def afters(*layers):
+        return [
+            row.after
+            for row in profile_depth(nn.Sequential(*layers).eval(), torch.randn(2, 3), spectra=0).rows
+        ]
+
+    def head():
+        return nn.LayerNorm(3), nn.Linear(3, 2)
+
+    assert afters(Block(nn.Identity()), Block(nn.Identity()), *head()) == ["", ""]
+    assert afters(Block(nn.LayerNorm(3)), Block(nn.LayerNorm(3)), *head()) == 2 * ["NativeLayerNorm"]
+    between = afters(Block(nn.Identity()), nn.ReLU(), Block(nn.Identity()), nn.ReLU(), nn.Linear(3, 2))
+    assert between == ["Relu", ""], "the second is the head's"
+
 
 def test_random_masks_of_ones_own_are_refused():
     """A hand-written stochastic depth left in training mode inside an eval model; without it all is well."""

@@ -864,7 +864,7 @@ def test_step_limits_are_those_of_each_block_at_its_own_state():
     assert stage.steps == pytest.approx([0.1, 0.1])
     euler0, rk0, euler1, rk1 = stage.rows
     assert (euler0.step, rk0.step) == pytest.approx((2 / 5, 2.785293563405282 / 5), rel=1e-6)
-    assert (euler0.growing, euler0.limiting_eigenvalue, euler0.inside) == (0, pytest.approx(-5), True)
+    assert (euler0.growing, euler0.limiting_eigenvalue, euler0.within) == (0, pytest.approx(-5), True)
     assert (euler1.step, euler1.growing) == (0, 1)
     assert (euler1.decaying_step, rk1.decaying_step) == pytest.approx(
         (2 / 1.28, 2.785293563405282 / 1.28), rel=1e-6
@@ -874,7 +874,7 @@ def test_step_limits_are_those_of_each_block_at_its_own_state():
     assert network[0].fields[0].weight.dtype == torch.float32, "the network itself is not changed"
     network[0].step_size = 0.9
     (coarse,) = block_limits(network, torch.tensor([[1.0, 2.0]]), ["euler"])
-    assert not coarse.rows[0].inside, "0.45 is beyond 0.4"
+    assert not coarse.rows[0].within, "0.45 is beyond 0.4"
 
 
 def test_states_too_large_for_a_dense_spectrum_go_without_the_jacobian():

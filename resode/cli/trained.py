@@ -272,7 +272,7 @@ def _run_stability(
                     ("" if row.exact else "≤ ") + short(row.decaying_step),
                     short_complex(row.limiting_eigenvalue, 2),
                     f"{row.amplification:.3g}",
-                    ("yes" if row.exact else "?") if row.inside else "no",
+                    ("yes" if row.exact else "?") if row.within else "no",
                 ]
                 for row in group.rows
             ],
@@ -308,7 +308,7 @@ def _verdicts(group: Any, methods: list[str]) -> list[str]:
         rows = [row for row in group.rows if row.solver == name]
         if not rows:
             continue
-        over = [str(row.block) for row in rows if not row.inside]
+        over = [str(row.block) for row in rows if not row.within]
         least = min(rows, key=lambda row: row.decaying_step)
         allowed = ("" if least.exact else "at most ") + short(least.decaying_step)
         kind = "as trained" if name == group.solver else "would be"

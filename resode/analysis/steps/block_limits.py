@@ -29,7 +29,7 @@ class BlockLimit:
         growing: the largest number of growing modes, Re λ > 0, that a sample has; of those found.
         decaying_step: the least limit over the other modes.
         limiting_eigenvalue: the λ that sets it.
-        inside: whether the network's own step is within it.
+        within: whether the network's own step is within it.
         amplification: largest |R(hλ)| over the eigenvalues and samples, growing modes included.
         converged: whether `step` rests on converged eigenvalues in every sample.
         exact: whether `decaying_step` is known; else it is an upper bound, inf where none is known.
@@ -43,7 +43,7 @@ class BlockLimit:
     growing: int
     decaying_step: float
     limiting_eigenvalue: complex
-    inside: bool
+    within: bool
     amplification: float = float("nan")
     converged: bool = True
     exact: bool = True
@@ -138,7 +138,7 @@ def block_limit(found: Spectrum, solver: str, step: float, block: int) -> BlockL
         growing=max(len(modes) for modes in limit.growing),
         decaying_step=float(decaying.min()),
         limiting_eigenvalue=complex(plain(limit.decaying_eigenvalue)[worst]),
-        inside=bool(step <= found_steps[worst]),
+        within=bool(step <= found_steps[worst]),
         amplification=float(amplification(solver, step * found.values[found.trusted]).max()),
         converged=bool(plain(limit.converged).all()),
         exact=bool(exact.all()),
