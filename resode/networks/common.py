@@ -17,6 +17,7 @@ from resode.fields import (
     ACTIVATIONS,
     NORMS,
     SqueezeExcitation,
+    make_activation,
     make_conv,
     make_norm,
 )
@@ -37,7 +38,8 @@ class Style:
         stochastic_depth: probability to drop the last block's F in training, falling linearly to
             the first one's.
         squeeze_excitation: gate the channels at the end of every F.
-        stem: "small" (3×3) or "imagenet" (7×7 of stride 2, then max pooling).
+        stem: "small" (3×3), "imagenet" (7×7 of stride 2, then max pooling) or "deep" (three 3×3, the first of
+            stride 2, with norms and σ between them, then max pooling).
         gradient: "autograd", or "checkpoint" to keep a few states only and compute every block once more
             on the way back.
     """
@@ -55,7 +57,7 @@ class Style:
         one_of("shortcut", self.shortcut, (*SHORTCUTS, "none"))
         one_of("norm", self.norm, NORMS)
         one_of("activation", self.activation, ACTIVATIONS)
-        one_of("stem", self.stem, ("small", "imagenet"))
+        one_of("stem", self.stem, ("small", "imagenet", "deep"))
         one_of("gradient", self.gradient, ("autograd", "checkpoint"))
         probability("stochastic_depth", self.stochastic_depth)
         for name in ("zero_init_last", "squeeze_excitation"):
@@ -144,8 +146,22 @@ def _contexts(
     return contextlib.nullcontext(), FrozenStatistics(moving_norms(segment))
 
 
-def make_stem(in_channels: int, width: int, style: Style) -> tuple[nn.Conv2d, nn.Module]:
-    """The first convolution and the pooling after it."""
+def make_stem(in_channels: int, width: int, style: Style) -> tuple[nn.Module, nn.Module]:
+    """The first convolution (three of them in the deep stem) and the pooling after it."""
     if style.stem == "small":
         return make_conv(in_channels, width, 3, norm=style.norm), nn.Identity()
-    return make_conv(in_channels, width, 7, 2, norm=style.norm), nn.MaxPool2d(3, 2, padding=1)
+    pool = nn.MaxPool2d(3, 2, padding=1)
+    if style.stem == "imagenet":
+        return make_conv(in_channels, width, 7, 2, norm=style.norm), pool
+    half = max(1, width // 2)
+    sizes = ((in_channels, half, 2), (half, half, 1))
+    layers = [
+        layer
+        for c_in, c_out, stride in sizes
+        for layer in (
+            make_conv(c_in, c_out, 3, stride, norm=style.norm),
+            make_norm(style.norm, c_out),
+            make_activation(style.activation),
+        )
+    ]
+    return nn.Sequential(*layers, make_conv(half, width, 3, norm=style.norm)), pool
