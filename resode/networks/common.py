@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.utils.checkpoint import checkpoint
 
 from resode.blocks.frozen import FrozenStatistics, StochasticDepth, checkpoints, moving_norms, probability
@@ -23,6 +24,7 @@ from resode.fields import (
 )
 from resode.formulas import Cost, cost_of
 from resode.shortcuts import SHORTCUTS, make_shortcut
+from resode.symbols import one_node
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def advance(blocks: nn.Sequential, x: Tensor, gradient: str = "autograd") -> Ten
     L/k states and, one segment at a time, 6k more (what a block of two convolutions saves), which is
     least at k = √(L/6).
     """
-    if not checkpoints(gradient):
+    if not checkpoints(gradient) or isinstance(x, Proxy):  # a graph says nothing of what to keep
         return blocks(x)
     k = max(1, round(math.sqrt(len(blocks) / 6)))
     for start in range(0, len(blocks), k):
@@ -126,6 +128,7 @@ def advance(blocks: nn.Sequential, x: Tensor, gradient: str = "autograd") -> Ten
     return x
 
 
+@one_node
 def check_images(x: Tensor, in_channels: int) -> None:
     """Raise a ValueError unless x is (batch, in_channels, H, W)."""
     if x.ndim != 4 or x.shape[1] != in_channels:

@@ -103,6 +103,11 @@ class Bottleneck(nn.Module):
         super().__init__()
         out_channels = self.expansion * channels
         inner = channels * group_width // 64 * cardinality
+        if not inner:
+            raise ValueError(
+                f"groups of {group_width} channels at a width of 64 have none at {channels}: take a width of "
+                f"at least {-(-64 // group_width)}."
+            )
         self.conv1 = make_conv(in_channels, inner, 1, norm=style.norm)
         self.bn1 = make_norm(style.norm, inner)
         self.conv2 = make_conv(inner, inner, 3, stride, norm=style.norm, groups=cardinality)
