@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from resode.checks import check_number, check_whole, one_of
 from resode.formulas import Cost, Shape, chain, cost_of
+from resode.symbols import one_node
 
 SHORTCUTS = ("A", "B", "C", "D", "gated", "input_gated")
 """Kinds that `make_shortcut` knows."""
 
 
+@one_node
 def _check_images(name: str, x: Tensor, channels: int) -> None:
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(
@@ -211,13 +213,8 @@ class InputGatedShortcut(nn.Module):
 
     def gate(self, x: Tensor) -> Tensor:
         """α(x), shape (batch, 1, …, 1)."""
-        if x.ndim < 2 or x.shape[1] != self.channels:
-            raise ValueError(
-                f"a gated shortcut takes states of shape (batch, {self.channels}, …): "
-                f"got x {tuple(x.shape)}. Build it with the channels of x."
-            )
-        mean = x.reshape(*x.shape[:2], -1).mean(2)  # (B, C)
-        return torch.sigmoid(self.score(mean)).reshape(-1, *[1] * (x.ndim - 1))
+        gate = torch.sigmoid(self.score(_mean(x, self.channels)))  # (B, 1)
+        return _beside(gate, x)
 
     def forward(self, x: Tensor) -> Tensor:
         """α(x) x, shape of x."""
@@ -226,6 +223,23 @@ class InputGatedShortcut(nn.Module):
     def cost(self, shape: Shape) -> Cost:
         """Parameters and multiply-adds for samples of this shape, by formula."""
         return Cost(self.channels + 1, self.channels, shape)
+
+
+@one_node
+def _mean(x: Tensor, channels: int) -> Tensor:
+    """Mean over the pixels, (batch, channels)."""
+    if x.ndim < 2 or x.shape[1] != channels:
+        raise ValueError(
+            f"a gated shortcut takes states of shape (batch, {channels}, …): "
+            f"got x {tuple(x.shape)}. Build it with the channels of x."
+        )
+    return x.reshape(*x.shape[:2], -1).mean(2)
+
+
+@one_node
+def _beside(gate: Tensor, x: Tensor) -> Tensor:
+    """One number a sample, (batch, 1), as it multiplies x."""
+    return gate.reshape(-1, *[1] * (x.ndim - 1))
 
 
 class HighwayShortcut(nn.Module):

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from resode.checks import check_number
+from resode.symbols import one_module
 
 
 def probability(what: str, value: object) -> float:
@@ -50,6 +51,7 @@ class StochasticDepth(nn.Module):
         self.p = probability("p", p)
         self.masks: dict[nn.Module, Tensor] | None = None
 
+    @one_module
     def forward(self, residual: Tensor) -> Tensor:
         """F or 0, sample by sample, shape of F."""
         if not self.training or self.p == 0:
