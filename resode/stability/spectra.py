@@ -132,7 +132,8 @@ class FirstExits:
         s, beside = self.spectrum, np.zeros(self.exits.shape, dtype=bool)
         row, place = np.nonzero((self.counted != 0) & (self.counted.real == 0) & (self.exits == 0))
         value, error = self.values[row, place], self.errors[row, place]
-        allowed = first_exits(self.rays, np.minimum(value.real, 0) - error + 1j * value.imag)
+        latest = np.asarray(np.minimum(value.real, 0) - error + 1j * value.imag, np.complex128)
+        allowed = first_exits(self.rays, latest)
         least = np.full(len(self.lines), np.inf)
         np.minimum.at(least, row, allowed)
         unsure = least[row] * s.scale[row] > s.rtol
