@@ -439,3 +439,16 @@ def get_tableau(method: str | ButcherTableau) -> ButcherTableau:
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; the methods are: {', '.join(METHODS)}.")
     return METHODS[method]
+
+
+def explicit_tableau(method: str | ButcherTableau, what: str) -> ButcherTableau:
+    """The tableau of a method, for what needs an explicit one.
+
+    Raises:
+        ValueError: the name is unknown, or the method is implicit.
+    """
+    tableau = get_tableau(method)
+    if not tableau.explicit:
+        names = ", ".join(name for name, t in METHODS.items() if t.explicit)
+        raise ValueError(f"{what} an explicit method, and {tableau.name} is implicit. Valid: {names}.")
+    return tableau

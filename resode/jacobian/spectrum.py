@@ -18,7 +18,7 @@ from resode.jacobian.outer import SPACE, Row, SpectrumOptions, gathered, outer_r
 from resode.jacobian.products import JacobianProducts, full_precision
 from resode.stability.limits import rounding
 from resode.stability.spectra import ROUNDINGS, FirstExits, Spectrum
-from resode.tableaus import METHODS, ButcherTableau, get_tableau
+from resode.tableaus import ButcherTableau, explicit_tableau, get_tableau
 
 _ENTRIES = 2**26  # of Jacobians that are formed together
 
@@ -95,13 +95,9 @@ def _searched(
 ) -> list[Row]:
     """The outer eigenvalues of every sample; all of them where those do not decide and J can be formed."""
     for tableau in tableaus:
-        if not tableau.explicit:
-            names = ", ".join(name for name, t in METHODS.items() if t.explicit)
-            raise ValueError(
-                f"without the Jacobian, limits are found for explicit methods, and {tableau.name} is "
-                f"implicit. Valid: {names}; or take states of up to {DENSE_LIMIT} entries and "
-                "matrix_free=False."
-            )
+        explicit_tableau(
+            tableau, f"beyond {DENSE_LIMIT} entries, or without matrix_free=False, a step limit needs"
+        )
     x = source.x
     n, eps = x[0].numel(), torch.finfo(x.dtype).eps
     wide = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32

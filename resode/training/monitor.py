@@ -15,7 +15,7 @@ from resode.checks import check_number, check_whole
 from resode.jacobian.linearize import check_field
 from resode.jacobian.spectrum import SpectrumOptions, spectrum
 from resode.modes import evaluating, own_random_state
-from resode.tableaus import METHODS, get_tableau
+from resode.tableaus import explicit_tableau
 from resode.tables import read_records, records_text
 from resode.training.files import DamagedFile, replacing
 
@@ -107,9 +107,7 @@ class StepLimits:
                 f"solvers must be a sequence of methods' names, got {solvers!r}: put it in a list."
             )
         for name in solvers or ():
-            if not get_tableau(name).explicit:
-                valid = ", ".join(n for n, t in METHODS.items() if t.explicit)
-                raise ValueError(f"step limits are watched for explicit methods, got {name}. Valid: {valid}.")
+            explicit_tableau(name, "watching takes")
         self.images = images
         self.every, self.solvers, self.samples = every, solvers, samples
         self.vectors, self.share = vectors, share
