@@ -313,9 +313,9 @@ def compiled_steps(key: Any) -> Callable[..., Tensor]:
             begin = t + done * h
             if not failed:
                 try:
-                    time, size = (
-                        torch.as_tensor(s, dtype=torch.float64, device=x.device) for s in (begin, h)
-                    )
+                    time = torch.as_tensor(begin, dtype=torch.float64, device=x.device)
+                    size = torch.as_tensor(h, device=x.device)  # each sample's own in x's dtype, as they come
+                    size = size if size.ndim else size.double()
                     x = _compiled(_steps_of, key, x, tableau, steps)(f, time, x, size)
                     done += steps
                     continue
