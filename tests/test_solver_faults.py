@@ -410,6 +410,26 @@ def test_a_state_that_diverges_is_a_typed_error_in_every_way():
                 call()
 
 
+@pytest.mark.parametrize(
+    "kw",
+    [
+        {},
+        dict(per_sample=True),
+        dict(method="dopri8"),
+        dict(method="bosh3"),
+        dict(method="bosh3", compile=True),
+    ],
+)
+def test_a_field_that_overflows_ends_the_solve_where_it_does(kw, monkeypatch):
+    """200 y in float32 is infinite from y = 1.7e36 on, at t = 0.417: steps from there on that leave the state as it
+    is by rounding, and so do not fail, must not go on for ever."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, fullgraph=True, backend="eager"))
+    with pytest.raises(resode.NonFiniteState, match="a field that overflows") as caught:
+        odeint(lambda t, y: 200 * y, torch.ones(2, 1), SPAN.float(), max_steps=3000, **kw)
+    assert caught.value.time == pytest.approx(math.log(torch.finfo(torch.float32).max / 200) / 200, rel=0.04)
+
+
 def test_explicit_adams_is_of_order_four_and_has_a_step_limit():
     t = torch.linspace(0, 10, 101, dtype=DOUBLE)
     assert odeint(decay, ONE, t, method="explicit_adams")[-1].item() == pytest.approx(math.exp(-10), abs=1e-6)

@@ -350,7 +350,7 @@ def _odeint(
     if checkpoint:
         _check_checkpoint(settings, event_fn)
         settings = replace(settings, checkpoint=torch.is_grad_enabled())
-    if compile and _compiles(settings, callbacks, event_fn, t):
+    if compile and _compiles(settings, callbacks, event_fn):
         settings = replace(settings, compile_for=key_of(func))
     field = (lambda t, y: func(t, y, *args)) if args else func
     event = None
@@ -415,12 +415,11 @@ def _check_checkpoint(settings: SolveSettings, event_fn: Any) -> None:
         raise ValueError(f"gradient='checkpoint' does not go with {reason}; take 'autograd' or 'adjoint'.")
 
 
-def _compiles(settings: SolveSettings, callbacks: Any, event_fn: Any, t: Tensor) -> bool:
+def _compiles(settings: SolveSettings, callbacks: Any, event_fn: Any) -> bool:
     """Whether compiled steps can do what is asked; a warning where they can't."""
     known = () if settings.fixed else COMPILED_OPTIONS
     reasons = [f"options[{name!r}]" for name in settings.options if name not in known]
     reasons += ["callbacks"] if callbacks is not None else []
-    reasons += ["t of shape (T, B)"] if settings.fixed and t.ndim > 1 else []
     reasons += ["event_fn"] if event_fn is not None else []
     reasons += ["gradient='checkpoint'"] if settings.checkpoint and not settings.fixed else []
     reasons += [f"{settings.method!r}, which torchdiffeq solves"] if isinstance(settings.method, str) else []
