@@ -38,6 +38,7 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 62rem; padding: 1rem; }
 h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 img { width: 100%; min-width: 46rem; height: auto; background: white; border-radius: 4px; }
+.said td { white-space: normal; text-align: left; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
 th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
@@ -136,7 +137,8 @@ def _diagnosis(network: nn.Module, images: ImageData) -> str:
     x, target = next(iter(plain_batches(images, limit=32)))
     found = diagnose(network, x, target)
     figure = _figure(found.plot(), "gain of a perturbation by block") if found.rows else ""
-    return f"<h2>Diagnosis</h2>{found._repr_html_()}<details><summary>Blocks</summary>{figure}</details>"
+    said = f'<div class="said">{found._repr_html_()}</div>'
+    return f"<h2>Diagnosis</h2>{said}<details><summary>Blocks</summary>{figure}</details>"
 
 
 def _facts(summary: dict[str, Any], stacks: list[ResidualStack]) -> str:

@@ -301,10 +301,10 @@ def block_distances(model: nn.Module, x: Tensor) -> tuple[list[BlockDistance], s
     met: dict[str, Tensor] = {}
 
     def hook(name: str) -> Callable[..., None]:
-        def keep(stack: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def kept(stack: ResidualStack, args: tuple[Tensor, ...]) -> None:
             met.setdefault(name, args[0].detach())  # of several calls the first
 
-        return keep
+        return kept
 
     found, bent = [], set[str]()
     with evaluating(model), other_solver(model, None), warnings.catch_warnings():  # counts are put back
