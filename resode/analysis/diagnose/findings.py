@@ -252,7 +252,7 @@ def _no_shortcut(name: str, what: str, usual: float) -> Finding:
 
 def _without_shortcut(m: Measures) -> list[Finding]:
     """Modules that keep their input's shape and hold fewer additions than their siblings of one class."""
-    classes: dict[str, list[tuple[str, int]]] = {}
+    classes: dict[str, list[tuple[str, float]]] = {}
     blocks = [b.name for b in m.blocks]
     for name, kind, additions, keeps in m.siblings:
         if kind == "Sequential":  # of layers, as the branches of a loop, and not of blocks
