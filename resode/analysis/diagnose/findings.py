@@ -77,6 +77,7 @@ class Thresholds:
         strong_gain: gain relative to the median that goes with it.
         strong_output: ‖F‖ or ‖F‖/‖x‖ relative to its median that goes with it: a gain alone is large behind a
             norm where the state is small.
+        jump: branch gain relative to the siblings right before and after.
         weights: of a layer relative to those at the same place in its siblings.
         sigma: largest singular value relative to the median; twice that for the first block.
         alone: branch gain in networks with too few blocks for a median.
@@ -95,6 +96,7 @@ class Thresholds:
     strong: float = 6.0
     strong_gain: float = 1.08
     strong_output: float = 3.0
+    jump: float = 2.5
     weights: float = 8.0
     sigma: float = 8.0
     alone: float = 30.0
@@ -108,6 +110,7 @@ class Thresholds:
 THRESHOLDS = Thresholds()
 
 FEWEST = 4  # blocks from which a median tells what is usual
+_NORMED = 0.02  # median deviation of log ‖F‖ of siblings up to which a norm sets it
 
 
 def findings(m: Measures, thresholds: Thresholds = THRESHOLDS) -> list[Finding]:
@@ -249,7 +252,7 @@ def _no_shortcut(name: str, what: str, usual: float) -> Finding:
 
 def _without_shortcut(m: Measures) -> list[Finding]:
     """Modules that keep their input's shape and hold fewer additions than their siblings of one class."""
-    classes: dict[str, list[tuple[str, int]]] = {}
+    classes: dict[str, list[tuple[str, float]]] = {}
     blocks = [b.name for b in m.blocks]
     for name, kind, additions, keeps in m.siblings:
         if kind == "Sequential":  # of layers, as the branches of a loop, and not of blocks
@@ -423,12 +426,25 @@ def strength(
 
     own = sum(c.sibling == b.sibling for c in known) >= FEWEST
     allowed = 2.0 if b.name == m.blocks[0].name or not own else 1.0
-    output = max(times("size"), times("ratio")) / t.strong_output
-    by_gain = min(times("branch_gain") / t.strong, times("gain") / t.strong_gain, output)
-    by_sigma = min(times("sigma") / t.sigma, output)
+    sizes = [math.log(c.size) for c in known if c.size > 0]
+    spread = statistics.median(abs(s - statistics.median(sizes)) for s in sizes) if sizes else math.inf
+    # A norm at the end of each branch makes the sizes equal; ‖F‖/‖x‖ then tells of the state alone.
+    output = (times("size") if spread < _NORMED else max(times("size"), times("ratio"))) / t.strong_output
+    jump = _jump(known, b) / t.jump
+    by_gain = min(times("branch_gain") / t.strong, times("gain") / t.strong_gain, output, jump)
+    by_sigma = min(times("sigma") / t.sigma, output, jump)
     most = max((ratio for _, ratio in (weights or {}).get(b.name, [])), default=0.0)
     by_weights = min(most / t.weights, times("branch_gain") / 2)
     return max(by_gain / allowed, by_sigma / allowed, by_weights)
+
+
+def _jump(known: Sequence[BlockMeasures], b: BlockMeasures) -> float:
+    """A branch's gain over that of the next siblings before and after it: with depth gains change slowly."""
+    at = next(i for i, c in enumerate(known) if c is b)
+    before = next((c for c in reversed(known[:at]) if c.name != b.name), None)
+    after = next((c for c in known[at:] if c.name != b.name), None)
+    most = max((c.branch_gain for c in (before, after) if c is not None), default=0.0)
+    return b.branch_gain / most if most > 0 else math.inf
 
 
 def _whole(m: Measures, t: Thresholds) -> list[Finding]:

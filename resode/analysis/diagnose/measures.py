@@ -12,6 +12,7 @@ import math
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -154,7 +155,7 @@ class Measures:
         layers: its weighted layers.
         weights: the layers within its blocks, without those whose outputs a batch norm divides by their size.
         detached: modules that ran, and whose weights get no gradient from the outputs.
-        siblings: (module, class, additions within it, whether it keeps its input's shape).
+        siblings: (module, class, additions within it a call, whether it keeps its input's shape).
         dead_layers: activations outside of blocks: (module, share of units at 0).
         whole_gain: gain of a random perturbation from the first block's x to the last block's y.
         whole_sigma: its largest singular value, from below, in the worst sample.
@@ -175,7 +176,7 @@ class Measures:
     layers: list[LayerMeasures] = field(default_factory=list)
     weights: list[WeightMeasures] = field(default_factory=list)
     detached: list[str] = field(default_factory=list)
-    siblings: list[tuple[str, str, int, bool]] = field(default_factory=list)
+    siblings: list[tuple[str, str, float, bool]] = field(default_factory=list)
     dead_layers: list[tuple[str, float]] = field(default_factory=list)
     whole_gain: float = NAN
     whole_sigma: float = NAN
@@ -218,7 +219,7 @@ def measure(
         some = _floating(part(x, 0, found.probed, samples), precise)
         _measure_blocks(found, precise, some, part(target, 0, found.probed, samples), loss_fn, blocks, seed)
     found.siblings = [
-        (name, kind, sum(_within(b.name, name) for b in found.blocks), keeps)
+        (name, kind, sum(_within(b.name, name) for b in found.blocks) / watcher.calls[name], keeps)
         for name, (kind, keeps) in watcher.shapes.items()
     ]
     found.weights = _weights(model, found, watcher.leaves)
@@ -278,6 +279,7 @@ class _Watcher:
         self.running: list[str] = []
         self.order: dict[str, int] = {}
         self.leaves: list[str] = []
+        self.calls: Counter[str] = Counter()
         self.met: set[nn.Module] = set()
         self.activations = 0
         self.count = 1
@@ -295,6 +297,7 @@ class _Watcher:
                 for some, _, self.count in parts(x, None, size):
                     self.activations = 0
                     self.leaves.clear()
+                    self.calls.clear()
                     self.running.clear()
                     self.met.clear()
                     call(self.model, some)
@@ -327,6 +330,7 @@ class _Watcher:
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         name = self.running.pop()
         self.order.setdefault(name, len(self.order))
+        self.calls[name] += 1
         y = next(tensors_in(output), None)
         if y is None:
             return
