@@ -280,7 +280,8 @@ def odeint_event(
         own = ", or with per_sample one a sample, (B,)" if per_sample else ""
         raise TypeError(f"t0 must be a tensor with one time{own}, got {got}.")
     start = t0.reshape(()) if t0.numel() == 1 else t0
-    t = torch.stack([start, start.detach() + (-1.0 if reverse_time else 1.0)])
+    way = start.detach().abs().clamp(min=1.0)  # 1 alone may be below the rounding of a large time
+    t = torch.stack([start, start.detach() + (-way if reverse_time else way)])
     result = odeint_interface(func, y0, t, event_fn=event_fn, **kwargs)
     stats = None
     if kwargs.get("return_stats"):
