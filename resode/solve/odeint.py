@@ -275,6 +275,8 @@ def odeint_event(
         (1.42784..., 0.07139...)
     """
     per_sample = bool(kwargs.get("per_sample", False))
+    if not callable(event_fn):
+        raise TypeError(f"event_fn must be a function of (t, y), got {event_fn!r}.")
     if not isinstance(t0, Tensor) or not (t0.numel() == 1 or (per_sample and t0.ndim == 1)):
         got = f"shape {tuple(t0.shape)}" if isinstance(t0, Tensor) else type(t0).__name__
         own = ", or with per_sample one a sample, (B,)" if per_sample else ""
