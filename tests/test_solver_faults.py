@@ -191,6 +191,28 @@ def test_an_event_of_solve_ivp_is_one_number():
         solve_ivp(decay, (0, 3), torch.ones(2), events=lambda t, y: y - 0.5)
 
 
+@pytest.mark.parametrize("value", [None, "x", 1j, torch.tensor([1j]), [0.1, 0.2]])
+def test_an_event_of_solve_ivp_is_a_real_number(value):
+    with pytest.raises(TypeError, match=r"must return (one number, or yes|real numbers)"):
+        solve_ivp(decay, (0, 3), ONE, events=lambda t, y: value)
+
+
+@pytest.mark.parametrize("events", ["abc", {"a": 1}, [None], 3])
+def test_events_are_functions(events):
+    with pytest.raises(TypeError, match=r"events must be a function of \(t, y\)"):
+        solve_ivp(decay, (0, 3), ONE, events=events)
+    with pytest.raises(TypeError, match=r"event_fn must be a function of \(t, y\)"):
+        odeint_event(decay, ONE, scalar(0.0), event_fn=events)
+
+
+@pytest.mark.parametrize("direction", ["down", math.nan, None, [1]])
+def test_direction_is_a_number(direction):
+    event = lambda t, y: y[0] - 0.5  # noqa: E731
+    event.direction = direction
+    with pytest.raises(ValueError, match="direction must be a number: above 0 to count rises"):
+        solve_ivp(decay, (0, 3), ONE, events=event)
+
+
 # Fields and their arguments
 
 BUFFER = torch.zeros(2, 1, dtype=DOUBLE)
@@ -433,6 +455,9 @@ def test_a_field_that_overflows_ends_the_solve_where_it_does(kw, monkeypatch):
 def test_explicit_adams_is_of_order_four_and_has_a_step_limit():
     t = torch.linspace(0, 10, 101, dtype=DOUBLE)
     assert odeint(decay, ONE, t, method="explicit_adams")[-1].item() == pytest.approx(math.exp(-10), abs=1e-6)
+    for method in ("implicit_adams", "fixed_adams"):
+        y = odeint(decay, ONE, t, method=method)[-1].item()
+        assert y == pytest.approx(math.exp(-10), rel=1e-4), "order 12 is 95 % off"
     # Real interval of the fourth-order method 3/10: at z = −3/10 the root ζ = −1 solves 2 = 0.3·160/24.
     assert resode.max_stable_step(torch.tensor([[-1.0]]), solver="explicit_adams") == pytest.approx(
         0.3, abs=1e-9

@@ -322,7 +322,10 @@ def value_of(event: Event, time: float, y: Tensor) -> float:
         c = c if isinstance(c, int | float) else np.array(c).item()
     elif isinstance(c, bool):
         c = 2 * c - 1
-    value = float(c)
+    try:
+        value = float(c)
+    except (TypeError, ValueError):
+        raise TypeError(f"an event must return one number, or yes or no; got {c!r}.") from None
     if math.isnan(value):
         raise ValueError(
             f"event_fn must return numbers, got NaN at t={time:.9g}. Keep it defined past the event."

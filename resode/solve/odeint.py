@@ -275,12 +275,15 @@ def odeint_event(
         (1.42784..., 0.07139...)
     """
     per_sample = bool(kwargs.get("per_sample", False))
+    if not callable(event_fn):
+        raise TypeError(f"event_fn must be a function of (t, y), got {event_fn!r}.")
     if not isinstance(t0, Tensor) or not (t0.numel() == 1 or (per_sample and t0.ndim == 1)):
         got = f"shape {tuple(t0.shape)}" if isinstance(t0, Tensor) else type(t0).__name__
         own = ", or with per_sample one a sample, (B,)" if per_sample else ""
         raise TypeError(f"t0 must be a tensor with one time{own}, got {got}.")
     start = t0.reshape(()) if t0.numel() == 1 else t0
-    t = torch.stack([start, start.detach() + (-1.0 if reverse_time else 1.0)])
+    way = start.detach().abs().clamp(min=1.0)  # 1 alone may be below the rounding of a large time
+    t = torch.stack([start, start.detach() + (-way if reverse_time else way)])
     result = odeint_interface(func, y0, t, event_fn=event_fn, **kwargs)
     stats = None
     if kwargs.get("return_stats"):
