@@ -116,6 +116,11 @@ def test_a_generator_is_read_once_and_a_table_and_csv_hold_every_row(tmp_path):
     [
         (nn.Linear(1, 2), [(X, labels_of(1))], {}, "this model holds none"),
         (classifier(), [], {}, "no batches"),
+        (classifier(), X, {}, r"a tensor \(1,\)"),
+        (classifier(), [(X, labels_of(1)[:, None])], {}, r"labels \(32, 1\)"),
+        (classifier(norm=True), [(X, labels_of(1))], {"recalibrate": []}, "recalibrate gave no batches"),
+        (classifier(norm=True), [(X, labels_of(1))], {"recalibrate": [X]}, "recalibrate must give batches"),
+        (classifier(norm=True), [(X, labels_of(1))], {"recalibrate": [(torch.ones(4, 3), torch.zeros(4))]}, r"\(3,\) a"),
         (classifier(), [(X, labels_of(1))], {"solvers": ["rk5"]}, "unknown method 'rk5'"),
         (classifier(), [(X, labels_of(1))], {"solvers": ["radau5"]}, "implicit"),
         (classifier(), [(X, labels_of(1))], {"substeps": [0]}, "at least 1, got 0"),

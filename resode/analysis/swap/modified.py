@@ -39,7 +39,7 @@ State = tuple[Tensor, ...]
 class ModifiedField:
     r"""The field F̃ whose flow the blocks of a stack are steps of, as far as its series goes.
 
-    Called as g(x) where all blocks share one field, else as g(t, x), with t the depth time: from lη to
+    Called as g(x) where all blocks share one field of x, else as g(t, x), with t the depth time: from lη to
     (l + 1)η it is block l's. With learnt steps, which may differ by channel, t counts blocks and g is that
     of ηF.
 
@@ -51,7 +51,7 @@ class ModifiedField:
     def __init__(self, stack: ResidualStack, order: int) -> None:
         self.stack, self.order = stack, order
         self.tableau = get_tableau(stack.solver)
-        self.shared = stack.shared and stack.step_sizes is None
+        self.shared = stack.shared and stack.step_sizes is None and not any(stack.timed)
         self.span = 1.0 if stack.step_sizes is not None else stack.step_size
         self._checked: set[int] = set()
 
@@ -72,11 +72,10 @@ class ModifiedField:
     def block(self, index: int) -> Callable[..., Tensor]:
         """Block `index`'s F̃, of (x, s): s from 0 to 1 is the part of the block, read by weights="linear"."""
         stack, n = self.stack, self.stack.substeps
-        module = stack.field(index)  # IndexError beyond the last
+        inner = _field_of(stack, index)  # IndexError beyond the last
         h = self.span / n
         scaled = stack.step_sizes is not None
-        moving = stack.weights == "linear" and not stack.shared
-        inner = stack._field(index, True, None)
+        moving = (stack.weights == "linear" and not stack.shared) or stack._is_timed(index)
 
         def field(state: State) -> State:
             y = inner(state[1] / self.span if moving else 0.0, state[0])
@@ -84,7 +83,7 @@ class ModifiedField:
             return (y, torch.ones_like(state[1])) if moving else (y,)
 
         def modified(x: Tensor, s: Tensor | float = 0.0) -> Tensor:
-            self._check(index, module, x)
+            self._check(index, x)
             time = torch.as_tensor(s, dtype=x.dtype, device=x.device) * self.span
             state = (x, time) if moving else (x,)
             with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
@@ -116,10 +115,11 @@ class ModifiedField:
                 x = odeint(field, x, times, method="dopri8", **settings)[-1]
         return x
 
-    def _check(self, index: int, module: nn.Module, x: Tensor) -> None:
+    def _check(self, index: int, x: Tensor) -> None:
         """Once a block: whether F has derivatives, and whether they say anything."""
         if index in self._checked or _transformed(x):
             return
+        module = field_at_start(self.stack, index, x)
         check_field(module, x)
         if not self._checked:
             found = kinks(module, x)
@@ -130,6 +130,33 @@ class ModifiedField:
                     "modified_field(stack).flow(x) with stack(x), or use a smooth activation (tanh, GELU)."
                 )
         self._checked.add(index)
+
+
+class _AtTime(nn.Module):
+    """A field F(t, x) at one time."""
+
+    def __init__(self, field: nn.Module, t: Tensor) -> None:
+        super().__init__()
+        self.field, self.t = field, t
+
+    def forward(self, x: Tensor) -> Tensor:
+        """F(x) at that time."""
+        return self.field(self.t, x)
+
+
+def field_at_start(stack: ResidualStack, index: int, x: Tensor) -> nn.Module:
+    """Block `index`'s F(x); of an F(t, x) that at the block's start."""
+    field = stack.field(index)
+    return _AtTime(field, stack._time(index, 0.0, 0.0, x)) if stack._is_timed(index) else field
+
+
+def _field_of(stack: ResidualStack, index: int) -> Callable[[Any, Tensor], Tensor]:
+    """Block `index`'s F of the part of the block that has passed, from 0 to 1, and the state."""
+
+    def time(s: Any, y: Tensor) -> Tensor:
+        return stack._time(index, stack._step(index, y), s, y)
+
+    return stack._field(index, True, None, time if stack._is_timed(index) else None)
 
 
 def _transformed(x: Any) -> bool:
@@ -257,7 +284,7 @@ def distance_from_ode(stack: ResidualStack, x: Tensor) -> Tensor:
         rows = []
         for index in range(stack.depth):
             state = path[index]
-            first = stack._field(index, True, None)(0.0, state)
+            first = _field_of(stack, index)(0.0, state)
             if stack.step_sizes is not None:
                 first = stack._step(index, state) * first
             size = first.flatten(1).norm(dim=1)
@@ -321,7 +348,11 @@ def block_distances(model: nn.Module, x: Tensor) -> tuple[list[BlockDistance], s
                     [],
                     f"not measured: {name or 'the stack'} has no derivatives ({str(error).splitlines()[0]})",
                 )
-            bent |= {kink for i in range(len(distances)) for kink in kinks(stacks[name].field(i), state)}
+            bent |= {
+                kink
+                for i in range(len(distances))
+                for kink in kinks(field_at_start(stacks[name], i, state), state)
+            }
             for i, distance in enumerate(distances):
                 number = f" block {i}" if stacks[name].shared else ""
                 found.append(BlockDistance(f"{block_name(name, stacks[name], i)}{number}".strip(), distance))

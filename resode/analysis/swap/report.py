@@ -284,8 +284,9 @@ def swap_report(
         The report; str() is a table, .rows the data, .to_csv and .plot write it.
 
     Raises:
-        ValueError: no ResidualStack in the model, an unknown solver, an empty loader, or batches to
-            recalibrate with where there is no batch norm.
+        ValueError: no ResidualStack in the model, an unknown solver, an empty loader or one that gives other
+            things than (inputs, labels), and batches to recalibrate with where there is no batch norm, or
+            whose inputs have another shape than the loader's.
 
     Source:
         Ott et al., ResNet After All? Neural ODEs and Their Numerical Solution (2021).
@@ -342,6 +343,29 @@ def _reusable(batches: Batches) -> Batches:
     return list(batches) if iter(batches) is batches else batches
 
 
+def _first(batches: Batches, what: str) -> Tensor:
+    """The first inputs.
+
+    Raises:
+        ValueError: there are none, or they are no pairs of inputs and labels (B,).
+    """
+    for batch in batches:
+        pair = isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[0], Tensor)
+        if not pair or not isinstance(batch[1], Tensor):
+            came = f"a tensor {tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+            raise ValueError(
+                f"{what} must give batches (inputs, labels), two tensors: got {came}. A DataLoader or a list "
+                "of such pairs does."
+            )
+        if batch[1].shape != batch[0].shape[:1]:
+            raise ValueError(
+                f"labels are a class for each input, shape (B,): {what} gave inputs {tuple(batch[0].shape)} "
+                f"with labels {tuple(batch[1].shape)}."
+            )
+        return batch[0]
+    raise ValueError(f"{what} gave no batches; it must hold at least one (inputs, labels).")
+
+
 def _one_evaluation(stack: ResidualStack) -> bool:
     """Whether a block call is one evaluation of F."""
     return len(get_tableau(stack.solver).b) == 1 and stack.substeps == 1
@@ -369,6 +393,14 @@ class _Swap:
         self.model, self.stacks = model, stacks
         self.batches, self.training_batches, self.calibration = batches, training_batches, calibration
         self.device = next(model.parameters()).device
+        shown = _first(batches, "the loader")
+        if training_batches is not None and training_batches is not batches:
+            given = _first(training_batches, "recalibrate")
+            if given.shape[1:] != shown.shape[1:]:
+                raise ValueError(
+                    f"statistics are measured at inputs like the loader's: got {tuple(given.shape[1:])} a "
+                    f"sample, the loader gives {tuple(shown.shape[1:])}. Pass batches made likewise."
+                )
         self.logits, self.labels, self.nfe = self._evaluate()
         first = next(iter(batches))[0]  # spaced, because data sets may lie sorted
         self.some = first[:: max(1, len(first) // INPUTS)][:INPUTS].to(self.device)
@@ -447,7 +479,5 @@ class _Swap:
                 for stack in self.stacks:
                     assert stack.stats is not None
                     calls += len(images) * float(torch.as_tensor(stack.stats.nfe, dtype=torch.float64).mean())
-        if not logits:
-            raise ValueError("the loader gave no batches; it must hold at least one (images, labels).")
         result = torch.cat(logits)
         return result, torch.cat(labels), calls / len(result)
