@@ -31,7 +31,7 @@ from theory import seeds, verdict
 from theory.table import COLUMNS, rows
 
 PAGES = {path.stem.split("_")[1].upper(): path for path in sorted(Path(__file__).parent.glob("plot_*_*.py"))}
-"""Claim to page: A1 … C9."""
+"""Claim to page: A1 … C10."""
 
 NOT_MEASURED = re.compile(r"^.*not measured.*(?:\n  .*)*", flags=re.M)
 """How a page prints what it has no stored results for: a line that says so, commands indented below."""
