@@ -322,9 +322,7 @@ def test_streams_folded_into_the_batch_are_unfolded():
     assert found.names == ("blocks.0", "blocks.1") and found.mixing[0].shape == (10, 3, 3)
     want = network[0].matrices(x[:, None].expand(-1, 3, -1, -1)).flatten(0, 1)
     assert torch.allclose(found.mixing[0], want.double(), atol=1e-2), "streams alike: moved by a thousandth"
-    with pytest.raises(
-        ValueError, match=r"blocks.0 has 5 streams, which a state of shape \(6, 5, 6\) .* not show"
-    ):
+    with pytest.raises(ValueError, match=r"blocks.0 has 5 streams, which a state of \(6, 5, 6\) .* not show"):
         stream_mixing(Whole(), x, blocks="blocks.*", streams=5)
 
 
