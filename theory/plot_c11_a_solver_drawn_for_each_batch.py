@@ -83,7 +83,9 @@ def trained(seed):
     for way in ("Euler alone", "drawn"):
         other = copy.deepcopy(begun)
         draws = SwapProof(other, seed=seed) if way == "drawn" else None
-        result[way] = train(other, draws, UPDATES // 2, UPDATES, torch.Generator().manual_seed(shifted(seed + 1)))
+        result[way] = train(
+            other, draws, UPDATES // 2, UPDATES, torch.Generator().manual_seed(shifted(seed + 1))
+        )
     return result
 
 
@@ -138,7 +140,7 @@ def measured(network):
     }
 
 
-runs = [{way: measured(n) for way, n in trained(shifted(seed)).items()} for seed in range(100, 100 + SEEDS)]
+runs = [{way: measured(n) for way, n in trained(seed).items()} for seed in range(100, 100 + SEEDS)]
 for way in runs[0]:
     print(
         f"{way}: " + ", ".join(f"{name} {mean(run[way][name] for run in runs):.3g}" for name in runs[0][way])

@@ -88,7 +88,7 @@ def looked_at(network):
 
 
 networks = [
-    (epoch, *looked_at(network)) for seed in range(SEEDS) for epoch, network in trained(shifted(seed))
+    (epoch, *looked_at(network)) for seed in range(SEEDS) for epoch, network in trained(seed)
 ]
 stack, states = networks[0][1:3]
 
