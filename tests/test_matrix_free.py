@@ -398,7 +398,7 @@ def test_what_has_no_limit_is_refused():
     assert step_limit(torch.neg, x[:, :4].bfloat16()).step.tolist() == [2.0, 2.0, 2.0]
     with pytest.raises(ValueError, match="matrix_free must be"):
         step_limit(torch.neg, x, matrix_free="yes")
-    with pytest.raises(ValueError, match="rtol must be a number"):
+    with pytest.raises(ValueError, match="rtol must be"):
         step_limit(torch.neg, x, rtol="tight")
 
 

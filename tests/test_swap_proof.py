@@ -50,6 +50,10 @@ def test_the_solver_is_put_back_after_an_error_too():
         (ResidualStack(nn.Linear(2, 2), depth=1), {"choices": [("gauss4", 1)]}, "gauss4"),
         (ResidualStack(nn.Linear(2, 2), depth=1), {"choices": [("euler", 0)]}, "at least 1"),
         (ResidualStack(nn.Linear(2, 2), depth=1), {"start": 1.0}, "below 1"),
+        (ResidualStack(nn.Linear(2, 2), depth=1), {"start": float("nan")}, "finite"),
+        (ResidualStack(nn.Linear(2, 2), depth=1), {"choices": []}, "got none"),
+        (ResidualStack(nn.Linear(2, 2), depth=1), {"choices": ["euler"]}, "pairs"),
+        (ResidualStack(nn.Linear(2, 2), depth=1), {"choices": [("nope", 1)]}, "unknown method"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(network, options, message):

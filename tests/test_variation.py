@@ -29,17 +29,21 @@ def test_a_zigzag_needs_its_knots():
 
 
 def test_relu_networks_are_exact_at_their_knots():
-    """TV is the sum of |slope| times length over the pieces; the slopes come from the weights."""
+    """TV is the sum of |slope| times length over the pieces; the slopes come from the weights.
+
+    Eight knots within (0, 1), eight beyond.
+    """
     torch.manual_seed(0)
     field = MLPField(1, hidden=16).double()
-    torch.nn.init.uniform_(field.fc1.bias, -2, 2)
+    with torch.no_grad():
+        field.fc1.bias.copy_(-field.fc1.weight[:, 0] * torch.cat([torch.rand(8), 1 + torch.rand(8)]))
     w1, b1, w2 = (p.detach().flatten() for p in (field.fc1.weight, field.fc1.bias, field.fc2.weight))
     knots = -b1 / w1
     ends = torch.cat([torch.tensor([0.0, 1.0]).double(), knots[(knots > 0) & (knots < 1)]]).sort().values
     middles = (ends[1:] + ends[:-1]) / 2
     slopes = ((w1 * middles[:, None] + b1 > 0) * (w1 * w2)).sum(1)
     expected = float((slopes.abs() * ends.diff()).sum())
-    assert len(ends) > 5
+    assert len(ends) == 10
     assert total_variation(field, knots=knots, samples=1) == pytest.approx(expected, rel=1e-13)
 
 
