@@ -3,6 +3,7 @@ r"""Backward error analysis: the field whose exact flow a stack of blocks follow
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
