@@ -193,7 +193,7 @@ def test_what_a_run_cannot_do_is_said(run, tmp_path):
         predict(run, "image.png", model=Colours)
     with pytest.raises(DataError, match=r"is a folder. Name the files in it"):
         predict(run, [tmp_path], model=Colours)
-    with pytest.raises(RunError, match=r"does not say how large its images were"):
+    with pytest.raises(RunError, match=r"does not say what images it was trained on \(shape\)"):
         predict(write_run(tmp_path / "old", sized=False), image, model=Colours)
     with pytest.raises(RunError, match=r"does not say what images it was trained on \(std\)"):
         predict(write_run(tmp_path / "other", std=None), image, model=Colours)

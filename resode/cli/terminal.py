@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import io
-import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from shutil import get_terminal_size
 from typing import Any
 
@@ -97,12 +97,12 @@ def fits(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
     return needed <= console().width
 
 
-def figures_of(source: pathlib.Path | None) -> pathlib.Path:
+def figures_of(source: Path | None) -> Path:
     """Where the figures of a run folder, or of a weights file, go; here without."""
-    return pathlib.Path() if source is None else (source if source.is_dir() else source.parent) / "figures"
+    return Path() if source is None else (source if source.is_dir() else source.parent) / "figures"
 
 
-def store(folder: pathlib.Path, name: str, found: Any, *, figure: bool = True) -> None:
+def store(folder: Path, name: str, found: Any, *, figure: bool = True) -> None:
     """Write a result's table, and its figure, into a folder, and say where they are."""
     from resode.training.files import replacing
 

@@ -21,9 +21,6 @@ from resode.training.evaluate import EVALUATION_BATCH, load, read_weights
 from resode.training.files import RunError
 from resode.training.plan import Model, choose_device
 
-_KNOWN_SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32)}
-"""Of runs that do not say what images they were trained on."""
-
 
 @dataclass(frozen=True)
 class Prediction:
@@ -116,20 +113,15 @@ def predict(
         (['[0]', '[1]'], 2)
     """
     about = read_weights(Path(run))[1]
-    missing = [name for name in ("mean", "std", "classes", "data") if name not in about]
+    missing = [name for name in ("shape", "mean", "std", "classes") if name not in about]
     if missing:
         raise RunError(
             f"{run} does not say what images it was trained on ({', '.join(missing)}). Take a run's folder."
         )
-    shape = about.get("shape") or _KNOWN_SHAPES.get(about["data"])
-    if shape is None:
-        raise RunError(
-            f"{run} does not say how large its images were: it is of an older resode. Train again."
-        )
     classes = about["classes"]
     if not 1 <= top <= len(classes):
         raise ValueError(f"top must be 1 to {len(classes)}, the network's number of classes; got {top}.")
-    wanted = _Wanted(*shape, resize=resize)
+    wanted = _Wanted(*about["shape"], resize=resize)
     found = [_fitted(image, wanted) for image in _read(images, wanted)]
     place = choose_device(device)
     network = load(run, model=model, device=device)
