@@ -116,7 +116,7 @@ class Search:
         )  # f at the end, if known
         states = between_ends(column(size, step.x), step.x, k0, x_end, k1[0] if k1 else None)
         here = Crossing(step.start, step.end, step.x, step.k[0], x_end, np.zeros(len(running), int))
-        fired = np.zeros_like(running)
+        fired, value = np.zeros_like(running), np.zeros(len(running))
         for i in range(PARTS):
             time = step.end if i == PARTS - 1 else step.start + (i + 1) / PARTS * size
             value = self.values(time, states[i + 1])
