@@ -635,6 +635,15 @@ def test_chosen_steps_are_refused_in_a_graph_and_taken_beside_it(block):
     assert torch.allclose(torch.compile(block, backend="eager")(x), block(x))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_check_of_values_is_refused_in_a_graph(strict):
+    stack = ResidualStack(nn.Linear(3, 3), depth=2, check_finite=True)
+    with pytest.raises(
+        Exception, match=r"check_finite=True looks at the values of the state.*check_finite = False"
+    ):
+        torch.export.export(stack, (torch.randn(2, 3),), strict=strict)
+
+
 # Memory
 
 

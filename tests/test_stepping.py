@@ -330,6 +330,18 @@ def test_compiled_steps_know_the_controllers_too():
             assert torch.allclose(one.double(), other.double(), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("wrong", [5, None, ("a", 1, 2), (1, 2), (math.nan, 1, 0), torch.ones(2)])
+def test_a_controller_that_is_none_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"controller must be one of i, pi.*or three finite numbers"):
+        odeint(decay, ONE, times(0.0, 1.0), options={"controller": wrong})
+
+
+def test_times_that_are_none_are_refused():
+    for wrong in ("ab", ["a"], {}):
+        with pytest.raises(ValueError, match="t_eval must be a vector of times"):
+            solve_ivp(decay, (0, 1), ONE, t_eval=wrong)
+
+
 def test_a_field_of_zeros_takes_fourteen_evaluations():
     _, stats = odeint(lambda t, y: 0 * y, ONE, times(0.0, 100.0), return_stats=True)
     assert stats.nfe <= 14

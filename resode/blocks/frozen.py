@@ -238,18 +238,24 @@ def evaluate(
     return dy
 
 
-def refuse_graphs(solver: str) -> None:
-    """Refuses to be exported with steps that are chosen on the way; a compiled graph ends here.
+FIXED_STEPS_CAN = (
+    "Fixed steps can: an ODEBlock with n_steps=, whatever its solver, or a ResidualStack with a solver "
+    "without error control, such as rk4"
+)
+
+
+def refuse_graphs(what: str, instead: str = FIXED_STEPS_CAN) -> None:
+    """Refuses to be exported where the values of the state decide; a compiled graph ends here.
+
+    Args:
+        what: does so, as "rk4 chooses its steps by".
+        instead: what to take.
 
     Raises:
         ValueError: under torch.export.
     """
     if torch.compiler.is_compiling():
-        reason = (
-            f"{solver} chooses its steps by the values of the state, which no graph can hold. Fixed steps "
-            "can: an ODEBlock with n_steps=, whatever its solver, or a ResidualStack with a solver without "
-            "error control, such as rk4"
-        )
+        reason = f"{what} the values of the state, which no graph can hold. {instead}"
         if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
             raise ValueError(f"{reason}.")
         torch._dynamo.graph_break(msg=reason)

@@ -108,7 +108,7 @@ class ODEBlock(nn.Module):
                 refuse_dropout(func, self.solver)
             func = _Once(func, self.gradient == "adjoint")
         if not fixed:
-            refuse_graphs(self.solver)
+            refuse_graphs(f"{self.solver} chooses its steps by")
         elif torch.compiler.is_exporting() or (torch.compiler.is_compiling() and self.gradient != "adjoint"):
             return self._in_a_graph(func, x)
         y, self.stats = odeint(

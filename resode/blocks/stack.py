@@ -255,7 +255,9 @@ class ResidualStack(Checked):
         self._check(x)
         path, cost = [x], _Cost()
         if self._tableau.adaptive:
-            refuse_graphs(self.solver)
+            refuse_graphs(f"{self.solver} chooses its steps by")
+        elif self.check_finite:
+            refuse_graphs("check_finite=True looks at", "Set the stack's check_finite = False")
         with warned(self.fields) if first_time(self) else nullcontext():
             if checkpoints(self.gradient):
                 # L/k inputs and, one segment at a time, k blocks that save some 4 states an evaluation.

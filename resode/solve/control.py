@@ -52,7 +52,10 @@ def controller_filter(controller: str | Sequence[float]) -> tuple[float, float, 
     if isinstance(controller, str):
         gains: Sequence[float] = CONTROLLERS[one_of("controller", controller, CONTROLLERS)]
     else:
-        gains = [float(c) for c in controller]
+        try:
+            gains = [float(c) for c in controller]
+        except (TypeError, ValueError):
+            gains = []
     if len(gains) != 3 or not all(map(math.isfinite, gains)):
         raise ValueError(
             f"controller must be one of {', '.join(CONTROLLERS)}, or three finite numbers "

@@ -303,7 +303,10 @@ def _rounding(t_span: Any) -> float:
 
 
 def _t_eval(t_eval: Any, start: float, end: float, coarse: float) -> np.ndarray:
-    given = as_times(t_eval)
+    try:
+        given = as_times(t_eval)
+    except (TypeError, ValueError):
+        raise ValueError(f"t_eval must be a vector of times, got {t_eval!r}.") from None
     times = inside(given, start, end, coarse)
     forward = 1 if end >= start else -1
     if given.ndim != 1 or not (given.diff() * forward >= 0).all():
