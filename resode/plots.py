@@ -660,56 +660,32 @@ def depth_profile(profile: Any, path: Path = None) -> Figure:
     """
     rows = profile.rows
     figure = Figure(figsize=(max(9.6, 0.32 * len(rows) + 4), 8.6), layout="constrained")
-    panels = figure.subplots(3, 2).ravel()
-    x = np.arange(len(rows))
-    effect = ("loss_change", "rise of the loss") if profile.has_target else ("output_change", "output change")
-    drawn: list[tuple[str, bool, list[tuple[str, str]]]] = [
-        ("size of the state and of the branch", True, [("state_norm", "‖x‖"), ("ratio", "‖ηF‖ / ‖x‖")]),
-        (
-            "gradient at the block's input",
-            True,
-            [
-                ("gradient", "whole"),
-                ("identity_gradient", "identity part"),
-                ("residual_gradient", "residual part"),
-            ],
-        ),
-        (
-            "singular values of the block's Jacobian",
-            True,
-            [("sigma_max", "σ max"), ("sigma_min", "σ min"), ("epsilon", "ε = ‖ηJ‖")],
-        ),
-        (
-            "step and its limit",
-            True,
-            [("step_size", "η"), ("decaying_step", "limit, decaying modes"), ("growth", "largest |R(ηλ)|")],
-        ),
-        (
-            "cosines",
-            False,
-            [
-                ("correction", "F with x_L − x"),
-                ("boosting", "F with −g"),
-                ("next_cosine", "gradients of neighbours"),
-                ("gradient_cosine", "identity and residual part"),
-            ],
-        ),
-        ("without the block", False, [(effect[0], effect[1]), ("inactive", "share of dead units")]),
-    ]
-    for ax, (title, logarithmic, series) in zip(panels, drawn, strict=True):
-        for i, (name, label) in enumerate(series):
-            values = np.array([float(getattr(row, name)) for row in rows])
-            values = np.where(np.isfinite(values) & ((values > 0) | (not logarithmic)), values, np.nan)
-            style: dict[str, Any] = {"color": COLOURS[i], "marker": "o", "markersize": 3.6, "linewidth": 1.4}
-            ax.plot(x, values, label=label, linestyle=DASHES[i % len(DASHES)], **style)
-        if logarithmic:
-            ax.set_yscale("log")
-        ax.axhline(0 if not logarithmic else 1, color="0.6", linewidth=0.7)
+    effect = {"loss_change": "rise of the loss"} if profile.has_target else {"output_change": "output change"}
+    sizes = {"state_norm": "‖x‖", "ratio": "‖ηF‖ / ‖x‖"}
+    gradients = {
+        "gradient": "whole",
+        "identity_gradient": "identity part",
+        "residual_gradient": "residual part",
+    }
+    singular = {"sigma_max": "σ max", "sigma_min": "σ min", "epsilon": "ε = ‖ηJ‖"}
+    steps = {"step_size": "η", "decaying_step": "limit, decaying modes", "growth": "largest |R(ηλ)|"}
+    cosines = {
+        "correction": "F with x_L − x",
+        "boosting": "F with −g",
+        "next_cosine": "gradients of neighbours",
+    }
+    cosines |= {"gradient_cosine": "identity and residual part"}
+    panels = {
+        "size of the state and of the branch": (sizes, True),
+        "gradient at the block's input": (gradients, True),
+        "singular values of the block's Jacobian": (singular, True),
+        "step and its limit": (steps, True),
+        "cosines": (cosines, False),
+        "without the block": (effect | {"inactive": "share of dead units"}, False),
+    }
+    for ax, (title, (series, logarithmic)) in zip(figure.subplots(3, 2).ravel(), panels.items(), strict=True):
+        _over_blocks(ax, [row.name for row in rows], rows, series, logarithmic=logarithmic)
         ax.set_title(title, fontsize=11)
-        ax.legend(frameon=False, fontsize=8)
-        every = max(1, math.ceil(len(rows) / 24))
-        labels = [row.name for row in rows][::every]
-        ax.set_xticks(x[::every], labels, rotation=60, ha="right", fontsize=7.5)
     return _finished(figure, path)
 
 
@@ -723,22 +699,34 @@ def block_gains(diagnosis: Any, path: Path = None) -> Figure:
     rows = diagnosis.rows
     figure = Figure(figsize=(max(6.4, 0.22 * len(rows) + 3), 4.2), layout="constrained")
     ax = figure.subplots()
-    x = np.arange(len(rows))
-    for i, (name, label) in enumerate(
-        [("sigma", "σ max, at least"), ("gain", "block"), ("branch_gain", "branch")]
-    ):
-        values = np.array([float(getattr(row, name)) for row in rows])
-        values = np.where(np.isfinite(values) & (values > 0), values, np.nan)
-        style: dict[str, Any] = {"color": COLOURS[i], "marker": "o", "markersize": 3.6, "linewidth": 1.4}
-        ax.plot(x, values, label=label, linestyle=DASHES[i % len(DASHES)], **style)
+    series = {"sigma": "σ max, at least", "gain": "block", "branch_gain": "branch"}
+    _over_blocks(ax, [row.block for row in rows], rows, series, names=30)
     for i, row in enumerate(rows):
         if row.cause:
             ax.axvspan(i - 0.5, i + 0.5, color="0.85", zorder=0)
             ax.text(i, 1.01, row.cause, transform=ax.get_xaxis_transform(), ha="center", fontsize=8)
-    ax.set_yscale("log")
-    ax.axhline(1, color="0.6", linewidth=0.7)
     ax.set_ylabel("gain of a perturbation")
-    ax.legend(frameon=False, fontsize=8)
-    every = max(1, math.ceil(len(rows) / 30))
-    ax.set_xticks(x[::every], [row.block for row in rows][::every], rotation=60, ha="right", fontsize=7.5)
     return _finished(figure, path)
+
+
+def _over_blocks(
+    ax: Axes,
+    blocks: list[str],
+    rows: Sequence[Any],
+    series: Mapping[str, str],
+    *,
+    logarithmic: bool = True,
+    names: int = 24,
+) -> None:
+    """Draw some fields of the rows, with their labels, over the blocks, of which so many are named."""
+    for i, (field, label) in enumerate(series.items()):
+        values = np.array([float(getattr(row, field)) for row in rows])
+        values = np.where(np.isfinite(values) & ((values > 0) | (not logarithmic)), values, np.nan)
+        style: dict[str, Any] = {"color": COLOURS[i], "marker": "o", "markersize": 3.6, "linewidth": 1.4}
+        ax.plot(np.arange(len(rows)), values, label=label, linestyle=DASHES[i % len(DASHES)], **style)
+    if logarithmic:
+        ax.set_yscale("log")
+    ax.axhline(1 if logarithmic else 0, color="0.6", linewidth=0.7)
+    ax.legend(frameon=False, fontsize=8)
+    every = max(1, math.ceil(len(rows) / names))
+    ax.set_xticks(range(0, len(rows), every), blocks[::every], rotation=60, ha="right", fontsize=7.5)

@@ -184,7 +184,7 @@ def test_arguments():
     stack = ResidualStack(linear([[1.0]]), depth=2)
     x = torch.ones(1, 1, dtype=D)
     for gain in (1.0, -2, math.inf, "10", True):
-        with pytest.raises(ValueError, match="gain must be a number above 1"):
+        with pytest.raises(ValueError, match="gain must be"):
             depth_step(stack, x, gain)
     with pytest.raises(ValueError, match="no residual block"):
         depth_step(nn.Sequential(nn.Linear(1, 1)), torch.ones(1, 1))

@@ -76,14 +76,16 @@ def train(network, draws, first, last, generator):
 
 def trained(seed):
     """Networks when the drawing begins, and at the end of both ways."""
-    torch.manual_seed(seed)
+    torch.manual_seed(shifted(seed))
     network = build("residual_mlp8", in_features=64, width=32, step_size=2.0, activation="tanh")
-    begun = train(network, None, 0, UPDATES // 2, torch.Generator().manual_seed(seed))
+    begun = train(network, None, 0, UPDATES // 2, torch.Generator().manual_seed(shifted(seed)))
     result = {"when it begins": begun}
     for way in ("Euler alone", "drawn"):
         other = copy.deepcopy(begun)
         draws = SwapProof(other, seed=seed) if way == "drawn" else None
-        result[way] = train(other, draws, UPDATES // 2, UPDATES, torch.Generator().manual_seed(seed + 1))
+        result[way] = train(
+            other, draws, UPDATES // 2, UPDATES, torch.Generator().manual_seed(shifted(seed + 1))
+        )
     return result
 
 
@@ -138,7 +140,7 @@ def measured(network):
     }
 
 
-runs = [{way: measured(n) for way, n in trained(shifted(seed)).items()} for seed in range(100, 100 + SEEDS)]
+runs = [{way: measured(n) for way, n in trained(seed).items()} for seed in range(100, 100 + SEEDS)]
 for way in runs[0]:
     print(
         f"{way}: " + ", ".join(f"{name} {mean(run[way][name] for run in runs):.3g}" for name in runs[0][way])

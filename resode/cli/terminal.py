@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -42,10 +43,7 @@ def say(text: str = "", style: str | None = None) -> None:
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: Sequence[str] = ()) -> None:
     """Print rows under their columns' names; closer together where the terminal is narrow.
 
-    Args:
-        columns: names; the first of them, and those in `words`, are flush left, the others flush right.
-        rows: one text a column.
-        words: the columns that hold words instead of numbers; they may be folded.
+    The first column, and those that hold words and may be folded, are flush left, the others flush right.
     """
     target = console()
     roomy = fits(columns, rows)
@@ -97,6 +95,26 @@ def fits(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
     """Whether a table is no wider than standard output, its columns two apart."""
     needed = sum(max(len(row[i]) for row in (columns, *rows)) + 2 for i in range(len(columns))) - 2
     return needed <= console().width
+
+
+def figures_of(source: pathlib.Path | None) -> pathlib.Path:
+    """Where the figures of a run folder, or of a weights file, go; here without."""
+    return pathlib.Path() if source is None else (source if source.is_dir() else source.parent) / "figures"
+
+
+def store(folder: pathlib.Path, name: str, found: Any, *, figure: bool = True) -> None:
+    """Write a result's table, and its figure, into a folder, and say where they are."""
+    from resode.training.files import replacing
+
+    folder.mkdir(parents=True, exist_ok=True)
+    said = f"\ntable  {folder / name}.csv"
+    with replacing(folder / f"{name}.csv") as path:
+        found.to_csv(path)
+    if figure:
+        with replacing(folder / f"{name}.png") as path:
+            found.plot(path)
+        said = f"\nfigure {folder / name}.png{said}"
+    say(said)
 
 
 def complain(message: str) -> None:

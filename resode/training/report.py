@@ -258,13 +258,17 @@ def _stability(network: nn.Module, x: torch.Tensor) -> str:
     groups = list(block_limits(network, x, methods))
     rows = [
         [f"{s.name}, block {r.block}", r.solver, r.step, r.growing, r.decaying_step, r.limiting_eigenvalue,
-         "yes" if r.inside else "no"]
+         "yes" if r.within else "no"]
         for s in groups
         for r in s.rows
     ]  # fmt: skip
     columns = ["block", "solver", "limit", "growing modes", "limit without them", "set by λ", "within it"]
     picture = _figure(plots.group_spectra(groups, methods), "eigenvalues over the stability regions")
-    return text + picture + _table(columns, rows)
+    told = (
+        "<p>For experts. What another solver costs is foretold by the forecast above, not by these limits: "
+        "they belong to infinitely many steps, and each block takes one.</p>"
+    )
+    return text + told + picture + _table(columns, rows)
 
 
 def _profile(network: nn.Module, x: torch.Tensor, target: torch.Tensor) -> str:

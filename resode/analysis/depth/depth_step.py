@@ -15,6 +15,7 @@ from resode.analysis.depth.losses import batch_of
 from resode.analysis.depth.sums import ScaledBranches
 from resode.analysis.depth.tracing import Addition, call, trace
 from resode.blocks import ResidualStack
+from resode.checks import check_number
 from resode.jacobian.lanczos import random_start, singular_values
 from resode.jacobian.places import Place
 from resode.jacobian.products import JacobianProducts
@@ -68,8 +69,7 @@ def depth_step(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"depth_step takes a ResidualStack or a network, got {type(model).__name__}.")
-    if isinstance(gain, bool) or not isinstance(gain, int | float) or not 1 < gain < math.inf:
-        raise ValueError(f"gain must be a number above 1, where σ_max starts from at η = 0: got {gain!r}.")
+    check_number("gain", gain, above=1)  # where σ_max starts from at η = 0
     with evaluating(model):
         if isinstance(model, ResidualStack) and model.step_sizes is None:
             return _first_crossing(_of_stack(model, x), math.log(gain), smallest, largest)
