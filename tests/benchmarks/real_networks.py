@@ -35,7 +35,7 @@ from torch.overrides import TorchFunctionMode
 
 from resode import diagnose
 from resode.analysis.depth.tracing import trace
-from tests.benchmarks.zoo import _beside_cpu_torch
+from tests.benchmarks.zoo import beside_cpu_torch
 
 SAMPLES = 4
 BATCHES = 20
@@ -468,7 +468,7 @@ def main(arguments: list[str]) -> None:
     if missing:
         print(f"skipped: {', '.join(missing)} not installed; see the head of {Path(__file__).name}")
         return
-    _beside_cpu_torch()
+    beside_cpu_torch()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     which = "second" if "second" in arguments else "first"

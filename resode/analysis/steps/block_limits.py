@@ -14,7 +14,7 @@ from resode.analysis.steps.blocks import block_groups
 from resode.jacobian.linearize import check_field
 from resode.jacobian.spectrum import SpectrumOptions, spectrum
 from resode.stability.function import amplification
-from resode.stability.limits import plain
+from resode.stability.limits import bounds, plain
 from resode.stability.spectra import Spectrum, limits
 
 
@@ -128,9 +128,8 @@ def _block_limits(
 def block_limit(found: Spectrum, solver: str, step: float, block: int) -> BlockLimit:
     """The least limits over the samples of one block's spectrum."""
     limit = limits(found, solver)
-    found_steps, exact = plain(limit.decaying_step), plain(limit.decaying_converged)
-    none = np.isinf(plain(limit.error)) & ~exact  # no bound
-    steps, decaying = (np.where(none & (s > 0), np.inf, s) for s in (plain(limit.step), found_steps))
+    found_steps = plain(limit.decaying_step)
+    steps, decaying, exact = bounds(limit)
     worst = int(np.argmin(found_steps))
     return BlockLimit(
         block=block,
