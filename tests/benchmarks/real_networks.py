@@ -37,7 +37,7 @@ from resode import diagnose
 from resode.analysis.depth.tracing import trace
 from tests.benchmarks.zoo import beside_cpu_torch
 
-SAMPLES = 6
+SAMPLES = 4
 BATCHES = 20
 ENOUGH = 0.01
 
@@ -122,7 +122,14 @@ Inputs = Callable[[int], Any]
 
 def _timm(name: str) -> tuple[nn.Module, Inputs]:
     timm = importlib.import_module("timm")
-    for options, size in (({"img_size": 96}, 96), ({}, 96), ({}, 128), ({}, 0)):
+    for options, size in (
+        ({"img_size": 64}, 64),
+        ({}, 64),
+        ({"img_size": 96}, 96),
+        ({}, 96),
+        ({}, 128),
+        ({}, 0),
+    ):
         try:
             model = timm.create_model(name, pretrained=False, **options)
             size = size or model.default_cfg["input_size"][-1]
@@ -141,8 +148,8 @@ def _pictures(n: int, size: int) -> Tensor:
 def _torchvision(name: str) -> tuple[nn.Module, Inputs]:
     video = name in ("r3d_18", "mc3_18")
     package = importlib.import_module("torchvision.models" + (".video" if video else ""))
-    options = {"image_size": 96} if name.startswith("vit") else {}
-    shape = (3, 4, 32, 32) if video else (3, 96, 96)
+    options = {"image_size": 64} if name.startswith("vit") else {}
+    shape = (3, 4, 32, 32) if video else (3, 64, 64)
     return getattr(package, name)(weights=None, **options), lambda n: torch.randn(n, *shape)
 
 

@@ -20,6 +20,8 @@ from tests.clinic.networks import (
     HEALTHY,
     LN,
     Chain,
+    Loop,
+    Recurrent,
     Residual,
     data,
     flat,
@@ -136,6 +138,16 @@ def idle(model, rng):
     name, block = _pick(model, rng)
     if name:
         scaled(block, 1e-7)
+    return name
+
+
+def half_idle(model, rng):
+    """One of a block's two parallel branches."""
+    name, block = _pick(model, rng, lambda m: isinstance(m, GPTBlock) and m.parallel)
+    if name:
+        with torch.no_grad():
+            for p in block.out.parameters():
+                p.mul_(1e-7)
     return name
 
 
@@ -317,6 +329,7 @@ LOCAL: dict[str, tuple[tuple[str, ...], Fault]] = {
     "branch ×40": (("strong-block",), lambda m, r: strong(m, r, 40.0)),
     "branch of noise": (("strong-block",), noisy),
     "branch ×1e-7": (("idle",), idle),
+    "half of two branches ×1e-7": (("idle",), half_idle),
     "weights ×1e-7 behind a bias": (("idle",), constant),
     "running variance ×1e-5": (("norm-statistics",), small_variance),
     "batch norm never updated": (("norm-statistics",), never_updated),
@@ -335,7 +348,7 @@ LOCAL: dict[str, tuple[tuple[str, ...], Fault]] = {
 }
 
 
-PLAIN = ("plain", "resode plain")
+PLAIN = ("plain", "resode plain", "converted")
 EVERYWHERE = ("running variance ×1e-5", "batch norm never updated", "nan weight", "dead layer")
 FILLING = ("branch of noise", "weights ×1e-7 behind a bias")
 """They fill a branch, which is no fault where all others are 0."""
@@ -388,6 +401,17 @@ def _constant_stem(depth, norm=None):
     return build
 
 
+def _odd(step):
+    return lambda: Loop(6, 3, step)
+
+
+def _alike():
+    model = plain(4)
+    for p in model.parameters():
+        p.data.fill_(0.01)
+    return model
+
+
 BUILT: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "60 blocks without norm": (lambda: residual_mlps(60), WHOLE, "explosion"),
     "40 blocks, gelu": (lambda: residual_mlps(40, act=nn.GELU), WHOLE, "explosion"),
@@ -409,8 +433,20 @@ BUILT: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "dopri5 on λ = −5000": (_ode(5000.0), "1", "stiff"),
     "dopri5 on λ = −1500": (_ode(1500.0), "1", "stiff"),
     "tsit5 on λ = −3000": (_ode(3000.0, "tsit5"), "1", "stiff"),
+    "branch detached": (_odd(lambda x, f: x + f.detach()), "branches.3", "idle"),
+    "state detached": (_odd(lambda x, f: x.detach() + f), "branches.3", "no-shortcut"),
+    "no addition": (_odd(lambda x, f: f), "branches.3", "no-shortcut"),
+    "state twice": (_odd(lambda x, f: x + x + f), "branches.3", "scaled-shortcut"),
+    "minus in a loop": (_odd(lambda x, f: x - f), "branches.3", "subtracted-branch"),
+    "equal weights": (_alike, WHOLE, "collapse"),
+    "recurrent, explodes": (lambda: Recurrent(40, 1.0, 6.0, torch.relu, False), WHOLE, "explosion"),
+    "recurrent, vanishes": (lambda: Recurrent(40, 1.0, 0.3, torch.tanh, False), WHOLE, "vanishing"),
+    "200 mild blocks": (lambda: residual_mlps(200, last=0.25), WHOLE, "explosion"),
     "stiff block of a stack": (_damped("dopri5", 3, 0.5, 4000.0, 1), "1.fields.1", "stiff"),
 }  # fmt: skip
+
+LONG = ("200 mild blocks", "pre-norm fresh 200")
+"""Networks that take too long for every run of the tests."""
 
 RATES = ("pre-norm mlp 8", "norm-free 12, 1/√L", "plain 4", "tanh 10", "stack euler", "wide 256")
 """Networks that diverge, fresh, at a learning rate of SGD that is 50 times one at which they train."""
@@ -420,6 +456,8 @@ def make(fault: str, origin: str, seed: int = 0) -> Broken | None:
     """A fault in a healthy network, at a place drawn by its names; None where it does not fit."""
     causes, change = LOCAL[fault]
     if origin.startswith(PLAIN) and fault not in EVERYWHERE:
+        return None
+    if origin in LONG and fault != "branch ×15":
         return None
     if origin == "zero-init fresh 30" and fault in FILLING:
         return None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as f
 
-from resode import ODEBlock, ResidualStack
+from resode import ODEBlock, ResidualStack, convert
 from resode.fields import MLPField
 from resode.networks import build
 from resode.networks.perceptron import PlainMLP, ResidualMLP
@@ -154,6 +154,86 @@ class Mixer(nn.Module):
 
     def forward(self, x):
         return self.mix(x.transpose(1, 2)).transpose(1, 2)
+
+
+class Loop(nn.Module):
+    """Branches in a list, added in one forward: x + F_i(x), or what stands for it at block `odd`."""
+
+    def __init__(self, depth, odd=None, step=None):
+        super().__init__()
+        self.stem, self.out = flat(), nn.Linear(WIDTH, 10)
+        self.branches = nn.ModuleList([nn.Sequential(LN(WIDTH), mlp(act=nn.GELU)) for _ in range(depth)])
+        self.odd, self.step = odd, step
+
+    def forward(self, x):
+        x = self.stem(x)
+        for i, branch in enumerate(self.branches):
+            x = x + branch(x) if i != self.odd else self.step(x, branch(x))
+        return self.out(x)
+
+
+class Recurrent(nn.Module):
+    """A cell of one's own, unrolled: h = h + η tanh(Wh + Ux), or without the shortcut."""
+
+    def __init__(self, steps, eta=0.3, gain=1.0, act=torch.tanh, shortcut=True):
+        super().__init__()
+        self.u, self.w, self.out = nn.Linear(8, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 10)
+        self.w.weight.data *= gain
+        self.steps, self.eta, self.act, self.shortcut = steps, eta, act, shortcut
+
+    def forward(self, x):
+        rows = x.squeeze(1)
+        h = torch.zeros(len(rows), WIDTH)
+        for t in range(self.steps):
+            new = self.act(self.w(h) + self.u(rows[:, t % 8]))
+            h = h + self.eta * new if self.shortcut else new
+        return self.out(h)
+
+
+class UNet(nn.Module):
+    """Two resolutions, joined by concatenation."""
+
+    def __init__(self, c=8):
+        super().__init__()
+        self.down, self.deep = self.layer(1, c), self.layer(c, 2 * c)
+        self.rise, self.up = nn.ConvTranspose2d(2 * c, c, 2, 2), self.layer(2 * c, c)
+        self.out = nn.Conv2d(c, 10, 1)
+
+    @staticmethod
+    def layer(i, o):
+        return nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU())
+
+    def forward(self, x):
+        a = self.down(x)
+        b = self.deep(f.max_pool2d(a, 2))
+        return self.out(self.up(torch.cat([self.rise(b), a], 1))).mean((2, 3))
+
+
+def student():
+    """Convolutions, pooling, dropout: as a first course builds it."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(128, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 10),
+    )  # fmt: skip
+
+
+def generator(width=32):
+    """A DCGAN's, fresh, with a head on its pictures."""
+    layers = [
+        nn.ConvTranspose2d(16, 2 * width, 4, bias=False), nn.BatchNorm2d(2 * width), nn.ReLU(),
+        nn.ConvTranspose2d(2 * width, width, 4, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+        nn.ConvTranspose2d(width, 1, 4, 2, 1), nn.Tanh(),
+    ]  # fmt: skip
+    for layer in layers[::3]:
+        nn.init.normal_(layer.weight, 0, 0.02)
+    noise = nn.Flatten(), nn.Linear(64, 16), nn.Unflatten(1, (16, 1, 1))
+    return nn.Sequential(*noise, *layers, nn.Flatten(), nn.Linear(256, 10))
+
+
+def converted(model):
+    """As `ResidualStack`s."""
+    return convert(model.eval(), torch.randn(2, 1, 8, 8)).train()
 
 
 class Gated(nn.Module):
@@ -331,6 +411,16 @@ HEALTHY: dict[str, Healthy] = {
     "plain batch norm 8": Healthy(lambda: plain(8, norm=True)),
     "plain fresh 10": Healthy(lambda: plain(10), 0),
     "dense connections": Healthy(Dense),
+    "converted pre-norm mlp 8": Healthy(lambda: converted(residual_mlps(8, LN))),
+    "converted vit 4": Healthy(lambda: converted(transformer(4)), 250),
+    "loop 6": Healthy(lambda: Loop(6)),
+    "recurrent 16": Healthy(lambda: Recurrent(16), 200),
+    "recurrent 16, no shortcut": Healthy(lambda: Recurrent(16, shortcut=False), 200),
+    "u-net": Healthy(UNet, 150),
+    "student's": Healthy(student, 150),
+    "gan generator": Healthy(generator, 0),
+    "post-norm mlp 24": Healthy(lambda: residual_mlps(24, post=LN), 0),
+    "pre-norm fresh 200": Healthy(lambda: residual_mlps(200, LN), 0),
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from resode.analysis.diagnose.measures import BlockMeasures, Measures, WeightMeasures
+from resode.analysis.diagnose.measures import BlockMeasures, Measures, NormMeasures, WeightMeasures
 
 WHOLE = "whole network"
 
@@ -461,7 +461,10 @@ def _collapse(m: Measures, t: Thresholds) -> list[Finding]:
     if not m.blocks and len(m.layers) > 1:
         after = m.layers[-2].spread
     if not after < t.collapse * before:
-        return []
+        return _alike(m)
+    wide = [n for n in m.norms if n.variance_ratio < 1 / t.never_updated]
+    if len(wide) > 0.5 * len(m.norms):
+        return [_unsettled(wide, len(m.norms), after)]
     advice = (
         "Start the blocks' last layers at 0 or divide them by √L, so that the first state is kept."
         if m.blocks
@@ -482,6 +485,36 @@ def _collapse(m: Measures, t: Thresholds) -> list[Finding]:
             f"{before:.2g} at the start{where}.",
             advice,
             {"spread": after, "spread_of_inputs": before},
+        )
+    ]
+
+
+def _unsettled(wide: Sequence[NormMeasures], norms: int, spread: float) -> Finding:
+    """A running variance that is too large alone is common in healthy networks; here nothing is left."""
+    least = min(n.variance_ratio for n in wide)
+    return Finding(
+        WHOLE,
+        "norm-statistics",
+        f"Different inputs come out as one state (they differ by {spread:.2g} of its size): {len(wide)} of "
+        f"{norms} batch norms divide by a running variance up to {1 / max(least, 1e-30):.2g} times theirs.",
+        "Measure their statistics anew: some 20 training batches through the model in training mode, without "
+        "updates, with momentum=None (their mean).",
+        {"spread": spread, "variance_ratio": least},
+    )
+
+
+def _alike(m: Measures) -> list[Finding]:
+    """Layers whose units all hold the same weights: they compute one number, and get one gradient."""
+    if len(m.alike) < 2 or len(m.alike) < 0.5 * len({layer.name for layer in m.layers}):
+        return []
+    return [
+        Finding(
+            WHOLE,
+            "collapse",
+            f"All units of {m.alike[0]}, and of {len(m.alike) - 1} more layers, hold the same weights: they "
+            "compute one number, and training keeps them equal.",
+            "Initialise the layers randomly, as reset_parameters() does.",
+            {"layers": float(len(m.alike))},
         )
     ]
 

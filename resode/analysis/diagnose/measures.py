@@ -154,6 +154,7 @@ class Measures:
         blocks: its residual additions.
         layers: its weighted layers.
         weights: the layers within its blocks, without those whose outputs a batch norm divides by their size.
+        alike: layers whose units all hold the same weights, not 0.
         detached: modules that ran, and whose weights get no gradient from the outputs.
         siblings: (module, class, additions within it a call, whether it keeps its input's shape).
         dead_layers: activations outside of blocks: (module, share of units at 0).
@@ -175,6 +176,7 @@ class Measures:
     blocks: list[BlockMeasures] = field(default_factory=list)
     layers: list[LayerMeasures] = field(default_factory=list)
     weights: list[WeightMeasures] = field(default_factory=list)
+    alike: list[str] = field(default_factory=list)
     detached: list[str] = field(default_factory=list)
     siblings: list[tuple[str, str, float, bool]] = field(default_factory=list)
     dead_layers: list[tuple[str, float]] = field(default_factory=list)
@@ -223,6 +225,7 @@ def measure(
         for name, (kind, keeps) in watcher.shapes.items()
     ]
     found.weights = _weights(model, found, watcher.leaves)
+    found.alike = [n for n in dict.fromkeys(watcher.leaves) if _same_units(model.get_submodule(n))]
     return found
 
 
@@ -243,6 +246,13 @@ def _weights(model: nn.Module, found: Measures, leaves: Sequence[str]) -> list[W
         size = float(w.double().square().mean().sqrt()) * max(1, w[:1].numel()) ** 0.5
         measured.append(WeightMeasures(name, block, place, size))
     return measured
+
+
+def _same_units(module: nn.Module) -> bool:
+    """Whether every unit of a layer has the weights of the first one."""
+    if not isinstance(module, _WEIGHTED) or not isinstance(w := module.weight, nn.Parameter) or len(w) < 2:
+        return False
+    return bool((w != 0).any() and (w == w[:1]).all())
 
 
 def _within(inner: str, outer: str) -> bool:
