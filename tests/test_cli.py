@@ -317,6 +317,7 @@ def test_swap_table_and_figure(run):
     assert rows["euler*", "1"][2:4] == ["keeps", accuracy]
     assert rows["euler*", "1"][5:] == ["0.000", "7"] and "* as trained" in result.output
     assert "Distance from an ODE" in result.output and "layer1.0.fields.0" in result.output
+    assert "swap-blocks.csv" in "".join(result.output.split()) and ".swap" not in result.output
     blocks = list(csv.DictReader((run / "figures" / "swap-blocks.csv").read_text().splitlines()))
     assert len(blocks) == 7 and all(float(row["distance"]) > 0 for row in blocks)
     assert [rows[key][6] for key in (("euler", "2"), ("rk4", "1"), ("rk4", "2"))] == ["14", "28", "56"]

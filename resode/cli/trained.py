@@ -121,9 +121,10 @@ def swap(
     if result.distances:
         table(["furthest blocks", "distance"], result.furthest())
     store(figures_of(run), "swap", result)
-    with replacing(figures_of(run) / "swap-blocks.csv") as path:
+    blocks = figures_of(run) / "swap-blocks.csv"
+    with replacing(blocks) as path:
         result.distances_to_csv(path)
-    say(f"       {path}")
+    say(f"       {blocks}")
 
 
 def _swap_row(row: Any) -> list[str]:
