@@ -87,9 +87,7 @@ def looked_at(network):
     return stack, kept[0][:64], accuracy
 
 
-networks = [
-    (epoch, *looked_at(network)) for seed in range(SEEDS) for epoch, network in trained(seed)
-]
+networks = [(epoch, *looked_at(network)) for seed in range(SEEDS) for epoch, network in trained(seed)]
 stack, states = networks[0][1:3]
 
 # %%
