@@ -51,6 +51,9 @@ class ButcherTableau:
             stages, f at the step's end and the rows before it; its time is its sum.
         rational: (numerator, denominator) of R(z), lowest degree first, where it is known exactly
             although the coefficients are irrational.
+        error_start: weight of f at the step's start in the error estimate, of a method that has no stage there.
+        error_filter: γ of the estimate (I − ηγJ)⁻¹ η Σ b_error_i k_i, which stays bounded on stiff parts of the
+            solution, where the sum alone grows with ηJ; None for the sum alone.
 
     Raises:
         ValueError: the parts disagree; the message names the first that does.
@@ -78,6 +81,8 @@ class ButcherTableau:
     interpolant: tuple[tuple[Number, ...], ...] | None = None
     dense_a: tuple[tuple[Number, ...], ...] | None = None
     rational: tuple[tuple[Q, ...], tuple[Q, ...]] | None = None
+    error_start: Number | None = None
+    error_filter: Number | None = None
 
     # What a step reads: the non-zero coefficients as floats.
     a_rows: tuple[Row, ...] = field(init=False, repr=False)
@@ -128,8 +133,20 @@ class ButcherTableau:
 
     @property
     def adaptive(self) -> bool:
-        """Whether an explicit method carries an error estimate that can steer its step."""
-        return bool(self.explicit) and self.b_error is not None
+        """Whether the method carries an error estimate that can steer its step."""
+        return self.b_error is not None
+
+    @property
+    def error_power(self) -> int:
+        """The power of the step that the error estimate is proportional to."""
+        if self.explicit or self.b_error is None:
+            return self.order
+        power = 1  # while Σ e_i c_i^(power − 1) = 0; f at the start counts in the first of these sums alone
+        sums = float(sum(self.b_error)) + float(self.error_start or 0)
+        while abs(sums) < 1e-9 and power <= self.order:
+            sums = sum(float(e) * c**power for e, c in zip(self.b_error, self.stage_times, strict=True))
+            power += 1
+        return power
 
 
 def _row(numbers: Sequence[Number]) -> Row:
@@ -521,7 +538,56 @@ _EXPLICIT = [
     ),
 ]
 
-_S3, _S6 = sqrt(3), sqrt(6)
+_S2, _S3, _S6 = sqrt(2), sqrt(3), sqrt(6)
+
+
+def _collocation(c: Sequence[float]) -> tuple[tuple[float, ...], ...]:
+    """Dense output of a collocation method: b_i(θ) = ∫₀^θ ℓ_i, ℓ_i Lagrange's polynomials of the nodes c."""
+    rows = []
+    for i, node in enumerate(c):
+        poly = [1.0]
+        for other in (*c[:i], *c[i + 1 :]):  # times (θ − other) / (node − other)
+            shifted, kept = [0.0, *poly], [*poly, 0.0]
+            poly = [(p - other * q) / (node - other) for p, q in zip(shifted, kept, strict=True)]
+        rows.append(tuple(p / (n + 1) for n, p in enumerate(poly)))
+    return tuple(rows)
+
+
+def _esdirk(
+    name: str,
+    gamma: float,
+    rows: Sequence[Sequence[float]],
+    order: int,
+    source: str,
+    *,
+    b_hat: Sequence[float] | None = None,
+    error_filter: float | None = None,
+) -> ButcherTableau:
+    """A stiffly accurate method with an explicit first stage and γ on the diagonal below it.
+
+    Row i of `rows` holds what stands before γ. The embedded method is the row before the last one where b_hat
+    is None: stiffly accurate too.
+    """
+    stages = len(rows) + 1
+    lower = [(0.0,), *((*row, gamma) for row in rows)]
+    a = tuple((*row, *(0.0,) * (stages - len(row))) for row in lower)
+    b_hat = a[-2] if b_hat is None else b_hat
+    return ButcherTableau(
+        name=name,
+        a=a,
+        b=a[-1],
+        c=tuple(sum(row) for row in a),
+        b_error=tuple(x - y for x, y in zip(a[-1], b_hat, strict=True)),
+        order=order,
+        source=source,
+        error_filter=error_filter,
+    )
+
+
+_G2 = 1 - _S2 / 2  # sdirk2: R(z) has order 2 and vanishes at infinity
+_G3 = 0.4358665215084589994  # kvaerno3: a root of 6γ³ − 18γ² + 9γ − 1, for the same with order 3
+_GR = 1 / (3 + 3 ** (2 / 3) - 3 ** (1 / 3))  # radau5: the real eigenvalue of A
+_RADAU_ERROR = (-0.4282982941153681, 0.24503907438491653, -0.0916296098652258)
 
 _IMPLICIT = [
     ButcherTableau("implicit_euler", ((Q(1),),), (Q(1),), (Q(1),), order=1, source=_HW + ", IV.3"),
@@ -532,6 +598,7 @@ _IMPLICIT = [
         (Q(1, 2),),
         order=2,
         source=_HW + ", IV.3",
+        interpolant=((Q(1),),),
     ),
     ButcherTableau(
         "trapezoid",
@@ -549,6 +616,7 @@ _IMPLICIT = [
         order=4,
         source="Hammer & Hollingsworth (1955); " + _HW + ", IV.5",
         rational=((Q(1), Q(1, 2), Q(1, 12)), (Q(1), Q(-1, 2), Q(1, 12))),
+        interpolant=_collocation((1 / 2 - _S3 / 6, 1 / 2 + _S3 / 6)),
     ),
     ButcherTableau(
         "radau5",
@@ -565,11 +633,72 @@ _IMPLICIT = [
             (Q(1), Q(2, 5), Q(1, 20)),
             (Q(1), Q(-3, 5), Q(3, 20), Q(-1, 60)),
         ),
+        # η (γ₀ f(t, x) + Σ e_i k_i) vanishes up to order 3 (Hairer & Wanner, IV.8, eq. 8.18: γ₀ is A's real
+        # eigenvalue, and e A⁻¹ = γ₀ (−13 − 7√6, −13 + 7√6, −1) / 3).
+        b_error=_RADAU_ERROR,
+        error_start=_GR,
+        error_filter=_GR,
+        interpolant=_collocation(((4 - _S6) / 10, (4 + _S6) / 10, 1.0)),
+    ),
+    ButcherTableau(
+        "sdirk2",
+        ((_G2, 0.0), (1 - _G2, _G2)),
+        (1 - _G2, _G2),
+        (_G2, 1.0),
+        b_error=(-_G2, _G2),  # b̂ = (1, 0)
+        order=2,
+        source="Alexander, SIAM J. Numer. Anal. 14 (1977)",
+        error_filter=_G2,
+    ),
+    _esdirk(
+        "trbdf2",
+        _G2,
+        [[_G2], [_S2 / 4, _S2 / 4]],
+        2,
+        "Bank et al., IEEE Trans. CAD 4 (1985); error estimate: Hosea & Shampine, Appl. Numer. Math. 20 (1996)",
+        b_hat=((4 - _S2) / 12, (4 + 3 * _S2) / 12, _G2 / 3),
+        error_filter=_G2,
+    ),
+    _esdirk(
+        "kvaerno3",
+        _G3,
+        [
+            [_G3],
+            [(-4 * _G3**2 + 6 * _G3 - 1) / (4 * _G3), (1 - 2 * _G3) / (4 * _G3)],
+            [
+                (6 * _G3 - 1) / (12 * _G3),
+                -1 / ((24 * _G3 - 12) * _G3),
+                (-6 * _G3**2 + 6 * _G3 - 1) / (6 * _G3 - 3),
+            ],
+        ],
+        3,
+        "Kværnø, BIT 44 (2004), ESDIRK 3/2",
+    ),
+    _esdirk(
+        "kvaerno5",
+        0.26,
+        [
+            [0.26],
+            [0.13, 0.84033320996790809],
+            [0.22371961478320505, 0.47675532319799699, -0.06470895363112615],
+            [0.16648564323248321, 0.10450018841591720, 0.03631482272098715, -0.13090704451073998],
+            [0.13855640231268224, 0.0, -0.04245337201752043, 0.02446657898003141, 0.61943039072480676],
+            [
+                0.13659751177640291,
+                0.0,
+                -0.05496908796538376,
+                -0.04118626728321046,
+                0.62993304899016403,
+                0.06962479448202728,
+            ],
+        ],
+        5,
+        "Kværnø, BIT 44 (2004), ESDIRK 5/4",
     ),
 ]
 
 METHODS: dict[str, ButcherTableau] = {t.name: t for t in (*_EXPLICIT, *_IMPLICIT)}
-"""Every method by name. The implicit ones serve analysis only."""
+"""Every method by name."""
 
 
 def get_tableau(method: str | ButcherTableau) -> ButcherTableau:

@@ -20,6 +20,7 @@ from resode.solve.diagnosis import explain, number, spectrum
 from resode.solve.fixed import equal_steps, fixed_solve, grid_solve, opened, own_steps, within
 from resode.solve.foreign import foreign_solve
 from resode.solve.host import moves, plain
+from resode.solve.implicit.steps import ImplicitStep, step_rule, steps_by
 from resode.solve.options import SolveSettings, tolerances
 from resode.solve.result import NonFiniteState, SolverError, Stats
 from resode.solve.states import States
@@ -148,20 +149,26 @@ def _fixed(
     if again is not None and len(t) > 1:
         again.check(within_dtype(t, y0, settings.per_sample), y0)
     perturb = bool(settings.options.get("perturb", False))
+    take = step_rule(tableau, settings.per_sample)
     if t.ndim > 1:
-        advance = equal_steps if again is None else checkpointed_steps(again)
+        advance = equal_steps if tableau.explicit else steps_by(take, anew=again is not None)
+        if again is not None:
+            advance = checkpointed_steps(again, advance)
         path, n = own_steps(tableau, field, y0, t, **steps, advance=advance)
     elif grid is not None and len(t) > 1 and t[0] != t[-1]:
-        path, n = grid_solve(tableau, field, y0, t, grid, callback)
+        path, n = grid_solve(tableau, field, y0, t, grid, callback, take)
     elif callback is not None or perturb:
-        path, n = fixed_solve(tableau, field, y0, t, **steps, callback=callback, perturb=perturb)
+        path, n = fixed_solve(tableau, field, y0, t, **steps, callback=callback, perturb=perturb, take=take)
     else:
-        path, n = _equal(counted, y0, t, tableau, settings, again, steps)
+        path, n = _equal(counted, y0, t, tableau, settings, again, steps, take)
     result = path.stacked()
     if not all_finite(result[-1]):
         raise not_finite(tableau, field, result, t, n, settings.per_sample)
-    calls = counted.calls if isinstance(n, int) else n * (tableau.b_row[-1][0] + 1)
-    counts: list[Any] = [calls, n, n, 0]
+    calls: Any = counted.calls if isinstance(n, int) else n * (tableau.b_row[-1][0] + 1)
+    implicit: Sequence[Any] = ()
+    if isinstance(take, ImplicitStep):
+        calls, implicit = (take.total_calls, take.total) if settings.per_sample else (calls, take.total[:, 0])
+    counts: list[Any] = [calls, n, n, 0, 0, *implicit]
     if settings.per_sample:
         counts = [torch.from_numpy(np.full(len(y0), c, np.int64)).to(y0.device) for c in counts]
     stats = Stats(*counts)
@@ -176,12 +183,15 @@ def _equal(
     settings: SolveSettings,
     again: Recomputation | None,
     steps: dict[str, Any],
+    take: Any,
 ) -> tuple[States, int]:
     """As `fixed_solve`: with compiled steps, or in pieces that run again, or both, or neither."""
     if settings.compile_for is None:
         low, high = _ends(t)
         field = fixed_field(counted, y0, low, high, settings.per_sample)
         advance = equal_steps if moves(t) else steps_at(counted, y0, low, high, settings.per_sample)
+        if isinstance(take, ImplicitStep):
+            advance = steps_by(take, anew=again is not None)
     else:
 
         def func(t: Any, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from resode.solve.fixed import INTERPOLATIONS, Grid, grid_of_size
 from resode.solve.foreign import foreign_methods, foreign_options
 from resode.tableaus import METHODS, ButcherTableau
 
-NATIVE = tuple(name for name, tableau in METHODS.items() if tableau.explicit)
+NATIVE = tuple(METHODS)
 """The methods solved here; torchdiffeq's others are passed on to it."""
 
 ADAPTIVE_OPTIONS = (
@@ -204,11 +204,6 @@ def resolve_method(method: str | ButcherTableau | None) -> ButcherTableau | str:
         return METHODS["dopri5"]
     tableau = METHODS.get(method) if isinstance(method, str) else method
     if isinstance(tableau, ButcherTableau):
-        if not tableau.explicit:
-            raise ValueError(
-                f"{tableau.name!r} is implicit and serves stability analysis only; solve with one of "
-                f'{", ".join(NATIVE)}, or scipy_solver with options={{"solver": "Radau"}} for stiff fields.'
-            )
         return tableau
     others = foreign_methods()
     if method in others:

@@ -25,7 +25,7 @@ from resode.solve.dense import Step
 from resode.solve.native import Evaluations, zero_with_gradient
 from resode.solve.options import SolveSettings
 from resode.solve.result import MaxStepsReached, NonFiniteState, Stats
-from resode.solve.step import combine, stages
+from resode.solve.implicit.steps import step_rule
 from resode.tableaus import ButcherTableau
 
 
@@ -70,14 +70,14 @@ class Crossing:
         """Takes the step as that of the samples marked."""
         self.begin, self.end = np.where(fired, step.start, self.begin), np.where(fired, step.end, self.end)
         mask = column(torch.from_numpy(fired), self.x).bool()
-        self.x, self.k0 = torch.where(mask, step.x, self.x), torch.where(mask, step.k[0], self.k0)
+        self.x, self.k0 = torch.where(mask, step.x, self.x), torch.where(mask, step.slopes[0], self.k0)
 
     def state(self, tableau: ButcherTableau, f: Callable[..., Tensor], time: np.ndarray) -> Tensor:
         """The states at times within the steps: by a step of the method itself."""
         size = time - self.begin
         at = [column(self.begin + c * size, self.x) for c in tableau.stage_times]
         h = column(size, self.x)
-        return combine(self.x, h, tableau.b_row, stages(tableau, f, at, self.x, h, self.k0))
+        return step_rule(tableau, True)(tableau, f, at, self.x, h, self.k0)[1]
 
 
 def solve_to_own_events(
@@ -183,6 +183,7 @@ class _fixed:
 
     def steps(self) -> Iterator[Step]:
         """One step after another of the samples that are not frozen."""
+        take = step_rule(self.tableau, True)
         while self.running.any():
             if (self.taken >= self.limit).any():
                 i = int(self.running.nonzero()[0][0])
@@ -201,8 +202,7 @@ class _fixed:
             size = end - begin
             h = column(size, self.x)
             at = [column(begin + c * size, self.x) for c in self.tableau.stage_times]
-            k = stages(self.tableau, self.f, at, self.x, h)
-            new_x = combine(self.x, h, self.tableau.b_row, k)
+            k, new_x = take(self.tableau, self.f, at, self.x, h)
             finite = torch.isfinite(new_x.detach().flatten(1)).all(1).cpu().numpy()
             if not finite.all():
                 i = int((~finite).nonzero()[0][0])

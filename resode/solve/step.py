@@ -79,6 +79,19 @@ def stages(
     return k
 
 
+def explicit_step(
+    tableau: ButcherTableau,
+    f: Field,
+    times: Sequence[Time],
+    x: Tensor,
+    h: Time,
+    k0: Tensor | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """The stages that x⁺ needs, at their times t + c_i h, and x⁺; `k0` is f(t, x) where it is known."""
+    k = stages(tableau, f, times, x, h, k0)
+    return k, combine(x, h, tableau.b_row, k)
+
+
 def rk_step(tableau: ButcherTableau, f: Field, t: Time, x: Tensor, h: Time) -> Tensor:
     """The state one step later.
 
