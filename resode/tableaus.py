@@ -51,9 +51,10 @@ class ButcherTableau:
             stages, f at the step's end and the rows before it; its time is its sum.
         rational: (numerator, denominator) of R(z), lowest degree first, where it is known exactly
             although the coefficients are irrational.
-        error_start: weight of f at the step's start in the error estimate, of a method that has no stage there.
-        error_filter: γ of the estimate (I − ηγJ)⁻¹ η Σ b_error_i k_i, which stays bounded on stiff parts of the
-            solution, where the sum alone grows with ηJ; None for the sum alone.
+        error_start: weight of f at the step's start in the error estimate, of a method that has no stage
+            there.
+        error_filter: γ of the estimate (I − ηγJ)⁻¹ η Σ b_error_i k_i, which stays bounded on stiff parts of
+            the solution, where the sum alone grows with ηJ; None for the sum alone.
 
     Raises:
         ValueError: the parts disagree; the message names the first that does.
@@ -655,7 +656,8 @@ _IMPLICIT = [
         _G2,
         [[_G2], [_S2 / 4, _S2 / 4]],
         2,
-        "Bank et al., IEEE Trans. CAD 4 (1985); error estimate: Hosea & Shampine, Appl. Numer. Math. 20 (1996)",
+        "Bank et al., IEEE Trans. CAD 4 (1985); error estimate: Hosea & Shampine, Appl. Numer. Math. 20 "
+        "(1996)",
         b_hat=((4 - _S2) / 12, (4 + 3 * _S2) / 12, _G2 / 3),
         error_filter=_G2,
     ),

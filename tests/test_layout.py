@@ -162,6 +162,7 @@ GRAPHS = {
     "solve/compiled.py",
     "solve/checkpoint.py",
     "solve/gradient.py",
+    "solve/implicit/gradient.py",
     "solve/control.py",
     "solve/adaptive.py",
 }

@@ -185,14 +185,11 @@ class Adaptive:
             StepSizeUnderflow: the tolerance asks for a step below the time's precision.
             NonFiniteField, NonFiniteState: no step, however small, leads to a finite field and state.
         """
-        tableau, f, control = self.tableau, self.f, self.control
+        tableau, control = self.tableau, self.control
         forward, callbacks = self.forward, control.callbacks
         progress = self.progress = replace(self.progress)  # a copy of a solve goes on by itself
         stage_times = np.array([*tableau.stage_times, 1.0], self.time.dtype)[:, None]
-        tolerance = (control.rtol, control.atol)
-        new_calls: Any = tableau.b_row[-1][0] + 1  # the stages beyond k_1, and f at the step's end
-        take, power = self.take, tableau.error_power
-        implicit = take if isinstance(take, ImplicitStep) else None
+        implicit = self.take if isinstance(self.take, ImplicitStep) else None
         behind = np.zeros(len(self.time), np.int64)  # outputs passed so far
         if outputs is not None:
             outputs = np.broadcast_to(forward * outputs, (len(self.time), outputs.shape[-1]))
@@ -218,20 +215,10 @@ class Adaptive:
             at[-1] = attempt.end
             times = self.as_times(at.clip(max=end) if forward > 0 else at.clip(min=end))
 
-            k, new_x = take(tableau, f, times, x, h, k0)
-            ends_at_stage = implicit is not None and bool(tableau.fsal)
-            if not ends_at_stage:
-                k.append(f(times[-1], new_x))
-            estimate = None if implicit is None else implicit.error(h, k, k0)
-            error = self._numbers(error_norm(tableau, control, x, new_x, k, h, tolerance, estimate))
-            if implicit is not None:
-                new_calls = implicit.calls + (not ends_at_stage)
-                progress.implicit = progress.implicit + active * implicit.spent
-                # Not found: a quarter of the step, which the error that asks for it says.
-                error = np.where(implicit.failed, (4 * control.safety) ** power, error)
+            k, new_x, error, new_calls = self._attempt(times, x, h, k0)
             # What is not active may hold anything.
             verdict = decide(np, attempt, np.where(active, error, 0.0), time, step, progress.errors,
-                             self.rejected, power, control)  # fmt: skip
+                             self.rejected, tableau.error_power, control)  # fmt: skip
             keep = verdict.keep
             all_kept = bool(keep.all())
             if callbacks is not None and told is not None:
@@ -242,6 +229,7 @@ class Adaptive:
             progress.step, progress.errors = verdict.step, verdict.errors
             self.rejected = verdict.rejected
             if implicit is not None:
+                progress.implicit = progress.implicit + active * implicit.spent
                 implicit.took(keep)
                 # A step that would hardly grow stays, and its factors serve again.
                 little = keep & (progress.step >= size) & (progress.step <= 1.2 * size) & ~attempt.reaches
@@ -268,6 +256,25 @@ class Adaptive:
                 if hopeless.any():
                     raise nothing_finite(self.standing(hopeless), k)
                 raise step_underflow(self.standing(verdict.stuck))
+
+    def _attempt(
+        self, times: Sequence[Tensor], x: Tensor, h: Time, k0: Tensor
+    ) -> tuple[list[Tensor], Tensor, np.ndarray, Any]:
+        """A step's stages and f at its end, the state there, its error over the tolerance, new calls of f."""
+        tableau, control, take = self.tableau, self.control, self.take
+        tolerance = (control.rtol, control.atol)
+        k, new_x = take(tableau, self.f, times, x, h, k0)
+        if not isinstance(take, ImplicitStep):
+            k.append(self.f(times[-1], new_x))
+            error = self._numbers(error_norm(tableau, control, x, new_x, k, h, tolerance))
+            return k, new_x, error, tableau.b_row[-1][0] + 1  # without the first stage
+        if not tableau.fsal:
+            k.append(self.f(times[-1], new_x))
+        estimate = take.error(h, k, k0)
+        error = self._numbers(error_norm(tableau, control, x, new_x, k, h, tolerance, estimate))
+        # Where no stages were found, the error that asks for a quarter of the step.
+        error = np.where(take.failed, (4 * control.safety) ** tableau.error_power, error)
+        return k, new_x, error, take.calls + (not tableau.fsal)
 
     def _first_step(self) -> np.ndarray:
         """A first step whose error should be near the tolerance, (B,); one call of f."""

@@ -65,8 +65,8 @@ def interpolate(
     """States at the outputs, each of the state's shape, and the calls of f they took.
 
     By the method's own interpolant where it has one, which may take further stages in the steps that hold
-    outputs, a cubic Hermite polynomial up to order 3 and for implicit methods, and for the others a step of the
-    method itself from the step's start to the output.
+    outputs, a cubic Hermite polynomial up to order 3 and for implicit methods, and for the others a step of
+    the method itself from the step's start to the output.
 
     Args:
         tableau: the method that took the steps.

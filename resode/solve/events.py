@@ -31,6 +31,7 @@ from resode.solve.control import Callbacks
 from resode.solve.fixed import Grid, one_step
 from resode.solve.foreign import foreign_methods, stops_at_events
 from resode.solve.host import decided, is_transformed, moves, plain
+from resode.solve.implicit.steps import step_rule
 from resode.solve.native import (
     Evaluations,
     call_torchdiffeq,
@@ -40,7 +41,6 @@ from resode.solve.native import (
 )
 from resode.solve.options import SolveSettings
 from resode.solve.result import MaxStepsReached, NonFiniteState, Stats
-from resode.solve.implicit.steps import step_rule
 from resode.solve.step import Field, all_finite
 from resode.tableaus import ButcherTableau
 

@@ -23,7 +23,6 @@ from resode.solve.result import (
 from resode.solve.step import Field
 from resode.tableaus import ButcherTableau
 
-
 NEAR_SINGULAR = 0.1
 """|1 − ηγλ| below which λ is named where Newton's method fails."""
 
@@ -138,14 +137,16 @@ def newton_failed(at: Standing, residual: float, rate: float, fixed: bool = Fals
             eigenvalue = complex(values[j])
             what = "" if gamma[i] == 1 else f"{number(gamma[i])} times "
             reason = (
-                f" The matrix I − ηγJ is near singular: the field grows with λ ≈ {number(eigenvalue)} there, and "
-                f"{what}the step times λ is {number(signed * gamma[i] * eigenvalue)}, near 1."
+                f" The matrix I − ηγJ is near singular: the field grows with λ ≈ {number(eigenvalue)} "
+                f"there, and {what}the step times λ is {number(signed * gamma[i] * eigenvalue)}, near 1."
             )
     if fixed:
         advice = "Take shorter steps, or a field that does not grow (Re λ ≤ 0), which any step suits."
     else:
-        advice = 'The field jumps there, or is not smooth: name a jump with options={"jump_t": …}, or check it.'
-    said = "which are not finite" if not math.isfinite(residual) else f"{residual:.2g} times what was asked"
+        advice = (
+            'The field jumps there, or is not smooth: name a jump with options={"jump_t": …}, or check it.'
+        )
+    said = f"{residual:.2g} times what was asked" if math.isfinite(residual) else "not finite"
     speed = f", {rate:.2g} times the one before" if math.isfinite(rate) else ""
     return NewtonNotConverged(
         f"Newton's method did not find the stages of {at.tableau.name} at {at}: its last correction was "

@@ -116,8 +116,8 @@ def fixed_solve(
     """States at every t, shape (T,), and the number of steps taken.
 
     The steps are floats unless t asks for a gradient: then the discrete solution is differentiated
-    in t as it is in x. `advance` takes equal steps, as `equal_steps` does, and `take` those that a callback or
-    perturb ask to see one by one.
+    in t as it is in x. `advance` takes equal steps, as `equal_steps` does, and `take` those that a callback
+    or perturb ask to see one by one.
     """
     times: list[float] = plain(t).tolist()
     path, total = States(len(times), x), 0

@@ -165,14 +165,21 @@ def _fixed(
     if not all_finite(result[-1]):
         raise not_finite(tableau, field, result, t, n, settings.per_sample)
     calls: Any = counted.calls if isinstance(n, int) else n * (tableau.b_row[-1][0] + 1)
-    implicit: Sequence[Any] = ()
-    if isinstance(take, ImplicitStep):
-        calls, implicit = (take.total_calls, take.total) if settings.per_sample else (calls, take.total[:, 0])
-    counts: list[Any] = [calls, n, n, 0, 0, *implicit]
+    counts: list[Any] = [calls, n, n, 0]
+    if isinstance(take, ImplicitStep) and settings.per_sample:
+        counts = [take.total_calls, n, n, 0, *take.total]
+    elif isinstance(take, ImplicitStep):
+        counts += take.total[:, 0].tolist()
     if settings.per_sample:
         counts = [torch.from_numpy(np.full(len(y0), c, np.int64)).to(y0.device) for c in counts]
-    stats = Stats(*counts)
+    stats = stats_of(counts)
     return result if again is None else again.finish(result, stats), stats
+
+
+def stats_of(counts: Sequence[Any]) -> Stats:
+    """Statistics of calls, steps, steps kept and rejected, and what implicit steps took."""
+    nfe, n_steps, n_accepted, n_rejected, *implicit = counts
+    return Stats(nfe, n_steps, n_accepted, n_rejected, 0, *implicit)
 
 
 def _equal(

@@ -17,6 +17,7 @@ from resode.solve.foreign import foreign_methods, foreign_options
 from resode.tableaus import METHODS, ButcherTableau
 
 NATIVE = tuple(METHODS)
+EXPLICIT = tuple(name for name, tableau in METHODS.items() if tableau.explicit)
 """The methods solved here; torchdiffeq's others are passed on to it."""
 
 ADAPTIVE_OPTIONS = (

@@ -21,8 +21,8 @@ class Stats:
         n_accepted: steps that were kept.
         n_rejected: steps whose error estimate was above the tolerance.
         nfe_backward: calls of the field while gradients came back (recomputation), beyond nfe.
-        n_jacobians: Jacobians of an implicit method; each counts as one call of the field in nfe, whatever the
-            backward passes that it takes.
+        n_jacobians: Jacobians of an implicit method; each counts as one call of the field in nfe, whatever
+            the backward passes that it takes.
         n_factorisations: of the matrices I − hλJ of an implicit method.
         n_newton: iterations of Newton's method.
         n_linear: products with a Jacobian that GMRES took, for states too large to factor.

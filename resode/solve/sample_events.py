@@ -22,10 +22,10 @@ from torch import Tensor
 
 from resode.solve.adaptive import Adaptive
 from resode.solve.dense import Step
+from resode.solve.implicit.steps import step_rule
 from resode.solve.native import Evaluations, zero_with_gradient
 from resode.solve.options import SolveSettings
 from resode.solve.result import MaxStepsReached, NonFiniteState, Stats
-from resode.solve.implicit.steps import step_rule
 from resode.tableaus import ButcherTableau
 
 

@@ -19,6 +19,7 @@ from resode.solve.adaptive import Adaptive, Progress
 from resode.solve.control import MAX_STEPS
 from resode.solve.dense import Step, interpolate
 from resode.solve.fixed import steps_between
+from resode.solve.implicit.steps import ImplicitStep, step_rule
 from resode.solve.native import Evaluations, not_finite
 from resode.solve.options import NATIVE, SolveSettings, resolve_method
 from resode.solve.problem import (
@@ -33,7 +34,6 @@ from resode.solve.problem import (
     largest_rms,
 )
 from resode.solve.result import MaxStepsReached
-from resode.solve.implicit.steps import ImplicitStep, step_rule
 from resode.solve.step import Field, all_finite
 from resode.tableaus import ButcherTableau
 

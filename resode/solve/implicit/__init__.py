@@ -1,1 +1,1 @@
-"""Implicit Runge-Kutta steps: stages found by Newton's method, differentiated by the implicit function theorem."""
+"""Implicit Runge-Kutta steps: Newton's method, and the implicit function theorem."""

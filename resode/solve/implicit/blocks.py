@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -44,7 +45,7 @@ class StageBlock:
     stop: int
     a: np.ndarray
     before: tuple[Row, ...]
-    eigenvalues: np.ndarray
+    eigenvalues: Any
     to_modes: np.ndarray
     to_stages: np.ndarray
     predictor: Row
@@ -88,11 +89,13 @@ def stage_blocks(tableau: ButcherTableau) -> tuple[StageBlock, ...]:
 
 def _block(tableau: ButcherTableau, a: np.ndarray, first: int, stop: int) -> StageBlock:
     own = a[first:stop, first:stop]
+    values: Any
+    vectors: Any
     values, vectors = np.linalg.eig(own)
     if np.linalg.cond(vectors) > _WORST:
         raise ValueError(
-            f"tableau {tableau.name!r}: stages {first} to {stop - 1} are solved for together by the eigenvectors of "
-            "their block of A, which has too few."
+            f"tableau {tableau.name!r}: stages {first} to {stop - 1} are solved for together by the "
+            "eigenvectors of their block of A, which has too few."
         )
     values = np.where(abs(values.imag) < 1e-12 * abs(values), values.real, values)
     one_of_each = values.imag >= 0

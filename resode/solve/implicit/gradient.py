@@ -1,17 +1,17 @@
 r"""Gradients of the solution of an equation, by the implicit function theorem.
 
-Where y = G(y, θ), dy = (I − ∂G/∂y)⁻¹ ∂G/∂θ dθ, whatever iteration found y: a gradient v of y goes on to G's value
-as the solution of the adjoint equation
+Where y = G(y, θ), dy = (I − ∂G/∂y)⁻¹ ∂G/∂θ dθ, whatever iteration found y: a gradient v of y goes on to G's
+value as the solution of the adjoint equation
 
     u = v + (∂G/∂y)ᵀ u,
 
-and from there to all that G takes, what the user's field closes over included. Second derivatives need y in its
-place within G: so the solution ŷ with its gradient is put into G once more,
+and from there to all that G takes, what the user's field closes over included. Second derivatives need y in
+its place within G: so the solution ŷ with its gradient is put into G once more,
 
     y = ŷ + (I − ∂G/∂y)⁻¹ (G(ŷ, θ) − ŷ),
 
-a step of Newton's method that changes nothing but the derivatives. The gradient that ŷ gets in the first way back
-is v − u + (∂G/∂y)ᵀ u = 0, and goes no further.
+a step of Newton's method that changes nothing but the derivatives. The gradient that ŷ gets in the first way
+back is v − u + (∂G/∂y)ᵀ u = 0, and goes no further.
 
 Source:
     Bai, Kolter & Koltun, Deep Equilibrium Models (2019), for the way back without the iteration.
@@ -31,6 +31,7 @@ from resode.solve.implicit.systems import DENSE, jacobian_rows, without_hooks
 
 Equation = Callable[..., Tensor]
 """G(y, *tensors) of y's shape (B, n); row i depends on row i of y alone."""
+
 
 def implicit(equation: Equation, y: Tensor, *tensors: Tensor) -> Tensor:
     """The solution y of y = G(y, *tensors), with its gradients; they can be differentiated once more.
@@ -84,7 +85,8 @@ class _Implicit(torch.autograd.Function):
         if ctx.link is None:
             if torch.is_grad_enabled() and v.requires_grad:
                 raise RuntimeError(
-                    "implicit steps can be differentiated twice, and this is a third time; take an explicit method."
+                    "implicit steps can be differentiated twice, and this is a third time; take an explicit "
+                    "method."
                 )
             return None, None, u, None, *none
         ctx.link.size = float(v.detach().abs().max()) if v.numel() else 0.0
@@ -126,7 +128,7 @@ class _Adjoint:
 
 
 def _adjoint_solution(equation: Equation, v: Tensor, y: Tensor, tensors: list[Tensor]) -> Tensor:
-    """u = (I − ∂G/∂y)⁻ᵀ v, (B, n)."""
+    """The solution u = (I − ∂G/∂y)⁻ᵀ v, (B, n)."""
     with torch.inference_mode(False), torch.enable_grad(), without_hooks():
         y = y.requires_grad_()
         value = equation(y, *tensors)
@@ -146,8 +148,8 @@ def _adjoint_solution(equation: Equation, v: Tensor, y: Tensor, tensors: list[Te
     worst = float(residual.max())
     if worst > goal**0.5:
         warn_user(
-            f"the gradient of an implicit step is off: GMRES left a residual of {worst:.1e} of the right-hand side in "
-            f"{int((residual > goal**0.5).sum())} of {len(v)} samples, where {goal:.0e} was asked for. Take smaller steps, so "
-            "that I − ηJ is better conditioned, or float64."
+            f"the gradient of an implicit step is off: GMRES left a residual of {worst:.1e} of the "
+            f"right-hand side in {int((residual > goal**0.5).sum())} of {len(v)} samples, where {goal:.0e} "
+            "was asked for. Take smaller steps, so that I − ηJ is better conditioned, or float64."
         )
     return u

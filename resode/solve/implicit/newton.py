@@ -1,8 +1,9 @@
 r"""Newton's method for the stages k_i = f(t_i, x + h Σ a_ij k_j) of one block, for a batch of states at once.
 
-The unknowns are the stages themselves: with r = F(k) − k, the correction is (I − h A_b ⊗ J) Δ = r. Its size is
-measured in the state, as hA_b Δ. Simplified Newton keeps J; its rate θ = ‖Δ⁺‖ / ‖Δ‖ foretells the error that is left,
-θ/(1 − θ) ‖Δ‖, which ends the iteration where it is small enough, or where it can't become so in time.
+The unknowns are the stages themselves: with r = F(k) − k, the correction is (I − h A_b ⊗ J) Δ = r. Its size
+is measured in the state, as hA_b Δ. Simplified Newton keeps J; its rate θ = ‖Δ⁺‖ / ‖Δ‖ foretells the error
+that is left, θ/(1 − θ) ‖Δ‖, which ends the iteration where it is small enough, or where it can't become so
+in time.
 
 Source:
     Hairer & Wanner, Solving Ordinary Differential Equations II, IV.8; Deuflhard, Newton Methods for Nonlinear
@@ -35,7 +36,8 @@ class Newton:
         size: Δ to its norm over the tolerance, (B,), on the host.
         k: where it starts.
         live: which samples are to be iterated.
-        rate: of an iteration before with these systems, (B,), or NaN; it lets a small first correction end it.
+        rate: of an iteration before with these systems, (B,), or NaN; it lets a small first correction end
+            it.
     """
 
     residual: Callable[[Tensor, np.ndarray], Tensor]

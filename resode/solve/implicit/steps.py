@@ -30,16 +30,16 @@ _FAR = 4.0  # a step this many times longer than the last one is not foretold by
 class ImplicitStep:
     """Takes the steps of one solve; what it learns in one serves in the next.
 
-    It is called as `step.explicit_step` is. Afterwards `failed` (B,) marks the samples whose stages were not found,
-    which hold the step's start in their place; `calls` (B,) and `spent` (4, B) say what the step took, `total`
-    (4, B) and `total_calls` (B,) what all did.
+    It is called as `step.explicit_step` is. Afterwards `failed` (B,) marks the samples whose stages were not
+    found, which hold the step's start in their place; `calls` (B,) and `spent` (4, B) say what the step
+    took, `total` (4, B) and `total_calls` (B,) what all did.
 
     Args:
         tableau: the method.
-        per_sample: whether dimension 0 of the state is a batch of samples that do not interact; else the state is
-            one sample, B = 1.
-        control: whose tolerance decides when Newton's iteration has converged; None for steps that are given, where
-            it goes on to rounding, and damped where it must.
+        per_sample: whether dimension 0 of the state is a batch of samples that do not interact; else the
+            state is one sample, B = 1.
+        control: whose tolerance decides when Newton's iteration has converged; None for steps that are
+            given, where it goes on to rounding, and damped where it must.
 
     Raises:
         NewtonNotConverged: when called, for steps that are given.
@@ -51,10 +51,12 @@ class ImplicitStep:
         self.systems: Any = None
         self.current = np.zeros(0, bool)  # whose Jacobian is that of the step's start
         self.rate = np.zeros(0)  # of the slowest Newton iteration of the last step, NaN where there was none
-        self.last: tuple[np.ndarray, Tensor] | None = None  # sizes and stages (s, B, n) of the last steps taken
+        # Sizes and stages (s, B, n) of the last steps taken.
+        self.last: tuple[np.ndarray, Tensor] | None = None
         self.failed, self.calls, self.spent = (np.zeros(0, np.int64) for _ in range(3))
         self.total, self.total_calls = np.zeros((COUNTS, 1), np.int64), np.zeros(1, np.int64)
-        self.left = np.zeros((2, 0))  # the last correction over what was asked of it, and its rate, where it failed
+        # Of the samples that failed, the last correction over what was asked of it, and its rate.
+        self.left = np.zeros((2, 0))
 
     def anew(self) -> ImplicitStep:
         """One that has learnt nothing."""
@@ -238,8 +240,9 @@ class _Attempt:
         stale = ~found & ~step.current
         if stale.any():
             self._renew(at, self.start, stale)
-            again = Newton(residual, newton.solve, newton.size, torch.where(newton.chosen(found), newton.k, start),
-                           live & ~found, np.full(self.batch, np.nan))  # fmt: skip
+            start = torch.where(newton.chosen(found), newton.k, start)
+            unknown = np.full(self.batch, np.nan)
+            again = Newton(residual, newton.solve, newton.size, start, live & ~found, unknown)
             found = self._run(again, block) & (found | ~live | again.live)
             newton = again
         if step.control is None and not found.all():
@@ -248,7 +251,9 @@ class _Attempt:
         step.left = np.where(found, step.left, [newton.left, newton.rate])
         return torch.where(newton.chosen(~step.failed), newton.k, torch.zeros_like(newton.k))
 
-    def _damped(self, newton: Newton, block: StageBlock, residual: Any, bases: list[Tensor], live: np.ndarray) -> np.ndarray:
+    def _damped(
+        self, newton: Newton, block: StageBlock, residual: Any, bases: list[Tensor], live: np.ndarray
+    ) -> np.ndarray:
         """Another try for the marked samples, with damping, from the state that the step starts at."""
         step = self.step
 
@@ -359,7 +364,9 @@ def check_state(x: Tensor) -> None:
             "torch.view_as_real(y0), with a field that views it as complex."
         )
     if torch.finfo(x.dtype).bits < 32:
-        raise TypeError(f"an implicit method factors matrices, which {x.dtype} can't; keep the state in float32.")
+        raise TypeError(
+            f"an implicit method factors matrices, which {x.dtype} can't; keep the state in float32."
+        )
 
 
 def _refuse_transforms() -> None:

@@ -1,6 +1,7 @@
 r"""The linear systems (I − h A_b ⊗ J) Δ = r of Newton's method, for a batch of states at once.
 
-Up to `DENSE` entries a state J is formed, and factors of I − hλJ are kept; above, products with J alone are taken.
+Up to `DENSE` entries a state J is formed, and factors of I − hλJ are kept; above, products with J alone are
+taken.
 """
 
 from __future__ import annotations
@@ -193,8 +194,11 @@ def check_attached(rows: Rows, x: Tensor, y: Tensor) -> None:
     """
     with torch.no_grad():
         moved = rows(0.6180 - 1.3717 * x)
-    if not torch.allclose(moved, y, rtol=1e-3, atol=1e-3 * float(y.abs().max()) if y.numel() else 0.0, equal_nan=True):
+    if not torch.allclose(
+        moved, y, rtol=1e-3, atol=1e-3 * float(y.abs().max()) if y.numel() else 0.0, equal_nan=True
+    ):
         raise TypeError(
-            "an implicit method needs the field's Jacobian, and func's result has no gradient though it depends on "
-            "the state. Remove .detach(), .numpy() or torch.no_grad() from func, or take an explicit method."
+            "an implicit method needs the field's Jacobian, and func's result has no gradient though it "
+            "depends on the state. Remove .detach(), .numpy() or torch.no_grad() from func, or take an "
+            "explicit method."
         )
