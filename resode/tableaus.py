@@ -138,6 +138,11 @@ class ButcherTableau:
         return self.b_error is not None
 
     @property
+    def looks_ahead(self) -> bool:
+        """Whether a stage lies beyond the step's end, as one of kvaerno5's does."""
+        return max(self.stage_times) > 1 + 1e-12
+
+    @property
     def error_power(self) -> int:
         """The power of the step that the error estimate is proportional to."""
         if self.explicit or self.b_error is None:

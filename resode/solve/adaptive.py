@@ -213,7 +213,9 @@ class Adaptive:
             h = self._as_size(size)
             at = time + stage_times * (forward * size)
             at[-1] = attempt.end
-            times = self.as_times(at.clip(max=end) if forward > 0 else at.clip(min=end))
+            if not tableau.looks_ahead:  # a rounding must not take a stage beyond the end
+                at = at.clip(max=end) if forward > 0 else at.clip(min=end)
+            times = self.as_times(at)
 
             k, new_x, error, new_calls = self._attempt(times, x, h, k0)
             # What is not active may hold anything.

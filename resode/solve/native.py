@@ -20,7 +20,7 @@ from resode.solve.diagnosis import explain, number, spectrum
 from resode.solve.fixed import equal_steps, fixed_solve, grid_solve, opened, own_steps, within
 from resode.solve.foreign import foreign_solve
 from resode.solve.host import moves, plain
-from resode.solve.implicit.steps import ImplicitStep, step_rule, steps_by
+from resode.solve.implicit.steps import ImplicitStep, check_implicit, step_rule, steps_by
 from resode.solve.options import SolveSettings, tolerances
 from resode.solve.result import NonFiniteState, SolverError, Stats
 from resode.solve.states import States
@@ -79,6 +79,8 @@ def solve(
         raise ValueError(f"t of shape (T, B) gives each sample its own times: it does not go with {not_own}.")
     if isinstance(settings.method, str):
         return _torchdiffeq(counted, y0, t, settings, callbacks)
+    if not settings.method.explicit:
+        check_implicit(y0)
     if settings.fixed:
         return _fixed(counted, y0, t, settings.method, settings, callbacks)
     return _adaptive(counted, y0, t, settings.method, settings, callbacks)
@@ -140,7 +142,7 @@ def _fixed(
     settings: SolveSettings,
     callbacks: Callbacks | None,
 ) -> tuple[Tensor, Stats]:
-    low, high = _ends(t)
+    low, high = (-math.inf, math.inf) if tableau.looks_ahead else _ends(t)
     field = fixed_field(counted, y0, low, high, settings.per_sample)
     callback = None if callbacks is None else callbacks.step
     grid = settings.grid()
@@ -194,7 +196,7 @@ def _equal(
 ) -> tuple[States, int]:
     """As `fixed_solve`: with compiled steps, or in pieces that run again, or both, or neither."""
     if settings.compile_for is None:
-        low, high = _ends(t)
+        low, high = (-math.inf, math.inf) if tableau.looks_ahead else _ends(t)
         field = fixed_field(counted, y0, low, high, settings.per_sample)
         advance = equal_steps if moves(t) else steps_at(counted, y0, low, high, settings.per_sample)
         if isinstance(take, ImplicitStep):

@@ -161,7 +161,9 @@ class EqualSteps:
                     time=begin,
                     step_size=abs(h),
                 )
-            at = [min(max(begin + c * h, low), high) for c in self.tableau.stage_times]
+            at = [begin + c * h for c in self.tableau.stage_times]
+            if not self.tableau.looks_ahead:
+                at = [min(max(s, low), high) for s in at]
             times = [x.new_full(column, s, dtype=real) for s in (*at, end)]
             if k0 is None and not self.tableau.explicit:
                 k0 = self.f(times[0].new_full(column, begin), x)

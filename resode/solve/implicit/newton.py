@@ -22,6 +22,7 @@ from torch import Tensor
 
 MOST = 10  # iterations of simplified Newton, and
 DAMPED = 60  # of the damped one, each with a Jacobian of its own
+TRUSTED = 1e-2  # what a rate of earlier steps may promise; it counts for less from step to step
 SLOW = 1e-3  # a rate above it asks for a new Jacobian at the next step
 _LEAST = 2.0**-12  # of a correction that damping still tries
 
@@ -48,10 +49,12 @@ class Newton:
     rate: np.ndarray
     iterations: np.ndarray = field(init=False)
     left: np.ndarray = field(init=False)
+    slow: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
         self.iterations = np.zeros(len(self.live), np.int64)
         self.left = np.full(len(self.live), np.inf)  # the last correction's size
+        self.slow = np.zeros(len(self.live), bool)  # whether a new Jacobian would be worth it
 
     def simplified(self) -> np.ndarray:
         """Iterates with one Jacobian; which samples converged, (B,). The others have stages of no meaning."""
@@ -63,10 +66,12 @@ class Newton:
             with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
                 if i:
                     rate = np.where(live, np.maximum(size / before, 1e-16), rate)
+                    self.slow |= live & ~(rate <= SLOW)
                     left = rate / (1 - rate) * size
                     hopeless = ~(rate < 1) | (rate ** (MOST - 1 - i) * left > 1)
                 else:
-                    left = np.maximum(rate, 1e-16) ** 0.8 * size
+                    rate = np.where(live, np.maximum(rate, TRUSTED) ** 0.8, rate)
+                    left = rate * size
                     hopeless = ~np.isfinite(size)
                 converged = live & ((size == 0) | ((left <= 1) & (rate < 1)))
             self.k = torch.where(self.chosen(live & ~(hopeless & ~converged)), self.k + correction, self.k)

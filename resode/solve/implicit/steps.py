@@ -15,7 +15,7 @@ from resode.solve.failures import Standing, newton_failed
 from resode.solve.host import decided, is_transformed, moves, plain
 from resode.solve.implicit.blocks import StageBlock, stage_blocks
 from resode.solve.implicit.gradient import implicit
-from resode.solve.implicit.newton import SLOW, Newton
+from resode.solve.implicit.newton import Newton
 from resode.solve.implicit.systems import systems_at
 from resode.solve.result import SolverError
 from resode.solve.step import Field, Time, combine, explicit_step, increment
@@ -50,6 +50,7 @@ class ImplicitStep:
         self.blocks = stage_blocks(tableau)
         self.systems: Any = None
         self.current = np.zeros(0, bool)  # whose Jacobian is that of the step's start
+        self.slow = np.zeros(0, bool)  # whose last Newton iteration was slow
         self.rate = np.zeros(0)  # of the slowest Newton iteration of the last step, NaN where there was none
         # Sizes and stages (s, B, n) of the last steps taken.
         self.last: tuple[np.ndarray, Tensor] | None = None
@@ -72,11 +73,11 @@ class ImplicitStep:
         k0: Tensor | None = None,
     ) -> tuple[list[Tensor], Tensor]:
         """The stages, each as x, and the state one step later."""
-        check_state(x)
+        check_implicit(x)
         batch = len(x) if self.per_sample else 1
         if len(self.rate) != batch:
             self.systems, self.last = None, None
-            self.rate, self.current = np.full(batch, np.nan), np.zeros(batch, bool)
+            self.rate, (self.current, self.slow) = np.full(batch, np.nan), np.zeros((2, batch), bool)
         self.failed, self.left = np.zeros(batch, bool), np.zeros((2, batch))
         self.calls, self.spent = np.zeros(batch, np.int64), np.zeros((COUNTS, batch), np.int64)
         attempt = _Attempt(self, f, times, x, h, batch)
@@ -87,7 +88,7 @@ class ImplicitStep:
                 k.append(k0 if known else attempt.explicit(block, k))  # type: ignore[arg-type]
             else:
                 k += attempt.block(block, k, k0)
-        self.rate, self.attempt = attempt.slowest, attempt
+        self.rate, self.slow, self.attempt = attempt.slowest, attempt.slow, attempt
         self.total, self.total_calls = self.total + self.spent, self.total_calls + self.calls
         if self.control is None:
             if self.failed.any():
@@ -145,7 +146,7 @@ class ImplicitStep:
         """Whose Jacobian is not that of the step's start and has not served well, (B,)."""
         if self.systems is None:
             return np.ones(len(self.rate), bool)
-        return ~self.current & ~(self.rate <= SLOW)
+        return ~self.current & self.slow
 
 
 class _Attempt:
@@ -156,7 +157,7 @@ class _Attempt:
         self.batch = batch
         self.h = np.array(_numbers(h), float).reshape(-1) * np.ones(batch)
         self.start = self.rows(x.detach())
-        self.slowest = np.full(batch, np.nan)
+        self.slowest, self.slow = np.full(batch, np.nan), np.zeros(batch, bool)
         self.stages: Tensor | None = None  # of a method that is one block, (s, B, n)
         self.scale = self._scale()
         self.renewed = False
@@ -204,7 +205,6 @@ class _Attempt:
         with torch.no_grad():
             stages = self._solved(block, residual, self._start(block, k, k0), bases)
         if asked and (has_graph[0] or any(moves(s) for s in (*times, self.size) if isinstance(s, Tensor))):
-            _refuse_transforms()
             stages = self._with_gradient(block, times, bases, stages)
         if len(step.blocks) == 1:
             self.stages = stages.detach()
@@ -274,6 +274,7 @@ class _Attempt:
     def _run(self, newton: Newton, block: StageBlock) -> np.ndarray:
         found = newton.simplified()
         self.step.spent[2] += newton.iterations
+        self.slow |= newton.slow
         with np.errstate(invalid="ignore"):
             self.slowest = np.fmax(self.slowest, np.where(newton.live, newton.rate, np.nan))
         return found
@@ -352,12 +353,17 @@ def newton_tolerance(control: Control, dtype: torch.dtype) -> float:
     return max(10 * torch.finfo(dtype).eps / rtol, min(0.03, math.sqrt(rtol)))
 
 
-def check_state(x: Tensor) -> None:
+def check_implicit(x: Tensor) -> None:
     """Refuses states that no implicit method takes.
 
     Raises:
-        TypeError: complex, or of half precision.
+        TypeError: complex, of half precision, or within a transform of torch.func.
     """
+    if is_transformed():
+        raise TypeError(
+            "implicit steps have a way back of their own, which torch.func's transforms do not follow; take "
+            "torch.autograd.grad, or an explicit method."
+        )
     if x.is_complex():
         raise TypeError(
             "an implicit method solves equations in the real numbers, and the state is complex: give it as "
@@ -366,14 +372,6 @@ def check_state(x: Tensor) -> None:
     if torch.finfo(x.dtype).bits < 32:
         raise TypeError(
             f"an implicit method factors matrices, which {x.dtype} can't; keep the state in float32."
-        )
-
-
-def _refuse_transforms() -> None:
-    if is_transformed():
-        raise TypeError(
-            "implicit steps have a way back of their own, which torch.func's transforms do not follow; take "
-            "torch.autograd.grad, or an explicit method."
         )
 
 
