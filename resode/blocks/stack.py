@@ -39,7 +39,7 @@ from resode.solve.options import NATIVE, tolerances
 from resode.solve.result import NewtonNotConverged, NonFiniteState, Stats
 from resode.solve.step import Counted, all_finite
 from resode.state_dicts import Checked
-from resode.tableaus import METHODS, ButcherTableau
+from resode.tableaus import METHODS, ON_DEMAND, ButcherTableau, on_demand
 from resode.whole_blocks import first_time, warned
 
 WEIGHTS = ("constant", "linear")
@@ -653,6 +653,9 @@ def solver_method(solver: Any) -> ButcherTableau:
     """The method of this name, or a tableau as it is; a ValueError for anything else."""
     if isinstance(solver, ButcherTableau):
         return solver
-    if not isinstance(solver, str) or solver not in METHODS:
-        raise ValueError(f"solver must be one of {', '.join(NATIVE)}; got {solver!r}.")
-    return METHODS[solver]
+    tableau = METHODS.get(solver) or on_demand(solver) if isinstance(solver, str) else None
+    if tableau is None:
+        raise ValueError(
+            f"solver must be one of {', '.join(NATIVE)}, or {ON_DEMAND} with S stages; got {solver!r}."
+        )
+    return tableau

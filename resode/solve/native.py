@@ -24,7 +24,7 @@ from resode.solve.implicit.steps import ImplicitStep, check_implicit, step_rule,
 from resode.solve.options import SolveSettings, tolerances
 from resode.solve.result import NonFiniteState, SolverError, Stats
 from resode.solve.states import States
-from resode.solve.step import Counted, Field, all_finite, as_stage, combine, stages
+from resode.solve.step import Counted, Field, all_finite, as_stage, explicit_step
 from resode.stability.multistep import EXPLICIT_ADAMS, ORDER
 from resode.tableaus import ButcherTableau
 
@@ -236,7 +236,7 @@ def steps_at(
         begin = t + np.arange(n)[:, None] * h
         at = torch.from_numpy((begin + np.array(tableau.stage_times) * h).clip(low, high)).to(x.device, real)
         for times in at.view(n, -1, *(1,) * len(shape)).expand(n, len(tableau.c), *shape).unbind(0):
-            x = combine(x, h, tableau.b_row, stages(tableau, counted, times.unbind(0), x, h))
+            x = explicit_step(tableau, counted, times.unbind(0), x, h)[1]
         return x
 
     real = y0.dtype.to_real()
