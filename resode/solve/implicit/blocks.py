@@ -53,7 +53,7 @@ class StageBlock:
     @property
     def is_explicit(self) -> bool:
         """Whether the stage needs the stages before it alone."""
-        return len(self.a) == 1 and self.a[0, 0] == 0
+        return len(self.a) == 1 and bool(self.a[0, 0] == 0)
 
     @property
     def filter(self) -> float:
