@@ -19,7 +19,8 @@ def escape(app, what, name, obj, options, lines):
         literal = line.lstrip().startswith((">>>", "..")) or (literal and bool(line.strip()))
         if not literal:
             parts = _CODE.split(line)
-            parts[::2] = [_MARKUP.sub(r"\\\g<0>", part) for part in parts[::2]]
+            text = [_MARKUP.sub(r"\\\g<0>", part) for part in parts[::2]]
+            parts[::2] = [rf"\ {t}" if i and t[:1].isalpha() else t for i, t in enumerate(text)]  # `X`s
             lines[number] = "".join(parts)
 
 

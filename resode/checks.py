@@ -89,6 +89,18 @@ def did_you_mean(name: object, valid: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
+def known(kind: str, name: str, valid: Iterable[str], where: str = "") -> str:
+    """The name of a method, recipe, setting, …, where there is one called so.
+
+    Raises:
+        ValueError: there is none; the message lists them, after `where` it was asked for.
+    """
+    names = list(valid)
+    if name not in names:
+        raise ValueError(f"{where}no {kind} {name!r}.{did_you_mean(name, names)} Valid: {', '.join(names)}.")
+    return name
+
+
 def one_of(name: str, value: Any, valid: Iterable[Any]) -> Any:
     """The value, where it is one of the valid ones.
 

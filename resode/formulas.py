@@ -22,16 +22,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 Shape = tuple[int, ...]
 
-_FREE = (
-    nn.Identity,
-    nn.ReLU,
-    nn.ELU,
-    nn.GELU,
-    nn.SiLU,
-    nn.Softplus,
-    nn.Tanh,
-    _DropoutNd,
-)
+_FREE = (nn.Identity, nn.ReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Softplus, nn.Tanh, _DropoutNd)
 
 
 @dataclass(frozen=True)

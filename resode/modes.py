@@ -1,10 +1,11 @@
-"""Evaluation mode for a while."""
+"""Evaluation mode for a while, and a random state of one's own."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
+import torch
 from torch import nn
 
 
@@ -29,3 +30,8 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in before:
             module.training = mode
+
+
+def own_random_state(device: torch.device) -> AbstractContextManager[None]:
+    """Afterwards torch's random state on the CPU and this device is as it was."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])

@@ -389,37 +389,34 @@ _MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 def swap_accuracy(report: Any, path: Path = None) -> Figure:
-    """Draw accuracy and logit drift of the same weights against the solver's step.
+    """Draw the same weights' accuracy and drift against the solver's step, and blocks' distance from an ODE.
+
+    Filled dots are the accuracy with batch norm's statistics measured anew, open ones that as it is; where
+    there is nothing to measure anew, all are filled.
 
     Args:
         report: of `resode.swap_report`; an adaptive solver, which chooses its steps, is a level line.
         path: where to write the figure.
     """
-    figure = Figure(figsize=(9.6, 3.9), layout="constrained")
-    accuracy, drift = figure.subplots(1, 2)
+    figure = Figure(figsize=(13.2 if report.distances else 9.6, 3.9), layout="constrained")
+    accuracy, drift, *more = figure.subplots(1, 3 if report.distances else 2)
+    recalibrated = any(row.accuracy_recalibrated is not None for row in report.rows)
     solvers = list(dict.fromkeys(row.solver for row in report.rows))
     for i, solver in enumerate(solvers):
         rows = [row for row in report.rows if row.solver == solver]
-        style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linewidth": 1.7}
-        for ax, values in (
-            (accuracy, [100 * row.accuracy for row in rows]),
-            (drift, [row.logit_drift for row in rows]),
-        ):
-            if rows[0].step_size is None:
-                ax.axhline(values[0], linestyle=(0, (5, 2)), label=f"{solver}, adaptive", **style)
-                continue
-            ax.plot([row.step_size for row in rows], values, marker="o", markersize=5, label=solver, **style)
-            for row, value in zip(rows, values, strict=True):
-                if row.as_trained:
-                    ring = {
-                        "markersize": 13,
-                        "markerfacecolor": "none",
-                        "markeredgewidth": 1.8,
-                        "linestyle": "",
-                    }
-                    ax.plot([row.step_size], [value], "o", color=style["color"], label="as trained", **ring)
+        colour = COLOURS[i % len(COLOURS)]
+        _against_step(accuracy, rows, [100 * row.kept for row in rows], colour, solver)
+        if recalibrated:
+            _against_step(accuracy, rows, [100 * row.accuracy for row in rows], colour)
+        _against_step(drift, rows, [row.logit_drift for row in rows], colour, solver)
+    if recalibrated:
+        accuracy.plot([], [], "o:", color=STABLE, markerfacecolor="none", label="not recalibrated")
     steps = sorted({row.step_size for row in report.rows if row.step_size is not None})
-    for ax, title in ((accuracy, "accuracy, %"), (drift, "drift of the logits, relative")):
+    titles = (
+        "accuracy, recalibrated, %" if recalibrated else "accuracy, %",
+        "drift of the logits, as it is, relative",
+    )
+    for ax, title in zip((accuracy, drift), titles, strict=True):
         ax.set_title(title, fontsize=11)
         if steps:
             ax.set_xlabel("step size (finer to the right)")
@@ -427,12 +424,42 @@ def swap_accuracy(report: Any, path: Path = None) -> Figure:
             ax.set_xlim(steps[-1] * 1.25, steps[0] / 1.25)
             ax.set_xticks(steps, [f"{step:g}" for step in steps])
             ax.xaxis.set_minor_locator(NullLocator())
-    low = min(100 * row.accuracy for row in report.rows)
+    low = min(100 * min(row.accuracy, row.kept) for row in report.rows)
     accuracy.set_ylim(max(0, low - 5), 101.5)
     drift.set_ylim(0, None)
+    for ax in more:
+        ax.bar(range(1, len(report.distances) + 1), [d.distance for d in report.distances], color=COLOURS[0])
+        ax.set_title("distance from an ODE, as trained", fontsize=11)
+        ax.set_xlabel("block")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     handles, labels = accuracy.get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, loc="outside right center")
     return _finished(figure, path)
+
+
+def _against_step(
+    ax: Axes, rows: Sequence[Any], values: Sequence[float], colour: str, label: str = ""
+) -> None:
+    """One solver's line; without a label it is the fainter of two. The row as trained has a second ring."""
+    style: dict[str, Any] = {"color": colour, "linewidth": 1.7 if label else 1.1}
+    if rows[0].step_size is None:
+        dashes = (0, (5, 2)) if label else (0, (1, 2))
+        ax.axhline(values[0], linestyle=dashes, label=f"{label}, adaptive" if label else None, **style)
+        return
+    face: dict[str, Any] = {} if label else {"markerfacecolor": "none", "linestyle": ":"}
+    ax.plot(
+        [row.step_size for row in rows],
+        values,
+        marker="o",
+        markersize=5,
+        label=label or None,
+        **style,
+        **face,
+    )
+    ring = {"markersize": 13, "markerfacecolor": "none", "markeredgewidth": 1.8, "linestyle": ""}
+    for row, value in zip(rows, values, strict=True):
+        if row.as_trained and label:
+            ax.plot([row.step_size], [value], "o", color=colour, label="as trained", **ring)
 
 
 def group_spectra(groups: Sequence[Any], methods: Method | Sequence[Method], path: Path = None) -> Figure:
@@ -633,56 +660,32 @@ def depth_profile(profile: Any, path: Path = None) -> Figure:
     """
     rows = profile.rows
     figure = Figure(figsize=(max(9.6, 0.32 * len(rows) + 4), 8.6), layout="constrained")
-    panels = figure.subplots(3, 2).ravel()
-    x = np.arange(len(rows))
-    effect = ("loss_change", "rise of the loss") if profile.has_target else ("output_change", "output change")
-    drawn: list[tuple[str, bool, list[tuple[str, str]]]] = [
-        ("size of the state and of the branch", True, [("state_norm", "‖x‖"), ("ratio", "‖ηF‖ / ‖x‖")]),
-        (
-            "gradient at the block's input",
-            True,
-            [
-                ("gradient", "whole"),
-                ("identity_gradient", "identity part"),
-                ("residual_gradient", "residual part"),
-            ],
-        ),
-        (
-            "singular values of the block's Jacobian",
-            True,
-            [("sigma_max", "σ max"), ("sigma_min", "σ min"), ("epsilon", "ε = ‖ηJ‖")],
-        ),
-        (
-            "step and its limit",
-            True,
-            [("step_size", "η"), ("decaying_step", "limit, decaying modes"), ("growth", "largest |R(ηλ)|")],
-        ),
-        (
-            "cosines",
-            False,
-            [
-                ("correction", "F with x_L − x"),
-                ("boosting", "F with −g"),
-                ("next_cosine", "gradients of neighbours"),
-                ("gradient_cosine", "identity and residual part"),
-            ],
-        ),
-        ("without the block", False, [(effect[0], effect[1]), ("inactive", "share of dead units")]),
-    ]
-    for ax, (title, logarithmic, series) in zip(panels, drawn, strict=True):
-        for i, (name, label) in enumerate(series):
-            values = np.array([float(getattr(row, name)) for row in rows])
-            values = np.where(np.isfinite(values) & ((values > 0) | (not logarithmic)), values, np.nan)
-            style: dict[str, Any] = {"color": COLOURS[i], "marker": "o", "markersize": 3.6, "linewidth": 1.4}
-            ax.plot(x, values, label=label, linestyle=DASHES[i % len(DASHES)], **style)
-        if logarithmic:
-            ax.set_yscale("log")
-        ax.axhline(0 if not logarithmic else 1, color="0.6", linewidth=0.7)
+    effect = {"loss_change": "rise of the loss"} if profile.has_target else {"output_change": "output change"}
+    sizes = {"state_norm": "‖x‖", "ratio": "‖ηF‖ / ‖x‖"}
+    gradients = {
+        "gradient": "whole",
+        "identity_gradient": "identity part",
+        "residual_gradient": "residual part",
+    }
+    singular = {"sigma_max": "σ max", "sigma_min": "σ min", "epsilon": "ε = ‖ηJ‖"}
+    steps = {"step_size": "η", "decaying_step": "limit, decaying modes", "growth": "largest |R(ηλ)|"}
+    cosines = {
+        "correction": "F with x_L − x",
+        "boosting": "F with −g",
+        "next_cosine": "gradients of neighbours",
+    }
+    cosines |= {"gradient_cosine": "identity and residual part"}
+    panels = {
+        "size of the state and of the branch": (sizes, True),
+        "gradient at the block's input": (gradients, True),
+        "singular values of the block's Jacobian": (singular, True),
+        "step and its limit": (steps, True),
+        "cosines": (cosines, False),
+        "without the block": (effect | {"inactive": "share of dead units"}, False),
+    }
+    for ax, (title, (series, logarithmic)) in zip(figure.subplots(3, 2).ravel(), panels.items(), strict=True):
+        _over_blocks(ax, [row.name for row in rows], rows, series, logarithmic=logarithmic)
         ax.set_title(title, fontsize=11)
-        ax.legend(frameon=False, fontsize=8)
-        every = max(1, math.ceil(len(rows) / 24))
-        labels = [row.name for row in rows][::every]
-        ax.set_xticks(x[::every], labels, rotation=60, ha="right", fontsize=7.5)
     return _finished(figure, path)
 
 
@@ -696,22 +699,34 @@ def block_gains(diagnosis: Any, path: Path = None) -> Figure:
     rows = diagnosis.rows
     figure = Figure(figsize=(max(6.4, 0.22 * len(rows) + 3), 4.2), layout="constrained")
     ax = figure.subplots()
-    x = np.arange(len(rows))
-    for i, (name, label) in enumerate(
-        [("sigma", "σ max, at least"), ("gain", "block"), ("branch_gain", "branch")]
-    ):
-        values = np.array([float(getattr(row, name)) for row in rows])
-        values = np.where(np.isfinite(values) & (values > 0), values, np.nan)
-        style: dict[str, Any] = {"color": COLOURS[i], "marker": "o", "markersize": 3.6, "linewidth": 1.4}
-        ax.plot(x, values, label=label, linestyle=DASHES[i % len(DASHES)], **style)
+    series = {"sigma": "σ max, at least", "gain": "block", "branch_gain": "branch"}
+    _over_blocks(ax, [row.block for row in rows], rows, series, names=30)
     for i, row in enumerate(rows):
         if row.cause:
             ax.axvspan(i - 0.5, i + 0.5, color="0.85", zorder=0)
             ax.text(i, 1.01, row.cause, transform=ax.get_xaxis_transform(), ha="center", fontsize=8)
-    ax.set_yscale("log")
-    ax.axhline(1, color="0.6", linewidth=0.7)
     ax.set_ylabel("gain of a perturbation")
-    ax.legend(frameon=False, fontsize=8)
-    every = max(1, math.ceil(len(rows) / 30))
-    ax.set_xticks(x[::every], [row.block for row in rows][::every], rotation=60, ha="right", fontsize=7.5)
     return _finished(figure, path)
+
+
+def _over_blocks(
+    ax: Axes,
+    blocks: list[str],
+    rows: Sequence[Any],
+    series: Mapping[str, str],
+    *,
+    logarithmic: bool = True,
+    names: int = 24,
+) -> None:
+    """Draw some fields of the rows, with their labels, over the blocks, of which so many are named."""
+    for i, (field, label) in enumerate(series.items()):
+        values = np.array([float(getattr(row, field)) for row in rows])
+        values = np.where(np.isfinite(values) & ((values > 0) | (not logarithmic)), values, np.nan)
+        style: dict[str, Any] = {"color": COLOURS[i], "marker": "o", "markersize": 3.6, "linewidth": 1.4}
+        ax.plot(np.arange(len(rows)), values, label=label, linestyle=DASHES[i % len(DASHES)], **style)
+    if logarithmic:
+        ax.set_yscale("log")
+    ax.axhline(1 if logarithmic else 0, color="0.6", linewidth=0.7)
+    ax.legend(frameon=False, fontsize=8)
+    every = max(1, math.ceil(len(rows) / names))
+    ax.set_xticks(range(0, len(rows), every), blocks[::every], rotation=60, ha="right", fontsize=7.5)

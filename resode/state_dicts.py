@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
 from torch import Tensor, nn
 
@@ -17,6 +17,12 @@ class WeightsMismatch(ValueError, RuntimeError):
 
 class Checked(nn.Module):
     """A module whose `load_state_dict` changes nothing unless everything fits."""
+
+    def __init_subclass__(cls) -> None:
+        """Types of `forward` as they are and not as text, which a pickled graph of torch.fx cannot hold."""
+        forward = cls.__dict__.get("forward")
+        if forward is not None:
+            forward.__annotations__.update(get_type_hints(forward))
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

@@ -58,18 +58,22 @@ def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def records_text(kind: type, records: Iterable[Any]) -> str:
-    """Dataclass objects of one kind as comma-separated values, under their fields' names."""
-    names = [field.name for field in fields(kind)]
-    return csv_text(names, ([getattr(record, name) for name in names] for record in records))
+    """Dataclass objects as comma-separated values, under the fields' names, complex ones' _real and _imag."""
+    columns: dict[str, tuple[str, str]] = {}
+    for field in fields(kind):
+        parts = ("real", "imag") if field.type in (complex, "complex") else ("",)
+        columns |= {f"{field.name}_{part}".rstrip("_"): (field.name, part) for part in parts}
+    cells = list(columns.values())
+    rows = ([_part(getattr(record, name), part) for name, part in cells] for record in records)
+    return csv_text(list(columns), rows)
+
+
+def _part(value: Any, part: str) -> Any:
+    return getattr(complex(value), part) if part else value
 
 
 def read_csv(path: str | Path) -> tuple[list[str], list[dict[str, str]]]:
-    """The columns' names of a table, and its rows by them.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: a row is longer or shorter than the others, or it is no table.
-    """
+    """The columns' names of a table, and its rows by them; a ValueError where rows are of several lengths."""
     with open(path, newline="", encoding="utf-8") as file:
         try:
             columns, *rows = [row for row in csv.reader(file, strict=True) if row] or [[]]
@@ -81,37 +85,23 @@ def read_csv(path: str | Path) -> tuple[list[str], list[dict[str, str]]]:
     return columns, [dict(zip(columns, row, strict=True)) for row in rows]
 
 
-def read_records(
-    kind: type[Row],
-    path: str | Path,
-    rename: Mapping[str, str] | None = None,
-    added: Mapping[str, Any] | None = None,
-) -> list[Row]:
+def read_records(kind: type[Row], path: str | Path, added: Mapping[str, Any] | None = None) -> list[Row]:
     """What `records_text` wrote, as objects again; fields are str, int, float, bool, or these or None.
 
-    Args:
-        kind: the dataclass.
-        path: the file.
-        rename: today's names of columns that older files call otherwise.
-        added: values for the columns that older files lack, all of these or none.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: other columns, or a cell that is none of its column.
+    Other columns, or a cell that is none of its column, are a ValueError; older files may lack all `added`.
     """
-    rename, added, hints = rename or {}, added or {}, get_type_hints(kind)
-    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    hints, names = get_type_hints(kind), [field.name for field in fields(kind)]  # type: ignore[arg-type]
     columns, rows = read_csv(path)
-    has = [rename.get(column, column) for column in columns]
-    if has not in (names, [name for name in names if name not in added]):
+    added = added or {}
+    if columns not in (names, [name for name in names if name not in added]):
         raise ValueError(f"its columns must be {', '.join(names)}, and are {', '.join(columns) or 'none'}")
     found = []
     for number, row in enumerate(rows, 1):
         try:
-            values = {name: _value(text, hints[name]) for name, text in zip(has, row.values(), strict=True)}
+            values = {name: _value(text, hints[name]) for name, text in row.items()}
+            found.append(kind(**{**added, **values}))
         except (KeyError, ValueError) as error:
             raise ValueError(f"row {number}: {', '.join(row.values())} ({error})") from None
-        found.append(kind(**{**added, **values}))
     return found
 
 

@@ -85,7 +85,7 @@ def warned(fields: Iterable[nn.Module]) -> Iterator[None]:
     watch, hooks = _Watch(), []
 
     def before(module: nn.Module, args: Any) -> None:
-        watch.start(args[0] if args else None)
+        watch.start(args[-1] if args else None)  # of (t, x) the state
 
     for i, module in enumerate(fields):
 

@@ -12,11 +12,12 @@ import numpy as np
 from PIL import Image
 
 from resode.training.data import cifar
+from resode.training.data.cifar_tables import CIFARS, COARSE_OF_FINE
 
 
-def load(path):
+def load(path, name="cifar10"):
     """Decodes without a cache."""
-    return cifar.decode(cifar.find_source(path))
+    return cifar.decode(cifar.find_source(path, CIFARS[name]), CIFARS[name])
 
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -127,6 +128,7 @@ MAKERS = {
     "tar": lambda path, files: make_tar(path / "c.tar", files),
     "tar.xz": lambda path, files: make_tar(path / "c.tar.xz", files, "w:xz"),
     "tar.gz": lambda path, files: make_tar(path / "c.tar.gz", files, "w:gz"),
+    "tar.bz2": lambda path, files: make_tar(path / "c.tar.bz2", files, "w:bz2"),
     "tgz": lambda path, files: make_tar(path / "c.tgz", files, "w:gz"),
     "zip": lambda path, files: make_zip(path / "c.zip", files),
     "folder": lambda path, files: make_folder(path / "c", files),
@@ -140,7 +142,19 @@ LAYOUTS = {
     "pictures in another order": lambda: dict(reversed(png_files().items())),
     "pictures and rubbish": lambda: {
         "README.md": b"read me", "__MACOSX/train/cat/._0000.png": b"x", "train/.DS_Store": b"x",
-        "train/labels.csv": b"1", "train/dog/Thumbs.db": b"x", **png_files(), "other/cat.png": b"x",
+        "train/labels.csv": b"1", "train/dog/thumbs.DB": b"x", "test/cat/Desktop.ini": b"x",
+        "train/@eaDir/cat/1.png": b"x", "train/ship/@EADIR/1.png": b"x", **png_files(), "other/cat.png": b"x",
+    },
+    "pictures below two folders": lambda: {f"a/b/{name}": data for name, data in png_files().items()},
+    "pictures in Train/ and val/": lambda: {
+        name.replace("train", "Train").replace("test", "val"): data for name, data in png_files().items()
+    },
+    "pictures in numbered folders": lambda: {
+        name.replace(f"/{c}/", f"/{i}/"): data for i, c in enumerate(CLASSES)
+        for name, data in png_files().items() if f"/{c}/" in name
+    },
+    "pictures in groups": lambda: {
+        name.replace("/ship/", "/vehicles/Ship/"): data for name, data in png_files().items()
     },
     "binary": binary_files,
     "binary below its folder": lambda: {
@@ -160,6 +174,12 @@ LAYOUTS = {
     "python 2": lambda: {
         f"cifar-10-batches-py/{name}": content for name, content in python_files(python2_dump).items()
     },
+    "python with tuples": lambda: python_files(
+        lambda batch: pickle.dumps({**batch, b"labels": tuple(batch[b"labels"])})
+    ),
+    "python with arrays": lambda: python_files(
+        lambda batch: pickle.dumps({**batch, b"labels": np.array(batch[b"labels"])})
+    ),
     "python in columns": lambda: python_files(
         lambda batch: pickle.dumps({**batch, b"data": np.asfortranarray(batch[b"data"])})
     ),
@@ -190,3 +210,38 @@ class Call:
 
 def md5(content):
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def hundred_labels(count):
+    """Fine and coarse labels of CIFAR-100: every class in turn, and its group."""
+    fine = np.arange(count) % 100
+    return fine, np.array(COARSE_OF_FINE)[fine]
+
+
+@functools.cache
+def hundred_files(version, coarse_shift=0):
+    """CIFAR-100's official files with 200 training and 100 test images."""
+    files = {}
+    for name, count in (("train", 200), ("test", 100)):
+        fine, coarse = hundred_labels(count)
+        coarse = (coarse + coarse_shift) % 20
+        images = np.random.default_rng(count).integers(0, 256, (count, 3072), dtype=np.uint8)
+        records = np.column_stack((coarse, fine, images)).astype(np.uint8)
+        files[f"cifar-100-binary/{name}.bin" if version == "binary" else f"cifar-100-python/{name}"] = (
+            records.tobytes()
+            if version == "binary"
+            else pickle.dumps(
+                {b"data": images, b"fine_labels": fine.tolist(), b"coarse_labels": coarse.tolist()}, 2
+            )
+        )
+    return files
+
+
+def kaggle_files(edit=lambda lines: lines):
+    """Kaggle's layout: numbered pictures, a table of their labels, and pictures that nobody labelled."""
+    images, labels = arrays("train")
+    order = np.random.default_rng(0).permutation(len(labels))
+    lines = ["id,label", *(f"{i},{CLASSES[labels[k]]}" for i, k in enumerate(order, start=1))]
+    pictures = {f"train/{i}.png": encode(images[k]) for i, k in enumerate(order, start=1)}
+    unread = {"test/1.png": b"unread", "sampleSubmission.csv": b"id,label\n1,cat\n"}
+    return {**pictures, **unread, "trainLabels.csv": "\n".join(edit(lines)).encode()}, order

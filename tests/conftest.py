@@ -1,16 +1,19 @@
 """Tests hold for other draws too: RESODE_SEED_SHIFT=K adds 1000·K to every seed given to torch and numpy.
 
-What is shifted is the library's own seeds as well as the tests'. Child processes keep theirs, and so do doctests,
-which print what they draw: `RESODE_SEED_SHIFT=3 pytest tests`.
+What is shifted is the library's own seeds as well as the tests'. Child processes keep theirs, and so do doctests and
+the pages' examples, which print what they draw: `RESODE_SEED_SHIFT=3 pytest tests`.
 """
 
 import os
 
 import numpy as np
+import pytest
 import torch
 
 collect_ignore = ["clinic"]  # networks without tests, of the name of a benchmark
 
+AS_WRITTEN = {(torch, "manual_seed"): torch.manual_seed, (torch, "Generator"): torch.Generator}
+AS_WRITTEN |= {(np.random, "default_rng"): np.random.default_rng}
 SHIFT = 1000 * int(os.environ.get("RESODE_SEED_SHIFT", "0"))
 
 
@@ -25,6 +28,13 @@ def shift_seeds() -> None:
     torch.manual_seed = lambda seed: seed_all(seed + SHIFT)
     torch.Generator = Shifted
     np.random.default_rng = lambda seed=None: rng(seed + SHIFT if isinstance(seed, int) else seed)
+
+
+@pytest.fixture
+def seeds_as_written(monkeypatch):
+    """No shift, for what stands printed with the draw that it shows."""
+    for (module, name), own in AS_WRITTEN.items():
+        monkeypatch.setattr(module, name, own)
 
 
 if SHIFT:

@@ -1,18 +1,22 @@
 """Containers that are truncated, damaged or made to attack are refused, with the member named."""
 
+import bz2
 import gzip
+import io
 import lzma
 import struct
 import tarfile
 import time
 import zipfile
 
+import numpy as np
 import pytest
 from cifar_files import LAYOUTS, MAKERS, arrays, encode, load, make_tar, make_zip, png_files, without
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resode.training.data import archives, cifar
+from resode.training.data.cifar_tables import CIFARS
 from resode.training.data.datasets import DataError
 
 
@@ -57,12 +61,12 @@ def test_a_damaged_header_is_no_end(tmp_path):
         load(path)
 
 
-@pytest.mark.parametrize("container", ["tar.xz", "tar.gz"])
+@pytest.mark.parametrize("container", ["tar.xz", "tar.gz", "tar.bz2"])
 def test_checksums_at_the_end_are_compared(container, tmp_path):
     """The tar is whole after its end mark, but the checksum of what was unpacked comes last."""
     path = MAKERS[container](tmp_path, png_files())
     content = bytearray(path.read_bytes())
-    content[-8 if container == "tar.gz" else -40] ^= 1
+    content[{"tar.gz": -8, "tar.xz": -40, "tar.bz2": -3}[container]] ^= 1
     path.write_bytes(content)
     with pytest.raises(DataError, match="truncated, damaged"):
         load(path)
@@ -88,7 +92,7 @@ def test_damage_gives_data_or_a_data_error(draw, packed):
     broken = path.with_name("broken")
     broken.write_bytes(content)
     try:
-        decoded = cifar.decode(broken)
+        decoded = cifar.decode(broken, CIFARS["cifar10"])
     except DataError:
         return
     assert decoded.train_images.shape[1:] == (3, 32, 32)
@@ -117,7 +121,12 @@ def test_links_and_devices_are_refused(name, kind, tmp_path):
             info.type, info.linkname, info.size = kind, "/etc/passwd", 0
 
     path = make_tar(tmp_path / "c.tar", {name: b"", **without(png_files(), name)}, edit=edit)
-    with pytest.raises(DataError, match=f"{name!r}, a link, device or sparse file"):
+    why = (
+        "points outside the archive"
+        if kind == tarfile.LNKTYPE
+        else f"{name!r}, a symbolic link, device or sparse"
+    )
+    with pytest.raises(DataError, match=why):
         load(path)
 
 
@@ -157,7 +166,7 @@ def raw_header(name, kind, size):
         (tarfile.XHDTYPE, -512, "read to its end"),
     ],
 )
-@pytest.mark.parametrize("packed", [open, gzip.open, lzma.open])
+@pytest.mark.parametrize("packed", [open, gzip.open, lzma.open, bz2.open])
 def test_sizes_in_tar_headers_are_not_believed(kind, size, message, packed, tmp_path):
     with packed(tmp_path / "c.tar", "wb") as file:
         file.write(raw_header("big", kind, size) + bytes(10240))
@@ -184,3 +193,73 @@ def test_a_zip_that_lies_about_sizes(tmp_path):
     path.write_bytes(path.read_bytes().replace(struct.pack("<I", 20 << 20), struct.pack("<I", 10)))
     with pytest.raises(DataError, match=r"could not be read to its end"):
         load(path)
+
+
+def linked(path, links, mode="w"):
+    """The pictures, and links as (name, what it points to, kind)."""
+    with tarfile.open(path, mode) as tar:
+        for name, content in png_files().items():
+            if name not in [link[0] for link in links]:
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        for name, target, kind in links:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            tar.addfile(info)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["w", "w:xz", "w:bz2"])
+def test_hard_links_inside_a_tar_are_their_files(mode, tmp_path):
+    """What a tar of a deduplicated folder holds; a link to a link is the same file."""
+    one, two, three = "train/cat/0015.png", "train/cat/0016.png", "test/cat/0006.png"
+    found = load(
+        linked(tmp_path / "c", [(one, two, tarfile.LNKTYPE), (three, "./" + one, tarfile.LNKTYPE)], mode)
+    )
+    want, _ = arrays("train")
+    assert np.array_equal(found.train_images[15], want[16]) and np.array_equal(
+        found.train_images[16], want[16]
+    )
+    assert np.array_equal(found.test_images[6], want[16]) and len(found.train_labels) == 50
+
+
+@pytest.mark.parametrize(
+    ("target", "kind", "message"),
+    [
+        ("../../cat.png", tarfile.LNKTYPE, "'../../cat.png', which points outside"),
+        ("/etc/passwd", tarfile.LNKTYPE, "'/etc/passwd', which points outside"),
+        (
+            "train/cat/9999.png",
+            tarfile.LNKTYPE,
+            "'train/cat/0015.png', a link to 'train/cat/9999.png', no file",
+        ),
+        (
+            "train/cat/0015.png",
+            tarfile.LNKTYPE,
+            "'train/cat/0015.png', a link to 'train/cat/0015.png', no file",
+        ),
+        ("../dog/0025.png", tarfile.SYMTYPE, "'train/cat/0015.png', a symbolic link"),
+    ],
+)
+def test_links_that_leave_the_archive_are_refused(target, kind, message, tmp_path):
+    with pytest.raises(DataError, match=f"plain files and folders below its own root.*{message}"):
+        load(linked(tmp_path / "c.tar", [("train/cat/0015.png", target, kind)]))
+
+
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [
+        (b"7z\xbc\xaf'\x1c", "a 7z archive"),
+        (b"Rar!\x1a\x07", "a RAR archive"),
+        (b"(\xb5/\xfd\x04\x00", "packed with zstd"),
+        (b"PAR1\x15\x04", "a Parquet table"),
+        (b"\x89HDF\r\n", "an HDF5 file"),
+        (b"\x93NUMPY", "a NumPy array"),
+        (b"MATLAB 5.0", "a MATLAB file"),
+    ],
+)
+def test_formats_that_are_not_read_are_called_by_name(start, kind, tmp_path):
+    (tmp_path / "c").write_bytes(start + bytes(600))
+    with pytest.raises(DataError, match=f"is {kind}, which is not read. Unpack it"):
+        load(tmp_path / "c")

@@ -213,7 +213,7 @@ def test_learned_steps_of_channels_and_of_either_sign():
     stack.step_sizes.data[:] = torch.tensor([0.5, 1.5, 3.0])
     (group,) = block_limits(stack, x, ["euler"])
     row = group.rows[0]
-    assert group.steps == [1.0] and row.amplification == pytest.approx(2.0) and not row.inside
+    assert group.steps == [1.0] and row.amplification == pytest.approx(2.0) and not row.within
     assert row.decaying_step == pytest.approx(2 / 3)
     stack = ResidualStack([Decay()], learn_step=True, step_size=-1.0)
     (group,) = block_limits(stack, x, ["euler"])
@@ -235,7 +235,7 @@ def test_large_states_without_the_jacobian():
     assert row.step == pytest.approx(float(dense.step.min()), rel=1e-4)
     if row.exact:
         assert row.decaying_step == pytest.approx(float(dense.decaying_step.min()), rel=1e-4)
-    assert row.inside == (row.decaying_step >= 0.5)
+    assert row.within == (row.decaying_step >= 0.5)
 
 
 # -- while it trains -----------------------------------------------------------------------------
@@ -393,7 +393,7 @@ def test_the_penalty_brings_a_network_inside():
         penalty(stack, x).backward()
         optimizer.step()
     rows = [row for s in block_limits(stack, x, ["euler"]) for row in s.rows]
-    assert before > 1.5 and all(row.amplification - 1 <= 0.01 * (before - 1) and row.inside for row in rows)
+    assert before > 1.5 and all(row.amplification - 1 <= 0.01 * (before - 1) and row.within for row in rows)
     assert stack.training
 
 

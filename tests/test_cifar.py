@@ -16,6 +16,9 @@ from cifar_files import (
     assert_all_there,
     binary_files,
     encode,
+    hundred_files,
+    hundred_labels,
+    kaggle_files,
     load,
     make_tar,
     md5,
@@ -27,6 +30,7 @@ from cifar_files import (
 from PIL import Image
 
 from resode.training.data import cifar
+from resode.training.data.cifar_tables import CIFARS, COARSE_OF_FINE
 from resode.training.data.datasets import DataError
 
 
@@ -54,7 +58,7 @@ def test_jpegs_are_decoded_as_pillow_does_and_named(tmp_path):
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA"])
 def test_other_modes_become_rgb(mode, tmp_path):
-    """The alpha channel is left out; grey becomes three equal channels."""
+    """Grey becomes three equal channels; the alpha channel is opaque here."""
     with Image.open(io.BytesIO(png_files()["train/cat/0015.png"])) as original:
         picture = original.convert(mode)
     found = load(
@@ -67,13 +71,13 @@ def test_other_modes_become_rgb(mode, tmp_path):
 
 
 def test_a_transparent_palette_becomes_rgb_without_a_warning(tmp_path):
-    """Pillow warns when a palette with alpha per colour becomes RGB at once."""
+    """Pillow warns when a palette with alpha per colour becomes RGB at once; 128/255 of it are on white."""
     picture = Image.new("P", (32, 32), 1)
     picture.putpalette([9, 9, 9, 10, 20, 30])
     out = io.BytesIO()
     picture.save(out, "PNG", transparency=bytes([0, 128]))
     found = load(make_tar(tmp_path / "c.tar", {**png_files(), "train/cat/0015.png": out.getvalue()}))
-    assert found.train_images[15, :, 0, 0].tolist() == [10, 20, 30]
+    assert found.train_images[15, :, 0, 0].tolist() == [132, 137, 142]
 
 
 BIG = Image.new("RGB", (64, 48))
@@ -101,27 +105,34 @@ WRONG = {
     "class missing": (without(png_files(), "test/ship"), r"test/ must hold.*has none of ship"),
     "no test pictures": (without(png_files(), "test/"), r"test/ must hold.*none of airplane, automobile"),
     "unknown class": (pictures_and("train/lion/1.png", b"x"), r"'train/lion/1.png'.*in 'lion'"),
-    "capital class": (pictures_and("train/Cat/1.png", b"x"), r"in 'Cat'"),
     "wrong size": (pictures_and("train/cat/b.png", encode(BIG)), r"32x32.*'train/cat/b.png'.*is 64x48"),
     "unreadable": (pictures_and("test/dog/b.jpg", b"no picture"), r"'test/dog/b.jpg'.*could not be read"),
     "cut picture": (
         pictures_and("test/dog/b.png", encode(arrays("test")[0][0])[:900]),
         r"'test/dog/b.png'.*could not be read",
     ),
-    "other format": (pictures_and("test/dog/b.png", encode(SMALL, "GIF")), r"must be a JPEG or PNG"),
-    "16 bits": (
-        pictures_and("test/dog/b.png", encode(Image.new("I;16", (32, 32)), mode="I;16")),
-        r"mode is 'I;16'",
+    "other format": (
+        pictures_and("test/dog/b.png", encode(SMALL, "GIF")),
+        r"'test/dog/b.png'.*as a PNG or JPEG",
     ),
-    "CMYK": (pictures_and("test/dog/b.jpg", encode(SMALL, "JPEG", "CMYK")), "mode is 'CMYK'"),
     "no picture's name": (pictures_and("test/dog/b.webp", b"x"), r"'test/dog/b.webp'.*something else"),
-    "no class folder": (pictures_and("train/b.png", b"x"), r"train/<class>/, not at 'train/b.png'"),
-    "too deep": (pictures_and("train/cat/more/b.png", b"x"), r"not at 'train/cat/more/b.png'"),
+    "no class folder": (pictures_and("train/b.png", b"x"), r"without class folders .*'train/b.png'"),
+    "no class folder of tests": (
+        pictures_and("test/b.png", b"x"),
+        r"test/<class>/, not at 'test/b.png'",
+    ),
+    "too deep": (pictures_and("train/cat/dog/b.png", b"x"), r"not at 'train/cat/dog/b.png'"),
+    "too deep by far": (pictures_and("train/a/b/cat/b.png", b"x"), r"not at 'train/a/b/cat/b.png'"),
+    "two test folders": (pictures_and("val/cat/b.png", encode(SMALL)), r"has test/ and val/"),
+    "names and numbers": (
+        {name.replace("train/cat", "train/3"): data for name, data in png_files().items()},
+        "pictures in numbered folders in the top folder .* and pictures in the top",
+    ),
     "two roots": (
         pictures_and("more/train/cat/b.png", encode(SMALL)),
-        r"one data set; it holds pictures in 'more' and",
+        r"one data set; it holds pictures in more \('more/train/cat/b.png'\) and pictures in the",
     ),
-    "two kinds": ({**png_files(), **binary_files()}, r"binary in the top folder and pictures in the top"),
+    "two kinds": ({**png_files(), **binary_files()}, r"binary in the top folder .* and pictures in the top"),
     "foreign": (
         {"setup.py": b"x", "pkg/test/test_a.py": b"x"},
         r"neither pictures nor batches|No CIFAR-10 was found",
@@ -136,7 +147,7 @@ WRONG = {
     "tests missing": (without(python_files(), "test"), r"lacks test_batch"),
     "cut batch": (binary_and("data_batch_2.bin", bytes(30729)), r"3073.*has 30,729, 9 records and 3072"),
     "empty batch": (binary_and("data_batch_2.bin", b""), r"has 0, 0 records and 0"),
-    "label 10": (binary_and("test_batch.bin", b"\x0a" + bytes(3072)), r"0 to 9.*has 10.*CIFAR-100"),
+    "label 10": (binary_and("test_batch.bin", b"\x0a" + bytes(3072)), r"0 to 9.*has 10.*another data set"),
     "a list": (pickled_test_batch([1]), r"pickled dictionary, not list"),
     "no data": (pickled_test_batch({b"labels": [1]}), r"uint8 array.*has none"),
     "another shape": (pickled_test_batch({b"data": BLACK[:, :3], b"labels": [1]}), r"has uint8 \(1, 3\)"),
@@ -145,8 +156,14 @@ WRONG = {
         r"has int32 \(1, 3072\)",
     ),
     "floats": (pickled_test_batch({b"data": BLACK / 1, b"labels": [1]}), r"dtype 'f8', not of whole numbers"),
-    "fine labels": (pickled_test_batch({b"data": BLACK, b"fine_labels": [1]}), r"labels, a list of whole"),
-    "labels of text": (pickled_test_batch({b"data": BLACK, b"labels": ["1"]}), r"labels, a list of whole"),
+    "fine labels": (
+        pickled_test_batch({b"data": BLACK, b"fine_labels": [1]}),
+        r"labels, a list, tuple or array of whole",
+    ),
+    "labels of text": (
+        pickled_test_batch({b"data": BLACK, b"labels": ["1"]}),
+        r"labels, a list, tuple or array of whole",
+    ),
     "other count": (pickled_test_batch({b"data": BLACK, b"labels": [1, 2]}), r"has 2 and 1"),
     "no images": (pickled_test_batch({b"data": BLACK[:0], b"labels": []}), r"has 0 and 0"),
     "negative label": (pickled_test_batch({b"data": BLACK, b"labels": [-1]}), r"0 to 9.*has -1"),
@@ -247,8 +264,8 @@ def test_every_cut_of_a_pickle_is_refused(tmp_path):
     cuts = [*range(200), *range(200, len(whole) - 20, 500), *range(len(whole) - 20, len(whole))]
     for cut in cuts:
         with pytest.raises(DataError):
-            cifar._python_batch(whole[:cut], "here")
-    assert cifar._python_batch(whole, "here")[1].tolist() == [7]
+            cifar._python_batch(whole[:cut], "here", CIFARS["cifar10"])
+    assert cifar._python_batch(whole, "here", CIFARS["cifar10"])[1].tolist() == [7]
 
 
 @pytest.mark.parametrize(
@@ -258,6 +275,8 @@ def test_official_archives_must_have_the_published_sum(name, files, tmp_path, mo
     assert cifar.PUBLISHED_MD5 == {
         "cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530",
         "cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a",
+        "cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8",
+        "cifar-100-python.tar.gz": "eb9058c3a382ffc7106e4002c42a8d85",
     }
     path = make_tar(tmp_path / name, files(), "w:gz")
     found = md5(path.read_bytes())
@@ -265,3 +284,88 @@ def test_official_archives_must_have_the_published_sum(name, files, tmp_path, mo
         load(tmp_path)
     monkeypatch.setitem(cifar.PUBLISHED_MD5, name, found)
     assert_all_there(load(tmp_path))
+
+
+@pytest.mark.parametrize("version", ["binary", "python"])
+@pytest.mark.parametrize("container", ["tar.gz", "folder"])
+def test_cifar_100_by_its_fine_and_its_coarse_labels(version, container, tmp_path):
+    path = MAKERS[container](tmp_path, hundred_files(version))
+    fine, coarse = load(path, "cifar100"), load(path, "cifar100_coarse")
+    want = hundred_labels(200)
+    assert np.array_equal(fine.train_labels, want[0]) and np.array_equal(coarse.train_labels, want[1])
+    assert np.array_equal(fine.train_images, coarse.train_images)
+    assert fine.test_images.shape == (100, 3, 32, 32)
+    rows = np.random.default_rng(200).integers(0, 256, (200, 3072), dtype=np.uint8)
+    assert np.array_equal(fine.train_images.reshape(200, -1), rows)
+    assert (fine.title, coarse.title) == ("CIFAR-100", "CIFAR-100, 20 classes")
+    with pytest.raises(DataError, match=r"No CIFAR-10 was found|neither pictures nor batches of CIFAR-10"):
+        load(path)
+
+
+def test_cifar_100s_tables():
+    """The groups give torchvision's well-known list of coarse labels, whose first ten are these."""
+    fine, coarse = CIFARS["cifar100"], CIFARS["cifar100_coarse"]
+    assert (len(fine.classes), len(coarse.classes)) == (100, 20)
+    assert COARSE_OF_FINE[:10] == (4, 1, 14, 8, 0, 6, 7, 7, 18, 3)
+    assert [COARSE_OF_FINE.count(label) for label in range(20)] == [5] * 20
+    assert fine.label_of("Sweet-Pepper") == fine.classes.index("sweet_pepper") == 83
+    assert (
+        coarse.label_of("wolf") == coarse.label_of("large carnivores") == 8 and coarse.label_of("20") is None
+    )
+
+
+def test_coarse_labels_must_be_those_of_the_fine_ones(tmp_path):
+    path = make_tar(tmp_path / "c.tar", hundred_files("binary", coarse_shift=1))
+    with pytest.raises(DataError, match=r"those of the fine ones' groups: 'cifar-100-binary/train.bin'"):
+        load(path, "cifar100")
+
+
+def test_pictures_of_cifar_100_in_their_groups(tmp_path):
+    picture = next(iter(png_files().values()))
+    kind = CIFARS["cifar100"]
+    groups = [CIFARS["cifar100_coarse"].classes[label] for label in COARSE_OF_FINE]
+    files = {
+        f"{split}/{group}/{name}/1.png": picture
+        for split in ("train", "test")
+        for group, name in zip(groups, kind.classes, strict=True)
+    }
+    path = make_tar(tmp_path / "c.tar", files)
+    assert load(path, "cifar100").train_labels.tolist() == list(range(100))
+    assert load(path, "cifar100_coarse").test_labels.tolist() == sorted(COARSE_OF_FINE)
+
+
+@pytest.mark.parametrize("container", ["tar.bz2", "zip", "folder"])
+def test_kaggles_training_pictures_with_every_fifth_held_out(container, tmp_path):
+    """Five pictures a class: by number the fifth of each is the test."""
+    files, order = kaggle_files()
+    found = load(MAKERS[container](tmp_path, files))
+    images, labels = arrays("train")
+    for label in range(10):
+        numbered = [k for k in order if labels[k] == label]
+        got = found.train_images[found.train_labels == label]
+        assert np.array_equal(got, images[numbered[:4]])
+        assert np.array_equal(found.test_images[found.test_labels == label][0], images[numbered[4]])
+    assert found.title == "CIFAR-10 (Kaggle's training pictures, every fifth held out)"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda lines: lines[:-1], "one line for each picture.*1 picture without a label, such as '50'"),
+        (lambda lines: [*lines, "51,cat", "52,cat"], "2 labels without a picture, such as '51'"),
+        (lambda lines: [*lines[:-1], "50,lion"], r"line 51 is '50,lion'"),
+        (lambda lines: [*lines, "50,cat"], r"line 52 is '50,cat'"),
+        (lambda lines: ["name,class", *lines[1:]], "the columns id and label"),
+        (lambda lines: [line.replace("cat", "dog") for line in lines], "has none of cat there"),
+    ],
+)
+def test_labels_that_do_not_fit_kaggles_pictures_are_refused(edit, message, tmp_path):
+    files, _ = kaggle_files(edit)
+    with pytest.raises(DataError, match=message):
+        load(make_tar(tmp_path / "c.tar", files))
+
+
+def test_loose_pictures_without_a_table_are_refused(tmp_path):
+    files, _ = kaggle_files()
+    with pytest.raises(DataError, match=r"not at 'train/1.png'.*no trainLabels.csv"):
+        load(make_tar(tmp_path / "c.tar", without(files, ".csv")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
@@ -13,10 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
-from resode.cli import app
+from resode.cli import app, terminal
 from resode.tableaus import METHODS
 
 
@@ -189,8 +191,8 @@ def test_piped_output_is_whole_and_plain(run):
         assert "…" not in output.replace("… has", "") and "\x1b" not in output
         assert all(line == line.rstrip() for line in output.splitlines())
     rows = columns(output)
-    assert rows[2][:2] == ["dopri5", "-"] and rows[2][-1] == "adaptive"
-    assert float(rows[2][-2]) >= 7 * 6, "at least one step of six stages in each block"
+    assert rows[2][:2] == ["dopri5", "own"]
+    assert float(rows[2][-1]) >= 7 * 6, "at least one step of six stages in each block"
 
 
 # A run
@@ -291,16 +293,32 @@ def test_swap_lists_and_takes_explicit_methods_alone(run):
         assert "gauss4" not in result.output
 
 
+@pytest.mark.parametrize("width", [80, 56, 50, 40, 20])
+def test_no_terminal_is_too_narrow_for_digits(width, monkeypatch):
+    """Names are folded, numbers never; where even these do not fit, the terminal wraps the line."""
+    text = io.StringIO()
+    screen = Console(file=text, width=width, force_terminal=True, color_system=None)
+    monkeypatch.setattr(terminal, "console", lambda: screen)
+    rows = [["midpoint", "2", "may lose", "48.00", "99.00", "0.904", "148.3"], ["own", *"1234567"[1:]]]
+    terminal.table(["solver", "steps", "forecast", "accuracy %", "recalibrated %", "drift", "F calls"], rows)
+    lines = text.getvalue().splitlines()
+    assert [" ".join(line.split()) for line in lines[-2:]] == [" ".join(row) for row in rows]
+    assert width < 45 or max(map(len, lines)) <= width
+
+
 def test_swap_table_and_figure(run):
     """The trained solver's row is the run's own accuracy, with no drift and 7 calls of F."""
     result = resode("swap", run, "--solvers", "euler,rk4", "--substeps", "1,2")
     assert result.exit_code == 0, result.output
-    rows = {tuple(row[:2]): row for row in columns(result.output) if row[0] in METHODS}
-    assert list(rows) == [("euler", "1"), ("euler", "2"), ("rk4", "1"), ("rk4", "2")]
+    rows = {tuple(row[:2]): row for row in columns(result.output) if row[0].rstrip("*") in METHODS}
+    assert list(rows) == [("euler*", "1"), ("euler", "2"), ("rk4", "1"), ("rk4", "2")]
     summary = json.loads((run / "summary.json").read_text())
     accuracy = f"{100 * summary['test_accuracy']:.2f}"
-    assert rows["euler", "1"][2:4] == ["keeps", accuracy]
-    assert rows["euler", "1"][5:] == ["0.000", "7", "1, trained"]
+    assert rows["euler*", "1"][2:4] == ["keeps", accuracy]
+    assert rows["euler*", "1"][5:] == ["0.000", "7"] and "* as trained" in result.output
+    assert "Distance from an ODE" in result.output and "layer1.0.fields.0" in result.output
+    blocks = list(csv.DictReader((run / "figures" / "swap-blocks.csv").read_text().splitlines()))
+    assert len(blocks) == 7 and all(float(row["distance"]) > 0 for row in blocks)
     assert [rows[key][6] for key in (("euler", "2"), ("rk4", "1"), ("rk4", "2"))] == ["14", "28", "56"]
     stored = list(csv.DictReader((run / "figures" / "swap.csv").read_text().splitlines()))
     assert [row["solver"] for row in stored] == ["euler", "euler", "rk4", "rk4"]

@@ -29,7 +29,8 @@ from cifar_files import (
 
 from resode.training.data import cifar
 from resode.training.data import datasets as data
-from resode.training.data.datasets import DATASETS, DataError, load_data
+from resode.training.data.cifar_tables import Cifar
+from resode.training.data.datasets import DATASETS, DataError, ImageData, load_data
 
 
 @pytest.fixture(autouse=True)
@@ -78,8 +79,8 @@ def test_digits_are_split_stratified_and_scaled():
 
 
 def test_names_and_options_that_mean_nothing_are_refused(tmp_path):
-    assert DATASETS == ("digits", "cifar10")
-    with pytest.raises(DataError, match="one of digits, cifar10: got 'mnist'"):
+    assert DATASETS == ("digits", "cifar10", "cifar100", "cifar100_coarse")
+    with pytest.raises(DataError, match="one of digits, cifar10, cifar100, cifar100_coarse: got 'mnist'"):
         load_data("mnist")
     with pytest.raises(DataError, match="neither data_dir nor download"):
         load_data("digits", tmp_path)
@@ -168,7 +169,7 @@ def test_download_fetches_once_and_checks(server, tmp_path, monkeypatch):
     www, url, requests = server
     name = "cifar-10-binary.tar.gz"
     path = make_tar(www / name, binary_files(), "w:gz")
-    monkeypatch.setattr(data, "BINARY_URL", f"{url}/{name}")
+    monkeypatch.setattr(Cifar, "url", f"{url}/{name}")
     target = tmp_path / "new" / "folder"
     with pytest.raises(DataError, match="must have the published MD5"):
         load_data("cifar10", target, download=True)
@@ -191,7 +192,7 @@ def test_a_download_that_fails_leaves_nothing(server, tmp_path, monkeypatch):
         (f"{url}/cut", "IncompleteRead|published MD5"),
         ("http://127.0.0.1:9/x", "URLError"),  # nobody listens on the discard port
     ]:
-        monkeypatch.setattr(data, "BINARY_URL", address)
+        monkeypatch.setattr(Cifar, "url", address)
         with pytest.raises(DataError, match=message):
             load_data("cifar10", tmp_path / "d", download=True)
         assert list((tmp_path / "d").iterdir()) == []
@@ -199,7 +200,7 @@ def test_a_download_that_fails_leaves_nothing(server, tmp_path, monkeypatch):
 
 def test_download_leaves_a_damaged_archive_to_its_owner(tmp_path, monkeypatch):
     """An archive that was passed by path is read, never replaced."""
-    monkeypatch.setattr(data, "BINARY_URL", "http://127.0.0.1:9/x")
+    monkeypatch.setattr(Cifar, "url", "http://127.0.0.1:9/x")
     (tmp_path / "c.tar").write_bytes(b"x")
     with pytest.raises(DataError, match="read to its end"):
         load_data("cifar10", tmp_path / "c.tar", download=True)
@@ -209,7 +210,7 @@ def test_download_leaves_a_damaged_archive_to_its_owner(tmp_path, monkeypatch):
 def decodings(monkeypatch):
     """The sources that were decoded, in order."""
     found, decode = [], cifar.decode
-    monkeypatch.setattr(cifar, "decode", lambda source: found.append(source) or decode(source))
+    monkeypatch.setattr(cifar, "decode", lambda source, kind: found.append(source) or decode(source, kind))
     return found
 
 
@@ -322,3 +323,20 @@ def test_the_real_archive(monkeypatch):
     assert found.std == pytest.approx([0.2470, 0.2435, 0.2616], abs=4e-3)
     monkeypatch.setattr(cifar, "decode", None)  # the second time it comes from the cache
     assert torch.equal(found.train_images, load_data("cifar10").train_images)
+
+
+def test_an_image_data_takes_arrays_lists_and_tuples():
+    images = np.zeros((2, 1, 4, 4), np.uint8)
+    ways = [(0, 1), [0, 1], np.array([0, 1], np.uint8), np.array([0, 1]), torch.tensor([0, 1])]
+    for labels in ways:
+        found = ImageData("mine", "Mine", images, labels, images, labels, ("a", "b"), (0.0,), (1.0,))
+        assert found.train_labels.dtype == torch.int64 and found.test_labels.tolist() == [0, 1]
+        assert found.train_images.dtype == torch.uint8
+    with pytest.raises(TypeError, match="train labels must be an int64 tensor: got list"):
+        ImageData("mine", "Mine", images, ["a", "b"], images, [0, 1], ("a", "b"), (0.0,), (1.0,))
+    with pytest.raises(ValueError, match=r"test labels must be 0 to 1.*got 0 to 2"):
+        ImageData("mine", "Mine", images, [0, 1], images, [0, 2], ("a", "b"), (0.0,), (1.0,))
+    with pytest.raises(
+        ValueError, match=r"every class of the test images must be among the training.* of b there"
+    ):
+        ImageData("mine", "Mine", images, [0, 0], images, [0, 1], ("a", "b"), (0.0,), (1.0,))

@@ -74,12 +74,16 @@ def test_euler_without_damping_grows():
     ("name", "low", "high"),
     [
         ("plain relu layers, gain 0.9", 0, 1e-40),
-        ("plain relu layers, gain 1 (He)", 0, 1e-6),
+        ("plain relu layers, gain 1 (He)", 0, 1e-2),
         ("plain relu layers, gain 1.1", 1e20, float("inf")),
         ("the antisymmetric fields as plain layers", 0, 1e-100),
     ],
 )
 def test_a_thousand_plain_layers_vanish_or_explode(name, low, high):
+    """ln‖x‖² gains 2 ln(gain) − 5/2n ± √(5/n) a layer of n = 64 relus: 10^(1000 lg(gain) − 8.5 ± 1.9) over all.
+
+    The bounds are three standard deviations or more away.
+    """
     ratios = through(name)
     for what in ("state", "gradient"):
         assert low <= ratios[what][0] <= ratios[what][1] <= high, what

@@ -15,7 +15,7 @@ from resode import ODEBlock, ResidualStack, profile_depth
 from resode.analysis import product_norm, reordering_study, step_scan
 from resode.analysis.depth.alignment import class_means
 from resode.analysis.depth.gradients import split_gradient
-from resode.analysis.depth.lesion import mean_loss, run_edited
+from resode.analysis.depth.lesion import evaluated, run_edited
 from resode.analysis.depth.tracing import trace
 from resode.networks import build
 
@@ -418,7 +418,7 @@ def test_lesions_are_the_network_without_the_block():
             torch.testing.assert_close(
                 run_edited(model, x, [(additions[i], 0.5)]), half(x), rtol=1e-4, atol=1e-4
             )
-    assert mean_loss(model, x, target, batch_size=3) == pytest.approx(mean_loss(model, x, target), rel=1e-5)
+    assert evaluated(model, x, target, size=3)[0] == pytest.approx(evaluated(model, x, target)[0], rel=1e-5)
 
 
 def test_lesion_of_torchvisions_in_place_addition():
@@ -442,11 +442,11 @@ def test_reordering_and_the_critical_step():
     found = reordering_study(stack, x, target)
     assert [(s.first, s.second) for s in found] == [(0, 1), (1, 2), (0, 2)]
     other = ResidualStack([fields[1], fields[0], fields[2]], step_size=0.2).double().eval()
-    assert found[0].loss == pytest.approx(mean_loss(other, x, target), rel=1e-12)
+    assert found[0].loss == pytest.approx(evaluated(other, x, target)[0], rel=1e-12)
     assert [id(f) for f in stack.fields] == before
     scan = step_scan(stack, x, target, (1.0, 2.0))
     longer = ResidualStack(fields, step_size=0.4).double().eval()
-    assert scan.losses[1] == pytest.approx(mean_loss(longer, x, target), rel=1e-12)
+    assert scan.losses[1] == pytest.approx(evaluated(longer, x, target)[0], rel=1e-12)
 
 
 # -- products of Jacobians ---------------------------------------------------------------------------
@@ -534,6 +534,20 @@ def test_a_head_that_reads_the_last_state_is_no_activation():
         assert [row.after for row in profile.rows] == [expected]
     pooled = nn.Sequential(Block(nn.Identity()), nn.AdaptiveAvgPool1d(1)).eval()
     assert profile_depth(pooled, torch.randn(2, 3), spectra=0).rows[0].after == ""
+
+    def afters(*layers):
+        return [
+            row.after
+            for row in profile_depth(nn.Sequential(*layers).eval(), torch.randn(2, 3), spectra=0).rows
+        ]
+
+    def head():
+        return nn.LayerNorm(3), nn.Linear(3, 2)
+
+    assert afters(Block(nn.Identity()), Block(nn.Identity()), *head()) == ["", ""]
+    assert afters(Block(nn.LayerNorm(3)), Block(nn.LayerNorm(3)), *head()) == 2 * ["NativeLayerNorm"]
+    between = afters(Block(nn.Identity()), nn.ReLU(), Block(nn.Identity()), nn.ReLU(), nn.Linear(3, 2))
+    assert between == ["Relu", ""], "the second is the head's"
 
 
 def test_random_masks_of_ones_own_are_refused():

@@ -164,11 +164,27 @@ def test_shortcuts_that_reach_the_gain_alone():
     assert depth_step(nn.Sequential(nn.Linear(2, 2), Wider()), torch.ones(1, 2)) == 0
 
 
+def test_states_that_no_gain_is_measured_at():
+    """Weights of nan once led to a search of a thousand halvings, and the answer 0."""
+    bad = nn.Linear(2, 2)
+    nn.init.constant_(bad.weight, math.nan)
+    x, good = torch.ones(3, 2), ResidualStack(nn.Linear(2, 2), depth=2)
+    for model in (ResidualStack(bad, depth=2), nn.Sequential(ResidualStack(bad, depth=2), nn.Linear(2, 2))):
+        with pytest.raises(ValueError, match="infinite or nan whatever the step"):
+            depth_step(model, x)
+    with pytest.raises(ValueError, match="infinite or nan"):
+        depth_step(good, x / 0)
+    with pytest.raises(TypeError, match="int64"):
+        depth_step(good, x.long())
+    with pytest.raises(ValueError, match="at least one sample"):
+        depth_step(good, x[:0])
+
+
 def test_arguments():
     stack = ResidualStack(linear([[1.0]]), depth=2)
     x = torch.ones(1, 1, dtype=D)
     for gain in (1.0, -2, math.inf, "10", True):
-        with pytest.raises(ValueError, match="gain must be a number above 1"):
+        with pytest.raises(ValueError, match="gain must be"):
             depth_step(stack, x, gain)
     with pytest.raises(ValueError, match="no residual block"):
         depth_step(nn.Sequential(nn.Linear(1, 1)), torch.ones(1, 1))

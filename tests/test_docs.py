@@ -100,6 +100,7 @@ def elsewhere(tmp_path, monkeypatch):
     assert torch.get_default_dtype() == dtype
 
 
+@pytest.mark.usefixtures("seeds_as_written")
 @pytest.mark.parametrize("page", WITH_CODE, ids=name)
 def test_examples_run_and_print_what_the_page_says(page, capsys):
     assert len(blocks(page)) == page.read_text().count("```python"), "a block is not written as the others"

@@ -107,6 +107,17 @@ def test_an_event_at_the_start_ends_there():
             lambda t, y: y, scalar([1.0]), scalar([0.3, 1.0]), event_fn=lambda t, y: y - 1, **options
         )
         assert t.item() == 0.3 and y.tolist() == [[1.0], [1.0]]
+        y0 = scalar([1.0], requires_grad=True)  # y' = y reaches 1 at t0 − ln y0, now or a little later
+        t, _ = odeint_event(lambda t, y: y, y0, scalar(0.3), event_fn=lambda t, y: y - 1, **options)
+        assert t.item() == 0.3 and torch.autograd.grad(t, y0)[0].item() == pytest.approx(-1, abs=1e-9)
+
+
+def test_a_start_so_late_that_1_is_below_its_rounding():
+    late = torch.tensor(1e9)
+    for back in (False, True):
+        t, _ = odeint_event(lambda t, y: torch.ones_like(y) / 1e9, torch.zeros(1), late, reverse_time=back,
+                            event_fn=lambda t, y: y.abs() - 1)  # fmt: skip
+        assert t.item() == pytest.approx(0 if back else 2e9, abs=1e3)
 
 
 def test_an_event_that_only_knows_its_sign_and_an_event_in_time():

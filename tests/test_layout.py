@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "checks": set(),
     "tables": {"checks"},
     "modes": set(),
+    "symbols": set(),
     "whole_blocks": {"checks"},
     "tableaus": set(),
     "formulas": set(),
@@ -28,8 +29,9 @@ MAY_IMPORT = {
     "analysis": {"tableaus", "stability", "jacobian", "solve", "blocks", "formulas"},
     "plots": {"tableaus", "stability"},
     "training": {"networks", "analysis", "blocks", "solve", "jacobian", "stability", "tableaus", "plots"},
+    "__main__": {"cli"},
 }
-EVERYWHERE = {"checks", "tables", "modes", "whole_blocks"}  # import nothing of resode but checks
+EVERYWHERE = {"checks", "tables", "modes", "symbols", "whole_blocks"}  # import nothing of resode but checks
 ON_TOP = {"cli", "__init__"}  # may import everything
 LAZY = {"analysis": {"plots"}}  # inside a function only: a result's .plot()
 QUESTIONS = ["steps", "depth", "rest", "diagnose", "swap"]  # of analysis; each may import those before it

@@ -30,6 +30,13 @@ def block(channels: int = 8, damping: float = 0.0, seed: int = 0, dtype=torch.fl
     return (lambda x: field(x) - damping * x) if damping else field
 
 
+def decaying(channels: int, x: torch.Tensor):
+    """Such a field with every mode at these states left of −0.2, whatever is drawn."""
+    bare = block(channels)
+    c = 0.2 + float(torch.linalg.eigvals(jacobian(bare, x)).real.max())
+    return lambda x: bare(x) - c * x
+
+
 def state(*shape: int, seed: int = 1, dtype=torch.float64) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
@@ -43,17 +50,18 @@ def linear(matrix: torch.Tensor):
 
 
 @pytest.mark.parametrize("solver", ["euler", "rk4"])
-@pytest.mark.parametrize("damping", [0.0, 1.3])
-def test_convolutional_blocks(solver, damping):
+@pytest.mark.parametrize("damped", [False, True])
+def test_convolutional_blocks(solver, damped):
     """288 states, more than a Krylov space has: the limit within 1e-6, growing modes or not."""
-    field, x = block(8, damping), state(3, 8, 6, 6)
+    x = state(3, 8, 6, 6)
+    field = decaying(8, x) if damped else block(8)
     dense = step_limit(field, x, solver=solver)
     free = step_limit(field, x, solver=solver, matrix_free=True)
     assert free.converged.all()
     torch.testing.assert_close(free.step, dense.step, rtol=1e-6, atol=0)
     torch.testing.assert_close(free.limiting_eigenvalue, dense.limiting_eigenvalue, rtol=1e-3, atol=1e-6)
     known = free.decaying_converged
-    assert known.all() or (solver == "euler" and damping == 0)
+    assert known.all() or (solver == "euler" and not damped)
     torch.testing.assert_close(free.decaying_step[known], dense.decaying_step[known], rtol=1e-6, atol=0)
     assert (free.decaying_step >= 0.99 * dense.decaying_step).all()  # else a bound
     assert (free.residual < 1e-3 * free.limiting_eigenvalue.abs()).all()
@@ -64,8 +72,8 @@ def test_convolutional_blocks(solver, damping):
 def test_far_from_normal():
     """Channel scales over three decades leave the eigenvalues, and make the condition large."""
     scale = torch.logspace(0, 3, 8, dtype=torch.float64)[:, None, None]
-    inner = block(8, 1.3)
     x = state(1, 8, 6, 6)
+    inner = decaying(8, x)
     plain = step_limit(inner, x, solver="rk4")
     free = step_limit(lambda x: scale * inner(x / scale), x * scale, solver="rk4", matrix_free=True)
     assert free.converged.all()
@@ -84,7 +92,10 @@ def test_clusters(width):
 
 def test_a_contraction_limit():
     """Where μ₂ < 0: by Lanczos on R(hJ)ᵀR(hJ), against the dense matrix's."""
-    field, x = block(4, 2.0), state(1, 4, 6, 6)
+    bare, x = block(4), state(1, 4, 6, 6)
+    j = jacobian(bare, x)[0]
+    c = 0.5 + float(torch.linalg.eigvalsh((j + j.T) / 2).max())
+    field = lambda x: bare(x) - c * x  # noqa: E731
     for solver in ("euler", "midpoint"):
         dense = step_limit(field, x, solver=solver)
         free = step_limit(field, x, solver=solver, matrix_free=True)
@@ -101,7 +112,8 @@ def test_growth_budget():
 
 def test_samples_in_parts(monkeypatch):
     """Memory for one sample at a time gives what memory for all gives."""
-    field, x = block(4, 1.0), state(3, 4, 8, 8)
+    x = state(3, 4, 8, 8)
+    field = decaying(4, x)
     whole = max_stable_step(field, x, matrix_free=True)
     monkeypatch.setattr(outer, "MEMORY", 200 * x[0].numel() * 8)
     torch.testing.assert_close(max_stable_step(field, x, matrix_free=True), whole, rtol=1e-6, atol=0)
@@ -109,7 +121,8 @@ def test_samples_in_parts(monkeypatch):
 
 def test_a_small_space_restarts(monkeypatch):
     """With 40 vectors the space is cut back again and again, and the limit is the same."""
-    field, x = block(8, 1.0), state(2, 8, 6, 6)
+    x = state(2, 8, 6, 6)
+    field = decaying(8, x)
     whole = step_limit(field, x)
     monkeypatch.setattr(outer, "SPACE", 40)
     small = step_limit(field, x, matrix_free=True)
@@ -118,11 +131,21 @@ def test_a_small_space_restarts(monkeypatch):
 
 
 def test_large_states_are_sketched():
-    """4,608 entries in float32, where vectors are sketched: λ and its mirror image in the transposed field."""
-    field, x = block(8, 1.0, dtype=torch.float32), state(2, 8, 24, 24, dtype=torch.float32)
-    limit = step_limit(field, x, solver="rk4")
-    assert limit.converged.all() and (limit.error < 1e-4).all()
-    tight = max_stable_step(block(8, 1.0), x.double(), solver="rk4", rtol=1e-7)
+    """4,608 entries in float32, where vectors are sketched: λ and its mirror image in the transposed field.
+
+    One mode stands out, decaying faster than the others, so that the search ends whatever is drawn.
+    """
+    x = state(2, 8, 24, 24)
+    q = state(*x.shape[1:], seed=2)
+    q = q / q.norm()
+
+    def with_a_fast_mode(dtype: torch.dtype):
+        inner, fast = block(8, 2.0, dtype=dtype), q.to(dtype)
+        return lambda x: inner(x) - 4 * (x * fast).sum((1, 2, 3), keepdim=True) * fast
+
+    limit = step_limit(with_a_fast_mode(torch.float32), x.float(), solver="rk4")
+    assert limit.converged.all() and (limit.step > 0).all() and (limit.error < 1e-4).all()
+    tight = max_stable_step(with_a_fast_mode(torch.float64), x, solver="rk4", rtol=1e-7)
     torch.testing.assert_close(limit.step.double(), tight, rtol=1e-4, atol=0)
 
 
@@ -256,7 +279,8 @@ def test_in_place_relu():
 
 
 def test_channels_last():
-    field, x = block(4, 1.0), state(2, 4, 8, 8)
+    x = state(2, 4, 8, 8)
+    field = decaying(4, x)
     plain = max_stable_step(field, x, matrix_free=True)
     last = x.to(memory_format=torch.channels_last)
     assert not last.is_contiguous()
@@ -373,7 +397,7 @@ def test_what_has_no_limit_is_refused():
     assert step_limit(torch.neg, x[:, :4].bfloat16()).step.tolist() == [2.0, 2.0, 2.0]
     with pytest.raises(ValueError, match="matrix_free must be"):
         step_limit(torch.neg, x, matrix_free="yes")
-    with pytest.raises(ValueError, match="rtol must be a number"):
+    with pytest.raises(ValueError, match="rtol must be"):
         step_limit(torch.neg, x, rtol="tight")
 
 
@@ -393,12 +417,16 @@ def test_a_contraction_limit_where_no_eigenvalue_converges():
 
 
 def test_no_convergence_within_the_budget():
-    """A warning, `converged` False, and an upper bound."""
-    field, x = block(8, 1.0), state(1, 8, 6, 6)
+    """A warning, `converged` False, and an upper bound or the word that there is none yet."""
+    x = state(1, 8, 6, 6)
+    field = decaying(8, x)
     with pytest.warns(RuntimeWarning, match="no convergence within 10 products in 1 of 1 samples"):
         limit = step_limit(field, x, solver="rk4", matrix_free=True, budget=10)
-    assert not limit.converged.any() and "not converged" in str(limit)
-    assert (limit.step >= 0.99 * max_stable_step(field, x, solver="rk4")).all()
+    assert not limit.converged.any() and "not converged" in str(limit).lower()
+    if limit.error.isinf():
+        assert "no bound" in str(limit)
+    else:
+        assert limit.step >= 0.99 * max_stable_step(field, x, solver="rk4")
 
 
 def test_growing_modes_of_a_large_state_are_a_lower_bound():

@@ -223,3 +223,30 @@ def test_a_tableau_of_ones_own():
     own = ButcherTableau("own", a=((0, 0), (Fraction(1, 2), 0)), b=(0, 1), c=(0, Fraction(1, 2)), order=2)
     for tree in trees(4):
         assert modified_coefficient(own, tree) == modified_coefficient("midpoint", tree)
+
+
+class Timed(nn.Module):
+    """F(t, x) = tanh(Wx) + cos 3t: a field that takes the depth time."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, t, x):
+        return torch.tanh(self.linear(x)) + torch.cos(3 * t)
+
+
+@pytest.mark.parametrize(("solver", "order", "slope"), [("euler", 1, 2), ("euler", 2, 3), ("midpoint", 1, 3)])
+def test_fields_of_time_and_state(solver, order, slope):
+    """Their F̃ holds derivatives in time, too, or the drift would fall at the method's own order."""
+    field, drifts = Timed(0).double(), []
+    x = torch.randn(2, 3, dtype=D)
+    for n in (8, 16):
+        stack = ResidualStack(field, depth=n, step_size=1 / n, solver=solver)
+        drifts.append(float((stack(x) - modified_field(stack, order).flow(x)).detach().norm()))
+    assert math.log2(drifts[0] / drifts[1]) == pytest.approx(slope, abs=0.15)
+    with pytest.raises(TypeError, match="g\\(t, x\\)"):
+        modified_field(stack)(x)
+    distance = distance_from_ode(stack, x)
+    assert distance.shape == (16, 2) and bool((distance > 0).all())

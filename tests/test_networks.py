@@ -1,6 +1,7 @@
 """Networks: published counts and names, the papers' formulas, the ODE-ResNet's identity, and refusals."""
 
 import copy
+import dataclasses
 import math
 import pickle
 from functools import partial
@@ -15,6 +16,9 @@ from resode.fields import MLPField
 from resode.networks import (
     FAMILIES,
     NETWORKS,
+    CifarResNet,
+    ImageNetPreActResNet,
+    ImageNetResNet,
     PlainMLP,
     ResidualMLP,
     StochasticDepth,
@@ -23,6 +27,7 @@ from resode.networks import (
     build,
     preact_names,
 )
+from resode.networks.common import IMAGENET
 from resode.networks.resnet import BasicBlock, PlainBlock, PreActBlock
 
 EVERY_KIND = [
@@ -86,10 +91,67 @@ def randomize_norms(model):
         ("resnet50", {}, 25_557_032),
         ("resnet101", {}, 44_549_160),
         ("resnet152", {}, 60_192_808),
+        ("wide_resnet50_2", {}, 68_883_240),
+        ("wide_resnet101_2", {}, 126_886_696),
+        ("resnext50_32x4d", {}, 25_028_904),
+        ("resnext101_32x8d", {}, 88_791_336),
+        ("resnext101_64x4d", {}, 83_455_272),
     ],
 )
 def test_published_parameter_counts(name, options, count):
     assert NETWORKS[name].parameter_count(**options) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("resnet18d", 11.71), ("resnet26d", 16.01), ("resnet34d", 21.82), ("resnet50d", 25.58),
+        ("resnet101d", 44.57), ("resnet152d", 60.21), ("resnet200d", 64.69), ("seresnet18", 11.78),
+        ("seresnet34", 21.96), ("seresnet50", 28.09), ("seresnet101", 49.33), ("seresnet152", 66.82),
+        ("resnetv2_50", 25.55), ("resnetv2_101", 44.54), ("resnetv2_50d", 25.57),
+    ],
+)  # fmt: skip
+def test_timms_published_counts_to_two_decimals(name, millions):
+    """As in timm's table of results."""
+    assert round(NETWORKS[name].parameter_count() / 1e6, 2) == millions
+
+
+def test_resnet26_says_which_network_it_is():
+    """12 blocks of a CIFAR network here, 8 bottlenecks of an ImageNet network in timm."""
+    with pytest.warns(
+        UserWarning, match=r"resnet26 is the network for small images .*ImageNetResNet\(26\)"
+    ) as seen:
+        with torch.device("meta"):
+            assert isinstance(build("resnet26"), CifarResNet)
+    assert seen[0].filename == __file__
+    with torch.device("meta"):
+        assert sum(p.numel() for p in ImageNetResNet(26).parameters()) == 15_995_176  # timm: 16.00 M
+
+
+def test_grouped_and_wide_bottlenecks_have_the_published_channels():
+    with torch.device("meta"):
+        grouped, wide = build("resnext50_32x4d").layer2[0].conv2, build("wide_resnet50_2").layer2[0].conv2
+    assert (grouped.in_channels, grouped.groups) == (256, 32) and (wide.in_channels, wide.groups) == (256, 1)
+    with pytest.raises(ValueError, match="networks of 18 and 34 layers have none: got 2 and 64"):
+        build("resnet18", cardinality=2)
+    with pytest.raises(ValueError, match=r"a pre-activation network .* cannot do without"):
+        build("resnetv2_18", shortcut="none")
+    with pytest.raises(ValueError, match=r"18, 26, 34, 50, 101, 152, 200 layers: got 20"):
+        ImageNetResNet(20)
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18d", "resnetv2_18", "resnetv2_26d", "seresnet18", "resnext50_32x4d"]
+)
+def test_cost_of_imagenet_variants_is_what_a_run_counts(name):
+    from resode.analysis import count
+
+    if name == "resnetv2_26d":
+        model = ImageNetPreActResNet(26, style=dataclasses.replace(IMAGENET, stem="deep", shortcut="D"))
+    else:
+        model = build(name)
+    counted, formula = count(model.eval(), torch.zeros(1, 3, 65, 65)), model.cost((3, 65, 65))
+    assert (counted.parameters, counted.macs) == (formula.parameters, formula.macs)
 
 
 def test_other_counts_follow_from_the_published_ones():
@@ -506,7 +568,14 @@ def test_every_name_listed_builds():
 
 @pytest.mark.parametrize(
     ("name", "blocks"),
-    [("resnet26", 12), ("plain14", 6), ("preact26", 12), ("preact173", 57), ("preact158", 78)],
+    [
+        ("resnet14", 6),
+        ("resnet32", 15),
+        ("plain14", 6),
+        ("preact26", 12),
+        ("preact173", 57),
+        ("preact158", 78),
+    ],
 )
 def test_any_depth_of_the_rule_exists(name, blocks):
     with torch.device("meta"):

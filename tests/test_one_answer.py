@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from torch import nn
 
@@ -15,6 +16,7 @@ from resode.analysis import classify
 from resode.analysis.steps.block_limits import block_limits
 from resode.jacobian.matrices import evened
 from resode.jacobian.spectrum import SpectrumOptions, spectrum
+from resode.stability.limits import rounding
 from resode.stability.spectra import limits
 from tests.benchmarks.one_answer import ALLOWED, Attention, Skewed, Symmetric, every_way, matrices
 
@@ -138,6 +140,32 @@ def test_eigenvalues_on_a_circle(kind, solver):
     assert found.normal.all()
     assert truth * (1 - 1e-4) <= float(limit.step) <= 1.2 * truth
     assert not limit.converged.any() and "≤" in str(limit)
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_a_mode_beside_the_axis_gives_a_bound(free):
+    """λ = −rτ ± iω, r < 3, in float32: Euler's limit is 2rτ/|λ|², not 0, and what is said is not below it.
+
+    0 stands for at most 1e-4/‖J‖, the accuracy sought. The eigenvectors are orthonormal, or of condition 2.
+    """
+    rng, n, near = np.random.default_rng(0), 60, []
+    for case in range(20):
+        lam = -rng.uniform(0.2, 1, n // 2) + 1j * rng.uniform(0.05, 1, n // 2)
+        lam[0] = -rounding(n, 2.0**-23) * rng.uniform(0.02, 3) + 1j * rng.uniform(0.02, 0.3)
+        v = np.eye(n) + case % 2 * 0.3 * rng.normal(size=(n, n)) / n**0.5
+        v = np.linalg.qr(rng.normal(size=(n, n)))[0] @ v
+        rotations = scipy.linalg.block_diag(*([[z.real, z.imag], [-z.imag, z.real]] for z in lam))
+        j = v @ rotations @ np.linalg.inv(v)
+        norm = np.linalg.norm(j, 2)
+        truth = float((-2 * lam.real / np.abs(lam) ** 2).min())
+        limit = of(torch.as_tensor(j, dtype=torch.float32)) if free else step_limit(j.astype(np.float32))
+        step = float(limit.step)
+        if limit.converged:
+            assert step == pytest.approx(truth, rel=1e-3) or (step == 0 and truth * norm <= 1e-4)
+        else:
+            assert step >= truth * (1 - 1e-3) and "≤" in str(limit)
+            near.append(step / truth)
+    assert len(near) > 5 and min(near) < 1.5, "some of the bounds are those of the mode itself"
 
 
 def test_no_space_is_needed_for_small_circles():

@@ -36,6 +36,10 @@ def driven(t, y):
     return van_der_pol(t, y, 2.0) + push
 
 
+def driven_float(t, y):
+    return driven(t.double(), y.double()).float()
+
+
 def own_times(n):
     """Starts and spans of their own; one interval of length 0, and outputs that repeat."""
     start, span = uniform(n, seed=1), uniform(n, low=0.0, high=4.0, seed=2)
@@ -83,6 +87,23 @@ def test_compiled_steps_take_own_times():
     y0, t = uniform(5, 2, low=-2, high=2), own_times(5)
     kw = dict(per_sample=True, rtol=1e-6, atol=1e-6)
     assert torch.allclose(odeint(driven, y0, t, compile=True, **kw), odeint(driven, y0, t, **kw), atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo's own look at times
+@pytest.mark.parametrize("kw", [dict(n_steps=3), dict(step_size=0.4)], ids=str)
+@pytest.mark.parametrize("dtype, tol", [(DOUBLE, 1e-12), (torch.float32, 1e-5)])
+def test_compiled_fixed_steps_take_own_times_too(kw, dtype, tol, monkeypatch):
+    """A fall back to eager steps would warn, which is an error here."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, fullgraph=True, backend="eager"))
+    t, found = own_times(5).to(dtype), []
+    for compile in (True, False):
+        y0, moved = uniform(5, 2, low=-2, high=2).to(dtype).requires_grad_(), t.clone().requires_grad_()
+        y, stats = odeint(driven_float if dtype == torch.float32 else driven, y0, moved, method="rk4", per_sample=True,
+                          compile=compile, return_stats=True, **kw)  # fmt: skip
+        assert y.dtype == dtype
+        found.append((y.detach(), *torch.autograd.grad(y.square().sum(), (y0, moved)), stats.nfe))
+    assert all(torch.allclose(a, b, rtol=0, atol=100 * tol) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("way", [dict(rtol=1e-9, atol=1e-9), dict(method="rk4", n_steps=50)], ids=name)

@@ -136,7 +136,7 @@ def test_what_is_done_to_images_is_said(tmp_path):
     assert found.notes == (
         "1 image was brought from 16 to 8 bits.",
         "2 images were grey, and went in as three equal colours.",
-        "1 image was taken without their transparency.",
+        "1 image was laid on white where it is transparent.",
         "1 image was resized to 6×4, with other proportions.",
     )
     single = write_run(tmp_path / "grey", (1, 4, 6), classes=["bright", "other"])

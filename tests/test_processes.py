@@ -157,7 +157,7 @@ def test_torchrun_starts_the_command(tmp_path):
         "--nproc-per-node",
         "2",
         "-m",
-        "resode.cli",
+        "resode",
         "train",
     ]
     settings = ["--recipe", "smoke", "--updates", "2", "--option", "norm=group", "--run-dir", "run"]

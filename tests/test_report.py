@@ -223,7 +223,7 @@ def test_report_in_a_browser_on_a_phones_screen(page, tmp_path):
         capture_output=True, text=True, timeout=120, check=True,
     ).stdout  # fmt: skip
     width, scroll, pictures, boxes, count = re.search(r'data-probe="([^"]*)"', dom)[1].split()
-    assert int(scroll) <= int(width) <= 412 and (pictures, boxes, count) == ("true", "true", "4")
+    assert int(scroll) <= int(width) <= 412 and (pictures, boxes, count) == ("true", "true", "5")
     shot = tmp_path / "shot.png"
     subprocess.run(
         [*common, "--window-size=500,2400", "--hide-scrollbars", f"--screenshot={shot}", f"file://{quote(str(page))}"],

@@ -175,7 +175,7 @@ def test_highway_mixes_by_its_gate(options, shape):
     [
         (lambda: PadShortcut(32, 16), "32 in, 16 out. Use a projection"),
         (lambda: make_shortcut("A", 32, 16, 2), "cannot drop channels"),
-        (lambda: PadShortcut(4, 8, zeros="before"), "'around' or 'behind'"),
+        (lambda: PadShortcut(4, 8, zeros="before"), "one of around, behind"),
         (lambda: PadShortcut(4, 8, 0), "stride must be"),
         (lambda: ProjectionShortcut(0, 8), "in_channels must be"),
         (lambda: make_shortcut("E", 4, 8), "A, B, C, D, gated, input_gated; got 'E'"),

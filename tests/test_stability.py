@@ -367,7 +367,7 @@ def test_growth_budget():
         1.01 ** (1 / 50) - 1, rel=1e-12
     )
     for bad in ((0, 0.1), (10, -1.0), (2.5, 0.1), (10, math.inf)):
-        with pytest.raises(ValueError, match="growth is"):
+        with pytest.raises(ValueError, match="of growth="):
             eigenvalue_step_limit([1j], growth=bad)
     with pytest.raises(TypeError, match="growth is a pair"):
         eigenvalue_step_limit([1j], growth=0.1)

@@ -226,7 +226,7 @@ def test_stochastic_depth_inside_a_field_holds_its_mask_through_the_block(solver
     assert set(values.flatten().tolist()) == {0.0, 2.0}
     block = ODEBlock(Autonomous(field), solver=solver, n_steps=3)
     assert set(block(torch.zeros(64, 1)).round(decimals=5).flatten().tolist()) == {0.0, 2.0}
-    assert field[1].held is None
+    assert field[1].masks is None
     assert torch.allclose(stack.eval()(torch.zeros(2, 1)), torch.ones(2, 1))
 
 

@@ -146,6 +146,7 @@ def _models():
     yield ODEBlock(Autonomous(ConvField(4, norm="group")), solver="rk4", n_steps=2), x
 
 
+@pytest.mark.usefixtures("seeds_as_written")
 def test_two_processes_have_the_gradients_of_one(tmp_path):
     """DDP averages them; the mean loss over two halves of a batch is the whole's.
 

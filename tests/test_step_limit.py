@@ -420,7 +420,7 @@ def test_transient_growth_that_overflows_is_infinite():
 
 
 def test_transient_growth_arguments():
-    with pytest.raises(ValueError, match="step_size must be positive"):
+    with pytest.raises(ValueError, match="step_size must be above 0"):
         transient_growth([[1.0]], 0.0)
     with pytest.raises(ValueError, match="n_steps"):
         transient_growth([[1.0]], 0.1, n_steps=0)

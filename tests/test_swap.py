@@ -10,6 +10,7 @@ from torch import nn
 
 from resode import ResidualStack
 from resode.analysis.swap.report import SwapReport, SwapRow, swap_report
+from resode.blocks.statistics import measure_statistics
 
 
 def classifier(solver="euler", norm=False):
@@ -96,7 +97,10 @@ def test_recalibration_uses_the_solvers_own_statistics():
 
 def test_a_generator_is_read_once_and_a_table_and_csv_hold_every_row(tmp_path):
     report = swap_report(classifier(), ((X, labels_of(0.1)) for _ in range(1)), ("euler", "heun2"), (1, 3))
-    assert len(str(report).splitlines()) == 6 and "as trained" in str(report).splitlines()[1]
+    lines = str(report).splitlines()
+    assert (
+        "as trained" in lines[1] and [line.split()[0] for line in lines[1:5]] == ["euler"] * 2 + ["heun2"] * 2
+    )
     report.to_csv(tmp_path / "swap.csv")
     rows = list(csv.DictReader((tmp_path / "swap.csv").read_text().splitlines()))
     assert [(r["solver"], r["substeps"]) for r in rows] == [
@@ -112,6 +116,11 @@ def test_a_generator_is_read_once_and_a_table_and_csv_hold_every_row(tmp_path):
     [
         (nn.Linear(1, 2), [(X, labels_of(1))], {}, "this model holds none"),
         (classifier(), [], {}, "no batches"),
+        (classifier(), X, {}, r"a tensor \(1,\)"),
+        (classifier(), [(X, labels_of(1)[:, None])], {}, r"labels \(32, 1\)"),
+        (classifier(norm=True), [(X, labels_of(1))], {"recalibrate": []}, "recalibrate gave no batches"),
+        (classifier(norm=True), [(X, labels_of(1))], {"recalibrate": [X]}, "recalibrate must give batches"),
+        (classifier(norm=True), [(X, labels_of(1))], {"recalibrate": [(torch.ones(4, 3), torch.zeros(4))]}, r"\(3,\) a"),
         (classifier(), [(X, labels_of(1))], {"solvers": ["rk5"]}, "unknown method 'rk5'"),
         (classifier(), [(X, labels_of(1))], {"solvers": ["radau5"]}, "implicit"),
         (classifier(), [(X, labels_of(1))], {"substeps": [0]}, "at least 1, got 0"),
@@ -215,3 +224,75 @@ def test_tables_of_the_first_version_are_read(tmp_path):
     )
     (found,) = SwapReport.from_csv(tmp_path / "t.csv").rows
     assert (found.accuracy, found.accuracy_recalibrated, found.forecast) == (0.85, 0.8474, "not made")
+
+
+@pytest.mark.parametrize(("solver", "predicted"), [("euler", 0.5 / 2), ("midpoint", 0.5**2 / 6)])
+def test_distance_from_an_ode_by_block(solver, predicted, tmp_path):
+    """x' = −x: the logarithms of 1 + z and of 1 + z + z²/2 are z − z²/2 + … and z − z³/6 + …, at z = −½."""
+    model = classifier(solver=solver)
+    report = swap_report(model, [(X, labels_of(0.1))], (solver, "rk4"), (1,))
+    assert not model[0]._forward_pre_hooks
+    assert [d.block for d in report.distances] == [f"0 block {i}" for i in range(4)]
+    assert [d.distance for d in report.distances] == pytest.approx([predicted] * 4, rel=1e-5)
+    assert report.distances_note == "" and f"{predicted:.2g} on average" in str(report)
+    report.distances_to_csv(tmp_path / "blocks.csv")
+    lines = (tmp_path / "blocks.csv").read_text().splitlines()
+    assert lines[0] == "block,distance" and len(lines) == 5
+    assert len(report.plot().axes) == 3
+
+
+@pytest.mark.parametrize(
+    ("stack", "said"),
+    [
+        (ResidualStack(nn.Linear(2, 2), depth=1, solver="dopri5"), "follows the flow"),
+        (ResidualStack(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), depth=1), "kinks (relu)"),
+    ],
+)
+def test_what_a_distance_cannot_say_is_said(stack, said):
+    report = swap_report(stack, [(torch.randn(4, 2), torch.tensor([0, 1, 0, 1]))], ("euler",), (1,))
+    assert said in report.distances_note and said in report.about_distances()
+    assert bool(report.distances) == (stack.solver != "dopri5")
+    assert len(report.plot().axes) == (3 if report.distances else 2)
+
+
+def test_the_figure_shows_both_accuracies():
+    """Recalibrated and as it is, and each of the two where dopri5 is a level line."""
+    own, other = row("euler", 1, 0.95, 0.95, trained=True), row("rk4", 1, 0.80, 0.90)
+    adaptive = SwapRow("dopri5", None, None, "", 0.7, 0.85, 0.0, None, 0.0, "", 1.0, False)
+    accuracy = SwapReport([own, other, adaptive]).plot().axes[0]
+    shown = sorted({round(float(y)) for line in accuracy.lines for y in line.get_ydata()})
+    assert shown == [70, 80, 85, 90, 95]
+    alone = SwapReport([row("euler", 1, 0.95, None, trained=True)]).plot().axes[0]
+    assert alone.get_title() == "accuracy, %"
+
+
+def test_recalibration_keeps_the_statistics_that_move_the_outputs_least():
+    """Of those at the first evaluation of a block call, as training takes them, and those over all; for the
+    solver as trained the first alone. Measured here by hand."""
+
+    def outputs(model, x, solver, n, every):
+        other = copy.deepcopy(model)
+        other[0].solver, other[0].substeps = solver, n
+        measure_statistics(other, [x], every_evaluation=every)
+        with torch.no_grad():
+            return other(x).double()
+
+    chosen = set()
+    for trained in ("rk4", "euler"):
+        torch.manual_seed(1)
+        fields = [
+            nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Linear(3, 3)) for _ in range(3)
+        ]
+        model = nn.Sequential(ResidualStack(fields, solver=trained), nn.Linear(3, 2)).eval()
+        x, y = torch.randn(40, 3), torch.randint(2, (40,))
+        report = swap_report(model, [(x, y)], ("rk4", "midpoint", "euler"), (1, 2))
+        own = outputs(model, x, trained, 1, False)
+        for found in report.rows:
+            moved = [
+                float((outputs(model, x, found.solver, found.substeps, every) - own).norm() / own.norm())
+                for every in (False, True)
+            ]
+            assert found.drift_recalibrated == pytest.approx(min(moved), rel=1e-4)
+            assert not found.as_trained or found.drift_recalibrated == 0
+            chosen |= {moved.index(min(moved))} if moved[0] != moved[1] else set()
+    assert chosen == {0, 1}, "both ways win somewhere, or this tests one of them"

@@ -50,6 +50,10 @@ def test_the_solver_is_put_back_after_an_error_too():
         (ResidualStack(nn.Linear(2, 2), depth=1), {"choices": [("gauss4", 1)]}, "gauss4"),
         (ResidualStack(nn.Linear(2, 2), depth=1), {"choices": [("euler", 0)]}, "at least 1"),
         (ResidualStack(nn.Linear(2, 2), depth=1), {"start": 1.0}, "below 1"),
+        (ResidualStack(nn.Linear(2, 2), depth=1), {"start": float("nan")}, "finite"),
+        (ResidualStack(nn.Linear(2, 2), depth=1), {"choices": []}, "got none"),
+        (ResidualStack(nn.Linear(2, 2), depth=1), {"choices": ["euler"]}, "pairs"),
+        (ResidualStack(nn.Linear(2, 2), depth=1), {"choices": [("nope", 1)]}, "unknown method"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(network, options, message):
@@ -85,7 +89,8 @@ def test_training_draws_and_leaves_the_networks_own_solver(tmp_path):
 def test_a_swap_costs_nothing_afterwards(tmp_path):
     """Three seeds of odenet20 on digits: what rk4 loses as it is, against the same recipe with Euler alone.
 
-    Measured over ten seeds (docs/results.md): Euler alone loses 4 to 33 points, drawn −0.6 to 1.2.
+    Measured over 25 seeds (ten in docs/results.md): drawn 0.4 ± 1.2 points, of three below 0.4 + 3·1.2/√3 = 2.5;
+    Euler alone 4 to 33. Over fewer epochs single networks still lose 9.
     """
     data = load_data("digits")
     lost = {}
@@ -94,12 +99,12 @@ def test_a_swap_costs_nothing_afterwards(tmp_path):
         for seed in range(3):
             run = train(
                 "odenet20", data, "digits", run_dir=tmp_path / f"{proof}{seed}", progress=False, seed=seed,
-                epochs=8, swap_proof=proof, model_options={"width": 8},
+                epochs=12, swap_proof=proof, model_options={"width": 8},
             )  # fmt: skip
             network = copy.deepcopy(run.network)
             own = score(network, plain_batches(data)).accuracy
             set_solver(network, "rk4", 1)
             lost[proof].append(own - score(network, plain_batches(data)).accuracy)
     drawn, alone = (torch.tensor(lost[proof]) for proof in (True, False))
-    assert drawn.mean() < 0.02
+    assert drawn.mean() < 0.026
     assert alone.mean() > drawn.mean() + 0.02

@@ -25,13 +25,6 @@ def test_records_come_back_to_the_last_digit(tmp_path):
     assert read_records(Row, tmp_path / "t.csv") == ROWS
 
 
-def test_tables_of_older_releases_are_read(tmp_path):
-    """A column renamed since, and one that was not there yet."""
-    (tmp_path / "t.csv").write_text("label,count,value,good\nx,1,0.5,True\n")
-    found = read_records(Row, tmp_path / "t.csv", {"label": "name"}, {"maybe": None})
-    assert found == [Row("x", 1, 0.5, None, True)]
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import gc
 import math
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -502,3 +504,12 @@ def test_honest_fields_hold_their_input():
     ):  # fmt: skip
         step_limit(field, x)
     ResidualStack([inner, f])(x)
+
+
+def test_a_trace_is_freed():
+    """Autograd's graph keeps the hooks that watched it: they may not keep the graph."""
+    found = trace(build("resnet20", width=2).eval(), torch.randn(2, 3, 8, 8))
+    alive = weakref.ref(found.additions[0].y)
+    del found
+    gc.collect()
+    assert alive() is None

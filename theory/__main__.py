@@ -30,8 +30,18 @@ from rich.table import Table
 from theory import seeds, verdict
 from theory.table import COLUMNS, rows
 
-PAGES = {path.stem.split("_")[1].upper(): path for path in sorted(Path(__file__).parent.glob("plot_*_*.py"))}
-"""Claim to page: A1 … C9."""
+
+def _numbered(path: Path) -> tuple[str, int]:
+    """A page's letter and number, so that C10 comes after C9."""
+    claim = path.stem.split("_")[1]
+    return claim[0], int(claim[1:])
+
+
+PAGES = {
+    path.stem.split("_")[1].upper(): path
+    for path in sorted(Path(__file__).parent.glob("plot_*_*.py"), key=_numbered)
+}
+"""Claim to page: A1 … C11."""
 
 NOT_MEASURED = re.compile(r"^.*not measured.*(?:\n  .*)*", flags=re.M)
 """How a page prints what it has no stored results for: a line that says so, commands indented below."""

@@ -13,6 +13,13 @@ from resode.analysis.depth.gradients import (
 )
 from resode.analysis.depth.lesion import Lesion, lesion_study, reordering_study, step_scan
 from resode.analysis.depth.profile import DepthProfile, DepthRow, profile_depth
+from resode.analysis.depth.streams import (
+    DepthAttention,
+    StreamProfile,
+    depth_attention,
+    map_limit,
+    stream_mixing,
+)
 from resode.analysis.diagnose.findings import Finding
 from resode.analysis.diagnose.forecast import Forecast, forecast
 from resode.analysis.diagnose.page import Diagnosis, DiagnosisRow, Training, Whole
@@ -42,6 +49,7 @@ __all__ = [
     "Bifurcation",
     "BoostingAlong",
     "Classification",
+    "DepthAttention",
     "DepthConvergence",
     "DepthProfile",
     "DepthRow",
@@ -55,6 +63,7 @@ __all__ = [
     "ProductNorm",
     "StabilityLoss",
     "StepLimitPenalty",
+    "StreamProfile",
     "Training",
     "TransientGrowth",
     "Whole",
@@ -67,6 +76,7 @@ __all__ = [
     "contraction_step",
     "correction_along",
     "count",
+    "depth_attention",
     "depth_convergence",
     "find_fixed_points",
     "find_several_fixed_points",
@@ -78,6 +88,7 @@ __all__ = [
     "logarithmic_norm",
     "loss_gradient_norms",
     "lyapunov_exponents",
+    "map_limit",
     "max_learning_rate",
     "max_stable_step",
     "operator_norm",
@@ -89,5 +100,6 @@ __all__ = [
     "stability_losses",
     "step_limit",
     "step_scan",
+    "stream_mixing",
     "transient_growth",
 ]

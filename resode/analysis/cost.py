@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from resode.analysis.depth.lesion import unfused_attention
 from resode.analysis.depth.losses import batch_of
 from resode.analysis.depth.tracing import call
 from resode.analysis.depth.watching import tensors_in
@@ -50,18 +50,9 @@ def count(model: nn.Module, x: Any) -> Cost:
         raise ValueError(f"x must be a batch of at least one sample: got {came}.")
     late = getattr(model, "batch_first", True) is False and first.ndim == 3
     batch = first.shape[1] if late else batch_of(x)
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # torch's encoder layers in one call, which counts nothing
-    try:
-        with (
-            evaluating(model),
-            torch.no_grad(),
-            sdpa_kernel(SDPBackend.MATH),  # attention as the matrix products that it is
-            FlopCounterMode(display=False, custom_mapping=_RECURRENT) as counter,
-        ):
-            y = next(tensors_in(call(model, x)))
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+    counter = FlopCounterMode(display=False, custom_mapping=_RECURRENT)
+    with evaluating(model), torch.no_grad(), unfused_attention(), counter:  # what is fused counts nothing
+        y = next(tensors_in(call(model, x)))
     parameters = sum(p.numel() for p in model.parameters())
     shape = (*y.shape[:1], *y.shape[2:]) if late else y.shape[1:]
     return Cost(parameters, round(counter.get_total_flops() / 2 / batch), tuple(shape))

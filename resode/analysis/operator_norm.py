@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from resode.checks import check_number
+from resode.checks import check_number, check_whole
 from resode.jacobian.lanczos import largest
 from resode.jacobian.products import full_precision
 
@@ -123,11 +123,11 @@ class _Bounded(nn.Module):
 def _checked(conv: nn.Module, input_shape: Sequence[int]) -> tuple[int, ...]:
     if not isinstance(conv, (*_CONVOLUTIONS, nn.Linear)):
         raise TypeError(f"an operator norm is that of an nn.Conv or nn.Linear, got {type(conv).__name__}.")
-    shape = tuple(input_shape)
+    shape = tuple(check_whole("a size of input_shape", size, 1) for size in input_shape)
     linear = isinstance(conv, nn.Linear)
     channels, want = (conv.in_features, 1) if linear else (conv.in_channels, conv.weight.ndim - 1)
     place = -1 if linear else 0
-    if len(shape) != want or not all(isinstance(s, int) and s > 0 for s in shape) or shape[place] != channels:
+    if len(shape) != want or shape[place] != channels:
         raise ValueError(
             f"input_shape is that of one input without the batch: {want} sizes, {channels} of them features "
             f"or channels; got {shape}."

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from resode.checks import check_number
+from resode.symbols import one_module
 
 
 def probability(what: str, value: object) -> float:
@@ -48,17 +49,18 @@ class StochasticDepth(nn.Module):
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = probability("p", p)
-        self.held: dict[nn.Module, Tensor] | None = None
+        self.masks: dict[nn.Module, Tensor] | None = None
 
+    @one_module
     def forward(self, residual: Tensor) -> Tensor:
         """F or 0, sample by sample, shape of F."""
         if not self.training or self.p == 0:
             return residual
-        scale = None if self.held is None else self.held.get(self)
+        scale = None if self.masks is None else self.masks.get(self)
         if scale is None or scale.shape[0] != residual.shape[0]:
             scale = draw_scale(self.p, residual)
-            if self.held is not None:
-                self.held[self] = scale
+            if self.masks is not None:
+                self.masks[self] = scale
         return residual * scale.to(residual.dtype)
 
     def extra_repr(self) -> str:
@@ -97,7 +99,7 @@ class FrozenDuringStep:
         first, self.first = self.first, False
         before = [vars(norm).get("forward") for norm in self.norms]
         for drop in self.drops:
-            drop.held = self.masks
+            drop.masks = self.masks
         try:
             if self.own_statistics:
                 with nullcontext() if first else FrozenStatistics(self.norms):
@@ -108,7 +110,7 @@ class FrozenDuringStep:
             yield
         finally:
             for drop in self.drops:
-                drop.held = None
+                drop.masks = None
             for norm, forward in zip(self.norms, before, strict=True):
                 vars(norm).pop("forward", None)
                 if forward is not None:
@@ -203,11 +205,7 @@ def takes_time(field: nn.Module) -> bool:
 
 
 def evaluate(
-    field: nn.Module,
-    y: Tensor,
-    index: int,
-    values: dict[str, Tensor] | None = None,
-    t: Tensor | None = None,
+    field: nn.Module, y: Tensor, index: int, values: dict[str, Tensor] | None = None, t: Tensor | None = None
 ) -> Any:
     """F(y), or F(t, y) where a time is given, with other parameters where `values` has them.
 

@@ -25,6 +25,7 @@ from resode.solve.options import tolerances
 from resode.solve.problem import CALLBACKS
 from resode.solve.result import Stats
 from resode.solve.step import as_stage
+from resode.symbols import one_module
 from resode.tableaus import ButcherTableau
 
 
@@ -102,6 +103,7 @@ class ODEBlock(nn.Module):
             )
         self._tableau = tableau
 
+    @one_module
     def forward(self, x: Tensor) -> Tensor:
         """The state at t[1], of x's shape (B, *state)."""
         fixed, implicit = self.n_steps is not None, not self._tableau.explicit

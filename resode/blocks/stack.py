@@ -39,6 +39,7 @@ from resode.solve.options import NATIVE, tolerances
 from resode.solve.result import NewtonNotConverged, NonFiniteState, Stats
 from resode.solve.step import Counted, all_finite
 from resode.state_dicts import Checked
+from resode.symbols import one_module
 from resode.tableaus import METHODS, ON_DEMAND, ButcherTableau, on_demand
 from resode.whole_blocks import first_time, warned
 
@@ -238,6 +239,7 @@ class ResidualStack(Checked):
             raise IndexError(f"block {index} of a stack of {self.depth}: blocks are 0 to {self.depth - 1}.")
         return self.fields[0 if self.shared else index]
 
+    @one_module
     def forward(self, x: Tensor, return_path: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """The state after the last block.
 
@@ -505,12 +507,12 @@ class ResidualStack(Checked):
 
     def _checkpointed(self, blocks: range, x: Tensor, cost: _Cost, every: bool) -> list[Tensor]:
         """As `_through`, keeping the input alone; the way back goes through the blocks again."""
-        progress, again = cost.progress, False
+        progress, ran = cost.progress, False
 
         def through(x: Tensor) -> list[Tensor]:
-            nonlocal again
-            if not again:
-                again = True
+            nonlocal ran
+            if not ran:
+                ran = True
                 return self._through(blocks, x, cost, every)
             repeat = _Cost(progress)
             try:

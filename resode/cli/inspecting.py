@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from resode.cli.terminal import command, console, fits, flag, say, separated, table
+from resode.checks import known
+from resode.cli.terminal import command, console, figures_of, fits, flag, say, separated, store, table
 from resode.cli.train import own_model
 from resode.cli.trained import _methods
 from resode.tables import short, short_complex
@@ -42,20 +43,13 @@ def profile(
     through it, and which block's step is too large.
     """
     from resode.analysis.depth.profile import profile_depth
-    from resode.training.files import replacing
 
     if solver is not None:
         _methods([solver])
     network, x, target = _looked_at(run, model, weights, data, data_dir, shape, samples, device)
     found = profile_depth(network, x, target, blocks=blocks, solver=solver, spectra=spectra, lesions=lesions)
     _show(found)
-    folder = output or _beside(run or weights)
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "profile.csv") as path:
-        found.to_csv(path)
-    with replacing(folder / "profile.png") as path:
-        found.plot(path)
-    say(f"\nfigure {folder / 'profile.png'}\ntable  {folder / 'profile.csv'}")
+    store(output or figures_of(run or weights), "profile", found)
 
 
 def _looked_at(
@@ -69,7 +63,8 @@ def _looked_at(
     device: str,
 ) -> tuple[Any, Any, Any]:
     """The network that a command looks at, its inputs and their classes."""
-    from resode.training.plan import choose_device
+    from resode.training.evaluate import load
+    from resode.training.plan import choose_device, make_network
 
     if run is not None and weights is not None:
         raise ValueError("give RUN or --weights, not both: a run has weights of its own.")
@@ -77,18 +72,9 @@ def _looked_at(
         raise ValueError(
             "give a run, or a network with --model NAME or --model package.module:function (and --weights)."
         )
-    place = choose_device(device)
-    network = _network(run or weights, model).to(place).eval()
-    return network, *_inputs(run or weights, data, data_dir, shape, samples, place)
-
-
-def _network(source: Path | None, model: str | None) -> Any:
-    """A trained network, or a fresh one."""
-    from resode.training.evaluate import load
-    from resode.training.plan import make_network
-
-    chosen = own_model(model)
-    return make_network(chosen, {}) if source is None else load(source, model=chosen)
+    source, place, chosen = run or weights, choose_device(device), own_model(model)
+    network = make_network(chosen) if source is None else load(source, model=chosen)
+    return network.to(place).eval(), *_inputs(source, data, data_dir, shape, samples, place)
 
 
 def _inputs(
@@ -97,9 +83,8 @@ def _inputs(
     """Test images with their classes, or random inputs without."""
     import torch
 
-    from resode.training.data.datasets import load_data
+    from resode.training.data.datasets import DATASETS, load_data
     from resode.training.evaluate import images_of, plain_batches
-    from resode.training.plan import check_data_name
 
     if shape is not None:
         sizes = separated(shape, int, "--shape")
@@ -110,17 +95,10 @@ def _inputs(
     if source is None and data is None:
         raise ValueError("a network without a run needs inputs: give --data NAME or --shape 3,32,32.")
     if source is None:
-        check_data_name(str(data))
-        images = load_data(str(data), data_dir)
+        images = load_data(known("data set", str(data), DATASETS), data_dir)
     else:
         images = images_of(source, data, data_dir)
     return next(iter(plain_batches(images, device=place, limit=samples)))
-
-
-def _beside(source: Path | None) -> Path:
-    if source is None:
-        return Path()
-    return (source if source.is_dir() else source.parent) / "figures"
 
 
 def _show(found: Any) -> None:
@@ -179,22 +157,12 @@ def diagnose(
     passes, for any network; exit code 0 whatever is found.
     """
     import resode
-    from resode.training.files import replacing
 
     names = _methods(separated(solvers, str, "--solvers"))
     network, x, target = _looked_at(run, model, weights, data, data_dir, shape, samples, device)
     found = resode.diagnose(network, x, target, lr=lr, solvers=names, blocks=blocks)
     say(found.page(console().width if sys.stdout.isatty() else 80))
-    folder = output or _beside(run or weights)
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "diagnosis.csv") as path:
-        found.to_csv(path)
-    said = f"\ntable  {folder / 'diagnosis.csv'}"
-    if found.rows:
-        with replacing(folder / "diagnosis.png") as path:
-            found.plot(path)
-        said = f"\nfigure {folder / 'diagnosis.png'}{said}"
-    say(said)
+    store(output or figures_of(run or weights), "diagnosis", found, figure=bool(found.rows))
 
 
 @command("resode report runs/demo", "resode report runs/demo --output demo.html")
@@ -217,10 +185,7 @@ def report(
     say(f"report {path}")
 
 
-@command(
-    "resode compare runs/plain20 runs/resnet20 runs/odenet20",
-    "resode compare runs/* --out figures",
-)
+@command("resode compare runs/plain20 runs/resnet20 runs/odenet20", "resode compare runs/* --out figures")
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.", metavar="RUN...", show_default=False)],
     out: Annotated[
@@ -233,7 +198,6 @@ def compare(
     figures are the last epoch's; training errors are of augmented images.
     """
     from resode.training.compare import compare as compare_runs
-    from resode.training.files import replacing
 
     folder = _writable(out or Path())
     found = compare_runs(runs)
@@ -263,11 +227,7 @@ def compare(
         say()
     for note in found.notes:
         say(note)
-    with replacing(folder / "compare.csv") as path:
-        found.to_csv(path)
-    with replacing(folder / "compare.png") as path:
-        found.plot(path)
-    say(f"\nfigure {folder / 'compare.png'}\ntable  {folder / 'compare.csv'}")
+    store(folder, "compare", found)
 
 
 def _spread(value: Any, form: str, times: float = 1, mean: bool = False) -> str:

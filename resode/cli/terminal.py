@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import io
+import pathlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from shutil import get_terminal_size
 from typing import Any
 
@@ -42,40 +43,78 @@ def say(text: str = "", style: str | None = None) -> None:
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: Sequence[str] = ()) -> None:
     """Print rows under their columns' names; closer together where the terminal is narrow.
 
-    Args:
-        columns: names; the first of them, and those in `words`, are flush left, the others flush right.
-        rows: one text a column.
-        words: the columns that hold words instead of numbers; they may be folded.
+    The first column, and those that hold words and may be folded, are flush left, the others flush right.
     """
     target = console()
     roomy = fits(columns, rows)
-    grid = Table(box=None, pad_edge=False, padding=(0, 2 if roomy else 1, 0, 0))
+    needed = [_widest(row[number] for row in rows) for number in range(len(columns))]
     for number, name in enumerate(columns):
-        left = name == columns[0] or name in words
-        cells = [row[number] for row in rows]
-        whole = [word for cell in cells for word in cell.split()] if name in words else cells
+        if name in words:
+            needed[number] = _widest(word for row in rows for word in row[number].split())
+    target.width = max(target.width, sum(needed) + len(columns) - 1)  # else digits are cut
+    widths = _cramped(columns, needed, target.width)
+    grid = Table(box=None, pad_edge=False, padding=(0, 2 if roomy else 1, 0, 0))
+    for name, least, width in zip(columns, needed, widths, strict=True):
         grid.add_column(
             name,
-            justify="left" if left else "right",
+            justify="left" if name == columns[0] or name in words else "right",
             no_wrap=roomy and name not in words,
-            min_width=max(map(len, whole), default=None),  # a name may be folded, a number never
+            min_width=least,  # a name may be folded, a number never
+            width=width,
             overflow="fold",
             header_style="bold",
         )
     for row in rows:
         grid.add_row(*(Text(cell) for cell in row))
     if target.is_terminal:
-        target.print(grid)
+        target.print(grid, crop=False)
         return
     with target.capture() as printed:
         target.print(grid)
     print("\n".join(line.rstrip() for line in printed.get().splitlines()))
 
 
+def _cramped(columns: Sequence[str], needed: Sequence[int], width: int) -> list[int | None]:
+    """Widths of columns whose names must be folded within their words; all None where they need not."""
+    headed = [max(least, _widest(name.split())) for name, least in zip(columns, needed, strict=True)]
+    spare = width - sum(needed) - len(columns) + 1
+    if sum(headed) - sum(needed) <= spare:
+        return [None] * len(columns)
+    widths = [max(1, least) for least in needed]
+    for _ in range(spare):
+        short = [wanted - given for wanted, given in zip(headed, widths, strict=True)]
+        widths[short.index(max(short))] += 1
+    return list(widths)
+
+
+def _widest(texts: Iterable[str]) -> int:
+    return max(map(len, texts), default=0)
+
+
 def fits(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
     """Whether a table is no wider than standard output, its columns two apart."""
     needed = sum(max(len(row[i]) for row in (columns, *rows)) + 2 for i in range(len(columns))) - 2
     return needed <= console().width
+
+
+def figures_of(source: pathlib.Path | None) -> pathlib.Path:
+    """Where the figures of a run folder, or of a weights file, go; here without."""
+    return pathlib.Path() if source is None else (source if source.is_dir() else source.parent) / "figures"
+
+
+def store(folder: pathlib.Path, name: str, found: Any, *, figure: bool = True) -> None:
+    """Write a result's table, and its figure, into a folder, and say where they are."""
+    from resode.training.files import replacing
+
+    folder.mkdir(parents=True, exist_ok=True)
+    said = f"\ntable  {folder / name}.csv"
+    with replacing(folder / f"{name}.csv") as path:
+        found.to_csv(path)
+    if figure:
+        with replacing(folder / f"{name}.png") as path:
+            found.plot(path)
+        said = f"\nfigure {folder / name}.png{said}"
+    say(said)
 
 
 def complain(message: str) -> None:

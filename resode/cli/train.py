@@ -12,9 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
-from resode.checks import did_you_mean
+from resode.checks import known
 from resode.cli.terminal import command, flag, separated
-from resode.training.recipe import RECIPES, Recipe, make_recipe
+from resode.training.recipe import RECIPES, SETTINGS, Recipe, make_recipe
 
 _MODEL, _RUN, _RECIPE = "Network and data", "Run", "Recipe: any of its settings"
 
@@ -54,12 +54,14 @@ def recipe_settings(chosen: dict[str, Any]) -> dict[str, Any]:
     "resode train --resume runs/odenet20-digits-…",
     "resode train --config runs/demo/config.yaml --seed 1",
     "resode train --eval-solver rk4 --eval-substeps 2 --refine-at 10",
-    "torchrun --nproc-per-node 2 -m resode.cli train --model resnet20 --data cifar10",
+    "torchrun --nproc-per-node 2 -m resode train --model resnet20 --data cifar10",
 )
 @recipe_flags
 def train(
     model: Annotated[str | None, flag("Name, or package.module:function. Default odenet20.", _MODEL)] = None,
-    data: Annotated[str | None, flag("digits or cifar10. Default digits.", _MODEL)] = None,
+    data: Annotated[
+        str | None, flag("digits, cifar10, cifar100 or cifar100_coarse. Default digits.", _MODEL)
+    ] = None,
     data_dir: Annotated[Path | None, flag("Where CIFAR-10 lies; else RESODE_DATA.", _MODEL)] = None,
     download: Annotated[bool, flag("Fetch CIFAR-10 where it is missing.", _MODEL, "--download")] = False,
     solver: Annotated[str | None, flag("Method of every ResidualStack.", _MODEL)] = None,
@@ -111,9 +113,8 @@ def _settings(flags: dict[str, Any], options: dict[str, Any], config: Path | Non
     return settings
 
 
-_STORED = ["model", "model_options", "solver", "substeps", "data", "data_dir", "download", "device", "recipe"]
 _KINDS = {"model": str, "data": str, "data_dir": str, "download": bool, "device": str, "recipe": str}
-_STORED += [field.name for field in fields(Recipe)]
+_STORED = [*_KINDS, "model_options", "solver", "substeps", *SETTINGS]
 
 
 def _read(config: Path, flags: dict[str, Any]) -> dict[str, Any]:
@@ -128,9 +129,7 @@ def _read(config: Path, flags: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(record, dict | None):
         raise ValueError(f"{config}: record is what a run stores about itself, got {record!r}. Leave it out.")
     for name in stored:
-        if name not in _STORED:
-            close = did_you_mean(name, _STORED)
-            raise ValueError(f"{config}: no setting {name!r}.{close} Valid: {', '.join(_STORED)}.")
+        known("setting", name, _STORED, f"{config}: ")
     for name, kind in _KINDS.items():
         if stored.get(name) is None:
             stored.pop(name, None)
@@ -151,9 +150,7 @@ def _read(config: Path, flags: dict[str, Any]) -> dict[str, Any]:
             )
         if record.get("own_data"):
             raise ValueError(f"{config} is of a data set of your own. Train on it with resode.train.")
-        names = {field.name for field in fields(Recipe)}
-        before = Recipe(**{name: value for name, value in stored.items() if name in names})
-        make_recipe(before, **{name: value for name, value in flags.items() if name in names})
+        make_recipe(Recipe.of(stored), **{name: flags[name] for name in SETTINGS if name in flags})
     options = stored.setdefault("model_options", {})
     if not isinstance(options, dict):
         raise ValueError(f"{config}: model_options must be `name: value` lines, got {options!r}.")

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from resode.checks import did_you_mean
-from resode.cli.terminal import command, flag, say, separated, table
+from resode.checks import did_you_mean, known
+from resode.cli.terminal import command, figures_of, flag, say, separated, store, table
 from resode.cli.train import own_model
 from resode.solve.options import EXPLICIT
 from resode.tableaus import METHODS
@@ -23,10 +23,7 @@ _DataDir = Annotated[Path | None, flag("Where its data lies, where that changed.
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 
 
-@command(
-    "resode evaluate runs/demo",
-    "resode evaluate runs/demo --solver rk4 --substeps 2",
-)
+@command("resode evaluate runs/demo", "resode evaluate runs/demo --solver rk4 --substeps 2")
 def evaluate(
     run: _Run,
     solver: Annotated[str | None, flag("Method instead of the run's.")] = None,
@@ -98,7 +95,6 @@ def swap(
     images = images_of(run, data, data_dir)
     place = next(network.parameters()).device
 
-    from resode import plots
     from resode.analysis.diagnose.forecast import INPUTS
     from resode.analysis.swap.report import swap_report
     from resode.blocks.statistics import tracked_norms
@@ -112,31 +108,34 @@ def swap(
         substeps=tuple(counts),
         recalibrate=calibration_batches(images, count, place) if normed else False,
     )
-    again = ["recalibrated %"] if normed else []
-    columns = ["solver", "substeps", "forecast", "accuracy %", *again, "drift", "F calls", "step"]
-    table(columns, [_swap_row(row) for row in result.rows], words=("step",))
-    say(f"\n{result.causes()}\n\nforecast: of the accuracy, from {INPUTS} images and no label.")
+    recalibrated = ["recalibrated %"] if normed else []
+    columns = ["solver", "steps", "forecast", "accuracy %", *recalibrated, "drift", "F calls"]
+    table(columns, [_swap_row(row) for row in result.rows])
+    if any(row.as_trained for row in result.rows):
+        say("* as trained")
+    say(f"\n{' '.join(result.causes().split())}")
+    say(f"\nforecast: of the accuracy, from {INPUTS} images and no label.")
+    say("steps: of the solver in a block; a method with error control takes its own.")
     say("drift: how far the logits moved, relative to their size, from those of the trained solver.")
-    folder = _figures(run)
-    with replacing(folder / "swap.csv") as path:
-        result.to_csv(path)
-    with replacing(folder / "swap.png") as path:
-        plots.swap_accuracy(result, path)
-    say(f"\nfigure {folder / 'swap.png'}\ntable  {folder / 'swap.csv'}")
+    say(f"\n{result.about_distances()}")
+    if result.distances:
+        table(["furthest blocks", "distance"], result.furthest())
+    store(figures_of(run), "swap", result)
+    with replacing(figures_of(run) / "swap-blocks.csv") as path:
+        result.distances_to_csv(path)
+    say(f"       {path}")
 
 
 def _swap_row(row: Any) -> list[str]:
-    again = [] if row.accuracy_recalibrated is None else [f"{100 * row.accuracy_recalibrated:.2f}"]
-    step = "adaptive" if row.step_size is None else f"{row.step_size:g}"
+    recalibrated = [] if row.accuracy_recalibrated is None else [f"{100 * row.accuracy_recalibrated:.2f}"]
     return [
-        row.solver,
-        "-" if row.substeps is None else str(row.substeps),
+        row.solver + "*" * row.as_trained,
+        "own" if row.substeps is None else str(row.substeps),
         row.forecast,
         f"{100 * row.accuracy:.2f}",
-        *again,
+        *recalibrated,
         f"{row.logit_drift:.3f}",
         f"{row.nfe:.4g}",
-        step + (", trained" if row.as_trained else ""),
     ]
 
 
@@ -147,16 +146,8 @@ def _methods(names: list[str], valid: tuple[str, ...] = tuple(METHODS)) -> list[
             raise ValueError(
                 f"{name} is an implicit method; a stack takes explicit ones. Valid: {', '.join(valid)}."
             )
-        if name not in valid:
-            raise ValueError(f"no method {name!r}.{did_you_mean(name, valid)} Valid: {', '.join(valid)}.")
+        known("method", name, valid)
     return names
-
-
-def _figures(run: Path) -> Path:
-    """Where a run's figures go."""
-    folder = (run if run.is_dir() else run.parent) / "figures"
-    folder.mkdir(exist_ok=True)
-    return folder
 
 
 @command(
@@ -281,7 +272,7 @@ def _run_stability(
                     ("" if row.exact else "≤ ") + short(row.decaying_step),
                     short_complex(row.limiting_eigenvalue, 2),
                     f"{row.amplification:.3g}",
-                    ("yes" if row.exact else "?") if row.inside else "no",
+                    ("yes" if row.exact else "?") if row.within else "no",
                 ]
                 for row in group.rows
             ],
@@ -303,7 +294,8 @@ def _run_stability(
     if groups:
         from resode import plots
 
-        path = figure or _figures(run) / "stability.png"
+        path = figure or figures_of(run) / "stability.png"
+        path.parent.mkdir(exist_ok=True)
         with replacing(path) as unfinished:
             plots.group_spectra(groups, methods, unfinished)
         say(f"\nfigure {path}")
@@ -316,7 +308,7 @@ def _verdicts(group: Any, methods: list[str]) -> list[str]:
         rows = [row for row in group.rows if row.solver == name]
         if not rows:
             continue
-        over = [str(row.block) for row in rows if not row.inside]
+        over = [str(row.block) for row in rows if not row.within]
         least = min(rows, key=lambda row: row.decaying_step)
         allowed = ("" if least.exact else "at most ") + short(least.decaying_step)
         kind = "as trained" if name == group.solver else "would be"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from resode.checks import check_whole
 from resode.formulas import Cost, Shape, cost_of
+from resode.symbols import one_node
 
 
 class Augmented(nn.Module):
@@ -38,9 +39,7 @@ class Augmented(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's result for [x, 0], of x's shape, or with `extra` more where `keep`."""
-        shape = list(x.shape)
-        shape[self.dim] = self.extra
-        y = self.block(torch.cat((x, x.new_zeros(shape)), self.dim))
+        y = self.block(_append_zeros(x, self.extra, self.dim))
         return y if self.keep else y.narrow(self.dim, 0, x.shape[self.dim])
 
     def cost(self, shape: Shape) -> Cost:
@@ -50,6 +49,22 @@ class Augmented(nn.Module):
         longer[dim] += self.extra
         cost = cost_of(self.block, tuple(longer))
         return cost if self.keep else Cost(cost.parameters, cost.macs, shape)
+
+
+@one_node
+def _append_zeros(x: Tensor, extra: int, dim: int) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] = extra
+    return torch.cat((x, x.new_zeros(shape)), dim)
+
+
+@one_node
+def _check_shapes(known: Tensor, learned: Tensor) -> None:
+    if known.shape != learned.shape:
+        raise ValueError(
+            "the known and the learned part must have one shape: "
+            f"got {tuple(known.shape)} and {tuple(learned.shape)}."
+        )
 
 
 class KnownPlusLearned(nn.Module):
@@ -80,11 +95,7 @@ class KnownPlusLearned(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         """Known and learned part together, shape of the state."""
         known, learned = self.known(*inputs), self.learned(*inputs)
-        if known.shape != learned.shape:
-            raise ValueError(
-                "the known and the learned part must have one shape: "
-                f"got {tuple(known.shape)} and {tuple(learned.shape)}."
-            )
+        _check_shapes(known, learned)
         return known + learned
 
     def cost(self, shape: Shape) -> Cost:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from resode.checks import check_whole
 from resode.fields.parts import SqueezeExcitation, make_activation, make_conv, make_norm
 from resode.formulas import Cost, Shape, chain
+from resode.symbols import one_node
 
 
 class ImageField(nn.Module):
@@ -15,12 +16,17 @@ class ImageField(nn.Module):
     channels: int
 
     def _check(self, x: Tensor) -> None:
-        if x.ndim != 4 or x.shape[1] != self.channels:
-            raise ValueError(
-                f"{type(self).__name__} acts on images of shape (batch, {self.channels}, height, width): "
-                f"got x {tuple(x.shape)}. Build the field with the channels of x, or change them "
-                "between groups of blocks (resode.shortcuts)."
-            )
+        _check_images(x, self.channels, type(self).__name__)
+
+
+@one_node
+def _check_images(x: Tensor, channels: int, name: str) -> None:
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(
+            f"{name} acts on images of shape (batch, {channels}, height, width): "
+            f"got x {tuple(x.shape)}. Build the field with the channels of x, or change them "
+            "between groups of blocks (resode.shortcuts)."
+        )
 
 
 class ConvField(ImageField):

@@ -7,6 +7,17 @@ from torch import Tensor, nn
 from resode.checks import check_whole
 from resode.fields.parts import make_activation
 from resode.formulas import Cost, Shape, chain
+from resode.symbols import one_node
+
+
+@one_node
+def check_width(x: Tensor, width: int, name: str) -> None:
+    """A ValueError unless x is (*batch, width)."""
+    if x.ndim < 1 or x.shape[-1] != width:
+        raise ValueError(
+            f"{name} acts on states of shape (*batch, {width}): got x {tuple(x.shape)}. "
+            "Build the field with the width of x."
+        )
 
 
 class MLPField(nn.Module):
@@ -33,12 +44,7 @@ class MLPField(nn.Module):
     """
 
     def __init__(
-        self,
-        width: int,
-        *,
-        hidden: int | None = None,
-        activation: str = "relu",
-        zero_init_last: bool = False,
+        self, width: int, *, hidden: int | None = None, activation: str = "relu", zero_init_last: bool = False
     ) -> None:
         super().__init__()
         self.width = check_whole("width", width, 1)
@@ -55,11 +61,7 @@ class MLPField(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """F(x), shape of x."""
-        if x.ndim < 1 or x.shape[-1] != self.width:
-            raise ValueError(
-                f"MLPField acts on states of shape (*batch, {self.width}): got x {tuple(x.shape)}. "
-                "Build the field with the width of x."
-            )
+        check_width(x, self.width, "MLPField")
         return self.fc2(self.act(self.fc1(x)))
 
     def cost(self, shape: Shape) -> Cost:

@@ -58,7 +58,9 @@ def make_norm(kind: str, channels: int) -> nn.Module:
     return nn.Identity()
 
 
-def make_conv(in_channels: int, out_channels: int, size: int, stride: int = 1, *, norm: str) -> nn.Conv2d:
+def make_conv(
+    in_channels: int, out_channels: int, size: int, stride: int = 1, *, norm: str, groups: int = 1
+) -> nn.Conv2d:
     """A size×size convolution that keeps the resolution at stride 1, with He's initialization.
 
     The weights' variance is 2 / fan-out, as in the residual networks' published code. Without norms
@@ -68,7 +70,9 @@ def make_conv(in_channels: int, out_channels: int, size: int, stride: int = 1, *
     Source:
         He et al. (2015), Delving Deep into Rectifiers, arXiv:1502.01852.
     """
-    conv = nn.Conv2d(in_channels, out_channels, size, stride, padding=size // 2, bias=norm == "none")
+    conv = nn.Conv2d(
+        in_channels, out_channels, size, stride, padding=size // 2, groups=groups, bias=norm == "none"
+    )
     if not conv.weight.is_meta:  # there is nothing to fill, and torch pretends slowly
         fan = "fan_in" if norm == "none" else "fan_out"
         nn.init.kaiming_normal_(conv.weight, mode=fan, nonlinearity="relu")
@@ -82,10 +86,10 @@ class SqueezeExcitation(nn.Module):
 
     Args:
         channels: channels of x (batch, channels, height, width).
-        reduction: channels per unit of the hidden layer, which has at least 4 units.
+        reduction: channels per unit of the hidden layer, whose units are rounded to a multiple of eight.
 
     Source:
-        Hu et al. (2018), arXiv:1709.01507.
+        Hu et al. (2018), arXiv:1709.01507; the rounding as in timm, whose weights fit.
 
     Example:
         >>> SqueezeExcitation(16)(torch.ones(2, 16, 8, 8)).shape
@@ -94,7 +98,8 @@ class SqueezeExcitation(nn.Module):
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
         super().__init__()
-        hidden = max(check_whole("channels", channels, 1) // check_whole("reduction", reduction, 1), 4)
+        units = check_whole("channels", channels, 1) / check_whole("reduction", reduction, 1)
+        hidden = max(8, int(units + 4) // 8 * 8)
         self.fc1 = nn.Conv2d(channels, hidden, 1)
         self.act = nn.ReLU()
         self.fc2 = nn.Conv2d(hidden, channels, 1)

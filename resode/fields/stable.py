@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from resode.checks import check_number, check_whole, one_of
 from resode.fields.parts import MONOTONE, make_activation
 from resode.formulas import Cost, Shape
+from resode.symbols import one_node
 
 
 class StableField(nn.Module):
@@ -43,17 +44,23 @@ class StableField(nn.Module):
         return f"{self.size}" if self.kernel_size is None else f"{self.size}, kernel_size={self.kernel_size}"
 
     def _check(self, x: Tensor) -> None:
-        if self.kernel_size is None:
-            right, shape = x.ndim >= 1 and x.shape[-1] == self.size, f"(*batch, {self.size})"
-        else:
-            right, shape = x.ndim == 4 and x.shape[1] == self.size, f"(batch, {self.size}, height, width)"
-        if not right:
-            raise ValueError(
-                f"{type(self).__name__} acts on states of shape {shape}: got x {tuple(x.shape)}. "
-                "Build the field with the size of x, and with kernel_size for images only."
-            )
+        _check_state(x, self.size, self.kernel_size is not None, type(self).__name__)
 
 
+@one_node
+def _check_state(x: Tensor, size: int, images: bool, name: str) -> None:
+    if images:
+        right, shape = x.ndim == 4 and x.shape[1] == size, f"(batch, {size}, height, width)"
+    else:
+        right, shape = x.ndim >= 1 and x.shape[-1] == size, f"(*batch, {size})"
+    if not right:
+        raise ValueError(
+            f"{name} acts on states of shape {shape}: got x {tuple(x.shape)}. "
+            "Build the field with the size of x, and with kernel_size for images only."
+        )
+
+
+@one_node
 def _apply(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """Kx + b."""
     if weight.ndim == 2:
@@ -61,6 +68,7 @@ def _apply(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
     return nn.functional.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
 
 
+@one_node
 def _transpose(weight: Tensor) -> Tensor:
     """The weight of Kᵀ; for a zero-padded convolution the flipped kernel with the channels exchanged."""
     return weight.T if weight.ndim == 2 else weight.transpose(0, 1).flip(2, 3)

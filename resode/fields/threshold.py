@@ -7,6 +7,13 @@ from torch import Tensor, nn
 
 from resode.checks import check_number, check_whole
 from resode.formulas import Cost, Shape, cost_of
+from resode.symbols import one_node
+
+
+@one_node
+def _spread(threshold: Tensor, z: Tensor) -> Tensor:
+    """Thresholds of channels, dimension 1 of z, as they stand beside z."""
+    return threshold.reshape(-1, *[1] * (z.ndim - 2)).to(z.dtype)
 
 
 class SoftThresholdField(nn.Module):
@@ -40,7 +47,7 @@ class SoftThresholdField(nn.Module):
         self.threshold = nn.Parameter(torch.full((count,), float(threshold)))
 
     def _tau(self, z: Tensor) -> Tensor:
-        return self.threshold.abs().reshape(-1, *[1] * (z.ndim - 2)).to(z.dtype)
+        return _spread(self.threshold.abs(), z)
 
     def forward(self, x: Tensor) -> Tensor:
         """F(x), shape of x."""

@@ -7,10 +7,13 @@ from torch import Tensor, nn
 
 from resode.checks import check_whole, one_of
 from resode.fields.conv import ImageField
+from resode.fields.dense import check_width
 from resode.fields.parts import make_activation, make_conv, make_norm
 from resode.formulas import Cost, Shape, cost_of
+from resode.symbols import one_node
 
 
+@one_node
 def append_time(t: Tensor | float, x: Tensor, dim: int) -> Tensor:
     """X with the time t as one more feature or channel in dimension `dim`.
 
@@ -60,11 +63,7 @@ class TimeMLPField(nn.Module):
 
     def forward(self, t: Tensor | float, x: Tensor) -> Tensor:
         """F(t, x), shape of x."""
-        if x.ndim < 1 or x.shape[-1] != self.width:
-            raise ValueError(
-                f"TimeMLPField acts on states of shape (*batch, {self.width}): got x {tuple(x.shape)}. "
-                "Build the field with the width of x."
-            )
+        check_width(x, self.width, "TimeMLPField")
         hidden = self.act(self.fc1(append_time(t, x, -1)))
         return self.fc2(append_time(t, hidden, -1))
 

@@ -13,15 +13,8 @@ def gmres(
 ) -> tuple[Tensor, Tensor]:
     """Solve A x = b for every sample by restarted GMRES.
 
-    Args:
-        product: v (batch, n) to A v.
-        b: right-hand sides, shape (batch, n).
-        tol: bound on ‖b − Ax‖ / ‖b‖ of every sample, at which it stops.
-        steps: products before a restart.
-        restarts: how often at most.
-
-    Returns:
-        (x, residual): x of b's shape, and ‖b − Ax‖ / ‖b‖, shape (batch,), 0 where b is 0.
+    It stops where ‖b − Ax‖ / ‖b‖ ≤ tol in every sample, and starts anew after so many steps. Returned are x
+    and that residual, shape (batch,), 0 where b is 0.
 
     Source:
         Saad & Schultz, SIAM J. Sci. Stat. Comput. 7 (1986).

@@ -98,13 +98,9 @@ class Sketch:
 
 
 class KrylovSchur:
-    """A Krylov space for each row of a batch, that can grow and be cut back to what is wanted.
+    """A Krylov space of up to `size` vectors for each row, that can grow and be cut back to what is wanted.
 
-    Args:
-        product: Jv (rows, n) of v (rows, n).
-        start: first vectors, shape (rows, n), not 0.
-        size: vectors of a space, at most.
-        stride: vectors that are made orthogonal to the basis together.
+    It starts from vectors (rows, n), not 0; `stride` of them are made orthogonal to the basis together.
     """
 
     def __init__(self, product: Operator, start: Tensor, size: int, stride: int = 1) -> None:
@@ -279,11 +275,9 @@ class KrylovSchur:
         self.largest = self.largest[rows]
 
     def cut(self, keep: int, wanted: Callable[[int, Complexes], np.ndarray]) -> None:
-        """Restart: keep an invariant subspace of VᵀJV of `keep` dimensions in every row.
+        """Restart: keep an invariant subspace of VᵀJV in every row, of an even number of dimensions.
 
-        Args:
-            keep: its dimension, even and less than what is used.
-            wanted: (row, Ritz values) to their order, the most wanted first.
+        `wanted` orders the Ritz values of a row, the most wanted first.
         """
         j, k = self.used, keep
         rows = len(self.basis)

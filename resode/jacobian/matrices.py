@@ -28,8 +28,7 @@ _EVENINGS = 40
 def checked_matrices(jacobian: Any) -> tuple[Matrices, float]:
     """J as float64 or complex128 of shape (…, n, n), and the spacing of the dtype it came in.
 
-    Args:
-        jacobian: tensor, array, nested sequence, or scipy sparse matrix or array.
+    It is a tensor, array, nested sequence, or scipy's sparse matrix or array.
 
     Raises:
         TypeError: an array or tensor of integers, or something that is no matrix.
@@ -71,16 +70,7 @@ def checked_matrices(jacobian: Any) -> tuple[Matrices, float]:
 
 
 def check_precision(rounding: float, n: int, eps: float) -> None:
-    """Refuse a dtype so coarse that eigenvalues could not be told from 0.
-
-    Args:
-        rounding: share of ‖J‖₂ up to which eigenvalues count as 0.
-        n: rows of J.
-        eps: spacing of its dtype.
-
-    Raises:
-        ValueError: the share is a quarter or more, as with bfloat16 and more than a dozen entries.
-    """
+    """Refuse a dtype so coarse that eigenvalues of a quarter of ‖J‖₂ count as 0: bfloat16 with n > 12."""
     if rounding >= 0.25:
         raise ValueError(
             f"a step limit needs eigenvalues beyond rounding: with {n} rows in a dtype of spacing {eps:.2g} "
@@ -102,10 +92,6 @@ def eigenvalues_with_errors(matrix: Matrices, eps: float) -> Row:
     that is ill-conditioned by scales alone is right all the same. Its error is what rounding of J may have
     changed it by, condition times 4ε‖J‖, and what float64 leaves. Eigenvalues of a hermitian matrix have no
     imaginary part; those of a normal one have condition 1.
-
-    Args:
-        matrix: J, float64 or complex128.
-        eps: spacing of the dtype that it came in.
 
     Example:
         >>> eigenvalues_with_errors(np.array([[0.0, 2.0], [-2.0, 0.0]]), 2.0**-52).values.imag

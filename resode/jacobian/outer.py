@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from resode.checks import check_number, check_whole
 from resode.jacobian.krylov import KrylovSchur, Ritz, outermost
-from resode.stability.intervals import ray_polynomials
-from resode.stability.limits import allowed_growth, first_exits
+from resode.stability.limits import allowed_growth, first_exits, rays_of
 from resode.stability.spectra import ROUNDINGS, FirstExits, Spectrum
 from resode.stability.unstable_rays import Complexes, Floats
 from resode.tableaus import ButcherTableau
@@ -42,28 +42,44 @@ _RIGHT = 60  # products for right eigenvectors
 
 
 @dataclass(frozen=True)
-class Search:
-    """What is sought, and how far.
+class SpectrumOptions:
+    """How eigenvalues are sought.
 
     Args:
-        tableaus: the methods whose limits are to settle.
-        k: eigenvalues that limit the step, and largest ones, to keep when a space is cut back.
-        rtol: relative accuracy of the limits.
-        budget: products a sample.
-        growth: as in `eigenvalue_step_limit`.
-        eps: spacing of J's dtype.
-        check: whether to check the eigenvalues that set limits by their right eigenvectors.
-        least: products a sample, at least.
+        k: eigenvalues that limit the step, and largest ones, to hold on to where J is not formed.
+        rtol: relative accuracy of step limits; None for 1e-6 in float64, 1e-4 in float32.
+        budget: products a sample, where J is not formed.
+        least: products a sample before a search may end, where more is wanted than what limits a step.
+        growth: as in `resode.stability.eigenvalue_step_limit`.
+        dense_up_to: entries of a state up to which J is formed.
+        search: whether to seek outer eigenvalues first, whatever the size; J is formed, within
+            `dense_up_to`, where they do not decide.
+        check: whether to check what was found by a search by both eigenvectors, and to warn where limits did
+            not converge; without it a search is a quick look.
+
+    Raises:
+        ValueError: a number out of range.
     """
 
-    tableaus: Sequence[ButcherTableau]
-    k: int
-    rtol: float
-    budget: int
-    growth: tuple[int, float] | None
-    eps: float
+    k: int = 6
+    rtol: float | None = None
+    budget: int = 1200
+    growth: tuple[int, float] | None = None
+    dense_up_to: int = 1024
+    search: bool = False
     check: bool = True
     least: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("k", 1), ("budget", 1), ("dense_up_to", 0)):
+            check_whole(name, getattr(self, name), least=least)
+        if self.rtol is not None:
+            check_number("rtol", self.rtol, above=0, below=1)
+        allowed_growth(self.growth)
+
+    def accuracy(self, eps: float) -> float:
+        """The relative accuracy of step limits, of a J in a dtype of this spacing."""
+        return self.rtol or (1e-6 if eps <= 2.0**-52 else max(1e-4, 8 * eps))
 
 
 @dataclass
@@ -119,24 +135,29 @@ def gathered(
     )
 
 
-def outer_rows(products_of: Callable[[list[int]], Any], x: Tensor, search: Search) -> list[Row]:
+def outer_rows(
+    products_of: Callable[[list[int]], Any],
+    x: Tensor,
+    options: SpectrumOptions,
+    tableaus: Sequence[ButcherTableau],
+    eps: float,
+) -> list[Row]:
     """The outer eigenvalues of each sample, in parts that fit into MEMORY.
 
     Args:
         products_of: the samples' numbers to an object with `jvp`, `vjp` and `count` for them.
         x: shape (batch, n), of the dtype and on the device that products take.
-        search: what is sought.
-
-    Raises:
-        ValueError: J is not finite.
+        options: how they are sought.
+        tableaus: the methods whose limits are to settle.
+        eps: spacing of J's dtype.
     """
     n, size = x.shape[1], x.element_size()
-    space = max(24, min(SPACE, search.budget, n, MEMORY // (n * size)))
+    space = max(24, min(SPACE, options.budget, n, MEMORY // (n * size)))
     step = max(1, MEMORY // ((space + 24) * n * size))
     found: list[Row] = []
     for first in range(0, len(x), step):
-        samples = list(range(first, min(first + step, len(x))))
-        found += _Part(products_of, x, samples, space, search).solve()
+        part = _Part(products_of, x, range(len(x))[first : first + step], options, tableaus, eps)
+        found += part.solve(min(space, n))
     return found
 
 
@@ -147,13 +168,14 @@ class _Part:
         self,
         products_of: Callable[[list[int]], Any],
         x: Tensor,
-        samples: list[int],
-        space: int,
-        search: Search,
+        samples: Sequence[int],
+        options: SpectrumOptions,
+        tableaus: Sequence[ButcherTableau],
+        eps: float,
     ) -> None:
-        self.products_of, self.x, self.samples, self.search = products_of, x, samples, search
+        self.products_of, self.x, self.samples = products_of, x, samples
+        self.options, self.tableaus, self.eps, self.rtol = options, tableaus, eps, options.accuracy(eps)
         self.n = x.shape[1]
-        self.space = min(space, self.n)
         self.generator = torch.Generator().manual_seed(22)
         self.found: dict[int, Row] = {}
         self.past: dict[int, list[Floats]] = {sample: [] for sample in samples}  # estimates, one a method
@@ -163,14 +185,14 @@ class _Part:
         noise = torch.randn(rows, self.n, generator=self.generator, dtype=self.x.dtype)
         return noise.to(self.x.device)
 
-    def solve(self) -> list[Row]:
-        """Every sample's outer eigenvalues, in order."""
+    def solve(self, space: int) -> list[Row]:
+        """Every sample's outer eigenvalues, in order, from spaces of so many vectors."""
         active = list(self.samples)
         products = self.products_of(active)
         large = self.n > _LARGE
-        krylov = KrylovSchur(products.vjp, self._random(len(active)), self.space, _STRIDE if large else 1)
+        krylov = KrylovSchur(products.vjp, self._random(len(active)), space, _STRIDE if large else 1)
         krylov.grow(2 * _LOOK if large else 0)
-        if self.search.check:
+        if self.options.check:
             self._test_normality(products, active)
         while True:
             krylov.grow(_LOOK)
@@ -178,9 +200,9 @@ class _Part:
             ritz = [krylov.ritz(row) for row in range(len(active))]
             spectrum = self._spectrum(ritz, active, krylov.whole, products.count)
             exits = self._look(spectrum, active)
-            last = products.count >= self.search.budget or krylov.whole
+            last = products.count >= self.options.budget or krylov.whole
             enough = np.logical_and.reduce([e.converged & (e.settled | e.hopeless) for e in exits])
-            enough &= products.count >= self.search.least
+            enough &= products.count >= self.options.least
             for row in np.flatnonzero(enough | last):
                 self._keep(krylov, active[row], int(row), ritz[row], spectrum, exits)
             left = [row for row, sample in enumerate(active) if sample not in self.found]
@@ -194,8 +216,8 @@ class _Part:
                 krylov.product = products.vjp
             if krylov.used == krylov.size:
                 krylov.cut(2 * (krylov.size // 4), self._wanted)
-        if self.search.check:
-            self._check_right_eigenvectors()
+        if self.options.check:
+            self._check_right_eigenvectors(space)
         return [self.found[sample] for sample in self.samples]
 
     def _check_finite(self, krylov: KrylovSchur, active: list[int]) -> None:
@@ -218,7 +240,7 @@ class _Part:
             return
         apart = (one - other).double().norm(dim=1)
         size = 0.5 * (one.double().norm(dim=1) + other.double().norm(dim=1))
-        for sample, normal in zip(active, (apart <= 64 * self.search.eps * size).tolist(), strict=True):
+        for sample, normal in zip(active, (apart <= 64 * self.eps * size).tolist(), strict=True):
             self.normal[sample] = normal
 
     def _spectrum(self, ritz: list[Ritz], active: list[int], whole: bool, count: int) -> Spectrum:
@@ -227,16 +249,14 @@ class _Part:
             normal = self.normal[sample]
             with np.errstate(invalid="ignore", over="ignore"):
                 factor = np.ones_like(r.conditions) if normal else r.conditions
-                errors = factor * (r.residuals + ROUNDINGS * self.search.eps * r.scale)
-            errors = errors if normal or not self.search.check else _MARGIN * errors
+                errors = factor * (r.residuals + ROUNDINGS * self.eps * r.scale)
+            errors = errors if normal or not self.options.check else _MARGIN * errors
             rows.append(Row(r.values, errors, r.residuals, r.conditions, r.scale, whole, normal, count))
-        s = self.search
-        return gathered(rows, self.n, s.eps, s.rtol, s.growth)
+        return gathered(rows, self.n, self.eps, self.rtol, self.options.growth)
 
     def _look(self, spectrum: Spectrum, active: list[int]) -> list[FirstExits]:
         """Every method's exits, after a note of which rows have not changed for long."""
-        rtol = self.search.rtol
-        exits = [FirstExits(spectrum, tableau) for tableau in self.search.tableaus]
+        exits = [FirstExits(spectrum, tableau) for tableau in self.tableaus]
         for row, sample in enumerate(active):
             past, now = self.past[sample], np.array([e.estimate[row] for e in exits])
 
@@ -245,23 +265,23 @@ class _Part:
                 with np.errstate(invalid="ignore"):
                     return len(before) == looks and all((np.abs(p - now) <= part * now).all() for p in before)
 
-            spectrum.steady[row] = unchanged(_LOOKS, rtol)
-            if self.normal[sample] and unchanged(2, 0.1 * rtol):
+            spectrum.steady[row] = unchanged(_LOOKS, self.rtol)
+            if self.normal[sample] and unchanged(2, 0.1 * self.rtol):
                 # The edge of a cluster whose members mix: the hull's is found before any of them is.
                 for mode in {int(e.mode[row]) for e in exits}:
                     if spectrum.residuals[row, mode] <= 1e-2 * spectrum.scale[row]:
-                        spectrum.errors[row, mode] = self.search.eps * spectrum.scale[row]
+                        spectrum.errors[row, mode] = self.eps * spectrum.scale[row]
             past.append(now)
-        return [FirstExits(spectrum, tableau) for tableau in self.search.tableaus]
+        return [FirstExits(spectrum, tableau) for tableau in self.tableaus]
 
     def _wanted(self, row: int, values: Complexes) -> np.ndarray:
         """The order in which eigenvalues are kept when a space is cut back."""
         upper = values.imag >= 0  # each pair once
-        k = self.search.k
+        k = self.options.k
         large = np.argsort(np.where(upper, -np.abs(values), np.inf), kind="stable")[:k]
         binding: list[int] = []
-        for tableau in self.search.tableaus:  # each has its own; growing modes limit none of them
-            rays = ray_polynomials(tableau, allowed_growth(self.search.growth))
+        for tableau in self.tableaus:  # each has its own; growing modes limit none of them
+            rays = rays_of(tableau, self.options.growth)
             exits = np.where(upper & (values.real <= 0), first_exits(rays, values), np.inf)
             binding += exits.argsort(kind="stable")[:k].tolist()
         return np.array(list(dict.fromkeys([*binding, *large, *outermost(values)])))
@@ -276,7 +296,7 @@ class _Part:
         exits: list[FirstExits],
     ) -> None:
         """One sample's result, and the left eigenvectors of what sets its limits."""
-        margin = 1.0 if self.normal[sample] or not self.search.check else _MARGIN
+        margin = 1.0 if self.normal[sample] or not self.options.check else _MARGIN
         found = Row(
             ritz.values,
             spectrum.errors[row] / margin,
@@ -289,7 +309,7 @@ class _Part:
             steady=bool(spectrum.steady[row]),
         )
         self.found[sample] = found
-        if found.normal or krylov.whole or not self.search.check:
+        if found.normal or krylov.whole or not self.options.check:
             return
         modes: set[int] = {int(e.mode[row]) for e in exits if np.isfinite(e.estimate[row])}
         modes |= {int(e.fastest[row]) for e in exits if e.unstable[row]}
@@ -310,7 +330,7 @@ class _Part:
             turning = torch.as_tensor(ritz.values[others].imag > 0)
             found.known = torch.linalg.qr(torch.cat([v.real, v.imag[turning]]).T)[0]
 
-    def _check_right_eigenvectors(self) -> None:
+    def _check_right_eigenvectors(self, space: int) -> None:
         """Condition numbers 1/|w*v| with right eigenvectors v, from a small Krylov space of J."""
         samples = [sample for sample in self.samples if self.found[sample].left]
         if not samples:
@@ -327,7 +347,7 @@ class _Part:
         products = self.products_of(samples)
         start = torch.stack(starts).to(self.x.dtype)
         try:
-            krylov = KrylovSchur(products.jvp, start, min(self.space, _RIGHT))
+            krylov = KrylovSchur(products.jvp, start, min(space, _RIGHT))
             ritz: list[Ritz] = []
             while krylov.used < krylov.size:
                 krylov.grow(_RIGHT // 3)
@@ -346,7 +366,7 @@ class _Part:
                     overlap = float((w * v).sum().abs() / (w.norm() * v.norm()))  # wᵀJ = λwᵀ: no conjugate
                     condition = 1 / overlap if overlap > 2.0**-52 else np.inf
                 row.conditions[i] = condition
-                rounded = ROUNDINGS * self.search.eps * row.scale
+                rounded = ROUNDINGS * self.eps * row.scale
                 row.errors[i] = max(row.errors[i], condition * (row.residuals[i] + rounded))
             row.products += products.count
             row.left = row.known = None

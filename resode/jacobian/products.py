@@ -47,16 +47,8 @@ class JacobianProducts:
     ) -> JacobianProducts:
         """Products with `factor` times the Jacobian between two places of a graph that is kept.
 
-        No field is at hand there, so that `jvp` raises a RuntimeError where a function can be differentiated
-        only once.
-
-        Args:
-            at_y: where J leads to.
-            at_x: where it comes from.
-            y: a tensor of the shape there; the batch may be its second dimension.
-            x: likewise.
-            batch: samples.
-            factor: what J is multiplied by.
+        J leads from x to y, whose batch may be the second dimension. No field is at hand there, so that
+        `jvp` raises a RuntimeError where a function can be differentiated only once.
         """
         self = cls.__new__(cls)
         self.field, self.x, self.y, self._ends = None, x, y, (at_y, at_x)

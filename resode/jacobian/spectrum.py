@@ -3,65 +3,24 @@ r"""Eigenvalues of Jacobians with their errors: all of them, or the outer ones o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from resode.checks import check_whole, warn_user
+from resode.checks import warn_user
 from resode.jacobian.krylov import norm_estimate
 from resode.jacobian.linearize import Field, dense_jacobian
 from resode.jacobian.matrices import DENSE_LIMIT, check_precision, checked_matrices, eigenvalues_with_errors
-from resode.jacobian.outer import SPACE, Row, Search, gathered, outer_rows
+from resode.jacobian.outer import SPACE, Row, SpectrumOptions, gathered, outer_rows
 from resode.jacobian.products import JacobianProducts, full_precision
-from resode.stability.limits import allowed_growth, rounding
+from resode.stability.limits import rounding
 from resode.stability.spectra import ROUNDINGS, FirstExits, Spectrum
-from resode.tableaus import METHODS, ButcherTableau, get_tableau
+from resode.tableaus import ButcherTableau, explicit_tableau, get_tableau
 
 _ENTRIES = 2**26  # of Jacobians that are formed together
-
-
-@dataclass(frozen=True)
-class SpectrumOptions:
-    """How eigenvalues are sought.
-
-    Args:
-        k: eigenvalues that limit the step, and largest ones, to hold on to where J is not formed.
-        rtol: relative accuracy of step limits; None for 1e-6 in float64, 1e-4 in float32.
-        budget: products a sample, where J is not formed.
-        least: products a sample before a search may end, where more is wanted than what limits a step.
-        growth: as in `resode.stability.eigenvalue_step_limit`.
-        dense_up_to: entries of a state up to which J is formed.
-        search: whether to seek outer eigenvalues first, whatever the size; J is formed, within
-            `dense_up_to`, where they do not decide.
-        check: whether to check what was found by a search by both eigenvectors, and to warn where limits did
-            not converge; without it a search is a quick look.
-
-    Raises:
-        ValueError: a number out of range.
-    """
-
-    k: int = 6
-    rtol: float | None = None
-    budget: int = 1200
-    growth: tuple[int, float] | None = None
-    dense_up_to: int = 1024
-    search: bool = False
-    check: bool = True
-    least: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("k", 1), ("budget", 1), ("dense_up_to", 0)):
-            check_whole(name, getattr(self, name), least=least)
-        if self.rtol is not None and not (isinstance(self.rtol, (int, float)) and 0 < self.rtol < 1):
-            raise ValueError(f"rtol must be a number between 0 and 1, got {self.rtol!r}.")
-        allowed_growth(self.growth)
-
-    def accuracy(self, eps: float) -> float:
-        """The relative accuracy of step limits, of a J in a dtype of this spacing."""
-        return self.rtol or (1e-6 if eps <= 2.0**-52 else max(1e-4, 8 * eps))
 
 
 def spectrum(
@@ -109,15 +68,9 @@ def spectrum(
 def matrix_spectrum(
     jacobians: Any, options: SpectrumOptions | None = None, eigenvalues: Any = None
 ) -> Spectrum:
-    """The spectrum of matrices, shape (n, n) or (…, n, n), with errors.
+    """The spectrum of matrices, shape (n, n) or (…, n, n), with errors, as `checked_matrices` takes them.
 
-    Args:
-        jacobians: as `resode.jacobian.matrices.checked_matrices` takes them.
-        options: `growth` and `rtol`.
-        eigenvalues: their own, where those are known; they are then taken as exact but for rounding.
-
-    Raises:
-        TypeError, ValueError: as `checked_matrices` and `check_precision`.
+    Of the options `growth` and `rtol` count. Eigenvalues that are known are taken as exact but for rounding.
     """
     options = SpectrumOptions() if options is None else options
     values, eps = checked_matrices(jacobians)
@@ -142,21 +95,17 @@ def _searched(
 ) -> list[Row]:
     """The outer eigenvalues of every sample; all of them where those do not decide and J can be formed."""
     for tableau in tableaus:
-        if not tableau.explicit:
-            names = ", ".join(name for name, t in METHODS.items() if t.explicit)
-            raise ValueError(
-                f"without the Jacobian, limits are found for explicit methods, and {tableau.name} is "
-                f"implicit. Valid: {names}; or take states of up to {DENSE_LIMIT} entries and "
-                "matrix_free=False."
-            )
+        explicit_tableau(
+            tableau, f"beyond {DENSE_LIMIT} entries, or without matrix_free=False, a step limit needs"
+        )
     x = source.x
     n, eps = x[0].numel(), torch.finfo(x.dtype).eps
     wide = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
     # Where J can be formed, a search that lasts about as long as that is given up.
     can_be_formed = n <= options.dense_up_to and n + SPACE <= options.budget
     budget = min(max(SPACE, n // 2), options.budget - n) if can_be_formed else options.budget
-    search = Search(tableaus, options.k, rtol, budget, options.growth, eps, options.check, options.least)
-    rows = outer_rows(source.products, x.detach().flatten(1).to(wide), search)
+    start = x.detach().flatten(1).to(wide)
+    rows = outer_rows(source.products, start, replace(options, budget=budget), tableaus, eps)
     if not can_be_formed:
         return rows
     found = gathered(rows, n, eps, rtol, options.growth)
@@ -223,13 +172,7 @@ class _Some:
 
 
 def formed(products: Any, like: Tensor, rows_out: int | None = None) -> Tensor:
-    """The Jacobians (batch, m, n) of products, row by row.
-
-    Args:
-        products: an object with `vjp`.
-        like: of the states' shape (batch, n) and dtype.
-        rows_out: m; n if None.
-    """
+    """The Jacobians (batch, m, n) of products at states (batch, n), row by row; m is n where not given."""
     one = torch.eye(rows_out or like.shape[1], dtype=like.dtype, device=like.device)
     return torch.stack([products.vjp(e.expand(len(like), -1).contiguous()) for e in one], 1)
 

@@ -1,10 +1,11 @@
 """Networks by name: ResNets, ODE-ResNets, plain and highway networks, perceptrons."""
 
 from resode.networks.common import StochasticDepth, Style
+from resode.networks.imagenet import ImageNetPreActResNet, ImageNetResNet
 from resode.networks.odenet import ODENet, preact_names
 from resode.networks.perceptron import PlainMLP, ResidualMLP
 from resode.networks.registry import FAMILIES, NETWORKS, Family, Network, available, build, find
-from resode.networks.resnet import CifarResNet, HighwayNet, ImageNetResNet, PreActResNet
+from resode.networks.resnet import CifarResNet, HighwayNet, PreActResNet
 from resode.networks.weights import load_weights, read_weights
 from resode.state_dicts import WeightsMismatch
 
@@ -14,6 +15,7 @@ __all__ = [
     "CifarResNet",
     "Family",
     "HighwayNet",
+    "ImageNetPreActResNet",
     "ImageNetResNet",
     "Network",
     "ODENet",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.utils.checkpoint import checkpoint
 
 from resode.blocks.frozen import FrozenStatistics, StochasticDepth, checkpoints, moving_norms, probability
@@ -17,11 +18,13 @@ from resode.fields import (
     ACTIVATIONS,
     NORMS,
     SqueezeExcitation,
+    make_activation,
     make_conv,
     make_norm,
 )
 from resode.formulas import Cost, cost_of
 from resode.shortcuts import SHORTCUTS, make_shortcut
+from resode.symbols import one_node
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Style:
         stochastic_depth: probability to drop the last block's F in training, falling linearly to
             the first one's.
         squeeze_excitation: gate the channels at the end of every F.
-        stem: "small" (3×3) or "imagenet" (7×7 of stride 2, then max pooling).
+        stem: "small" (3×3), "imagenet" (7×7 of stride 2, then max pooling) or "deep" (three 3×3, the first of
+            stride 2, with norms and σ between them, then max pooling).
         gradient: "autograd", or "checkpoint" to keep a few states only and compute every block once more
             on the way back.
     """
@@ -55,7 +59,7 @@ class Style:
         one_of("shortcut", self.shortcut, (*SHORTCUTS, "none"))
         one_of("norm", self.norm, NORMS)
         one_of("activation", self.activation, ACTIVATIONS)
-        one_of("stem", self.stem, ("small", "imagenet"))
+        one_of("stem", self.stem, ("small", "imagenet", "deep"))
         one_of("gradient", self.gradient, ("autograd", "checkpoint"))
         probability("stochastic_depth", self.stochastic_depth)
         for name in ("zero_init_last", "squeeze_excitation"):
@@ -115,7 +119,7 @@ def advance(blocks: nn.Sequential, x: Tensor, gradient: str = "autograd") -> Ten
     L/k states and, one segment at a time, 6k more (what a block of two convolutions saves), which is
     least at k = √(L/6).
     """
-    if not checkpoints(gradient):
+    if not checkpoints(gradient) or isinstance(x, Proxy):  # a graph says nothing of what to keep
         return blocks(x)
     k = max(1, round(math.sqrt(len(blocks) / 6)))
     for start in range(0, len(blocks), k):
@@ -124,6 +128,7 @@ def advance(blocks: nn.Sequential, x: Tensor, gradient: str = "autograd") -> Ten
     return x
 
 
+@one_node
 def check_images(x: Tensor, in_channels: int) -> None:
     """Raise a ValueError unless x is (batch, in_channels, H, W)."""
     if x.ndim != 4 or x.shape[1] != in_channels:
@@ -144,8 +149,22 @@ def _contexts(
     return contextlib.nullcontext(), FrozenStatistics(moving_norms(segment))
 
 
-def make_stem(in_channels: int, width: int, style: Style) -> tuple[nn.Conv2d, nn.Module]:
-    """The first convolution and the pooling after it."""
+def make_stem(in_channels: int, width: int, style: Style) -> tuple[nn.Module, nn.Module]:
+    """The first convolution (three of them in the deep stem) and the pooling after it."""
     if style.stem == "small":
         return make_conv(in_channels, width, 3, norm=style.norm), nn.Identity()
-    return make_conv(in_channels, width, 7, 2, norm=style.norm), nn.MaxPool2d(3, 2, padding=1)
+    pool = nn.MaxPool2d(3, 2, padding=1)
+    if style.stem == "imagenet":
+        return make_conv(in_channels, width, 7, 2, norm=style.norm), pool
+    half = max(1, width // 2)
+    sizes = ((in_channels, half, 2), (half, half, 1))
+    layers = [
+        layer
+        for c_in, c_out, stride in sizes
+        for layer in (
+            make_conv(c_in, c_out, 3, stride, norm=style.norm),
+            make_norm(style.norm, c_out),
+            make_activation(style.activation),
+        )
+    ]
+    return nn.Sequential(*layers, make_conv(half, width, 3, norm=style.norm)), pool

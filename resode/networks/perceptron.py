@@ -20,6 +20,7 @@ from resode.fields import MLPField, make_activation
 from resode.formulas import Cost, Shape, chain
 from resode.networks.common import Style, advance
 from resode.state_dicts import Checked
+from resode.symbols import one_node
 
 
 class ResidualMLP(Checked):
@@ -172,6 +173,7 @@ def _features(in_channels: int, image_size: int, in_features: int | None) -> int
     return check_whole("in_channels", in_channels, 1) * check_whole("image_size", image_size, 1) ** 2
 
 
+@one_node
 def _flatten(x: Tensor, features: int) -> Tensor:
     """Inputs (batch, …) as (batch, features)."""
     if x.ndim < 2 or math.prod(x.shape[1:]) != features:

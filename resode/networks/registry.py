@@ -7,23 +7,18 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from resode.checks import did_you_mean
+from resode.checks import did_you_mean, warn_user
 from resode.networks.common import IMAGENET, SMALL, Style
+from resode.networks.imagenet import IMAGENET_BLOCKS, ImageNetPreActResNet, ImageNetResNet
 from resode.networks.odenet import ODENet
 from resode.networks.perceptron import PlainMLP, ResidualMLP
-from resode.networks.resnet import (
-    IMAGENET_BLOCKS,
-    BasicBlock,
-    CifarResNet,
-    HighwayNet,
-    ImageNetResNet,
-    PreActResNet,
-)
+from resode.networks.resnet import BasicBlock, CifarResNet, HighwayNet, PreActResNet
 
 
 @dataclass(frozen=True)
@@ -219,12 +214,43 @@ FAMILIES = (
 """The rules by which further names are networks; `find` goes through them in this order."""
 
 
+_NO_OWN_NAME = (26, 200)
+"""ImageNet depths that are 6n + 2 too, and that torchvision has not: "resnet26" is the CIFAR network."""
+
+
 def _single() -> dict[str, Network]:
     """The networks whose names stand alone; they come before a family's."""
     found = [_network("highway19", "highway network (Srivastava et al. 2015)", HighwayNet)]
+
+    def add(name: str, description: str, depth: int, *, style: Style = IMAGENET, **bottleneck: int) -> None:
+        network = _network(name, description, ImageNetResNet, depth, style=style)
+        options = {**network.options, **bottleneck}
+        found.append(
+            dataclasses.replace(network, options=options, construct=partial(network.construct, **bottleneck))
+        )
+
+    deep = dataclasses.replace(IMAGENET, stem="deep", shortcut="D")
+    gated = dataclasses.replace(IMAGENET, squeeze_excitation=True)
     for depth, (block, _) in IMAGENET_BLOCKS.items():
-        description = "ResNet for ImageNet (He et al. 2015)"
-        found.append(_network(f"resnet{depth}", description, ImageNetResNet, depth, style=IMAGENET))
+        if depth not in _NO_OWN_NAME:
+            add(f"resnet{depth}", "ResNet for ImageNet (He et al. 2015)", depth)
+            add(
+                f"seresnet{depth}",
+                "ResNet for ImageNet, squeeze-excitation (Hu et al. 2018)",
+                depth,
+                style=gated,
+            )
+            pre = "pre-activation ResNet for ImageNet, batch norm (He et al. 2016)"
+            found.append(_network(f"resnetv2_{depth}", pre, ImageNetPreActResNet, depth, style=IMAGENET))
+            found.append(
+                _network(f"resnetv2_{depth}d", f"{pre}, deep stem", ImageNetPreActResNet, depth, style=deep)
+            )
+        add(
+            f"resnet{depth}d",
+            "ResNet for ImageNet, deep stem, pooled shortcuts (He et al. 2019)",
+            depth,
+            style=deep,
+        )
         if block is BasicBlock:
             style = dataclasses.replace(IMAGENET, shortcut="none")
             description = "plain network: the ImageNet ResNet without its shortcuts"
@@ -233,6 +259,17 @@ def _single() -> dict[str, Network]:
                     f"plain{depth}", description, ImageNetResNet, depth, style=style, fixed=_ABOUT_SHORTCUTS
                 )
             )
+    for depth in (50, 101):
+        add(f"wide_resnet{depth}_2", "ResNet for ImageNet, twice the inner channels", depth, group_width=128)
+    for depth, cardinality, width in ((50, 32, 4), (101, 32, 8), (101, 64, 4)):
+        description = f"ResNeXt for ImageNet, {cardinality} groups of {width} channels (Xie et al. 2017)"
+        add(
+            f"resnext{depth}_{cardinality}x{width}d",
+            description,
+            depth,
+            cardinality=cardinality,
+            group_width=width,
+        )
     return {network.name: network for network in found}
 
 
@@ -307,6 +344,8 @@ def find(name: str) -> Network:
 def build(name: str, **options: Any) -> nn.Module:
     """The network called `name`, freshly initialized.
 
+    "resnet26" and "resnet200", which are CIFAR networks here and ImageNet networks in timm, warn.
+
     Args:
         name: a name in `NETWORKS`, or of a family: resnet…, preact…, odenet…, plain…, wide_resnet…_…,
             residual_mlp…, plain_mlp….
@@ -321,4 +360,12 @@ def build(name: str, **options: Any) -> nn.Module:
         >>> model(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 5])
     """
-    return find(name)(**options)
+    network = find(name)
+    depth = name.removeprefix("resnet")
+    if depth in map(str, _NO_OWN_NAME):
+        warn_user(
+            f"{name} is the network for small images (CIFAR) of {depth} layers here. In timm the name stands "
+            f"for one of ImageNet: resode.networks.ImageNetResNet({depth}) or build('{name}d') with its deep "
+            "stem."
+        )
+    return network(**options)

@@ -12,7 +12,7 @@ torchvision's for ImageNet (…, fc), the widespread option-A ones for CIFAR (�
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor, nn
 
@@ -20,7 +20,6 @@ from resode.checks import check_whole
 from resode.fields import make_activation, make_conv, make_norm
 from resode.formulas import Cost, Shape, chain, cost_of
 from resode.networks.common import (
-    IMAGENET,
     SMALL,
     Style,
     advance,
@@ -83,18 +82,37 @@ class PlainBlock(BasicBlock):
 
 
 class Bottleneck(nn.Module):
-    """1×1 down, 3×3 (which takes the stride), 1×1 up to four times the channels; post-activation."""
+    """1×1 down, 3×3 (which takes the stride), 1×1 up to four times the channels; post-activation.
+
+    The 3×3 has channels · group_width/64 · cardinality channels in `cardinality` groups (ResNeXt).
+    """
 
     expansion = 4
 
-    def __init__(self, in_channels: int, channels: int, stride: int, style: Style, drop: nn.Module) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        style: Style,
+        drop: nn.Module,
+        *,
+        cardinality: int = 1,
+        group_width: int = 64,
+    ) -> None:
         super().__init__()
         out_channels = self.expansion * channels
-        self.conv1 = make_conv(in_channels, channels, 1, norm=style.norm)
-        self.bn1 = make_norm(style.norm, channels)
-        self.conv2 = make_conv(channels, channels, 3, stride, norm=style.norm)
-        self.bn2 = make_norm(style.norm, channels)
-        self.conv3 = make_conv(channels, out_channels, 1, norm=style.norm)
+        inner = channels * group_width // 64 * cardinality
+        if not inner:
+            raise ValueError(
+                f"groups of {group_width} channels at a width of 64 have none at {channels}: take a width of "
+                f"at least {-(-64 // group_width)}."
+            )
+        self.conv1 = make_conv(in_channels, inner, 1, norm=style.norm)
+        self.bn1 = make_norm(style.norm, inner)
+        self.conv2 = make_conv(inner, inner, 3, stride, norm=style.norm, groups=cardinality)
+        self.bn2 = make_norm(style.norm, inner)
+        self.conv3 = make_conv(inner, out_channels, 1, norm=style.norm)
         self.bn3 = make_norm(style.norm, out_channels)
         self.se = style.make_se(out_channels)
         self.drop = drop
@@ -270,9 +288,9 @@ class CifarResNet(Checked):
         self.conv1, self.pool = make_stem(in_channels, check_whole("width", width, 1), style)
         self.bn1 = make_norm(style.norm, width)
         self.act = make_activation(style.activation)
-        self.layer1 = _group(block, n, width, width, 1, style, drops)
-        self.layer2 = _group(block, n, width, 2 * width, 2, style, drops)
-        self.layer3 = _group(block, n, 2 * width, 4 * width, 2, style, drops)
+        self.layer1 = group_of(block, block.expansion, n, width, width, 1, style, drops)
+        self.layer2 = group_of(block, block.expansion, n, width, 2 * width, 2, style, drops)
+        self.layer3 = group_of(block, block.expansion, n, 2 * width, 4 * width, 2, style, drops)
         self.linear = nn.Linear(4 * width, check_whole("num_classes", num_classes, 1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -334,9 +352,9 @@ class PreActResNet(Checked):
         c1, c2, c3 = (block.expansion * w for w in (w1, w2, w3))
         self.in_channels, self.gradient = check_whole("in_channels", in_channels, 1), style.gradient
         self.conv1, self.pool = make_stem(in_channels, w0, style)
-        self.layer1 = _group(block, n, w0, w1, 1, style, drops)
-        self.layer2 = _group(block, n, c1, w2, 2, style, drops)
-        self.layer3 = _group(block, n, c2, w3, 2, style, drops)
+        self.layer1 = group_of(block, block.expansion, n, w0, w1, 1, style, drops)
+        self.layer2 = group_of(block, block.expansion, n, c1, w2, 2, style, drops)
+        self.layer3 = group_of(block, block.expansion, n, c2, w3, 2, style, drops)
         self.bn = make_norm(style.norm, c3)
         self.act = make_activation(style.activation)
         self.linear = nn.Linear(c3, check_whole("num_classes", num_classes, 1))
@@ -356,83 +374,6 @@ class PreActResNet(Checked):
         """Parameters and multiply-adds for samples of this shape, by formula."""
         groups = (self.conv1, self.pool, self.layer1, self.layer2, self.layer3, self.bn)
         return head(chain(shape, *groups), self.linear)
-
-
-IMAGENET_BLOCKS: dict[int, tuple[type[Block], tuple[int, int, int, int]]] = {
-    18: (BasicBlock, (2, 2, 2, 2)),
-    34: (BasicBlock, (3, 4, 6, 3)),
-    50: (Bottleneck, (3, 4, 6, 3)),
-    101: (Bottleneck, (3, 4, 23, 3)),
-    152: (Bottleneck, (3, 8, 36, 3)),
-}
-"""Depth -> block and blocks a group of the ImageNet networks; basic blocks exist without shortcut too."""
-
-
-class ImageNetResNet(Checked):
-    """Post-activation network for ImageNet: 7×7 stem, four groups, fc; torchvision's module names.
-
-    Args:
-        depth: 18 or 34 (basic blocks), 50, 101 or 152 (bottlenecks, stride in the 3×3).
-        num_classes, in_channels: outputs, and channels of the images.
-        width: channels of the first group's 3×3 convolutions; they double from group to group.
-        style: what its blocks have in common; shortcut "none" gives the plain network, of basic blocks
-            only, and stem "small" keeps the resolution, for images such as CIFAR's.
-
-    Source:
-        He et al. (2015), arXiv:1512.03385, table 1; the stride's place as in torchvision.
-
-    Example:
-        >>> import torch
-        >>> ImageNetResNet(18, num_classes=7)(torch.zeros(2, 3, 64, 64)).shape
-        torch.Size([2, 7])
-    """
-
-    def __init__(
-        self,
-        depth: int = 50,
-        *,
-        num_classes: int = 1000,
-        in_channels: int = 3,
-        width: int = 64,
-        style: Style = IMAGENET,
-    ) -> None:
-        super().__init__()
-        if depth not in IMAGENET_BLOCKS:
-            depths = ", ".join(map(str, IMAGENET_BLOCKS))
-            raise ValueError(f"ImageNet networks have {depths} layers: got {depth!r}.")
-        block, counts = IMAGENET_BLOCKS[depth]
-        if style.shortcut == "none":
-            if block is not BasicBlock:
-                raise ValueError(f"plain ImageNet networks have 18 or 34 layers: got {depth}.")
-            block = PlainBlock
-        drops = style.drops(sum(counts))
-        e, w = block.expansion, check_whole("width", width, 1)
-        self.in_channels, self.gradient = check_whole("in_channels", in_channels, 1), style.gradient
-        self.conv1, self.maxpool = make_stem(in_channels, w, style)
-        self.bn1 = make_norm(style.norm, w)
-        self.act = make_activation(style.activation)
-        self.layer1 = _group(block, counts[0], w, w, 1, style, drops)
-        self.layer2 = _group(block, counts[1], e * w, 2 * w, 2, style, drops)
-        self.layer3 = _group(block, counts[2], e * 2 * w, 4 * w, 2, style, drops)
-        self.layer4 = _group(block, counts[3], e * 4 * w, 8 * w, 2, style, drops)
-        self.fc = nn.Linear(e * 8 * w, check_whole("num_classes", num_classes, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (batch, num_classes) of images (batch, in_channels, H, W)."""
-        check_images(x, self.in_channels)
-        x = self.act(self.bn1(self.conv1(x)))  # (B, w, H/2, W/2)
-        x = self.maxpool(x)  # (B, w, H/4, W/4)
-        x = advance(self.layer1, x, self.gradient)  # (B, ew, H/4, W/4)
-        x = advance(self.layer2, x, self.gradient)  # (B, 2ew, H/8, W/8)
-        x = advance(self.layer3, x, self.gradient)  # (B, 4ew, H/16, W/16)
-        x = advance(self.layer4, x, self.gradient)  # (B, 8ew, H/32, W/32)
-        x = x.mean((2, 3))  # (B, 8ew)
-        return self.fc(x)
-
-    def cost(self, shape: Shape) -> Cost:
-        """Parameters and multiply-adds for samples of this shape, by formula."""
-        groups = (self.conv1, self.bn1, self.maxpool, self.layer1, self.layer2, self.layer3, self.layer4)
-        return head(chain(shape, *groups), self.fc)
 
 
 class HighwayNet(Checked):
@@ -504,8 +445,9 @@ class HighwayNet(Checked):
         return head(chain(shape, *groups), self.linear)
 
 
-def _group(
-    block: type[Block],
+def group_of(
+    block: Callable[..., nn.Module],
+    expansion: int,
     count: int,
     in_channels: int,
     channels: int,
@@ -513,8 +455,9 @@ def _group(
     style: Style,
     drops: Iterator[nn.Module],
 ) -> nn.Sequential:
+    """`count` blocks, of which the first changes channels and resolution."""
     first = block(in_channels, channels, stride, style, next(drops))
-    rest = [block(block.expansion * channels, channels, 1, style, next(drops)) for _ in range(count - 1)]
+    rest = [block(expansion * channels, channels, 1, style, next(drops)) for _ in range(count - 1)]
     return nn.Sequential(first, *rest)
 
 

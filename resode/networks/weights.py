@@ -1,14 +1,14 @@
 """Weights that others have trained, from safetensors or torch files, never by unpickling objects.
 
-ImageNet ResNets have torchvision's and timm's names as they are. CIFAR ResNets with option A have the
-widespread checkpoints' names, which come with a `module.` in front (of a model trained in
-DataParallel), beside an accuracy, and without num_batches_tracked.
+What the names in them mean is `names.py`'s; which network they are of, where they do not fit, `nearest.py`'s.
 """
 
 from __future__ import annotations
 
 import pickle
+import pickletools
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,12 +16,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from resode.networks.names import renamed, unwrapped
+from resode.networks.nearest import nearest
 from resode.state_dicts import WeightsMismatch, mismatch
 
 Module = TypeVar("Module", bound=nn.Module)
-
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "state_dict_ema", "model_ema")
-_PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 def load_weights(model: Module, source: str | Path | Mapping[str, Any]) -> Module:
@@ -32,16 +31,20 @@ def load_weights(model: Module, source: str | Path | Mapping[str, Any]) -> Modul
         source: a safetensors or torch file, or a state dict. It may be wrapped as
             {"state_dict": …} beside other entries (or "model", "net", …; averaged weights, as in
             "model_ema", are taken where there are no others), and every name may begin with `module.`
-            (DataParallel, AveragedModel), `_orig_mod.` (torch.compile) and `model.`, in any order.
-            `num_batches_tracked`, which old files lack, may be missing: those counters stay as they
-            are. Projections called `shortcut` are the `downsample` of here.
+            (DataParallel, AveragedModel), `_orig_mod.` (torch.compile), `model.`, `net.`, `network.`,
+            `backbone.`, `encoder.` and `resnet.`, in any order; a loss's or metric's own entries beside them,
+            as Lightning stores, are left out. `num_batches_tracked`, which old files lack, may be missing:
+            those counters stay as they are. torchvision's, timm's (resnet, resnetv2), transformers'
+            (ResNet) and the widespread CIFAR repositories' names are taken, with the last layer called
+            `fc` or `linear`, projections `downsample` or `shortcut`.
 
     Returns:
         The network.
 
     Raises:
         WeightsMismatch: a ValueError that lists the missing, the unexpected and the mis-shaped names,
-            among these what is no tensor or has no memory (on the meta device).
+            among these what is no tensor or has no memory (on the meta device), and names the network that
+            the weights are of, or the nearest.
         ValueError: the network is on the meta device; or the file is neither format, is damaged, or holds
             other objects than weights; they are not unpickled.
         FileNotFoundError: there is no such file.
@@ -60,14 +63,14 @@ def load_weights(model: Module, source: str | Path | Mapping[str, Any]) -> Modul
             f"this {type(model).__name__} is on the meta device and has no memory for weights: give it some "
             "first, as by model.to_empty(device='cpu')."
         )
-    weights = _unwrapped(source if isinstance(source, Mapping) else read_weights(source), own)
-    weights = _renamed(weights, own)
+    given = unwrapped(source if isinstance(source, Mapping) else read_weights(source), own)
+    weights = renamed(given, own)
     for name, value in own.items():
         if name.endswith(".num_batches_tracked"):
             weights.setdefault(name, value)
     problem = mismatch(model, weights)
     if problem:
-        raise WeightsMismatch(problem)
+        raise WeightsMismatch(problem + nearest(given))
     model.load_state_dict(weights)
     return model
 
@@ -85,6 +88,19 @@ def read_weights(path: str | Path) -> dict[str, Any]:
         start = file.read(9)
     if start[8:9] == b"{":  # eight bytes of length, then JSON
         return _safetensors(path)
+    foreign = next((kind for mark, kind in _NOT_READ.items() if start.startswith(mark)), None)
+    if start[:2] == b"PK" and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if names and all(name.endswith(".npy") for name in names):
+            foreign = "a NumPy archive"
+        elif any(name.endswith("/constants.pkl") for name in names):
+            foreign = "a TorchScript program"
+    if foreign:
+        raise ValueError(
+            f"{path} is {foreign}, and weights are read from safetensors or torch files: make a dictionary "
+            "of its tensors, by the program that wrote it, and pass that."
+        )
     if start[:2] != b"PK" and start[:1] != b"\x80":  # a zip file, or a pickle
         raise ValueError(f"{path} is neither a safetensors nor a torch file.")
     try:
@@ -93,8 +109,10 @@ def read_weights(path: str | Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} holds other objects than tensors, numbers and text, and unpickling them could run any "
-            "code; nothing was run. Store the state_dict alone, with safetensors.torch.save_file."
+            f"{path} holds other objects than tensors, numbers and text{_refused(path)}, and unpickling them "
+            "could run any code; nothing was run. Store the state_dict alone, with "
+            "safetensors.torch.save_file; or, of a file that you trust, pass load_weights what "
+            f"torch.load({str(path)!r}, weights_only=False) gives."
         ) from error
     except (RuntimeError, EOFError, OSError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -117,26 +135,33 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is no sound safetensors file: {error}.") from error
 
 
-def _unwrapped(content: Mapping[str, Any], own: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The state dict, out of a checkpoint and without prefixes that all names share and `own` has not."""
-    while wrapper := next((w for w in _WRAPPERS if isinstance(content.get(w), Mapping)), None):
-        content = content[wrapper]
-    weights = {str(name): value for name, value in content.items()}
-    if any(name.startswith("module.") for name in weights):
-        weights.pop("n_averaged", None)  # AveragedModel's counter
-    while weights and not any(name in own for name in weights):
-        prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in weights)), None)
-        if prefix is None:
-            break
-        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
-    return weights
+_NOT_READ = {b"\x89HDF": "an HDF5 file (Keras)", b"\x93NUMPY": "a NumPy array", b"GGUF": "a GGUF file"}
+"""Files of weights that are not read, by the bytes they start with."""
+
+# What torch.load(weights_only=True) builds.
+_ADMITTED = ("torch", "collections", "_codecs")
 
 
-def _renamed(weights: dict[str, Any], own: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The option-B projections of CIFAR checkpoints, block.shortcut.0, under the name that `own` has."""
-
-    def name_here(name: str) -> str:
-        other = name.replace(".shortcut.", ".downsample.")
-        return other if name not in own and other in own else name
-
-    return {name_here(name): value for name, value in weights.items()}
+def _refused(path: Path) -> str:
+    """Which object of a pickle is none of torch's, and under which name it stands; empty if not found."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                name = next(n for n in archive.namelist() if n.endswith("data.pkl"))
+                content = archive.read(name)
+        else:
+            content = path.read_bytes()
+        recent: list[str] = []  # texts and the text before each, the entry's name among them
+        for opcode, argument, _ in pickletools.genops(content):
+            if opcode.name in ("GLOBAL", "STACK_GLOBAL"):
+                words = str(argument).split(" ") if opcode.name == "GLOBAL" else recent[-2:]
+                if words[0].split(".")[0] not in _ADMITTED:
+                    before = recent if opcode.name == "GLOBAL" else recent[:-2]
+                    entry = f"entry {before[-1]!r} " if before else ""
+                    number = " (a numpy number)" if words[-1] == "scalar" else ""
+                    return f": {entry}is a {'.'.join(words)}{number}"
+            elif isinstance(argument, str) and "UNICODE" in opcode.name:
+                recent.append(argument)
+    except Exception:  # the file is refused anyway; it may be damaged in any way
+        pass
+    return ""

@@ -33,12 +33,15 @@ from resode.solve.failures import (
     step_underflow,
     too_many_steps,
 )
-from resode.solve.host import decided
+from resode.solve.host import decided, plain
 from resode.solve.implicit.steps import COUNTS, ImplicitStep, step_rule
 from resode.solve.result import Stats
 from resode.solve.states import Passing, States
 from resode.solve.step import Field, Time, all_finite, increment
 from resode.tableaus import ButcherTableau
+
+STANDSTILLS = 20
+"""So many attempts may fail at steps too small to move the state."""
 
 FIRST_ERROR = 1e-4  # before the first step, as in Hairer's codes, where an error before lowers the step
 
@@ -125,7 +128,7 @@ class Adaptive:
             )
         step = resume.step.clip(control.min_step, control.max_step)
         self.progress = replace(resume, step=step, nfe=resume.nfe + 1)
-        self.rejected = np.zeros(batch, bool)
+        self.rejected, self.standstills = np.zeros(batch, bool), np.zeros(batch, np.int64)
         self.limit: int | np.ndarray = control.max_steps  # of attempts
         if control.per_output:
             self.limit = resume.n_accepted + resume.n_rejected + control.max_steps
@@ -228,6 +231,8 @@ class Adaptive:
             progress.nfe = progress.nfe + (keep | verdict.refused) * new_calls
             progress.n_accepted = progress.n_accepted + keep
             progress.n_rejected = progress.n_rejected + verdict.refused
+            if verdict.failed.any():
+                self.standstills = self.standstills + (verdict.failed & self.stands_still())
             progress.step, progress.errors = verdict.step, verdict.errors
             self.rejected = verdict.rejected
             if implicit is not None:
@@ -251,13 +256,20 @@ class Adaptive:
                     count = progress.n_accepted + progress.n_rejected
                     self.limit = np.where(passed, count + control.max_steps, self.limit)
                 yield Step(time, self.time, x, k, new_x, error, k_start=k0 if implicit else None)
+            if implicit is not None and (unsolved := verdict.stuck & implicit.failed).any():
+                raise newton_failed(self.standing(unsolved), *implicit.last_of(unsolved))
+            hopeless = verdict.failed & (verdict.stuck | (self.standstills >= STANDSTILLS))
+            if hopeless.any():
+                raise nothing_finite(self.standing(hopeless), k)
             if verdict.stuck.any():
-                if implicit is not None and (unsolved := verdict.stuck & implicit.failed).any():
-                    raise newton_failed(self.standing(unsolved), *implicit.last_of(unsolved))
-                hopeless = verdict.stuck & verdict.failed
-                if hopeless.any():
-                    raise nothing_finite(self.standing(hopeless), k)
                 raise step_underflow(self.standing(verdict.stuck))
+
+    def stands_still(self) -> np.ndarray:
+        """Whose states the step after a failed one would leave as they are by rounding, (B,); F is not 0."""
+        x, k0 = (plain(s).reshape(len(self.time), -1) for s in (self.x, self.k0))
+        h = self.forward * self.control.shrink * self.progress.step
+        h = torch.from_numpy(h).to(x.device, self.real)[:, None]
+        return ((x + h * k0 == x).all(1) & (k0 != 0).any(1)).cpu().numpy()
 
     def _attempt(
         self, times: Sequence[Tensor], x: Tensor, h: Time, k0: Tensor

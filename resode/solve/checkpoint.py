@@ -25,6 +25,7 @@ from torch._C._autograd import _get_current_graph_task_keep_graph as keeps_graph
 from torch.autograd import Variable
 from torch.utils.checkpoint import checkpoint
 
+from resode.modes import own_random_state
 from resode.solve.adaptive import Adaptive, Progress
 from resode.solve.control import NUMPY, Control
 from resode.solve.dense import interpolate
@@ -52,15 +53,15 @@ class Recomputation:
     pieces: list[Callable[..., Any]] = field(default_factory=list)
 
     def __call__(self, piece: Callable[..., Any], *tensors: Any) -> Any:
-        """What piece(again, *tensors) gives, again being whether it runs a second time."""
-        again, number, owner = False, len(self.pieces), weakref.ref(self)
+        """What piece(second, *tensors) gives, second being whether it runs a second time."""
+        ran, number, owner = False, len(self.pieces), weakref.ref(self)
         self.pieces.append(piece)
 
         def run(*tensors: Any) -> Any:
-            nonlocal again
-            second, again, held = again, True, owner()
-            assert held is not None
-            return held.run(number, second, *tensors)
+            nonlocal ran
+            second, ran, recomputation = ran, True, owner()
+            assert recomputation is not None
+            return recomputation.run(number, second, *tensors)
 
         return checkpoint(run, *tensors, use_reentrant=False)
 
@@ -90,10 +91,9 @@ class Recomputation:
         Raises:
             ValueError: it draws from a generator of its own, or depends on how often it was called.
         """
-        devices = [x.device] if x.is_cuda else []
         results = []
         for _ in range(2):
-            with torch.random.fork_rng(devices):  # not without gradients: the field may take one of its own
+            with own_random_state(x.device):  # not without gradients: the field may take one of its own
                 results.append(self.f(t, x).detach())
         first, second = results
         if not torch.allclose(first, second, rtol=1e-3, atol=1e-3 * float(first.abs().max()), equal_nan=True):
@@ -121,7 +121,7 @@ class _Holding(torch.autograd.Function):
 
 def checkpointed_solve(
     tableau: ButcherTableau,
-    again: Recomputation,
+    recomputation: Recomputation,
     f: Field,
     x: Tensor,
     times: Sequence[float] | np.ndarray,
@@ -154,7 +154,9 @@ def checkpointed_solve(
             masks = torch.from_numpy(within[:, asked]).to(x.device)
             return part.x, part.k0, asked.tolist(), values, masks
 
-        x, k0, asked, values, masks = again(partial(piece, begin=begin, n=n, ends=ends), solve.x, solve.k0)
+        x, k0, asked, values, masks = recomputation(
+            partial(piece, begin=begin, n=n, ends=ends), solve.x, solve.k0
+        )
         solve, new_calls = ends
         ends.clear()
         calls += new_calls
@@ -166,7 +168,7 @@ def checkpointed_solve(
 
 
 def checkpointed_steps(
-    again: Recomputation, advance: Callable[..., Tensor] = equal_steps
+    recomputation: Recomputation, advance: Callable[..., Tensor] = equal_steps
 ) -> Callable[..., Tensor]:
     """A function like `equal_steps`, in pieces of √n steps."""
 
@@ -178,7 +180,7 @@ def checkpointed_steps(
             def piece(second: bool, x: Tensor, begin: Time = t + done * h, steps: int = steps) -> Tensor:
                 return advance(tableau, f, begin, x, h, steps)
 
-            x = again(piece, x)
+            x = recomputation(piece, x)
             done += steps
         return x
 

@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 
 from resode.checks import warn_user
-from resode.solve.adaptive import Adaptive, Progress, adaptive_solve, at_the_ends, between, error_norm
+from resode.solve.adaptive import (
+    STANDSTILLS,
+    Adaptive,
+    Progress,
+    adaptive_solve,
+    at_the_ends,
+    between,
+    error_norm,
+)
 from resode.solve.control import NUMPY, Control, decide, plan
 from resode.solve.dense import Step
 from resode.solve.failures import too_many_steps
@@ -227,7 +235,10 @@ def _attempts(solve: Adaptive, outputs: np.ndarray, key: Any) -> list[_Attempt]:
         seen = flags.tolist()
         going = seen[-1][0]
         for (_, failed, stuck), was in zip(seen, tried, strict=True):
-            if stuck:
+            if failed:
+                _place(solve, was.x, was.k0, was.state, calls)
+                solve.standstills = solve.standstills + solve.stands_still()
+            if stuck or (solve.standstills >= STANDSTILLS).any():
                 _place(solve, was.x, was.k0, was.state, calls)
                 next(solve.steps(), None)  # raises, with the reason
                 raise _NotStuck
@@ -302,9 +313,9 @@ def compiled_steps(key: Any) -> Callable[..., Tensor]:
             begin = t + done * h
             if not failed:
                 try:
-                    time, size = (
-                        torch.as_tensor(s, dtype=torch.float64, device=x.device) for s in (begin, h)
-                    )
+                    time = torch.as_tensor(begin, dtype=torch.float64, device=x.device)
+                    size = torch.as_tensor(h, device=x.device)  # each sample's own in x's dtype, as they come
+                    size = size if size.ndim else size.double()
                     x = _compiled(_steps_of, key, x, tableau, steps)(f, time, x, size)
                     done += steps
                     continue

@@ -69,11 +69,18 @@ def combined(event_fn: Callable[..., Any], t0: Tensor, y0: Any) -> Event:
             f"event_fn must be finite and not empty at t[0]; got {first.tolist()} at t={float(t0):.9g}."
         )
     signs = torch.sign(signed(first))
+    signs = torch.where(signs == 0, 1, signs)  # the solve ends there, whatever they are
     return lambda t, y: torch.min(signed(event_fn(t, y)) * signs)
 
 
 def signed(c: Tensor) -> Tensor:
-    """An event's values; of booleans 1 and −1, whose zero is where they flip."""
+    """An event's values; of booleans 1 and −1, whose zero is where they flip.
+
+    Raises:
+        TypeError: they are complex, and have no sign.
+    """
+    if c.is_complex():
+        raise TypeError(f"an event must return real numbers, whose sign counts; got {c.dtype}.")
     return 2 * c.to(torch.int8) - 1 if c.dtype == torch.bool else c
 
 
@@ -201,6 +208,27 @@ def _fixed(
     )
 
 
+def between_ends(h: Any, x: Tensor, k0: Tensor, x1: Tensor, k1: Tensor | None) -> list[Tensor]:
+    """The states at the ends of a step's parts, on the polynomial through both ends with their slopes.
+
+    Args:
+        h: the step, signed; a number, or one a sample that broadcasts to x.
+        x: the state at the start.
+        k0: F there.
+        x1: the state at the end.
+        k1: F there, where it is known.
+    """
+    with torch.no_grad():
+        s = torch.arange(1, PARTS, dtype=torch.float64) / PARTS
+        if k1 is None:
+            rows, known = [1 - s**2, s - s**2, s**2], [x, h * k0, x1]
+        else:
+            rows = [(1 + 2 * s) * (1 - s) ** 2, s * (1 - s) ** 2, s**2 * (3 - 2 * s), s**3 - s**2]
+            known = [x, h * k0, x1, h * k1]
+        inner = torch.stack(rows, 1).to(x) @ torch.stack(known).reshape(len(known), -1)
+        return [x, *inner.reshape(-1, *x.shape), x1]
+
+
 @dataclass
 class Within:
     """A step, as the search for events within it needs it.
@@ -233,17 +261,8 @@ class Within:
 
     @cached_property
     def states(self) -> list[Tensor]:
-        """The states there, roughly between: on the polynomial through both ends with their slopes."""
-        with torch.no_grad():
-            h = self.end - self.begin
-            s = torch.arange(1, PARTS, dtype=torch.float64) / PARTS
-            if self.k1 is None:
-                rows, known = [1 - s**2, s - s**2, s**2], [self.x, h * self.k0, self.x1]
-            else:
-                rows = [(1 + 2 * s) * (1 - s) ** 2, s * (1 - s) ** 2, s**2 * (3 - 2 * s), s**3 - s**2]
-                known = [self.x, h * self.k0, self.x1, h * self.k1]
-            inner = torch.stack(rows, 1).to(self.x) @ torch.stack(known).reshape(len(known), -1)
-            return [self.x, *inner.reshape(-1, *self.x.shape), self.x1]
+        """The states there, roughly between."""
+        return between_ends(self.end - self.begin, self.x, self.k0, self.x1, self.k1)
 
     def first_zero(self, event: Event, at: Callable[[float], Tensor]) -> float | None:
         """The first time at which an event, positive at the start, reaches 0; None where it does not.
@@ -306,7 +325,10 @@ def value_of(event: Event, time: float, y: Tensor) -> float:
         c = c if isinstance(c, int | float) else np.array(c).item()
     elif isinstance(c, bool):
         c = 2 * c - 1
-    value = float(c)
+    try:
+        value = float(c)
+    except (TypeError, ValueError):
+        raise TypeError(f"an event must return one number, or yes or no; got {c!r}.") from None
     if math.isnan(value):
         raise ValueError(
             f"event_fn must return numbers, got NaN at t={time:.9g}. Keep it defined past the event."
@@ -315,103 +337,135 @@ def value_of(event: Event, time: float, y: Tensor) -> float:
 
 
 def root(value: Callable[[float], float], a: float, b: float, before: float, after: float) -> float:
-    """A time, to rounding, at which a function that is before > 0 at a and after ≤ 0 at b comes to be ≤ 0.
+    """A time, to rounding, at which a function that is before > 0 at a and after ≤ 0 at b comes to be ≤ 0."""
+    ends = (np.array([float(s)]) for s in (a, b, before, after))
+    return roots(lambda s: np.array([value(s.item())]), *ends).item()
 
-    Only its sign is relied on, so a zero of any order, a jump and a function that stays 0 are found in as
+
+def roots(
+    values: Callable[[np.ndarray], np.ndarray],
+    a: np.ndarray,
+    b: np.ndarray,
+    before: np.ndarray,
+    after: np.ndarray,
+) -> np.ndarray:
+    """Times at which functions that are before > 0 at a and after ≤ 0 at b come to be ≤ 0, (B,), to rounding.
+
+    Only their signs are relied on, so a zero of any order, a jump and a function that stays 0 are found in as
     many evaluations as by halving, and one more; a smooth simple zero in few. (The ITP method, with κ₁ = 0.2
     over the width, κ₂ = 2 and n₀ = 1.)
+
+    Args:
+        values: the functions at a time of each, (B,).
+        a: where they are positive.
+        b: where they are not; a itself where nothing is looked for.
+        before: their values at a.
+        after: their values at b.
     """
-    tiny = 4 * 2.0**-52 * max(abs(a), abs(b), 2.0**-1000)
+    a, b, before, after = a.copy(), b.copy(), before.copy(), after.copy()
+    tiny = 4 * 2.0**-52 * np.maximum(abs(a), abs(b)).clip(min=2.0**-1000)
     width = abs(b - a)
-    flat = False
-    slack = tiny * 2.0 ** math.ceil(math.log2(max(width / tiny, 1.0)))
-    while (size := abs(b - a)) > tiny:
+    slack = tiny * 2.0 ** np.ceil(np.log2((width / tiny).clip(min=1.0)))
+    flat, at_zero = np.zeros(len(a), bool), np.zeros(len(a), bool)
+    done = width <= tiny
+    while not done.all():
+        size = abs(b - a)
         middle = a + 0.5 * (b - a)
-        s = middle
-        if after < 0 and math.isfinite(before) and math.isfinite(after):
+        with np.errstate(all="ignore"):
             s = a + (b - a) * (before / (before - after))
             shift = 0.2 * size * size / width  # towards the middle, past the zero: both ends then close in
-            s = middle if shift >= abs(middle - s) else s + math.copysign(shift, middle - s)
-            reach = max(slack - 0.5 * size, 0.0)
-            if abs(s - middle) > reach:
-                s = middle + math.copysign(reach, s - middle)
-        if s in (a, b):
-            s = middle
-        if s in (a, b):
-            break
-        if (c := value(s)) > 0:
-            a, before = s, c
-        else:
-            b, after = s, c
-            # An exact zero is the one looked for, unless the function is 0 before it, too.
-            if c == 0 and not flat:
-                if value(s + math.copysign(min(tiny, size / 2), a - s)) > 0:
-                    break
-                flat = True
-        slack *= 0.5
+            s = np.where(shift >= abs(middle - s), middle, s + np.copysign(shift, middle - s))
+            reach = (slack - 0.5 * size).clip(min=0.0)
+            s = np.where(abs(s - middle) > reach, middle + np.copysign(reach, s - middle), s)
+            straight = (after < 0) & np.isfinite(before) & np.isfinite(after)
+        s = np.where(straight, s, middle)
+        s = np.where((s == a) | (s == b), middle, s)
+        # An exact zero is the one looked for, unless the function is 0 before it, too.
+        s = np.where(at_zero, b + np.copysign(np.minimum(tiny, 0.5 * size), a - b), s)
+        done = done | (s == a) | (s == b)
+        s = np.where(done, b, s)
+        c = values(s)
+        up = ~done & (c > 0)
+        down = ~done & ~up
+        done = done | (at_zero & up)
+        flat = flat | (at_zero & down)
+        slack = np.where(at_zero, slack, 0.5 * slack)
+        a, before = np.where(up, s, a), np.where(up, c, before)
+        b, after = np.where(down, s, b), np.where(down, c, after)
+        at_zero = down & (c == 0) & ~flat
+        done = done | (abs(b - a) <= tiny)
     return b
 
 
 class _WithoutGradient(torch.autograd.Function):
-    """Passes tensors on; asking for their gradient is an error."""
+    """Passes tensors on; asking for the gradient of the samples marked is an error."""
 
     @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> Any:
+    def forward(none: Tensor, *tensors: Tensor) -> Any:
         return tuple(x.clone() for x in tensors)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.none = inputs[0]
+
+    @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise ValueError(
-            "the event's time has no gradient: event_fn does not change along the solution there, as a "
-            "comparison, an integer or a constant does not. Give a function that passes through 0, such as "
-            "y - 0.5 for y > 0.5, or detach the event's time and state."
-        )
+        for grad in grads:
+            if grad is not None and (grad[ctx.none] != 0).any():
+                raise ValueError(
+                    "the event's time has no gradient: event_fn does not change along the solution there, as "
+                    "a comparison, an integer or a constant does not. Give a function that passes through 0, "
+                    "such as y - 0.5 for y > 0.5, or detach the event's time and state."
+                )
+        return None, *grads
 
 
 def with_event_gradient(
-    func: Callable[..., Any],
-    event_fn: Callable[..., Any],
-    event_t: Tensor,
-    y: Any,
-    start: tuple[Tensor, Any],
+    func: Callable[..., Any], event: Event, event_t: Tensor, y: Any, start: Tensor
 ) -> tuple[Tensor, Any]:
     """The event's time and state, as they were, with the gradients of the implicit function.
 
     Args:
         func: the field of (t, y).
-        event_fn: as the user gave it.
-        event_t: the event's time, 0-D.
+        event: one number, or with event_t of shape (B,) each sample's own.
+        event_t: the event's time, 0-D, or each sample's own, (B,).
         y: the state there, a tensor or a tuple, differentiable at fixed time.
-        start: (t[0], y0), which settle the event's sign.
+        start: t[0], of event_t's shape.
     """
     parts: Sequence[Tensor] = y if isinstance(y, tuple) else (y,)
 
     def rebuild(parts: Sequence[Tensor]) -> Any:
         return tuple(parts) if isinstance(y, tuple) else parts[0]
 
+    def beside(s: Tensor, p: Tensor) -> Tensor:  # a number a sample as a factor of its state
+        return s.view(-1, *[1] * (p.ndim - 1)) if s.ndim else s
+
     real = parts[0].dtype.to_real()
-    time = event_t.detach().to(parts[0].device, real)
-    slope = func(time, y)
+    time, began = (s.detach().to(parts[0].device, real) for s in (event_t, start))
+    slope = func(beside(time, parts[0]), y)
     slopes = [d.detach() for d in (slope if isinstance(y, tuple) else (slope,))]
-    event = combined(event_fn, start[0].detach().to(time), start[1])
-    way = float(time - start[0].detach())
-    if way == 0:
-        return event_t, y
+    way = time - began
     # Where c has no slope at its zero, as relu(y) and (y − 1)³ have none, it is taken a little before.
-    unit = math.copysign(16 * torch.finfo(real).eps * max(abs(float(time)), abs(way)), way)
-    for shift in (0.0, unit, 64 * unit):
-        s, at = time - shift, [p - shift * d for p, d in zip(parts, slopes, strict=True)]
-        if (rate := _rate(event, s, at, slopes, rebuild)) != 0:
+    unit = torch.copysign(16 * torch.finfo(real).eps * torch.maximum(time.abs(), way.abs()), way)
+    shift, rate = torch.zeros_like(time), torch.zeros_like(time)
+    for factor in (0.0, 1.0, 64.0):
+        s = time - factor * unit
+        found = _rate(event, s, [p - beside(time - s, p) * d for p, d in zip(parts, slopes, strict=True)],
+                      slopes, rebuild, beside)  # fmt: skip
+        shift, rate = torch.where(rate == 0, factor * unit, shift), torch.where(rate == 0, found, rate)
+        if (rate != 0).all():
             break
-    else:
-        moving = (event_t, *parts)
-        if torch.is_grad_enabled() and any(p.requires_grad for p in parts):
-            moving = _WithoutGradient.apply(*moving)
-        return moving[0], rebuild(moving[1:])
-    change = event(s, rebuild(at))
-    change = (change - change.detach()) / rate
-    event_t = event_t.detach() - change.to(event_t)
-    return event_t, rebuild([p - d * change.to(real) for p, d in zip(parts, slopes, strict=True)])
+    none = (rate == 0) & (way != 0)
+    if none.any() and torch.is_grad_enabled() and any(p.requires_grad for p in parts):
+        event_t, *parts = _WithoutGradient.apply(none, event_t, *parts)
+    still = rate == 0
+    if still.all():
+        return event_t, rebuild(parts)
+    at = [p - beside(shift, p) * d for p, d in zip(parts, slopes, strict=True)]
+    change = event(beside(time - shift, parts[0]), rebuild(at))
+    change = torch.where(still, 0.0, (change - change.detach()) / torch.where(still, 1.0, rate))
+    event_t = event_t - change.to(event_t)
+    return event_t, rebuild([p - d * beside(change.to(real), p) for p, d in zip(parts, slopes, strict=True)])
 
 
 def _rate(
@@ -420,17 +474,23 @@ def _rate(
     parts: Sequence[Tensor],
     slopes: Sequence[Tensor],
     rebuild: Callable[[Sequence[Tensor]], Any],
+    beside: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """The event's change in time along the solution, ċ, without gradient."""
+    """The event's change in time along the solution, ċ, of time's shape, without gradient."""
+    at_time = beside(time, parts[0])
     if any(map(is_transformed, parts)):
-        ones = torch.ones_like(time)
-        return torch.func.jvp(lambda s, *at: event(s, rebuild(at)), (time, *parts), (ones, *slopes))[
-            1
-        ].detach()
+        ones = torch.ones_like(at_time)
+        moving = torch.func.jvp(
+            lambda s, *at: event(s, rebuild(at)) + 0.0 * s.reshape(time.shape),
+            (at_time, *parts),
+            (ones, *slopes),
+        )
+        return moving[1].detach()
     with torch.enable_grad():
-        s, at = time.clone().requires_grad_(), [p.detach().requires_grad_() for p in parts]
+        s, at = at_time.clone().requires_grad_(), [p.detach().requires_grad_() for p in parts]
         value = event(s, rebuild(at))
         if not value.requires_grad:
             return torch.zeros_like(time)
-        rate, *rates = torch.autograd.grad(value, (s, *at), allow_unused=True, materialize_grads=True)
-    return rate + sum((r.conj() * d).real.sum() for r, d in zip(rates, slopes, strict=True))
+        rate, *rates = torch.autograd.grad(value.sum(), (s, *at), allow_unused=True, materialize_grads=True)
+    along = [(r.conj() * d).real for r, d in zip(rates, slopes, strict=True)]
+    return rate.reshape(time.shape) + sum(c.reshape(*time.shape, -1).sum(-1) for c in along)

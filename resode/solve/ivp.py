@@ -209,9 +209,11 @@ class _Watch:
 
     def __init__(self, events: Any, args: tuple[Any, ...]):
         given = () if events is None else events if isinstance(events, tuple | list) else (events,)
+        if not all(map(callable, given)):
+            raise TypeError(f"events must be a function of (t, y), or a list of such; got {events!r}.")
         self.events = [(lambda t, y, e=e: e(t, y, *args)) for e in given]
         self.limits = [_zeros_to_end(getattr(e, "terminal", None)) for e in given]
-        self.direction = [getattr(e, "direction", 0) for e in given]
+        self.direction = [_direction(getattr(e, "direction", 0)) for e in given]
         self.times: list[list[float]] = [[] for _ in given]
         self.states: list[list[Tensor]] = [[] for _ in given]
         self.values: list[float] | None = None  # at the last step's end
@@ -283,6 +285,16 @@ def _zeros_to_end(terminal: Any) -> float:
             f"got {terminal!r}."
         )
     return int(terminal)
+
+
+def _direction(direction: Any) -> float:
+    """An event's attribute `direction`, whose sign counts."""
+    if not isinstance(direction, int | float | np.number) or math.isnan(direction):
+        raise ValueError(
+            "an event's attribute direction must be a number: above 0 to count rises, below 0 falls, 0 both; "
+            f"got {direction!r}."
+        )
+    return float(direction)
 
 
 def _rounding(t_span: Any) -> float:

@@ -31,7 +31,7 @@ from resode.solve.problem import (
     largest_rms,
     leaves_like,
 )
-from resode.solve.sample_events import solve_to_own_events, with_own_event_gradients
+from resode.solve.sample_events import sample_event, solve_to_own_events
 from resode.tableaus import ButcherTableau
 
 
@@ -275,12 +275,15 @@ def odeint_event(
         (1.42784..., 0.07139...)
     """
     per_sample = bool(kwargs.get("per_sample", False))
+    if not callable(event_fn):
+        raise TypeError(f"event_fn must be a function of (t, y), got {event_fn!r}.")
     if not isinstance(t0, Tensor) or not (t0.numel() == 1 or (per_sample and t0.ndim == 1)):
         got = f"shape {tuple(t0.shape)}" if isinstance(t0, Tensor) else type(t0).__name__
         own = ", or with per_sample one a sample, (B,)" if per_sample else ""
         raise TypeError(f"t0 must be a tensor with one time{own}, got {got}.")
     start = t0.reshape(()) if t0.numel() == 1 else t0
-    t = torch.stack([start, start.detach() + (-1.0 if reverse_time else 1.0)])
+    way = start.detach().abs().clamp(min=1.0)  # 1 alone may be below the rounding of a large time
+    t = torch.stack([start, start.detach() + (-way if reverse_time else way)])
     result = odeint_interface(func, y0, t, event_fn=event_fn, **kwargs)
     stats = None
     if kwargs.get("return_stats"):
@@ -290,19 +293,17 @@ def odeint_event(
     field = (lambda t, y: func(t, y, *args)) if args else func
     leaves, structure = tree_flatten(path)
     last: Any = leaves[0][-1] if isinstance(path, Tensor) else tuple(p[-1] for p in leaves)
-    if per_sample:
-        event_t, last = with_own_event_gradients(field, event_fn, event_t, last)
-    elif isinstance(path, Tensor):
-        event_t, last = with_event_gradient(field, event_fn, event_t, last, (start, y0))
+    if isinstance(path, Tensor):
+        event = sample_event(event_fn) if per_sample else combined(event_fn, start.detach().to(event_t), y0)
     else:
 
         def on_structure(call: Callable[..., Any]) -> Callable[..., Any]:
             return lambda t, parts: call(t, tree_unflatten(list(parts), structure))
 
-        event_t, last = with_event_gradient(
-            lambda t, parts: tuple(leaves_like(on_structure(field)(t, parts), structure)),
-            on_structure(event_fn), event_t, last, (start, tuple(tree_leaves(y0))),
-        )  # fmt: skip
+        given = on_structure(field)
+        field = lambda t, parts: tuple(leaves_like(given(t, parts), structure))  # noqa: E731
+        event = combined(on_structure(event_fn), start.detach().to(event_t), tuple(tree_leaves(y0)))
+    event_t, last = with_event_gradient(field, event, event_t, last, start.expand(event_t.shape))
     ends = (last,) if isinstance(path, Tensor) else last
     leaves = [torch.cat([p[:-1], y[None]]) for p, y in zip(leaves, ends, strict=True)]
     path = tree_unflatten(leaves, structure)
@@ -352,7 +353,7 @@ def _odeint(
     if checkpoint:
         _check_checkpoint(settings, event_fn)
         settings = replace(settings, checkpoint=torch.is_grad_enabled())
-    if compile and _compiles(settings, callbacks, event_fn, t):
+    if compile and _compiles(settings, callbacks, event_fn):
         settings = replace(settings, compile_for=key_of(func))
     field = (lambda t, y: func(t, y, *args)) if args else func
     event = None
@@ -417,14 +418,13 @@ def _check_checkpoint(settings: SolveSettings, event_fn: Any) -> None:
         raise ValueError(f"gradient='checkpoint' does not go with {reason}; take 'autograd' or 'adjoint'.")
 
 
-def _compiles(settings: SolveSettings, callbacks: Any, event_fn: Any, t: Tensor) -> bool:
+def _compiles(settings: SolveSettings, callbacks: Any, event_fn: Any) -> bool:
     """Whether compiled steps can do what is asked; a warning where they can't."""
     known = () if settings.fixed else COMPILED_OPTIONS
     reasons = [f"options[{name!r}]" for name in settings.options if name not in known]
     if isinstance(settings.method, ButcherTableau) and not settings.method.explicit:
         reasons.append(f"{settings.method.name}, which is implicit")
     reasons += ["callbacks"] if callbacks is not None else []
-    reasons += ["t of shape (T, B)"] if settings.fixed and t.ndim > 1 else []
     reasons += ["event_fn"] if event_fn is not None else []
     reasons += ["gradient='checkpoint'"] if settings.checkpoint and not settings.fixed else []
     reasons += [f"{settings.method!r}, which torchdiffeq solves"] if isinstance(settings.method, str) else []

@@ -4,9 +4,7 @@ As in `events`, with every number one a sample: c(τ_i, y(τ_i))_i = 0 gives dτ
 dy_i(τ_i) = dy_i|_τ fixed + f_i dτ_i.
 
 Source:
-    Chen, Amos & Nickel, Learning Neural Event Functions for Ordinary Differential Equations (2021);
-    Chandrupatla, A new hybrid quadratic/bisection algorithm for finding the zero of a nonlinear function,
-    Adv. Eng. Softw. 28 (1997).
+    Chen, Amos & Nickel, Learning Neural Event Functions for Ordinary Differential Equations (2021).
 """
 
 from __future__ import annotations
@@ -22,10 +20,13 @@ from torch import Tensor
 
 from resode.solve.adaptive import Adaptive
 from resode.solve.dense import Step
+from resode.solve.events import PARTS, Event, between_ends, roots, signed
+from resode.solve.host import decided, moves, plain
 from resode.solve.implicit.steps import step_rule
 from resode.solve.native import Evaluations, zero_with_gradient
 from resode.solve.options import SolveSettings
 from resode.solve.result import MaxStepsReached, NonFiniteState, Stats
+from resode.solve.step import all_finite
 from resode.tableaus import ButcherTableau
 
 
@@ -34,27 +35,25 @@ def column(s: Tensor | np.ndarray, y: Tensor) -> Tensor:
     return torch.as_tensor(s, device=y.device).to(y.dtype.to_real()).view(-1, *[1] * (y.ndim - 1))
 
 
-def event_values(event_fn: Callable[..., Any], t: Tensor, y: Tensor) -> Tensor:
-    """event_fn(t, y), one number a sample, (B,); yes or no counts as 1 or −1.
+def sample_event(event_fn: Callable[..., Any]) -> Event:
+    """c(t, y), one number a sample, (B,), whose zero is the event; yes or no counts as 1 or −1.
 
     Raises:
-        TypeError, ValueError: something else.
+        TypeError, ValueError: when called, event_fn gives something else.
     """
-    c = event_fn(t, y)
-    if not isinstance(c, Tensor):
-        raise TypeError(f"event_fn must return a tensor, got {type(c).__name__}.")
-    if c.shape != y.shape[:1]:
-        raise ValueError(
-            f"with per_sample=True event_fn must return one number a sample, shape ({len(y)},), got "
-            f"{tuple(c.shape)}. t has shape {tuple(t.shape)} there: t.reshape(-1) goes with y[:, 0]."
-        )
-    if torch.isnan(c).any():
-        i = int(torch.isnan(c).nonzero()[0])
-        raise ValueError(
-            f"event_fn must return numbers, got NaN at t={float(t.reshape(-1)[i]):.9g}, sample {i}. "
-            "Keep it defined past the event."
-        )
-    return torch.where(c, 1.0, -1.0) if c.dtype == torch.bool else c
+
+    def event(t: Tensor, y: Tensor) -> Tensor:
+        c = event_fn(t, y)
+        if not isinstance(c, Tensor):
+            raise TypeError(f"event_fn must return a tensor, got {type(c).__name__}.")
+        if c.shape != y.shape[:1]:
+            raise ValueError(
+                f"with per_sample=True event_fn must return one number a sample, shape ({len(y)},), got "
+                f"{tuple(c.shape)}. t has shape {tuple(t.shape)} there: t.reshape(-1) goes with y[:, 0]."
+            )
+        return signed(c)
+
+    return event
 
 
 @dataclass
@@ -65,19 +64,113 @@ class Crossing:
     end: np.ndarray
     x: Tensor  # the state at begin
     k0: Tensor  # f there
+    x_end: Tensor
+    part: np.ndarray  # the part of the step in which rough states have it, from 0 on
 
-    def note(self, step: Step, fired: np.ndarray) -> None:
-        """Takes the step as that of the samples marked."""
-        self.begin, self.end = np.where(fired, step.start, self.begin), np.where(fired, step.end, self.end)
-        mask = column(torch.from_numpy(fired), self.x).bool()
-        self.x, self.k0 = torch.where(mask, step.x, self.x), torch.where(mask, step.slopes[0], self.k0)
+    def note(self, other: Crossing, mask: np.ndarray) -> None:
+        """Takes another's steps as those of the samples marked."""
+        self.begin, self.end = np.where(mask, other.begin, self.begin), np.where(mask, other.end, self.end)
+        self.part = np.where(mask, other.part, self.part)
+        marked = column(mask, self.x) != 0
+        self.x, self.k0 = torch.where(marked, other.x, self.x), torch.where(marked, other.k0, self.k0)
+        self.x_end = torch.where(marked, other.x_end, self.x_end)
 
     def state(self, tableau: ButcherTableau, f: Callable[..., Tensor], time: np.ndarray) -> Tensor:
-        """The states at times within the steps: by a step of the method itself."""
+        """The states at times within the steps, by steps of the method itself; at their ends, those there."""
         size = time - self.begin
         at = [column(self.begin + c * size, self.x) for c in tableau.stage_times]
         h = column(size, self.x)
-        return step_rule(tableau, True)(tableau, f, at, self.x, h, self.k0)[1]
+        inner = step_rule(tableau, True)(tableau, f, at, self.x, h, self.k0)[1]
+        return torch.where(column(time == self.end, self.x) != 0, self.x_end, inner)
+
+
+@dataclass
+class Search:
+    """The events of a batch.
+
+    Args:
+        tableau: the method.
+        f: the field, counted.
+        event: c(t, y), (B,).
+        signs: of the events at the start, (B,).
+    """
+
+    tableau: ButcherTableau
+    f: Evaluations
+    event: Event
+    signs: np.ndarray
+
+    def values(self, time: np.ndarray, x: Tensor) -> np.ndarray:
+        """The events, positive at the start, (B,)."""
+        return self.signs * numbers(self.event, time, x)
+
+    def in_step(self, step: Step, running: np.ndarray) -> tuple[Crossing, np.ndarray]:
+        """The step, and whose event happens within it, (B,), of the samples that are running and took it."""
+        taken = running & (step.end != step.start)
+        took = column(taken, step.x) != 0
+        size, none = step.end - step.start, torch.zeros_like(step.x)
+        # What an attempt that was not taken has led to may be anything.
+        x_end = torch.where(took, step.x_end, step.x)
+        n_stages = self.tableau.b_row[-1][0] + 1
+        k0, *k1 = (
+            torch.where(took, k, none) for k in (step.slopes[0], *step.k[n_stages:])
+        )  # f at the end, if known
+        states = between_ends(column(size, step.x), step.x, k0, x_end, k1[0] if k1 else None)
+        here = Crossing(step.start, step.end, step.x, step.slopes[0], x_end, np.zeros(len(running), int))
+        fired, value = np.zeros_like(running), np.zeros(len(running))
+        for i in range(PARTS):
+            time = step.end if i == PARTS - 1 else step.start + (i + 1) / PARTS * size
+            value = self.values(time, states[i + 1])
+            met = taken & ~fired & (value <= 0)
+            fired, here.part = fired | met, np.where(met, i, here.part)
+        unsure = fired & (value > 0)  # the end is exact, and the states before it are not
+        if unsure.any():
+            *_, before, after = self.bracket(here, unsure)
+            fired &= ~unsure | ((before > 0) & (after <= 0))
+        return here, fired
+
+    def bracket(self, of: Crossing, mask: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Times (B,) before and after the events of the samples marked, and the exact values there."""
+        a, b = of.part, of.part + 1
+
+        def at(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            time = np.where(part == PARTS, of.end, of.begin + part / PARTS * (of.end - of.begin))
+            return time, self.values(time, of.state(self.tableau, self.f, time))
+
+        (time_b, after), on = at(b), mask
+        while (on := on & (after > 0) & (b < PARTS)).any():
+            a, b = np.where(on, b, a), b + on
+            time_b, after = at(b)
+        (time_a, before), on = at(a), mask
+        while (on := on & (before <= 0) & (a > 0)).any():
+            time_b, after, a = np.where(on, time_a, time_b), np.where(on, before, after), a - on
+            time_a, before = at(a)
+        return time_a, time_b, before, after
+
+    def times(self, found: Crossing) -> np.ndarray:
+        """The events' times, (B,), to rounding."""
+        mask = found.begin != found.end
+        a, b, before, after = self.bracket(found, mask)
+        a = np.where(mask, a, found.begin)
+        b = np.where(mask & (before > 0), b, a)  # a start that rounding makes 0 or less is the zero
+        return roots(lambda s: self.values(s, found.state(self.tableau, self.f, s)), a, b, before, after)
+
+
+def numbers(event: Event, time: np.ndarray, x: Tensor) -> np.ndarray:
+    """The events' values, (B,), on the host, without gradient.
+
+    Raises:
+        ValueError: some are NaN.
+    """
+    with torch.no_grad():
+        c = np.array(decided(event(column(time, x), x), "a solve ends where the event's value says"), float)
+    if np.isnan(c).any():
+        i = int(np.isnan(c).nonzero()[0][0])
+        raise ValueError(
+            f"event_fn must return numbers, got NaN at t={float(time[i]):.9g}, sample {i}. "
+            "Keep it defined past the event."
+        )
+    return c
 
 
 def solve_to_own_events(
@@ -102,36 +195,29 @@ def solve_to_own_events(
             "torchdiffeq's methods, step_t, jump_t or a grid."
         )
     counted, real = Evaluations(func), y0.dtype.to_real()
-    both = t.detach().double().cpu().expand(len(y0), 2).T if t.ndim == 1 else t.detach().double().cpu()
-    start, forward = both[0].numpy().copy(), 1.0 if (both[1] >= both[0]).all() else -1.0
+    both = np.array(plain(t).tolist())
+    both = np.broadcast_to(both.reshape(2, -1), (2, len(y0)))
+    start, forward = both[0].copy(), 1.0 if (both[1] >= both[0]).all() else -1.0
     y = y0
-    if t.requires_grad:
+    if moves(t):
         moved = zero_with_gradient(t[0], real).expand(len(y0)).to(y0.device)
         y = y - counted(column(start, y0), y) * moved.view(-1, *[1] * (y0.ndim - 1))
-
-    def values(time: np.ndarray, x: Tensor) -> np.ndarray:
-        with torch.no_grad():
-            return event_values(event_fn, column(time, x), x).double().cpu().numpy()
-
-    first = values(start, y0)
+    event = sample_event(event_fn)
+    first = numbers(event, start, y0)
     if not np.isfinite(first).all():
         raise ValueError(f"event_fn must be finite at the start; got {first.tolist()}.")
     running = first != 0
-    found = Crossing(start, start, y, torch.zeros_like(y))
+    search = Search(tableau, counted, event, np.sign(first))
+    found = Crossing(start, start, y, torch.zeros_like(y), y, np.zeros(len(start), int))
     walk = (_fixed if settings.fixed else _adaptive)(tableau, counted, y, start, forward, settings, running)
     if running.any():
         for step in walk.steps():
-            taken = step.end != step.start  # by the others, x_end is what an attempt would have led to
-            x = torch.where(column(torch.from_numpy(taken), y0).bool(), step.x_end, step.x)
-            fired = running & taken & (np.sign(first) * values(step.end, x) <= 0)
+            here, fired = search.in_step(step, running)
             if fired.any():
-                found.note(step, fired)
-                running &= ~fired
+                found.note(here, fired)
+                running = running & ~fired
                 walk.freeze(fired)
-    with torch.no_grad():
-        time = find_roots(
-            lambda s: np.sign(first) * values(s, found.state(tableau, counted, s)), found.begin, found.end
-        )
+    time = search.times(found)
     path = torch.stack([y0, found.state(tableau, counted, time)])
     return torch.from_numpy(time).to(t), path, walk.stats(counted.calls)
 
@@ -203,9 +289,8 @@ class _fixed:
             h = column(size, self.x)
             at = [column(begin + c * size, self.x) for c in self.tableau.stage_times]
             k, new_x = take(self.tableau, self.f, at, self.x, h)
-            finite = torch.isfinite(new_x.detach().flatten(1)).all(1).cpu().numpy()
-            if not finite.all():
-                i = int((~finite).nonzero()[0][0])
+            if not all_finite(new_x):
+                i = next(i for i, row in enumerate(new_x) if not all_finite(row))
                 raise NonFiniteState(
                     f"the state is infinite or NaN at t={end[i]:.9g}, sample {i}, before an event, with "
                     f"steps of {abs(self.h):g}: take smaller ones, or check the field.",
@@ -224,67 +309,3 @@ class _fixed:
         """The counts, calls being those of the whole."""
         n = torch.from_numpy(self.taken)
         return Stats(n * (self.tableau.b_row[-1][0] + 1), n, n, torch.zeros_like(n))
-
-
-def find_roots(f: Callable[[np.ndarray], np.ndarray], begin: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """Where each of the functions f, which are positive at begin and not at end, reaches 0; to rounding.
-
-    Inverse quadratic interpolation where the last three points promise it, halving where they do not.
-
-    Args:
-        f: times (B,) -> values (B,).
-        begin: (B,).
-        end: (B,), equal to begin where there is nothing to find.
-    """
-    a, b, c = end, begin, begin
-    fa, fb = f(a), f(b)
-    fc, done = fb, (begin == end) | (fa == 0)
-    # A start that rounding makes 0 or less is the zero.
-    a, done = np.where(~done & (fb <= 0), b, a), done | (fb <= 0)
-    tiny = 4 * np.finfo(np.float64).eps * np.maximum(abs(begin), abs(end)).clip(min=1e-300)
-    share = np.full_like(begin, 0.5)
-    while not done.all():
-        x = np.where(done, a, a + share * (b - a))
-        fx = f(x)
-        same = np.sign(fx) == np.sign(fa)
-        c, fc, b_next, fb_next = np.where(same, a, b), np.where(same, fa, fb), np.where(same, b, a), None
-        fb_next = np.where(same, fb, fa)
-        b, fb = np.where(done, b, b_next), np.where(done, fb, fb_next)
-        a, fa = x, np.where(done, fa, fx)
-        gap = abs(b - a)
-        done = done | (fa == 0) | (gap <= tiny)
-        with np.errstate(all="ignore"):
-            xi, phi = (a - b) / (c - b), (fa - fb) / (fc - fb)
-            quadratic = fa / (fb - fa) * fc / (fb - fc) + (c - a) / (b - a) * fa / (fc - fa) * fb / (fc - fb)
-            good = (phi**2 < xi) & ((1 - phi) ** 2 < 1 - xi) & np.isfinite(quadratic)
-            least = np.minimum(0.5, 0.5 * tiny / gap)
-            share = np.where(good, quadratic, 0.5).clip(least, 1 - least)
-    return a
-
-
-def with_own_event_gradients(
-    func: Callable[..., Any], event_fn: Callable[..., Any], event_t: Tensor, y: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The events' times (B,) and states (B, …), as they were, with the gradients of the implicit function.
-
-    Args:
-        func: the field of (t, y).
-        event_fn: c(t, y), (B,).
-        event_t: the times, (B,).
-        y: the states there, differentiable at fixed times.
-    """
-    time = column(event_t.detach(), y)
-    with torch.no_grad():
-        slope = func(time, y.detach())
-    with torch.enable_grad():
-        s, at = time.clone().requires_grad_(), y.detach().requires_grad_()
-        value = event_values(event_fn, s, at)
-        if not value.requires_grad:
-            return event_t, y
-        rate, rates = torch.autograd.grad(value.sum(), (s, at), allow_unused=True, materialize_grads=True)
-        rate = rate.reshape(-1) + (rates.conj() * slope).real.flatten(1).sum(1)
-    # A grazing event (rate 0) has no gradient; the floor keeps its time finite.
-    rate = torch.where(rate == 0, torch.finfo(rate.dtype).eps, rate)
-    change = event_values(event_fn, time, y)
-    change = (change - change.detach()) / rate
-    return event_t.detach() - change.to(event_t), y - slope * column(change, y)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 
 import numpy as np
@@ -21,15 +22,18 @@ HELD = 2**22
 
 
 class States:
-    """States to be stacked: where they are large and carry no gradient, written into one tensor at once.
+    """States to be stacked, held little more than once where they are large and carry no gradient.
+
+    Where it is known how many there will be they are written into one tensor at once, else into blocks that
+    are let go one by one.
 
     Args:
-        n: how many there will be, at most.
+        n: how many there will be, at most; 0 where it is not known.
         like: a state as they are.
     """
 
     def __init__(self, n: int, like: Tensor):
-        self.parts: list[Tensor] = []
+        self.parts, self.blocks = list[Tensor](), list[Tensor]()
         self.count, self.whole = 0, None
         if n * like.numel() * like.element_size() > LARGE and _is_bare(like):
             self.whole = like.new_empty((n, *like.shape))
@@ -42,19 +46,37 @@ class States:
             if self.whole is not None:
                 self.parts, self.whole = list(self.whole[: self.count].unbind(0)), None
             self.parts.append(x)
+            if len(self.parts) * x.numel() * x.element_size() > HELD and all(map(_is_bare, self.parts)):
+                self.blocks.append(torch.stack(self.parts, out=_mapped(len(self.parts), x)))
+                self.parts.clear()
         self.count += 1
 
     def stacked(self) -> Tensor:
         """All of them, (count, *x.shape); they are then held there alone."""
-        parts = self.parts
         if self.whole is not None:
             return self.whole[: self.count]
-        if sum(x.numel() * x.element_size() for x in parts) <= LARGE or not all(map(_is_bare, parts)):
-            return torch.stack(parts)
-        whole = parts[0].new_empty((len(parts), *parts[0].shape))
-        for i in reversed(range(len(parts))):
-            whole[i] = parts.pop()
+        if not self.blocks or not all(map(_is_bare, self.parts)):
+            return torch.stack([*(x for block in self.blocks for x in block.unbind(0)), *self.parts])
+        if self.parts:
+            self.blocks.append(torch.stack(self.parts))
+            self.parts.clear()
+        whole, end = self.blocks[0].new_empty((self.count, *self.blocks[0].shape[1:])), self.count
+        while self.blocks:
+            block = self.blocks.pop()
+            whole[end - len(block) : end] = block
+            end -= len(block)
         return whole
+
+
+def _mapped(n: int, like: Tensor) -> Tensor:
+    """An empty tensor for n states, whose memory goes back to the system when it is let go.
+
+    What malloc was given back it may keep, once it has seen blocks as large come and go.
+    """
+    if like.device.type != "cpu":
+        return like.new_empty((n, *like.shape))
+    memory = mmap.mmap(-1, n * like.numel() * like.element_size())
+    return torch.frombuffer(memory, dtype=like.dtype).view(n, *like.shape)
 
 
 class Passing:

@@ -37,12 +37,7 @@ def binding(rays: RayPolynomials, eigenvalues: Complexes, stable: Intervals) -> 
 
     Eigenvalues are added worst first. The others go as soon as the Bernstein coefficients of g on what
     is still stable prove that they cannot narrow it: for a million eigenvalues one pass of matrix
-    products, and the roots on a few hundred rays.
-
-    Args:
-        rays: the method's polynomials along rays.
-        eigenvalues: λ, shape (M,), finite and not 0.
-        stable: disjoint intervals of h, in order.
+    products, and the roots on a few hundred rays. None is 0, and the intervals are disjoint and in order.
     """
     modulus = np.abs(eigenvalues)
     rest = np.arange(len(eigenvalues))

@@ -132,8 +132,8 @@ class StabilityProperties:
     @property
     def letters(self) -> str:
         """The stabilities it has, as in "A, L, I"; "–" if none."""
-        held = zip("ALI", (self.a_stable, self.l_stable, self.i_stable), strict=True)
-        return ", ".join(letter for letter, holds in held if holds) or "–"
+        having = zip("ALI", (self.a_stable, self.l_stable, self.i_stable), strict=True)
+        return ", ".join(letter for letter, holds in having if holds) or "–"
 
 
 def stability_properties(method: str | ButcherTableau) -> StabilityProperties:

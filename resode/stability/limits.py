@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from resode.checks import check_number, check_whole
 from resode.stability.binding import binding
 from resode.stability.intervals import Interval, ray_polynomials
 from resode.stability.multistep import EXPLICIT_ADAMS, AdamsRays
@@ -240,8 +241,7 @@ def eigenvalue_step_limit(
           Without them the limit would be 0.696323.
     """
     values, eps = checked_spectrum(eigenvalues)
-    allowed, adams = allowed_growth(growth), method == EXPLICIT_ADAMS
-    rays = AdamsRays(math.sqrt(allowed)) if adams else ray_polynomials(get_tableau(method), allowed)
+    rays = rays_of(method, growth)
     shape, n = values.shape[:-1], values.shape[-1]
     given: Complexes = values.reshape(-1, n)
     size = np.abs(values).max(axis=-1, keepdims=True)
@@ -252,7 +252,7 @@ def eigenvalue_step_limit(
     growing = given.real > tau
     lam = as_counted(given, tau)
     if n <= _MANY or isinstance(rays, AdamsRays):
-        exits, intervals = _exits(rays, lam)
+        exits, intervals = exits_and_intervals(rays, lam)
     else:
         parts = [_exits_of_many(rays, *row) for row in zip(lam, growing, strict=True)]
         exits, intervals = np.stack([p[0] for p in parts]), [p[1] for p in parts]
@@ -285,7 +285,7 @@ def eigenvalue_step_limit(
         decaying_step=like(eigenvalues, slow.min(axis=1), shape),
         converged=like(eigenvalues, np.ones(len(given), dtype=bool), shape),
         decaying_converged=like(eigenvalues, np.ones(len(given), dtype=bool), shape),
-        method=EXPLICIT_ADAMS if adams else get_tableau(method).name,
+        method=name_of(method),
         **shown,
     )
 
@@ -313,7 +313,24 @@ def as_counted(values: Complexes, tau: np.ndarray | float) -> Complexes:
     return counted
 
 
-def _exits(rays: RayPolynomials | AdamsRays, lam: np.ndarray) -> tuple[np.ndarray, list[list[Interval]]]:
+Rays = RayPolynomials | AdamsRays
+"""Where along rays h·λ a method is unstable."""
+
+
+def rays_of(method: str | ButcherTableau, growth: tuple[int, float] | None = None) -> Rays:
+    """The rays of a method that is given by name, with what N steps may amplify."""
+    allowed = allowed_growth(growth)
+    if method == EXPLICIT_ADAMS:
+        return AdamsRays(math.sqrt(allowed))
+    return ray_polynomials(get_tableau(method), allowed)
+
+
+def name_of(method: str | ButcherTableau) -> str:
+    """What a limit calls a method."""
+    return EXPLICIT_ADAMS if method == EXPLICIT_ADAMS else get_tableau(method).name
+
+
+def exits_and_intervals(rays: Rays, lam: np.ndarray) -> tuple[np.ndarray, list[list[Interval]]]:
     """First exit of each eigenvalue (B, n), and the stable intervals of each row; λ = 0 has no exit."""
     flat = lam.reshape(-1)
     nonzero = np.flatnonzero(flat)
@@ -325,10 +342,10 @@ def _exits(rays: RayPolynomials | AdamsRays, lam: np.ndarray) -> tuple[np.ndarra
     return unstable[..., 0, 0], [complement(row) for row in unstable]
 
 
-def first_exits(rays: RayPolynomials, lam: Complexes) -> np.ndarray:
+def first_exits(rays: Rays, lam: Complexes) -> np.ndarray:
     """First exit of each eigenvalue, any shape, as it was counted: inf where it never leaves."""
     upper, place = np.unique(lam.real + 1j * np.abs(lam.imag), return_inverse=True)
-    exits = _exits(rays, upper[None])[0][0] if lam.size else np.zeros(0)
+    exits = exits_and_intervals(rays, upper[None])[0][0] if lam.size else np.zeros(0)
     return exits[place].reshape(lam.shape)
 
 
@@ -338,12 +355,12 @@ def _exits_of_many(
     """The same for one large spectrum; inf for eigenvalues that bind nowhere."""
     decaying = np.flatnonzero(~growing & (lam != 0))
     chosen = decaying[binding(rays, lam[decaying], [(0.0, math.inf)])]
-    stable = _exits(rays, lam[None, chosen])[1][0] if chosen.size else [(0.0, math.inf)]
+    stable = exits_and_intervals(rays, lam[None, chosen])[1][0] if chosen.size else [(0.0, math.inf)]
     rising = np.flatnonzero(growing)
     chosen = np.concatenate([chosen, rising[binding(rays, lam[rising], stable)]])
     exits = np.full(len(lam), np.inf)
     if chosen.size:
-        some, intervals = _exits(rays, lam[None, chosen])
+        some, intervals = exits_and_intervals(rays, lam[None, chosen])
         exits[chosen], stable = some[0], intervals[0]
     return exits, stable
 
@@ -356,11 +373,8 @@ def allowed_growth(growth: tuple[int, float] | None) -> Fraction:
         steps, tol = growth
     except TypeError:
         raise TypeError(f"growth is a pair (number of steps, tolerance), got {growth!r}.") from None
-    if not (isinstance(steps, int) and steps >= 1 and 0 <= tol < math.inf):
-        raise ValueError(
-            "growth is (N, tol) with an integer N ≥ 1 and a finite tol ≥ 0, asking for |R|^N ≤ 1 + tol; "
-            f"got {growth!r}."
-        )
+    steps = check_whole("the N of growth=(N, tol), which asks for |R|^N ≤ 1 + tol,", steps, 1)
+    tol = check_number("the tol of growth=(N, tol)", tol, least=0)
     return 1 + Fraction(math.expm1(2 * math.log1p(tol) / steps))
 
 
@@ -369,6 +383,16 @@ def plain(values: Any) -> np.ndarray:
     if isinstance(values, Tensor):
         values = values.detach().cpu().resolve_conj().resolve_neg().numpy()
     return np.asarray(values)
+
+
+def bounds(limit: StepLimit) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A batch's steps and decaying steps, inf where nothing is known, and whether the latter are exact."""
+    exact = plain(limit.decaying_converged)
+    none = np.isinf(plain(limit.error)) & ~exact
+    steps, decaying = (
+        np.where(none & (s > 0), np.inf, s) for s in (plain(limit.step), plain(limit.decaying_step))
+    )
+    return steps, decaying, exact
 
 
 def checked_spectrum(eigenvalues: Any) -> tuple[Complexes, float]:

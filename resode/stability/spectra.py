@@ -14,20 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from resode.stability.intervals import imaginary_stability_interval, ray_polynomials
 from resode.stability.limits import (
     StepLimit,
-    allowed_growth,
     as_counted,
-    eigenvalue_step_limit,
+    exits_and_intervals,
     first_exits,
     like,
+    name_of,
     nested,
+    rays_of,
     rounding,
     upper_of_pairs,
 )
 from resode.stability.unstable_rays import Complexes, Floats
-from resode.tableaus import ButcherTableau, get_tableau
+from resode.tableaus import ButcherTableau
 
 ROUNDINGS = 4.0
 """Times ε‖J‖: what rounding is taken to have changed J by."""
@@ -92,29 +92,16 @@ class Spectrum:
 
 
 def limits(spectrum: Spectrum, method: str | ButcherTableau) -> StepLimit:
-    """The step limits of a spectrum under a method: the one answer behind every step limit of a Jacobian.
-
-    Args:
-        spectrum: as `resode.jacobian.spectrum.spectrum` finds it.
-        method: a name in METHODS, or a tableau; explicit or implicit.
-
-    Returns:
-        StepLimit of the batch's shape.
-    """
-    return FirstExits(spectrum, get_tableau(method)).limits()
+    """The step limits of a spectrum under a method: the one answer behind every step limit of a Jacobian."""
+    return FirstExits(spectrum, method).limits()
 
 
 class FirstExits:
-    """Where the eigenvalues of each Jacobian leave a method's stability region first.
+    """Where the eigenvalues of each Jacobian leave a method's stability region first."""
 
-    Args:
-        spectrum: the eigenvalues.
-        tableau: the method.
-    """
-
-    def __init__(self, spectrum: Spectrum, tableau: ButcherTableau) -> None:
-        self.spectrum, self.tableau = spectrum, tableau
-        self.rays = ray_polynomials(tableau, allowed_growth(spectrum.growth))
+    def __init__(self, spectrum: Spectrum, method: str | ButcherTableau) -> None:
+        self.spectrum, self.method = spectrum, method
+        self.rays = rays_of(method, spectrum.growth)
         self.lines = np.arange(len(spectrum.scale))
         present = np.isfinite(spectrum.values)
         self.values: Complexes = np.where(present, spectrum.values, 0)
@@ -123,6 +110,7 @@ class FirstExits:
         small = self.errors <= _FIRST_ORDER * spectrum.scale[:, None]
         self.counted[small & (np.abs(self.values) <= self.errors)] = 0  # as good as 0
         self.exits = first_exits(self.rays, self.counted)
+        self.beside = self._beside_the_axis()
         self.grows = self.counted.real > 0
         # The union of discs of n times the first-order errors holds all eigenvalues, however ill-conditioned.
         wide = np.where((spectrum.normal | ~spectrum.complete)[:, None], 1, spectrum.n) * self.errors
@@ -132,7 +120,29 @@ class FirstExits:
         self.estimate = self.slow[self.lines, self.mode]
         self.fastest = np.where(self.surely_grows, self.values.real, -np.inf).argmax(axis=1)
         self.unstable = np.asarray(self.surely_grows.any(axis=1))
-        self.doubtful = (self.grows & ~self.surely_grows).any(axis=1)
+        self.doubtful = (self.grows & ~self.surely_grows).any(axis=1) | self.beside.any(axis=1)
+
+    def _beside_the_axis(self) -> np.ndarray:
+        """Which eigenvalues counted as on the imaginary axis may allow more than the step 0; bool (B, m).
+
+        Re λ = −τ/2 allows Euler τ/|λ|², and 0 would be no upper bound. It is as good as 0 where one of them
+        surely allows no more than `rtol`/‖J‖. Elsewhere the exit of each becomes the largest step that its
+        error allows, or none where it may as well grow.
+        """
+        s, beside = self.spectrum, np.zeros(self.exits.shape, dtype=bool)
+        row, place = np.nonzero((self.counted != 0) & (self.counted.real == 0) & (self.exits == 0))
+        value, error = self.values[row, place], self.errors[row, place]
+        latest = np.asarray(np.minimum(value.real, 0) - error + 1j * value.imag, np.complex128)
+        allowed = first_exits(self.rays, latest)
+        least = np.full(len(self.lines), np.inf)
+        np.minimum.at(least, row, allowed)
+        unsure = least[row] * s.scale[row] > s.rtol
+        beside[row[unsure], place[unsure]] = True
+        self.exits[beside] = np.inf
+        decays = unsure & (value.real + error < 0)
+        self.exits[row[decays], place[decays]] = allowed[decays]
+        self.counted[row[decays], place[decays]] = value[decays]
+        return beside
 
     @property
     def first(self) -> np.ndarray:
@@ -173,7 +183,12 @@ class FirstExits:
     @cached_property
     def known(self) -> np.ndarray:
         """Whether the decaying eigenvalues that were found set the limit beyond doubt."""
-        return self.accurate & (self.spectrum.steady | ~self.threatened)
+        return self.accurate & (self.spectrum.steady | ~self.threatened) & ~self.beside.any(axis=1)
+
+    @cached_property
+    def axis(self) -> float:
+        """How far up the imaginary axis the region reaches, from 0 on."""
+        return float(first_exits(self.rays, np.array([1j]))[0])
 
     @cached_property
     def all_seen(self) -> np.ndarray:
@@ -182,11 +197,10 @@ class FirstExits:
         Where modes grow, the hull crosses the imaginary axis, near which eigenvalues that barely decay may
         lie unseen. They limit the step of a method whose region holds no segment of that axis.
         """
-        axis = imaginary_stability_interval(self.tableau)
         seen = self.spectrum.complete | ~self.unstable
         for row in np.flatnonzero(~seen):
             height = _axis_height(self.values[row])
-            seen[row] = height == 0 or axis >= 0.98 * self.estimate[row] * height
+            seen[row] = height == 0 or self.axis >= 0.98 * self.estimate[row] * height
         return seen
 
     @property
@@ -207,8 +221,7 @@ class FirstExits:
     @property
     def hopeless(self) -> np.ndarray:
         """Whether a search for outer eigenvalues has done what it can, though the limit has not settled."""
-        axis = imaginary_stability_interval(self.tableau)
-        return self.converged & ~self.all_seen & (self.known | (axis == 0))
+        return self.converged & ~self.all_seen & (self.known | (self.axis == 0))
 
     def bound(self, row: int) -> tuple[int, float, float]:
         """(index, limit, error): the least upper bound that one eigenvalue proves, to first order.
@@ -217,6 +230,8 @@ class FirstExits:
         """
         allowed = 0.5 if self.spectrum.normal[row] else _FIRST_ORDER
         for i in map(int, self.slow[row].argsort(kind="stable")[:_NEAR]):
+            if self.beside[row, i] and self.slow[row, i] < np.inf:
+                return i, float(self.slow[row, i]), 1.0
             if 0 < self.slow[row, i] < np.inf:
                 error = float(self._spread(np.array([row]), np.array([i]))[0])
                 if error <= allowed:
@@ -239,7 +254,7 @@ class FirstExits:
         listed = np.where(s.complete[:, None], self.grows, self.surely_grows)
         growing = [v[some][np.argsort(-v[some].real)] for v, some in zip(self.values, listed, strict=True)]
         counted = np.where(s.trusted, self.counted, 0)
-        found = eigenvalue_step_limit(counted, self.tableau, tolerance=0.0, growth=s.growth)
+        intervals = exits_and_intervals(self.rays, counted)[1]
         fields = {
             "step": step,
             "limiting_eigenvalue": np.where(np.isinf(step), np.nan, limiting),
@@ -253,9 +268,9 @@ class FirstExits:
             "complete": s.complete,
         }
         return StepLimit(
-            intervals=nested(found.intervals, s.shape),
+            intervals=nested(intervals, s.shape),
             growing=nested([like(s.origin, g, g.shape) for g in growing], s.shape),
-            method=self.tableau.name,
+            method=name_of(self.method),
             **{name: like(s.origin, value, s.shape) for name, value in fields.items()},
         )
 

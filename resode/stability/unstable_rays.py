@@ -91,14 +91,7 @@ class RayPolynomials:
         return not len(self.axes["imaginary"]) and roots_lie_right(self.parts[1][1])
 
     def unstable(self, eigenvalues: Complexes) -> Floats:
-        """Open intervals of h > 0 where g > 0 at h·λ, for each λ.
-
-        Args:
-            eigenvalues: λ, shape (M,), finite and not 0.
-
-        Returns:
-            Intervals in order, shape (M, K, 2), filled up with (inf, inf).
-        """
+        """Open intervals of h > 0 where g > 0 at h·λ for each λ (M,), not 0: (M, K, 2), filled with inf."""
         modulus = np.abs(eigenvalues)
         done: list[tuple[Indices, Floats]] = []
         for axis, index in by_axis(eigenvalues).items():
@@ -109,7 +102,9 @@ class RayPolynomials:
                     unit = eigenvalues[index] / modulus[index]
                     intervals, undecided = self._isolate(unit)
                     done.append((index, intervals))
-                    done += [(index[[i]], self._with_integers(complex(unit[i]))) for i in undecided]
+                    for i in undecided:
+                        exact = np.array(self.unstable_exactly(complex(unit[i]))).reshape(1, -1, 2)
+                        done.append((index[[i]], exact))
             elif index.size:
                 done.append((index, self.axes[axis][None]))
         width = max((intervals.shape[1] for _, intervals in done), default=0)
@@ -119,9 +114,6 @@ class RayPolynomials:
             result[index, : intervals.shape[1]] = intervals
         with np.errstate(over="ignore"):
             return result / modulus[:, None, None]
-
-    def _with_integers(self, unit: complex) -> Floats:
-        return np.array(self.unstable_exactly(unit)).reshape(1, -1, 2)
 
     def coefficients(self, x: Floats) -> tuple[Floats, Floats]:
         """c_n(x) of g / r^lowest, and the sums of their terms' moduli, each (degree + 1, M).

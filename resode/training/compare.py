@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from resode.networks import NETWORKS
 from resode.tables import csv_text
 from resode.training.files import DamagedFile
 from resode.training.folder import RunFolder
-from resode.training.recipe import Recipe
+from resode.training.recipe import SETTINGS, Recipe
 
 _ASIDE = ("seed", "eval_solver", "eval_substeps")
 """Settings that make no other configuration: they change a run's luck, or only what is measured."""
@@ -197,8 +197,7 @@ def compare(runs: Iterable[str | Path]) -> Comparison:
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """What makes a configuration: model, its options, data and recipe, with defaults filled in."""
     record, model = config["record"], config["model"]
-    known = {field.name for field in fields(Recipe)}
-    recipe = Recipe(**{name: value for name, value in config.items() if name in known})
+    recipe = Recipe.of(config)
     options = dict(config["model_options"])
     if not record["own_model"]:
         options = {**NETWORKS[model].options, **options}
@@ -208,7 +207,7 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
         "recipe": config["recipe"],
         "penalty": record.get("penalty"),
         **{f"option {name}": value for name, value in options.items()},
-        **{name: getattr(recipe, name) for name in known if name not in _ASIDE},
+        **{name: getattr(recipe, name) for name in SETTINGS if name not in _ASIDE},
     }
 
 

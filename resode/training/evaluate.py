@@ -15,12 +15,13 @@ from torch.nn.functional import cross_entropy
 from resode import networks
 from resode.blocks import ODEBlock, ResidualStack
 from resode.blocks.solving import set_solver, solving_modules
-from resode.checks import check_whole, one_of
+from resode.checks import check_whole, known, one_of
 from resode.modes import evaluating
 from resode.training.data import Batches, ImageData, load_data
+from resode.training.data.datasets import DATASETS
 from resode.training.files import RunError, unpack
 from resode.training.folder import NoSuchRun, RunFolder, check_format
-from resode.training.plan import Model, check_data_name, choose_device, make_network, model_name
+from resode.training.plan import Model, choose_device, make_network, model_name
 from resode.training.refining import refine
 
 EVALUATION_BATCH = 500
@@ -143,8 +144,7 @@ def images_of(
     name = data or about.get("data")
     if name is None:
         raise RunError(f"{run} does not say which data set it was trained on. Pass its name as data.")
-    check_data_name(name)
-    return load_data(name, data_dir or config.get("data_dir"))
+    return load_data(known("data set", name, DATASETS), data_dir or config.get("data_dir"))
 
 
 def plain_batches(
@@ -152,16 +152,8 @@ def plain_batches(
 ) -> Batches:
     """Images of a data set in their order, normalised and otherwise as they are.
 
-    Some data sets lie sorted by class, so that a few images are taken evenly from all of them.
-
-    Args:
-        data: the data set.
-        split: "test" or "train".
-        device: where the batches are made.
-        limit: only so many images, evenly spaced over the split; None, or more than there are, for all.
-
-    Raises:
-        ValueError: no such split, or a limit below 1.
+    Some data sets lie sorted by class, so that a few images (up to `limit`) are evenly spaced over the split,
+    "test" or "train".
     """
     one_of("split", split, ("test", "train"))
     if limit is not None:

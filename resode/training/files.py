@@ -40,18 +40,7 @@ class DamagedFile(RunError):
 
 
 def write_atomically(path: Path, content: bytes | str) -> Path:
-    """Write a file beside its place, then move it there in one step; on failure nothing has changed.
-
-    Args:
-        path: where the file shall stand.
-        content: all of it; text is stored as UTF-8.
-
-    Returns:
-        The path.
-
-    Raises:
-        OSError: the folder is missing or read-only, the disk is full, ….
-    """
+    """Write a file beside its place, then move it there in one step; on an OSError nothing has changed."""
     content = content.encode() if isinstance(content, str) else content
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -94,13 +83,7 @@ def pack(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> bytes:
 
 
 def unpack(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and header of a safetensors file, checked where resode wrote it.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The tensors by name; the header as `pack` took it, empty where resode did not write the file.
+    """Tensors and header of a safetensors file; the header is empty where resode did not write it.
 
     Raises:
         DamagedFile: it is cut short, was changed, or is no safetensors file.

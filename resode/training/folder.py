@@ -20,6 +20,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -86,17 +87,12 @@ class FolderTaken(RunError):
     exit_code = 2
 
 
+@dataclass(frozen=True)
 class Checkpoint:
-    """Everything a resumed run needs: named tensors, and a JSON-able state beside them.
+    """Everything a resumed run needs: named tensors, and counters and settings that JSON can hold."""
 
-    Args:
-        tensors: name to tensor.
-        state: counters and settings.
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        self.tensors = dict(tensors)
-        self.state = dict(state)
+    tensors: Mapping[str, Tensor]
+    state: Mapping[str, Any]
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The tensors whose names start with `prefix.`, without it."""

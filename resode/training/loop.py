@@ -27,11 +27,7 @@ from resode.blocks.statistics import measure_statistics
 from resode.solve import SolverError
 from resode.training.data import Batches
 from resode.training.divergence import why_diverged
-from resode.training.evaluate import (
-    evaluations_of_last_call,
-    recomputations_of_last_call,
-    score,
-)
+from resode.training.evaluate import evaluations_of_last_call, recomputations_of_last_call, score
 from resode.training.files import RunError, pack
 from resode.training.folder import FORMAT, Checkpoint, RunFolder
 from resode.training.monitor import Callback
@@ -79,15 +75,14 @@ class TrainingLoop:
     """A run's state, from its first update to its last.
 
     Args:
-        fabric: device and precision.
-        task: network, loss, optimizer and schedule.
-        batches: the training images.
+        fabric, task: what it is trained on, and what an update is.
+        batches: the training images, or the share of them that is this process's.
         held_out: "test", and "validation" where images are held out, to their batches.
         folder: where checkpoints, metrics and weights go.
         about: what the weights belong to, for their header.
         progress: where progress is reported.
         callbacks: called after every update and after the run, in the first process alone.
-        processes: those that train together; None for this one alone. The batches are its share of them.
+        processes: those that train together; None for this one alone.
     """
 
     def __init__(
@@ -159,12 +154,7 @@ class TrainingLoop:
         return min(len(self.batches), self.total - self.epoch * len(self.batches))
 
     def run(self) -> None:
-        """Train to the end of the recipe.
-
-        Raises:
-            RunError: the loss or the weights are no longer finite, or a file could not be written.
-            Interrupted: SIGINT or SIGTERM came; a checkpoint was saved first.
-        """
+        """Train to the end of the recipe; a RunError where that can't be, Interrupted where a signal came."""
         try:
             with interruption(insist=self.processes.size == 1) as asked:
                 while self.update < self.total or self.index:
@@ -488,7 +478,7 @@ class TrainingLoop:
             torch.cuda.set_rng_state(random[_of_rank("cuda", rank)], self.fabric.device)
         self.epoch, self.index = checkpoint.state["epoch"], checkpoint.state["index"]
         self.seconds, self.epoch_seconds = checkpoint.state["seconds"], checkpoint.state["epoch_seconds"]
-        self.nfe_backward = checkpoint.state.get("nfe_backward", 0)
+        self.nfe_backward = checkpoint.state["nfe_backward"]
         self.rows = checkpoint.state["rows"]
         self.losses[: self.index] = tally["losses"].to(self.losses.device)
         self.hits = (tally["hits"] if rank == 0 else tally["hits"] * 0).to(self.hits.device)
@@ -553,13 +543,10 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def interruption(*, insist: bool = True) -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying of them; a second one interrupts at once.
+    """Collects SIGINT and SIGTERM instead of dying of them; a second one interrupts at once, if it insists.
 
-    Args:
-        insist: False lets a second one do nothing: torchrun repeats signals by itself, and kills after 30 s.
-
-    Yields:
-        The signals that came. It stays empty outside the main thread, where Python sets no handlers.
+    torchrun repeats signals by itself, and kills after 30 s. The list that it yields stays empty outside the
+    main thread, where Python sets no handlers.
     """
     asked: list[int] = []
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from resode.analysis.steps.block_limits import BlockLimit, block_limit
@@ -15,8 +14,8 @@ from resode.analysis.steps.blocks import block_groups
 from resode.checks import check_number, check_whole
 from resode.jacobian.linearize import check_field
 from resode.jacobian.spectrum import SpectrumOptions, spectrum
-from resode.modes import evaluating
-from resode.tableaus import METHODS, get_tableau
+from resode.modes import evaluating, own_random_state
+from resode.tableaus import explicit_tableau
 from resode.tables import read_records, records_text
 from resode.training.files import DamagedFile, replacing
 
@@ -108,9 +107,7 @@ class StepLimits:
                 f"solvers must be a sequence of methods' names, got {solvers!r}: put it in a list."
             )
         for name in solvers or ():
-            if not get_tableau(name).explicit:
-                valid = ", ".join(n for n, t in METHODS.items() if t.explicit)
-                raise ValueError(f"step limits are watched for explicit methods, got {name}. Valid: {valid}.")
+            explicit_tableau(name, "watching takes")
         self.images = images
         self.every, self.solvers, self.samples = every, solvers, samples
         self.vectors, self.share = vectors, share
@@ -121,7 +118,7 @@ class StepLimits:
     def check(self, network: nn.Module, images: Tensor) -> None:
         """That there are blocks to watch, before anything is trained; a ValueError where there are none."""
         images = images if self.images is None else self.images
-        with torch.random.fork_rng([images.device] if images.device.type == "cuda" else []):
+        with own_random_state(images.device):
             block_groups(network, images[: self.samples])
 
     def after_update(self, loop: Any) -> None:
@@ -159,7 +156,7 @@ class StepLimits:
         if self.records or not path.exists():
             return
         try:
-            found = read_records(GroupRecord, path, {"stage": "group"})  # as 0.1.0 called it
+            found = read_records(GroupRecord, path)
         except ValueError as error:
             raise DamagedFile(f"{path} is no sound table of step limits: {error}. Remove it.") from error
         self.records = [record for record in found if record.update < loop.update]
@@ -175,8 +172,7 @@ class StepLimits:
             raise ValueError("there are no images to watch: pass images= to StepLimits.")
         begun = time.perf_counter()
         options = SpectrumOptions(budget=self.vectors, search=True, check=False)
-        devices = [self.images.device] if self.images.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), evaluating(network):
+        with own_random_state(self.images.device), evaluating(network):
             for group in block_groups(network, self.images[: self.samples]):
                 solvers = self.solvers or [group.solver]
                 found: list[list[BlockLimit]] = [[] for _ in solvers]

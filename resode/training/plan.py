@@ -8,7 +8,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from resode.checks import did_you_mean
+from resode.checks import known
 from resode.networks import build
+from resode.training.data.cifar_tables import CIFARS
 from resode.training.data.datasets import DATASETS, ImageData
 from resode.training.files import RunError
 from resode.training.folder import FORMAT
-from resode.training.recipe import DEEP_LAYERS, Recipe, make_recipe
+from resode.training.recipe import DEEP_LAYERS, SETTINGS, Recipe, make_recipe
 
 Model = str | nn.Module | Callable[..., nn.Module]
 """A name that `resode.networks.build` knows, a network, or a function that makes one."""
@@ -54,7 +55,7 @@ class Plan:
         data = "digits" if data is None else data
         _check_kinds(model, data)
         if isinstance(data, str):
-            check_data_name(data)
+            known("data set", data, DATASETS)
         if recipe is None:
             recipe = "digits" if data == "digits" else "fast"
         options = dict(options or {})
@@ -92,10 +93,9 @@ class Plan:
                 "Leave them out, or start a new run."
             )
         _check_kinds(model, data)
-        names = {field.name for field in fields(Recipe)}
         needed = ("model", "model_options", "data", "data_dir", "recipe", "record")
         wrong = [f"no {name}" for name in needed if name not in config]
-        wrong += [f"unknown {name}" for name in config if name not in {"format", *needed, *names}]
+        wrong += [f"unknown {name}" for name in config if name not in {"format", *needed, *SETTINGS}]
         if not wrong and not isinstance(config["record"], dict):
             wrong = ["record is no mapping"]
         if wrong:
@@ -120,7 +120,7 @@ class Plan:
             config["data"] if data is None else data,
             config["data_dir"] if data_dir is None else str(data_dir),
             config["recipe"],
-            Recipe(**{name: value for name, value in config.items() if name in names}),
+            Recipe.of(config),
             record,
         )
 
@@ -166,19 +166,13 @@ def _check_kinds(model: Any, data: Any) -> None:
 
 def check_data_place(data: str | ImageData, data_dir: str | Path | None, download: bool) -> None:
     """A ValueError where a place is named for data that have none."""
-    if data == "cifar10" or not (data_dir or download):
+    if (isinstance(data, str) and data in CIFARS) or not (data_dir or download):
         return
     what = "digits come with scikit-learn" if data == "digits" else "an ImageData is in memory"
     raise ValueError(
         f"{what}, so it takes neither data_dir nor download, got "
-        f"{f'data_dir {data_dir}' if data_dir else 'download'}. Leave it out, or ask for 'cifar10'."
+        f"{f'data_dir {data_dir}' if data_dir else 'download'}. Leave it out, or ask for {', '.join(CIFARS)}."
     )
-
-
-def check_data_name(name: str) -> None:
-    """A ValueError unless a data set is called so."""
-    if name not in DATASETS:
-        raise ValueError(f"no data set {name!r}.{did_you_mean(name, DATASETS)} Valid: {', '.join(DATASETS)}.")
 
 
 def choose_device(name: str) -> torch.device:
@@ -260,10 +254,7 @@ def make_config(
     plan: Plan, recipe: Recipe, data: ImageData, network: nn.Module, device: torch.device
 ) -> dict[str, Any]:
     """What config.yaml holds: the settings that repeat the run, and under `record` what it met."""
-    settings = asdict(recipe) | {
-        "milestones": list(recipe.milestones),
-        "refine_at": list(recipe.refine_at),
-    }
+    settings = asdict(recipe) | {"milestones": list(recipe.milestones), "refine_at": list(recipe.refine_at)}
     return {
         "format": FORMAT,
         "model": model_name(plan.model),

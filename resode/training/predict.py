@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,15 +16,13 @@ from torch.nn.functional import interpolate
 from resode.tables import csv_text
 from resode.training.data import Batches
 from resode.training.data.archives import DataError
+from resode.training.data.pictures import read_picture
 from resode.training.evaluate import EVALUATION_BATCH, load, read_weights
 from resode.training.files import RunError
 from resode.training.plan import Model, choose_device
 
 _KNOWN_SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32)}
 """Of runs that do not say what images they were trained on."""
-
-_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
-"""Pillow's kinds of pixels with eight bits or fewer."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +179,8 @@ def _of_file(file: Path, wanted: _Wanted) -> list[_Image]:
         if not found:
             raise DataError(f"{file} holds no images: its first dimension is 0.")
         return found
-    return [_picture(file)]
+    picture = read_picture(file.read_bytes(), str(file))
+    return [_Image(str(file), picture.pixels, picture.changes)]
 
 
 def _load(file: Path) -> np.ndarray:
@@ -236,37 +234,6 @@ def _of_array(source: str, array: np.ndarray, wanted: _Wanted) -> list[_Image]:
             f"{what} has {shape}."
         )
     return [_Image(f"{source}[{number}]", pixels) for number, pixels in enumerate(array)]
-
-
-def _picture(file: Path) -> _Image:
-    """A PNG or JPEG file's pixels, grey or colour as they are."""
-    try:
-        from PIL import Image, ImageOps
-    except ImportError as error:
-        raise ImportError(
-            "pictures need Pillow, which is not installed: pip install 'resode[train]'"
-        ) from error
-    try:
-        with warnings.catch_warnings(), Image.open(file, formats=("PNG", "JPEG")) as opened:
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = ImageOps.exif_transpose(opened)
-            mode = picture.mode
-            if mode.startswith("I;16"):
-                deep = np.asarray(picture)[..., None]
-                return _Image(str(file), (deep >> 8).astype(np.uint8), ("brought from 16 to 8 bits",))
-            if mode in _MODES:
-                clear = mode in ("LA", "PA", "RGBA") or "transparency" in picture.info
-                grey = mode in ("1", "L", "LA")
-                if mode in ("P", "PA"):  # with transparency it converts to RGB by way of RGBA alone
-                    picture = picture.convert("RGBA")
-                pixels = np.array(picture.convert("L" if grey else "RGB"))
-                changes = ("taken without their transparency",) if clear else ()
-                return _Image(str(file), pixels[..., None] if grey else pixels, changes)
-    except Exception as error:  # decoders raise anything from SyntaxError to struct.error
-        raise DataError(
-            f"{file} could not be read as a PNG or JPEG picture: {type(error).__name__}: {error}."
-        ) from error
-    raise DataError(f"{file} has pixels of a kind ({mode}) that is not read. Store it with 8 bits a colour.")
 
 
 def _fitted(image: _Image, wanted: _Wanted) -> _Image:

@@ -15,12 +15,7 @@ _COLUMNS = "{epoch:>7}{loss:>8}{train:>9}{test:>8}{lr:>9}{rate:>10}{seconds:>9}"
 
 
 class Progress:
-    """Reports a run's progress to standard output.
-
-    Args:
-        show: False for silence.
-        epochs: length of the run.
-    """
+    """Reports the progress of a run of so many epochs to standard output, unless it shall not show."""
 
     def __init__(self, show: bool, epochs: int) -> None:
         self.show = show

@@ -7,10 +7,11 @@ them. The learning rate is a pure function of the update, so a resumed run needs
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from resode.checks import check_number, did_you_mean, one_of
+from resode.checks import check_number, known, one_of
 from resode.solve.options import NATIVE
 
 SCALED_FROM = 128
@@ -209,6 +210,11 @@ class Recipe:
                 "Leave one of them out, or take norm='group'."
             )
 
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Recipe:
+        """The recipe among the settings that a file holds; a setting that is missing has its default."""
+        return cls(**{name: value for name, value in config.items() if name in SETTINGS})
+
     def length(self, batches: int) -> int:
         """How many updates the run makes when an epoch has that many batches."""
         return self.updates if self.updates is not None else (self.epochs or 0) * batches
@@ -260,6 +266,9 @@ class Recipe:
         )
 
 
+SETTINGS = tuple(setting.name for setting in fields(Recipe))
+"""The names of a recipe's settings."""
+
 RECIPES: dict[str, Recipe] = {
     # He et al. (2016), section 4.2, and its warm-up at 0.01 for 110 layers.
     "paper": Recipe(
@@ -304,29 +313,21 @@ def make_recipe(base: str | Recipe = "fast", **changes: Any) -> Recipe:
         True
         >>> make_recipe("fast", epoch=3)
         Traceback (most recent call last):
-        ValueError: a recipe has no setting 'epoch'. Did you mean epochs? Valid: epochs, updates, ...
+        ValueError: no setting 'epoch'. Did you mean epochs? Valid: epochs, updates, ...
     """
     if not isinstance(base, str | Recipe):
         raise TypeError(
             f"recipe must be {', '.join(RECIPES)} or a Recipe, got {base!r} ({type(base).__name__})."
         )
     if isinstance(base, str):
-        if base not in RECIPES:
-            raise ValueError(
-                f"no recipe {base!r}.{did_you_mean(base, RECIPES)} Valid: {', '.join(sorted(RECIPES))}."
-            )
-        base = RECIPES[base]
-    valid = [setting.name for setting in fields(Recipe)]
+        base = RECIPES[known("recipe", base, sorted(RECIPES))]
     for name in changes:
-        if name not in valid:
-            raise ValueError(
-                f"a recipe has no setting {name!r}.{did_you_mean(name, valid)} Valid: {', '.join(valid)}."
-            )
+        known("setting", name, SETTINGS)
     for given, other in (("epochs", "updates"), ("updates", "epochs")):
         if changes.get(given) is not None and other not in changes:
             changes[other] = None
     recipe = replace(base, **changes)
-    if len(changes) < len(valid):  # all of them are a run's record, which wishes nothing
+    if len(changes) < len(SETTINGS):  # all of them are a run's record, which wishes nothing
         for name, schedule in _OF_A_SCHEDULE.items():
             if getattr(recipe, name) != getattr(base, name) and recipe.schedule != schedule:
                 raise ValueError(

@@ -38,6 +38,7 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 62rem; padding: 1rem; }
 h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 img { width: 100%; min-width: 46rem; height: auto; background: white; border-radius: 4px; }
+.said td { white-space: normal; text-align: left; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
 th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
@@ -136,7 +137,8 @@ def _diagnosis(network: nn.Module, images: ImageData) -> str:
     x, target = next(iter(plain_batches(images, limit=32)))
     found = diagnose(network, x, target)
     figure = _figure(found.plot(), "gain of a perturbation by block") if found.rows else ""
-    return f"<h2>Diagnosis</h2>{found._repr_html_()}<details><summary>Blocks</summary>{figure}</details>"
+    said = f'<div class="said">{found._repr_html_()}</div>'
+    return f"<h2>Diagnosis</h2>{said}<details><summary>Blocks</summary>{figure}</details>"
 
 
 def _facts(summary: dict[str, Any], stacks: list[ResidualStack]) -> str:
@@ -184,13 +186,15 @@ def _swap(report: SwapReport) -> str:
         "F evaluations",
         "",
     ]
+    if all(r.accuracy_recalibrated is None for r in report.rows):
+        columns.remove("recalibrated %")
     rows = [
         [
             r.solver,
             "adaptive" if r.substeps is None else r.substeps,
             r.forecast,
-            100 * r.accuracy,
-            *([] if r.accuracy_recalibrated is None else [100 * r.accuracy_recalibrated]),
+            f"{100 * r.accuracy:.2f}",
+            *([] if r.accuracy_recalibrated is None else [f"{100 * r.accuracy_recalibrated:.2f}"]),
             r.logit_drift,
             r.nfe,
             "as trained" if r.as_trained else "",
@@ -206,6 +210,20 @@ def _swap(report: SwapReport) -> str:
         + _figure(plots.swap_accuracy(report), "accuracy and drift over the step size")
         + _table(columns, rows)
         + _critical(report)
+        + _distances(report)
+    )
+
+
+def _distances(report: SwapReport) -> str:
+    """How far each block is from the flow of its own F."""
+    if not report.distances:
+        return (
+            f"<p>Distance from an ODE: {escape(report.distances_note)}</p>" if report.distances_note else ""
+        )
+    rows = [[d.block, d.distance] for d in report.distances]
+    return (
+        f"<p>{escape(report.about_distances())} Near 0 every finer solver does the same.</p>"
+        f"<details><summary>Blocks</summary>{_table(['block', 'distance'], rows)}</details>"
     )
 
 
@@ -240,13 +258,17 @@ def _stability(network: nn.Module, x: torch.Tensor) -> str:
     groups = list(block_limits(network, x, methods))
     rows = [
         [f"{s.name}, block {r.block}", r.solver, r.step, r.growing, r.decaying_step, r.limiting_eigenvalue,
-         "yes" if r.inside else "no"]
+         "yes" if r.within else "no"]
         for s in groups
         for r in s.rows
     ]  # fmt: skip
     columns = ["block", "solver", "limit", "growing modes", "limit without them", "set by λ", "within it"]
     picture = _figure(plots.group_spectra(groups, methods), "eigenvalues over the stability regions")
-    return text + picture + _table(columns, rows)
+    told = (
+        "<p>For experts. What another solver costs is foretold by the forecast above, not by these limits: "
+        "they belong to infinitely many steps, and each block takes one.</p>"
+    )
+    return text + told + picture + _table(columns, rows)
 
 
 def _profile(network: nn.Module, x: torch.Tensor, target: torch.Tensor) -> str:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from resode.blocks.solving import other_solver, solving_modules
-from resode.modes import evaluating
+from resode.modes import evaluating, own_random_state
 from resode.solve import SolverError
 from resode.tableaus import get_tableau
 from resode.training.data import Batches, ImageData, load_data
-from resode.training.evaluate import EVALUATION_BATCH, evaluate, load
+from resode.training.evaluate import EVALUATION_BATCH, evaluate, load, plain_batches
 from resode.training.files import RunError, replacing
 from resode.training.folder import RunFolder
 from resode.training.memory import forget_peak, peak_memory
@@ -36,11 +36,44 @@ from resode.training.processes import Processes, synchronise_norms
 from resode.training.recipe import Recipe
 from resode.training.refining import refinable
 
-__all__ = ["Run", "evaluate", "load", "train"]
+__all__ = ["Run", "Summary", "evaluate", "load", "train"]
 
 if TYPE_CHECKING:  # Lightning takes seconds to import
     from resode.training.loop import TrainingLoop
     from resode.training.progress import Progress
+
+
+class Summary(TypedDict):
+    """The figures of a finished run, as summary.json holds them; accuracies are shares, 0 to 1.
+
+    Those of images held out, and of another solver, are there where the recipe asks for them.
+    """
+
+    model: str
+    model_options: dict[str, Any]
+    data: str
+    recipe: str
+    parameters: int
+    epochs: int
+    updates: int
+    test_accuracy: float
+    test_loss: float
+    train_accuracy: float
+    train_loss: float
+    images_per_second: float
+    nfe: float
+    nfe_backward: float
+    peak_memory_bytes: int | None
+    seconds: float
+    device: str
+    precision: str
+    seed: int
+    validation_accuracy: NotRequired[float]
+    best_epoch: NotRequired[int]
+    best_validation_accuracy: NotRequired[float]
+    best_test_accuracy: NotRequired[float]
+    eval_solver: NotRequired[str]
+    eval_accuracy: NotRequired[float]
 
 
 @dataclass(frozen=True)
@@ -51,14 +84,14 @@ class Run:
         path: its folder.
         network: trained, in evaluation mode, on the device it was trained on.
         recipe: the settings, resolved.
-        summary: test_accuracy, train_accuracy, images_per_second, nfe, seconds, ….
+        summary: its figures.
         metrics: the columns of metrics.csv, one entry an epoch; NaN where nothing was measured.
     """
 
     path: Path
     network: nn.Module
     recipe: Recipe
-    summary: dict[str, Any]
+    summary: Summary
     metrics: dict[str, list[float]]
 
 
@@ -89,7 +122,7 @@ def train(
     Args:
         model: a name ("odenet20" where None), a network (trained in place), or a function called with
             `model_options` that makes one; images (B, C, H, W) in, logits (B, classes) out.
-        data: "digits" (where None), "cifar10", or an `ImageData` of one's own.
+        data: "digits" (where None), "cifar10", "cifar100", "cifar100_coarse", or an `ImageData` of one's own.
         recipe: a name in RECIPES or a `Recipe`; None for "digits" on the digits and "fast" elsewhere.
         model_options: of the model, such as `{"solver": "rk4", "substeps": 2}`.
         run_dir: the run's folder; None for runs/<model>-<data>-<time>.
@@ -136,8 +169,8 @@ def train(
                 plan = Plan.new(model, data, recipe, model_options, data_dir, settings)
                 check_data_place(plan.data, data_dir, download)
             folder = processes.from_first(lambda: RunFolder.create(run_dir or plan.default_run_dir()))
-        with ExitStack() as held:
-            processes.from_first(lambda: held.enter_context(folder.locked()))
+        with ExitStack() as locks:
+            processes.from_first(lambda: locks.enter_context(folder.locked()))
             asked = _Request(
                 plan=plan,
                 folder=folder,
@@ -195,7 +228,7 @@ def _train(asked: _Request) -> Run:
     processes, folder = asked.processes, asked.folder
     forget_peak(asked.device)
     data = _load(asked.plan, asked.download, processes)
-    with _own_random_state(asked.device):
+    with own_random_state(asked.device):
         with processes.together():
             job = _prepared(asked, data)
             _check_job(job)
@@ -409,17 +442,8 @@ def _batches(
 
 
 def _check_output(network: nn.Module, data: ImageData, device: torch.device) -> None:
-    """The network must turn two images into two rows of logits."""
-    probe = Batches(
-        data.test_images[[0, -1]],
-        data.test_labels[[0, -1]],
-        2,
-        mean=data.mean,
-        std=data.std,
-        train=False,
-        device=device,
-    )
-    images = next(iter(probe))[0]
+    """The network must turn a few images into as many rows of logits."""
+    images = next(iter(plain_batches(data, device=device, limit=2)))[0]
     try:
         with evaluating(network), torch.no_grad():
             logits = network(images)
@@ -430,11 +454,12 @@ def _check_output(network: nn.Module, data: ImageData, device: torch.device) -> 
             f"a classifier of {data.title} takes float32 images {tuple(images.shape)}, and this network "
             f"fails with them: {type(error).__name__}: {error}"
         ) from error
-    if not isinstance(logits, torch.Tensor) or logits.shape != (2, len(data.classes)):
+    wanted = (len(images), len(data.classes))
+    if not isinstance(logits, torch.Tensor) or logits.shape != wanted:
         got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise ValueError(
-            f"a classifier of {data.title} turns images {tuple(images.shape)} into logits "
-            f"(2, {len(data.classes)}), got {got}. Give its last layer {len(data.classes)} outputs."
+            f"a classifier of {data.title} turns images {tuple(images.shape)} into logits {wanted}, got "
+            f"{got}. Give its last layer {len(data.classes)} outputs."
         )
 
 
@@ -481,14 +506,6 @@ def _check_same_data(record: Mapping[str, Any] | None, data: ImageData) -> None:
         )
 
 
-@contextmanager
-def _own_random_state(device: torch.device) -> Iterator[None]:
-    """Leaves torch's random state as it was."""
-    devices = [device.index or 0] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        yield
-
-
 def _heading(job: _Job) -> list[str]:
     """What is trained on what, how and where."""
     plan, recipe, data, device = job.asked.plan, job.recipe, job.data, job.asked.device
@@ -511,7 +528,7 @@ def _heading(job: _Job) -> list[str]:
 
 def _finish(
     job: _Job, rows: list[dict[str, Any]], progress: Progress
-) -> tuple[dict[str, Any], dict[str, list[float]]]:
+) -> tuple[Summary, dict[str, list[float]]]:
     """Write the summary and the figures of a run that has come to its end; the summary and the metrics."""
     from resode import plots
 
@@ -528,15 +545,13 @@ def _finish(
     return summary, metrics
 
 
-def _summary(job: _Job, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(job: _Job, rows: list[dict[str, Any]]) -> Summary:
     """The figures of summary.json."""
     plan, recipe, device = job.asked.plan, job.recipe, job.asked.device
     last = rows[-1]
-    images = sum(_images(rows, recipe))
-    training_seconds = sum(
-        n / row["images_per_second"] for n, row in zip(_images(rows, recipe), rows, strict=True)
-    )
-    summary: dict[str, Any] = {
+    images = _images(rows, recipe)
+    training_seconds = sum(n / row["images_per_second"] for n, row in zip(images, rows, strict=True))
+    summary: Summary = {
         "model": model_name(plan.model),
         "model_options": plan.options,
         "data": job.data.title,
@@ -548,9 +563,9 @@ def _summary(job: _Job, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "test_loss": last["test_loss"],
         "train_accuracy": last["train_accuracy"],
         "train_loss": last["train_loss"],
-        "images_per_second": images / training_seconds,
+        "images_per_second": sum(images) / training_seconds,
         "nfe": last["nfe"],
-        "nfe_backward": last.get("nfe_backward", 0.0),
+        "nfe_backward": last["nfe_backward"],
         "peak_memory_bytes": peak_memory(device),
         "seconds": last["seconds"],
         "device": str(device),
@@ -564,7 +579,7 @@ def _summary(job: _Job, rows: list[dict[str, Any]]) -> dict[str, Any]:
         summary["best_validation_accuracy"] = best["validation_accuracy"]
         summary["best_test_accuracy"] = best["test_accuracy"]
     if recipe.eval_solver is not None:
-        summary |= {"eval_solver": recipe.other_solver, "eval_accuracy": last["eval_accuracy"]}
+        summary["eval_solver"], summary["eval_accuracy"] = recipe.other_solver, last["eval_accuracy"]
     return summary
 
 

@@ -13,6 +13,7 @@ import argparse
 import csv
 import tempfile
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -56,37 +57,125 @@ NETWORKS: list[tuple[bool, str, dict[str, Any], dict[str, Any]]] = [
     (False, "mlp", {"step_size": 1.0, "activation": "relu"}, {"seed": 31}),
     (False, "mlp", {"step_size": 0.5, "proof": True}, {"seed": 32}),
     (False, "mlp", {"step_size": 0.1, "activation": "relu"}, {"seed": 33}),
+    (False, "converted", {"of": "resnet"}, {"seed": 40}),
+    (False, "converted", {"of": "resnet", "lr": 1e-2}, {"seed": 41}),
+    (False, "converted", {"of": "vit"}, {"seed": 42}),
+    (False, "converted", {"of": "mlp"}, {"seed": 43}),
+    (False, "converted", {"of": "mlp", "lr": 1e-2}, {"seed": 44}),
 ]
+
+
+class PreActivation(nn.Module):
+    """He et al. (2016b): x + conv(relu(bn(conv(relu(bn(x))))))."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm2, self.conv2 = nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, padding=1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv1(torch.relu(self.norm1(x)))
+        return x + self.conv2(torch.relu(self.norm2(h)))
+
+
+class Transformer(nn.Module):
+    """A block of a ViT: attention and a perceptron, each behind a layer norm and added."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm1(x)
+        x = x + self.attention(h, h, h, need_weights=False)[0]
+        return x + self.mlp(self.norm2(x))
+
+
+class Perceptron(nn.Module):
+    """x + W₂ relu(W₁ norm(x))."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Mean(nn.Module):
+    """Over the tokens, or the pixels, of (B, n, width) or (B, width, n, n)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean(1) if x.ndim == 3 else x.mean((2, 3))
+
+
+class Tokens(nn.Module):
+    """Sixteen patches of 2 × 2 pixels, with places: (B, 1, 8, 8) to (B, 16, width)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(1, width, 2, stride=2)
+        self.place = nn.Parameter(0.1 * torch.randn(16, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.embed(x).flatten(2).transpose(1, 2) + self.place
+
+
+def converted(options: dict[str, Any], seed: int) -> nn.Module:
+    """A network written without resode, trained for some seconds with Adam, then converted."""
+    torch.manual_seed(seed)
+    model = {
+        "resnet": lambda: nn.Sequential(
+            nn.Conv2d(1, 12, 3, padding=1), *[PreActivation(12) for _ in range(4)],
+            nn.BatchNorm2d(12), nn.ReLU(), Mean(), nn.Linear(12, 10),
+        ),
+        "vit": lambda: nn.Sequential(
+            Tokens(24), *[Transformer(24) for _ in range(3)], nn.LayerNorm(24), Mean(), nn.Linear(24, 10)
+        ),
+        "mlp": lambda: nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 32), *[Perceptron(32) for _ in range(6)], nn.LayerNorm(32), nn.Linear(32, 10)
+        ),
+    }[options["of"]]()  # fmt: skip
+    adam(model, options.get("lr", 3e-3), 400)
+    model.eval()
+    return resode.convert(model, next(iter(plain_batches(load_data("digits"))))[0][:4])
 
 
 def perceptron(options: dict[str, Any], seed: int) -> nn.Module:
     """A residual perceptron of eight blocks on the digits' pixels, trained for some seconds with Adam."""
     torch.manual_seed(seed)
-    data = load_data("digits")
     options = dict(options)
     proof = options.pop("proof", False)
     fields = [MLPField(32, hidden=32, activation=options.get("activation", "tanh")) for _ in range(8)]
     stack = ResidualStack(fields, step_size=options["step_size"])
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), stack, nn.Linear(32, 10))
-    draws = SwapProof(model, seed=seed)
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    adam(model, 3e-3, 600, SwapProof(model, seed=seed) if proof else None)
+    return model.eval()
+
+
+def adam(model: nn.Module, lr: float, updates: int, draws: SwapProof | None = None) -> None:
+    """Train on the digits, 128 at a time."""
+    data = load_data("digits")
+    optimizer = torch.optim.Adam(model.parameters(), lr)
     x = torch.cat([images for images, _ in plain_batches(data, "train")])
     y = data.train_labels
-    updates = 600
     for update in range(updates):
         rows = torch.randint(len(x), (128,))
-        with draws.batch(update if proof else 0, updates):
+        with nullcontext() if draws is None else draws.batch(update, updates):
             loss = nn.functional.cross_entropy(model(x[rows]), y[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    return model.eval()
 
 
 def trained(kind: str, options: dict[str, Any], recipe: dict[str, Any]) -> nn.Module:
     """The network, in evaluation mode."""
     if kind == "mlp":
         return perceptron(options, recipe["seed"])
+    if kind == "converted":
+        return converted(options, recipe["seed"])
     with tempfile.TemporaryDirectory() as folder:
         run = resode.train(
             "odenet20",

@@ -35,14 +35,14 @@ def trained(penalty: StepLimitPenalty | None, split: str, samples: int, **settin
 
 def choose(samples: int) -> None:
     print(
-        "| weight | margin | validation % | blocks inside | largest abs(1 + hλ) |\n| --- | --- | --- | --- | --- |"
+        "| weight | margin | validation % | blocks within their limit | largest abs(1 + hλ) |\n| --- | --- | --- | --- | --- |"
     )
     for weight, margin in ((0.0, 0.0), (1.0, 0.25), (4.0, 0.1), (4.0, 0.25), (4.0, 0.5), (16.0, 0.25)):
         penalty = StepLimitPenalty("euler", margin, weight=weight) if weight else None
         run, rows, _ = trained(penalty, "train", samples, seed=100, validation=200)
         print(
             f"| {weight:g} | {margin:g} | {100 * run.summary['validation_accuracy']:.2f} "
-            f"| {sum(row.inside for row in rows)} of {len(rows)} "
+            f"| {sum(row.within for row in rows)} of {len(rows)} "
             f"| {max(row.amplification for row in rows):.4f} |",
             flush=True,
         )
@@ -51,7 +51,7 @@ def choose(samples: int) -> None:
 def compare(seeds: int, weight: float, margin: float, samples: int) -> None:
     accuracies: dict[str, list[float]] = {}
     print(
-        "| seed | penalty | test % | blocks inside | limit of the decaying modes | largest abs(1 + hλ) | growing "
+        "| seed | penalty | test % | blocks within their limit | limit of the decaying modes | largest abs(1 + hλ) | growing "
         "| seconds |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
     )
     for seed in range(seeds):
@@ -62,7 +62,7 @@ def compare(seeds: int, weight: float, margin: float, samples: int) -> None:
             limits = [row.decaying_step for row in rows]
             print(
                 f"| {seed} | {name} | {accuracies[name][-1]:.2f} "
-                f"| {sum(row.inside for row in rows)} of {len(rows)} "
+                f"| {sum(row.within for row in rows)} of {len(rows)} "
                 f"| {min(limits):.3g} to {max(limits):.3g} | {max(row.amplification for row in rows):.4f} "
                 f"| {min(row.growing for row in rows)} to {max(row.growing for row in rows)} | {seconds:.0f} |",
                 flush=True,

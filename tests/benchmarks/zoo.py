@@ -19,7 +19,7 @@ import torch
 from resode.analysis.depth.tracing import trace
 
 
-def _beside_cpu_torch() -> None:
+def beside_cpu_torch() -> None:
     """torchvision's compiled operators may not load beside this torch; its classifiers need none of them."""
     declare = torch.library.register_fake
 
@@ -229,7 +229,7 @@ def look(make: Any, name: str, options: dict[str, Any]) -> tuple[int, str, float
 
 def main(arguments: list[str]) -> None:
     """Print the table, or write it."""
-    _beside_cpu_torch()
+    beside_cpu_torch()
     torch.set_num_threads(1)
     out = open(arguments[arguments.index("--write") + 1], "w") if "--write" in arguments else sys.stdout
     words = [a for i, a in enumerate(arguments) if a != "--write" and arguments[i - 1 : i] != ["--write"]]

@@ -47,37 +47,6 @@ def class_means(states: Tensor, labels: Tensor) -> Tensor:
     return (same @ flat / torch.where(count > 0, count, torch.nan)).reshape(states.shape)
 
 
-def error_correction(increment: Tensor, x: Tensor, target: Tensor, batch: int) -> Tensor:
-    """Cosine between a block's increment and what is left to its target, t − x, shape (batch,).
-
-    With t the stage's last state the last block's is 1 by definition, so a class mean says more.
-
-    Source:
-        Greff, Srivastava & Schmidhuber, Highway and Residual Networks Learn Unrolled Iterative Estimation
-        (2017).
-
-    Example:
-        >>> x, target = torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]])
-        >>> error_correction(torch.tensor([[1.0, 0.0]]), x, target, 1)
-        tensor([1.])
-    """
-    return cosine(increment, target - x, batch)
-
-
-def boosting(increment: Tensor, gradient: Tensor, batch: int) -> Tensor:
-    """Cosine between a block's increment and the negative loss gradient at its output, shape (batch,).
-
-    Source:
-        Huang, Ash, Langford & Schapire, Learning Deep ResNet Blocks Sequentially using Boosting Theory
-        (2018).
-
-    Example:
-        >>> boosting(torch.tensor([[1.0, 0.0]]), torch.tensor([[-2.0, 0.0]]), 1)
-        tensor([1.])
-    """
-    return cosine(increment, -gradient, batch)
-
-
 def correction_along(path: Tensor, target: Tensor) -> Tensor:
     r"""Cosine of every block's increment x_{l+1} − x_l with what is left to the target, t − x_l.
 
@@ -94,6 +63,10 @@ def correction_along(path: Tensor, target: Tensor) -> Tensor:
     Raises:
         ValueError: fewer than two states, or shapes that do not fit.
 
+    Source:
+        Greff, Srivastava & Schmidhuber, Highway and Residual Networks Learn Unrolled Iterative Estimation
+        (2017).
+
     Example:
         >>> path = torch.tensor([[[0.0, 0.0]], [[1.0, 0.0]], [[1.0, -1.0]]])
         >>> correction_along(path, torch.tensor([[2.0, 0.0]]))
@@ -108,7 +81,7 @@ def correction_along(path: Tensor, target: Tensor) -> Tensor:
         )
     targets = target.expand(len(path) - 1, *path.shape[1:])
     pairs = zip(pairwise(path), targets, strict=True)
-    return torch.stack([error_correction(y - x, x, t, path.shape[1]) for (x, y), t in pairs])
+    return torch.stack([cosine(y - x, t - x, path.shape[1]) for (x, y), t in pairs])
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +142,7 @@ def boosting_along(
     steps = [after - before for before, after in pairwise(predictions)]
     pairs = list(zip(steps, gradients, strict=False))
     return BoostingAlong(
-        cosine=torch.stack([boosting(step, g, batch) for step, g in pairs]),
+        cosine=torch.stack([cosine(step, -g, batch) for step, g in pairs]),
         first_order=torch.stack([(step * g).reshape(batch, -1).sum(1) for step, g in pairs]),
         losses=torch.stack(losses),
     )

@@ -16,7 +16,7 @@ from resode.jacobian.lanczos import random_start, singular_values
 from resode.jacobian.products import Combination, rows
 from resode.jacobian.spectrum import SpectrumOptions, formed, matrix_spectrum, spectrum
 from resode.stability.function import amplification
-from resode.stability.limits import plain
+from resode.stability.limits import bounds, plain
 from resode.stability.spectra import Spectrum, limits
 from resode.tableaus import ButcherTableau, get_tableau
 
@@ -36,14 +36,9 @@ class BlockSpectrum:
 def block_spectrum(
     a: Addition, model: nn.Module, batch: int, tableau: ButcherTableau | None, place: int
 ) -> BlockSpectrum:
-    """Spectrum, step limit and singular values of a traced block.
+    """Spectrum, step limit and singular values of a traced block, the `place`-th addition of its module.
 
-    Args:
-        a: the addition, its graph kept.
-        model: where it was traced.
-        batch: samples of the trace.
-        tableau: the method whose step limit is wanted; None for the block's own.
-        place: which addition of its module it is.
+    The limit is that of the tableau, or of the block's own method.
     """
     result = BlockSpectrum()
     stack = model.get_submodule(a.module)
@@ -149,11 +144,7 @@ def _eigenvalues(
 def _measures(found: Spectrum, tableau: ButcherTableau, eta: float) -> dict[str, Any]:
     """What a `DepthRow` says of eigenvalues: the worst over the samples."""
     limit = limits(found, tableau)
-    steps, decaying, exact, error = (
-        np.asarray(plain(v)) for v in (limit.step, limit.decaying_step, limit.decaying_converged, limit.error)
-    )
-    none = np.isinf(error) & ~exact  # no bound
-    steps, decaying = (np.where(none & (s > 0), np.inf, s) for s in (steps, decaying))
+    steps, decaying, exact = bounds(limit)
     known = found.values[found.trusted]
     slow = found.values[found.trusted & (found.values.real <= found.tau)]
     sizes = amplification(tableau, eta * slow)
@@ -161,7 +152,7 @@ def _measures(found: Spectrum, tableau: ButcherTableau, eta: float) -> dict[str,
     notes = []
     if not exact.all():
         notes.append("the limit of decaying modes is an upper bound")
-    if np.isinf(error).any():
+    if np.isinf(plain(limit.error)).any():
         condition = float(np.nanmax(plain(limit.condition)))
         notes[:] = [
             f"eigenvalues are ill-conditioned or not found (condition {condition:.2g}): no limit is known"

@@ -15,6 +15,7 @@ from resode.analysis.depth.losses import batch_of
 from resode.analysis.depth.sums import ScaledBranches
 from resode.analysis.depth.tracing import Addition, call, trace
 from resode.blocks import ResidualStack
+from resode.checks import check_number
 from resode.jacobian.lanczos import random_start, singular_values
 from resode.jacobian.places import Place
 from resode.jacobian.products import JacobianProducts
@@ -47,8 +48,9 @@ def depth_step(
         alone do, as projections can.
 
     Raises:
-        ValueError: a gain of 1 or less; a model without residual blocks.
-        TypeError: no nn.Module.
+        ValueError: a gain of 1 or less; a model without residual blocks; outputs that are infinite or nan
+            whatever the step.
+        TypeError: no nn.Module, or states of a stack that are no floating-point tensor.
 
     Note:
         The steps tried are so close that log σ changes by a quarter at most between them. One costs a pass
@@ -67,8 +69,7 @@ def depth_step(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"depth_step takes a ResidualStack or a network, got {type(model).__name__}.")
-    if isinstance(gain, bool) or not isinstance(gain, int | float) or not 1 < gain < math.inf:
-        raise ValueError(f"gain must be a number above 1, where σ_max starts from at η = 0: got {gain!r}.")
+    check_number("gain", gain, above=1)  # where σ_max starts from at η = 0
     with evaluating(model):
         if isinstance(model, ResidualStack) and model.step_sizes is None:
             return _first_crossing(_of_stack(model, x), math.log(gain), smallest, largest)
@@ -77,6 +78,14 @@ def depth_step(
 
 def _of_stack(stack: ResidualStack, x: Tensor) -> Callable[[float], float]:
     """Log σ_max of the stack with the step η."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        came = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"a stack's states must be a floating-point tensor, got {came}.")
+    if x.ndim < 2 or not len(x):
+        raise ValueError(
+            f"x must have shape (batch, *state) with at least one sample, got {tuple(x.shape)}. Add the "
+            "batch dimension to a single state with x[None]."
+        )
 
     def size(eta: float) -> float:
         if eta == 0:
@@ -171,6 +180,11 @@ def _log_gain(start: Tensor, end: Tensor, batch: int) -> float:
 def _first_crossing(size: Callable[[float], float], level: float, smallest: float, largest: float) -> float:
     """The first η at which size(η) ≥ level, from below, by steps over which it changes by _CHANGE at most."""
     eta, at = 0.0, size(0.0)
+    if at == math.inf or size(smallest) == math.inf:
+        raise ValueError(
+            "the state after the last block is infinite or nan whatever the step, so no gain is measured: "
+            "look for such weights or inputs; resode.diagnose names the first place."
+        )
     if at >= level:
         return 0.0
     step = 1e-3

@@ -105,12 +105,7 @@ def increment_products(a: Addition, batch: int) -> JacobianProducts | Combinatio
 
 
 def split_gradient(a: Addition, g: Tensor) -> tuple[Tensor, Tensor]:
-    r"""The identity part Sᵀg and the residual part ηJᵀg of the gradient at x, each of x's shape.
-
-    Args:
-        a: a residual addition of `resode.analysis.depth.tracing.trace`, its graph kept.
-        g: the gradient at y, of y's shape.
-    """
+    """Identity part Sᵀg and residual part ηJᵀg, each of x's shape, of the gradient g at a traced y."""
     identity = shortcut_products(a, 1).pulled_back(_sum_to(g, a.shortcut))
     if a.at_field is not None:
         field = JacobianProducts.between(a.at_field, a.at_x, a.increment, a.x, 1, a.factor)

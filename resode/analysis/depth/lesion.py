@@ -2,7 +2,7 @@ r"""What a network is without a block, with blocks in another order, and with lo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from resode.analysis.depth.losses import LossFunction, parts, prediction, sample_losses
+from resode.analysis.depth.losses import LossFunction, batch_of, parts, prediction, sample_losses
 from resode.analysis.depth.sums import ScaledBranches
 from resode.analysis.depth.tracing import Addition, call, trace
 from resode.analysis.depth.watching import tensors_in
 
+Edits = Sequence[tuple[Addition, float]]
+"""Blocks, and what their ηF is multiplied by."""
 
-def run_edited(model: nn.Module, x: Any, edits: Sequence[tuple[Addition, float]]) -> Any:
-    """The model's output with ηF of some blocks multiplied by c; 0 removes a block.
 
-    Args:
-        model: in eval mode.
-        x: as in `resode.analysis.depth.tracing.trace`; samples may be others than the traced ones.
-        edits: (addition, c) pairs, of a trace of this model.
+def run_edited(model: nn.Module, x: Any, edits: Edits) -> Any:
+    """The model's output with ηF multiplied by c for each (addition, c) of a trace; 0 removes a block.
+
+    Samples may be others than the traced ones.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -36,9 +36,7 @@ def run_edited(model: nn.Module, x: Any, edits: Sequence[tuple[Addition, float]]
         return call(model, x)
 
 
-def branch_factors(
-    edits: Sequence[tuple[Addition, float]],
-) -> tuple[dict[int, float], dict[int, tuple[int, int]]]:
+def branch_factors(edits: Edits) -> tuple[dict[int, float], dict[int, tuple[int, int]]]:
     """What `ScaledBranches` takes for (addition, c) pairs."""
     factors = {number: c for a, c in edits for number in a.shortcuts}
     return factors, {leaf: (side, n) for a, _ in edits for n, (leaf, side) in a.shortcuts.items()}
@@ -47,17 +45,18 @@ def branch_factors(
 @contextmanager
 def scaling(mode: ScaledBranches) -> Iterator[None]:
     """Within it additions are the mode's, numbered as in a trace: attention runs unfused, as it did there."""
-    with sdpa_kernel(SDPBackend.MATH), _python_attention(), mode:
+    with unfused_attention(), mode:
         yield
 
 
 @contextmanager
-def _python_attention() -> Iterator[None]:
-    """Torch's fused encoder layers, which no mode sees into, are off, as they are with gradients."""
+def unfused_attention() -> Iterator[None]:
+    """Attention as matrix products; torch's encoder layers in one call, which no mode sees into, are off."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
 
@@ -72,22 +71,21 @@ def _scaled(c: float) -> Any:
     return hook
 
 
-def mean_loss(
+def evaluated(
     model: nn.Module,
     x: Any,
     target: Any,
-    edits: Sequence[tuple[Addition, float]] = (),
-    *,
+    edits: Edits = (),
     loss_fn: LossFunction | None = None,
-    batch_size: int = 32,
-) -> float:
-    """The mean loss over the samples with some blocks edited, in parts."""
-    total, count = 0.0, 0
-    for some, wanted, size in parts(x, target, batch_size):
+    size: int = 32,
+) -> tuple[float, Tensor]:
+    """The mean loss over the samples, and the outputs, with blocks edited; in parts of `size` samples."""
+    total, outputs = 0.0, []
+    for some, wanted, count in parts(x, target, size):
         output = run_edited(model, some, edits)
-        total += float(sample_losses(output, wanted, loss_fn, size).double().sum())
-        count += size
-    return total / count
+        total += float(sample_losses(output, wanted, loss_fn, count).double().sum())
+        outputs.append(prediction(output).double())
+    return total / batch_of(x), torch.cat(outputs)
 
 
 @dataclass(frozen=True)
@@ -146,14 +144,8 @@ def lesion_study(
     traced = trace(model, next(iter(parts(x, None, 2)))[0], blocks).additions
     if not traced:
         raise ValueError("no residual block was found to remove. Name the blocks with blocks=.")
-    options: dict[str, Any] = {"loss_fn": loss_fn, "batch_size": batch_size}
-    base, before = mean_loss(model, x, target, **options), _outputs(model, x, batch_size)
-    found = []
-    for a in traced:
-        loss = mean_loss(model, x, target, [(a, 0.0)], **options)
-        after = _outputs(model, x, batch_size, [(a, 0.0)])
-        found.append(Lesion(a.name, loss, loss - base, float((after - before).norm() / before.norm())))
-    return found
+    measure = _against(model, x, target, loss_fn, batch_size)
+    return [Lesion(a.name, *measure([(a, 0.0)])) for a in traced]
 
 
 @dataclass(frozen=True)
@@ -202,8 +194,7 @@ def step_scan(
     if not traced:
         raise ValueError("no residual block was found, so there is no step to scale.")
     wanted = sorted({1.0, *map(float, factors)})
-    options: dict[str, Any] = {"loss_fn": loss_fn, "batch_size": batch_size}
-    losses = [mean_loss(model, x, target, [(a, c) for a in traced], **options) for c in wanted]
+    losses = [evaluated(model, x, target, [(a, c) for a in traced], loss_fn, batch_size)[0] for c in wanted]
     base = losses[wanted.index(1.0)]
     broken = [c for c, v in zip(wanted, losses, strict=True) if c > 1 and not v <= base + rise * abs(base)]
     return StepScan(wanted, losses, min(broken, default=float("inf")), rise)
@@ -288,17 +279,11 @@ def reordering_study(
     if not pairs:
         raise ValueError("no two residual blocks of one kind lie in one Sequential or ModuleList.")
     pairs.sort(key=lambda p: p[2] - p[1])
-    options: dict[str, Any] = {"loss_fn": loss_fn, "batch_size": batch_size}
-    base = mean_loss(model, x, target, **options)
-    before = _outputs(model, x, batch_size)
+    measure = _against(model, x, target, loss_fn, batch_size)
     found = []
     for name, i, j in pairs[:max_pairs]:
-        container: Any = model.get_submodule(name)
-        with _swapped(container, i, j):
-            loss = mean_loss(model, x, target, **options)
-            after = _outputs(model, x, batch_size)
-        change = float((after - before).norm() / before.norm())
-        found.append(Reordering(name, i, j, loss, loss - base, change))
+        with _swapped(model.get_submodule(name), i, j):
+            found.append(Reordering(name, i, j, *measure(())))
     return found
 
 
@@ -321,6 +306,14 @@ def _swapped(container: Any, i: int, j: int) -> Iterator[None]:
         container[i], container[j] = container[j], container[i]
 
 
-def _outputs(model: nn.Module, x: Any, size: int, edits: Sequence[tuple[Addition, float]] = ()) -> Tensor:
-    found = [prediction(run_edited(model, some, edits)).double() for some, _, _ in parts(x, None, size)]
-    return torch.cat(found)
+def _against(
+    model: nn.Module, x: Any, target: Any, loss_fn: LossFunction | None, size: int
+) -> Callable[[Edits], tuple[float, float, float]]:
+    """A function of edits: the loss, and how far it and the outputs are from those of the model as it is."""
+    base, before = evaluated(model, x, target, (), loss_fn, size)
+
+    def measure(edits: Edits) -> tuple[float, float, float]:
+        loss, after = evaluated(model, x, target, edits, loss_fn, size)
+        return loss, loss - base, float((after - before).norm() / before.norm())
+
+    return measure

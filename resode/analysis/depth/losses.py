@@ -48,9 +48,6 @@ def batches(x: Any, target: Any, device: torch.device | None) -> Iterator[tuple[
     """(x, target) as they are, or one batch of a loader after another, on a device.
 
     A batch is a pair (x, target), or x alone: a tensor, a mapping, or a sequence of one.
-
-    Raises:
-        ValueError: a target beside a loader, or a loader without a batch.
     """
     if not is_loader(x):
         yield x, target
@@ -101,14 +98,7 @@ def sample_losses(output: Any, target: Any, loss_fn: LossFunction | None, batch:
     Without a loss function: cross entropy for integer targets (classes in dimension 1, or in the last one
     for sequences (batch, length, classes)), mean squared error for others, ½‖z‖² without a target.
 
-    Args:
-        output: the model's.
-        target: as `loss_fn` takes it, or None.
-        loss_fn: `loss_fn(output, target)`, one number a sample, or a scalar that is a mean over samples.
-        batch: samples.
-
-    Raises:
-        ValueError: shapes that do not go together; the message names them.
+    `loss_fn(output, target)` gives one number a sample, or a scalar that is a mean over samples.
 
     Example:
         >>> sample_losses(torch.zeros(2, 4), torch.tensor([0, 1]), None, 2)

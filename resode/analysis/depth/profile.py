@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from resode.analysis.depth.alignment import boosting, class_means, cosine, error_correction
+from resode.analysis.depth.alignment import class_means, cosine
 from resode.analysis.depth.block_spectrum import BlockSpectrum, block_spectrum
 from resode.analysis.depth.gradients import split_gradient
 from resode.analysis.depth.lesion import run_edited
@@ -35,7 +36,7 @@ from resode.jacobian.lanczos import random_start, singular_values
 from resode.jacobian.products import JacobianProducts, rows
 from resode.jacobian.spectrum import SpectrumOptions, formed
 from resode.tableaus import ButcherTableau, get_tableau
-from resode.tables import csv_text, plain_table, short
+from resode.tables import plain_table, records_text, short
 
 NAN = math.nan
 
@@ -183,10 +184,7 @@ class DepthProfile:
 
     def to_csv(self, path: str | Path) -> None:
         """Write the rows as CSV, under their field names; of eigenvalues NAME_real and NAME_imag."""
-        names = [f.name for f in fields(DepthRow)]
-        columns = [column for name in names for column in _columns(name)]
-        rows = ([cell for name in names for cell in _cells(name, row)] for row in self.rows)
-        Path(path).write_text(csv_text(columns, rows), encoding="utf-8")
+        Path(path).write_text(records_text(DepthRow, self.rows), encoding="utf-8")
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw it; see `resode.plots.depth_profile`."""
@@ -212,36 +210,20 @@ class DepthProfile:
             gain = f"‖∏(I+ηJ)‖ = {s.norm:.4g}" if s.norm == s.norm else "‖∏(I+ηJ)‖ not measured,"
             bound = f"≤ ∏(1+ε) = {s.upper:.4g}" if s.exact else "(activations between)"
             lines.append(f"{s.first} … {s.last}: {gain} {bound}; without shortcuts ≤ {s.plain:.3g}")
-        lines += [f"{r.name}: {_beside(r.split_error)}" for r in self.rows if r.split_error > _SPLIT]
+        lines += [
+            f"{r.name}: split error {r.split_error:.2g}: the state is read outside this block too, so that "
+            "the identity and the residual part are not its whole gradient"
+            for r in self.rows
+            if r.split_error > _SPLIT
+        ]
         lines += [f"{name}: no residual block, since {why}" for name, why in self.refused]
         if self.outside:
             lines.append(f"weights outside every addition: {_listed(self.outside)}")
         return "\n".join(lines)
 
 
-def _beside(error: float) -> str:
-    return (
-        f"split error {error:.2g}: the state is read outside this block too, so that the identity and the "
-        "residual part are not its whole gradient"
-    )
-
-
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-_COMPLEX = ("rightmost", "leftmost", "largest", "limiting_eigenvalue", "growth_eigenvalue")
-
-
-def _columns(name: str) -> list[str]:
-    return [f"{name}_real", f"{name}_imag"] if name in _COMPLEX else [name]
-
-
-def _cells(name: str, row: DepthRow) -> list[Any]:
-    value = getattr(row, name)
-    if name in _COMPLEX:
-        return [complex(value).real, complex(value).imag]
-    return [value]
 
 
 def profile_depth(
@@ -316,19 +298,21 @@ def profile_depth(
         _check_random(model, part(first, 0, min(2, batch), batch))
         if spectra > 0:
             traced = trace(model, part(first, 0, count, batch), blocks)
-            for i, a in _numbered(traced.additions):
-                progress(f"spectrum of block {len(spectra_found) + 1} of {len(traced.additions)}, {a.name}")
-                spectra_found.append(block_spectrum(a, model, count, tableau, i))
+            seen: Counter[str] = Counter()  # additions of each module
+            for number, a in enumerate(traced.additions, 1):
+                progress(f"spectrum of block {number} of {len(traced.additions)}, {a.name}")
+                spectra_found.append(block_spectrum(a, model, count, tableau, seen[a.module]))
+                seen[a.module] += 1
             groups = _groups(traced, spectra_found, count)
-    merged = _merged(pieces)
+    merged, loss = _merged(pieces)
     found = []
-    for i, measures in enumerate(merged.rows):
+    for i, measures in enumerate(merged):
         spectrum = spectra_found[i].values if spectra_found else {}
         notes = spectra_found[i].notes if spectra_found else []
         found.append(DepthRow(**{**measures, **spectrum}, note="; ".join(notes)))
     samples, has_target = sum(p.samples for p in pieces), wanted is not None
     return DepthProfile(
-        found, groups, merged.loss, samples, has_target, pieces[0].traced.refused, pieces[0].traced.outside
+        found, groups, loss, samples, has_target, pieces[0].traced.refused, pieces[0].traced.outside
     )
 
 
@@ -351,16 +335,6 @@ class _Progress:
             sys.stderr.flush()
 
 
-def _numbered(additions: list[Addition]) -> list[tuple[int, Addition]]:
-    """Each addition with its place among those of its module."""
-    seen: dict[str, int] = {}
-    result = []
-    for a in additions:
-        result.append((seen.get(a.module, 0), a))
-        seen[a.module] = seen.get(a.module, 0) + 1
-    return result
-
-
 def _check_mode(model: nn.Module) -> None:
     for name, module in model.named_modules():
         random = isinstance(module, _DropoutNd) and module.training and module.p > 0
@@ -379,9 +353,9 @@ def _check_random(model: nn.Module, x: Any) -> None:
         z = call(model, x)
         if torch.equal(state, torch.get_rng_state()):
             return
-        again = call(model, x)
+        second = call(model, x)
     if not all(
-        torch.allclose(a, b, equal_nan=True) for a, b in zip(tensors_in(z), tensors_in(again), strict=True)
+        torch.allclose(a, b, equal_nan=True) for a, b in zip(tensors_in(z), tensors_in(second), strict=True)
     ):
         training = [name for name, module in model.named_modules() if module.training]
         raise ValueError(
@@ -465,16 +439,16 @@ def _profile_part(
             "gradient_cosine": cosine(identity, residual, batch),
             "split_squares": _norm(identity + residual - total, batch) ** 2,
             "gradient_squares": _norm(total, batch) ** 2,
-            "boosting": boosting(a.increment.expand_as(a.y), at_y[i], batch),
+            "boosting": cosine(a.increment.expand_as(a.y), -at_y[i], batch),
         }
         following = at_x[i + 1] if i + 1 < len(additions) else at_y[i]
         if following.shape == total.shape:
             values["next_cosine"] = cosine(total, following, batch)
         if a.keeps_shape and last.shape == a.x.shape:
-            values["correction"] = error_correction(a.increment, a.x, last, batch)
+            values["correction"] = cosine(a.increment, last - a.x, batch)
             if labels is not None and labels.shape == (batch,) == a.x.shape[:1]:
                 means = class_means(last, labels.to(last.device))
-                values["class_correction"] = error_correction(a.increment, a.x, means, batch)
+                values["class_correction"] = cosine(a.increment, means - a.x, batch)
         if a.inactive:
             values["inactive"] = torch.full((batch,), sum(a.inactive) / len(a.inactive))
         if lesions:
@@ -524,20 +498,14 @@ def _ends(additions: list[Addition]) -> list[int]:
     return ends
 
 
-@dataclass
-class _Merged:
-    rows: list[dict[str, Any]]
-    loss: float
-
-
 _MEANS = (
     "state_norm ratio inactive gradient identity_gradient residual_gradient gradient_cosine next_cosine "
     "correction class_correction boosting loss_change"
 ).split()
 
 
-def _merged(pieces: list[_Part]) -> _Merged:
-    """Means over all samples of all parts."""
+def _merged(pieces: list[_Part]) -> tuple[list[dict[str, Any]], float]:
+    """Means over all samples of all parts, and the mean loss."""
     first = pieces[0]
     if any([r["name"] for r in p.rows] != [r["name"] for r in first.rows] for p in pieces):
         raise ValueError(
@@ -551,18 +519,13 @@ def _merged(pieces: list[_Part]) -> _Merged:
         }
         row = dict(fixed)
         for key in _MEANS:
-            row[key] = _mean(joined[key]) if key in joined else NAN
+            row[key] = float(joined[key].nanmean()) if key in joined else NAN
         row["split_error"] = _ratio(joined["split_squares"], joined["gradient_squares"])
         if "difference_squares" in joined:
             row["output_change"] = _ratio(joined["difference_squares"], joined["output_squares"])
         merged.append(row)
     samples = sum(p.samples for p in pieces)
-    return _Merged(merged, sum(p.loss for p in pieces) / samples)
-
-
-def _mean(values: Tensor) -> float:
-    known = values[~torch.isnan(values)]
-    return float(known.mean()) if len(known) else NAN
+    return merged, sum(p.loss for p in pieces) / samples
 
 
 def _ratio(squares: Tensor, of: Tensor) -> float:

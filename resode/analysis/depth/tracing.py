@@ -42,7 +42,8 @@ class Addition:
         kind: of the shortcut S: "identity", "parameter-free", "projection" or "gated".
         step_size: η ≥ 0, where F's output is multiplied by a number; else 1.
         factor: η with the sign that the graph's branch at at_field has in the sum.
-        after: the operation on y that follows, such as an activation; "" where y is read as it is.
+        after: the operation on y that follows, such as an activation; "" where y is read as it is, or by the
+            network's head, a final norm for one.
         number: which addition of the forward pass it is; of several (a coupling) the last.
         shortcuts: for each addition of the pass that makes it up, its number, and the number and operand of
             the addition in which its S(x) is an operand.
@@ -50,6 +51,7 @@ class Addition:
         at_x, at_shortcut, at_field, at_y: their places in the graph; at_field is that of F(x), or None where
             y is a sum of several branches, or a state of several parts.
         inactive: share of units at exactly 0 in each activation with a dead zone within F.
+        branch: the module that computes F, of those that `module` calls; `module` itself where it does so.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Addition:
     at_field: Place | None
     at_y: Place
     inactive: list[float] = field(default_factory=list)
+    branch: str = ""
 
     @property
     def keeps_shape(self) -> bool:
@@ -85,6 +88,7 @@ class Trace:
         inputs: the floating-point ones, with gradients.
         additions: the residual additions.
         refused: additions to a state that are no residual block of it: the module, and why.
+        detached: modules that ran, with weights that want gradients and get none from the output.
         outside: modules with weight matrices or kernels that lie within no addition's branch or shortcut.
     """
 
@@ -93,6 +97,7 @@ class Trace:
     additions: list[Addition]
     refused: list[tuple[str, str]] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
+    detached: list[str] = field(default_factory=list)
 
 
 def trace(model: nn.Module, x: Any, blocks: str | Sequence[str] | None = None) -> Trace:
@@ -132,7 +137,7 @@ def trace(model: nn.Module, x: Any, blocks: str | Sequence[str] | None = None) -
     if blocks is not None:
         return Trace(output, inputs, _named(found.module_blocks()))
     additions = _named(found.additions())
-    return Trace(output, inputs, additions, found.refused(), found.outside())
+    return Trace(output, inputs, additions, found.refused(), found.outside(), found.detached())
 
 
 def _refuse_adaptive(model: nn.Module) -> None:
@@ -218,6 +223,10 @@ class _Finder:
             if addition is not None:
                 found[value] = addition
         result = [*self._last_of_steps(found), *map(self._coupling, coupled)]
+        forks = {(e.node, e.output_nr) for a in result for e in a.at_x.edges}
+        for value, a in found.items():
+            if a.after and self._is_of_head(a, value, forks):
+                a.after = ""
         for a in result:
             starts, ends = ([(e.node, e.output_nr) for e in at.edges] for at in (a.at_x, a.at_y))
             self.inside |= self.graph.between(starts, ends)
@@ -290,7 +299,29 @@ class _Finder:
             at_field=at_field,
             at_y=self.graph.place([value], [record.result]),
             inactive=self._inactive([fork], [value]),
+            branch=self._branch(branch, record.module),
         )
+
+    def _branch(self, value: Value, module: str) -> str:
+        """The module with weights, called by another, that computed a value, or what it is scaled from."""
+        while (name := self._called(self.recorder.where.get(value, module), module)) is None:
+            before = self.graph.before(value)
+            if len(before) != 1 or self.graph.weight(value):
+                return module
+            [value] = before
+        return name
+
+    def _called(self, where: str, module: str) -> str | None:
+        """Of the modules that one calls, that which holds another, where it has weights; lists are none."""
+        start = f"{module}." if module else ""
+        parts = where.removeprefix(start).split(".")
+        if where == module or not where.startswith(start):
+            return None
+        for n in range(1, len(parts) + 1):
+            called = self.recorder.model.get_submodule(start + ".".join(parts[:n]))
+            if not isinstance(called, nn.ModuleList | nn.ModuleDict):
+                return start + ".".join(parts[:n]) if any(True for _ in called.parameters()) else None
+        return None
 
     def _is_sum_of(self, merged: Addition, value: Value, fork: Value, fewest: int, record: Sum) -> bool:
         """Whether a branch is added to a sum of branches from the same x that nothing else reads."""
@@ -332,8 +363,24 @@ class _Finder:
         return gates > 0
 
     def _after(self, value: Value) -> str:
-        follows = [re.sub(r"Backward\d*$", "", v[0].name()) for v in self.graph.readers.get(value, [])]
-        return follows[0] if len(follows) == 1 and not _READS.search(follows[0]) else ""
+        readers = self.graph.readers.get(value, [])
+        if len(readers) != 1:
+            return ""
+        name = re.sub(r"Backward\d*$", "", readers[0][0].name())
+        return "" if _READS.search(name) else name
+
+    def _is_of_head(self, a: Addition, value: Value, forks: set[Value]) -> bool:
+        """Whether what follows a sum stands outside of its module, and leads to no further block's state."""
+        [reader] = self.graph.readers[value]
+        where = self.recorder.where.get(reader, "")
+        if f"{where}.".startswith(f"{a.module}." if a.module else ""):
+            return False
+        while reader not in forks:
+            readers = self.graph.readers.get(reader, [])
+            if len(readers) != 1 or self.graph.weight(readers[0]):
+                return True
+            [reader] = readers
+        return False
 
     def _unscaled(self, value: Value, eta: float) -> tuple[Value, float]:
         """F's own place, before multiplications by numbers other than 0."""
@@ -420,6 +467,18 @@ class _Finder:
             if own and name not in ran and not any(id(p) in used for p in own):
                 names.append(re.sub(r"\.parametrizations\..*", "", name) or "model")
         return list(dict.fromkeys(names))
+
+    def detached(self) -> list[str]:
+        """Modules that ran and own weights that want gradients, none of which the output depends on."""
+        used = self.graph.parameters(self.graph.order)
+        ran = {where for v, where in self.recorder.where.items() if v not in self.recorder.roots}
+        return [
+            name
+            for name, module in self.recorder.model.named_modules()
+            if name in ran
+            and (own := [p for p in module.parameters(recurse=False) if p.requires_grad])
+            and not any(id(p) in used for p in own)
+        ]
 
     def module_blocks(self) -> list[Addition]:
         """The modules that were asked for, as x + (M(x) − x)."""

@@ -136,11 +136,6 @@ class Recorder(WatchesAdditions):
 
         return hook
 
-    def saving(self, tensor: Tensor) -> Tensor:
-        """What gradients will need, and its version."""
-        self.saved.append((tensor, tensor._version))
-        return tensor
-
     def overwrote_saved(self) -> bool:
         """Whether something that gradients need was overwritten; the list ends here."""
         found = any(tensor._version != version for tensor, version in self.saved)
@@ -281,13 +276,31 @@ def _divisor(args: Any, kwargs: Any) -> float | None:
     return _number((args[1], args[0]))
 
 
+def _noting(saved: list[tuple[Tensor, int]]) -> Callable[[Tensor], Tensor]:
+    """Notes what gradients will need, and its version.
+
+    The graph keeps this function and what it returns, and the recorder keeps the graph: so neither may hold
+    the recorder or a grad_fn, or nothing would ever be freed. Autograd joins what it gets to the graph again.
+    """
+
+    def note(tensor: Tensor) -> Tensor:
+        saved.append((tensor, tensor._version))
+        return tensor.detach()
+
+    return note
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
 @contextmanager
 def watching(
     model: nn.Module, inputs: Sequence[Tensor], blocks: set[str] | None, *, copies: bool = False
 ) -> Iterator[Recorder]:
     """Watch what the model does within it; `copies` keeps what gradients need from being overwritten."""
     recorder = Recorder(model)
-    saving = saved_tensors_hooks(torch.clone if copies else recorder.saving, lambda t: t)
+    saving = saved_tensors_hooks(_copy if copies else _noting(recorder.saved), lambda t: t)
     for tensor in inputs:
         recorder.start(tensor)
     hooks = recorder.attach(blocks)

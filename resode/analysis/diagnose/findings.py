@@ -8,13 +8,14 @@ clinic of healthy and broken networks and is reported on the other: `python -m t
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from resode.analysis.diagnose.measures import BlockMeasures, Measures
+from resode.analysis.diagnose.measures import BlockMeasures, Measures, WeightMeasures
 
 WHOLE = "whole network"
 
@@ -74,6 +75,10 @@ class Thresholds:
         idle: branch gain relative to the median.
         strong: branch gain relative to the median; twice that for the first block.
         strong_gain: gain relative to the median that goes with it.
+        strong_output: ‖F‖ or ‖F‖/‖x‖ relative to its median that goes with it: a gain alone is large behind a
+            norm where the state is small.
+        jump: branch gain relative to the siblings right before and after.
+        weights: of a layer relative to those at the same place in its siblings.
         sigma: largest singular value relative to the median; twice that for the first block.
         alone: branch gain in networks with too few blocks for a median.
         whole: largest singular value of the whole depth; its inverse is the least.
@@ -90,6 +95,9 @@ class Thresholds:
     idle: float = 1e-3
     strong: float = 6.0
     strong_gain: float = 1.08
+    strong_output: float = 3.0
+    jump: float = 2.5
+    weights: float = 8.0
     sigma: float = 8.0
     alone: float = 30.0
     whole: float = 1e3
@@ -102,6 +110,7 @@ class Thresholds:
 THRESHOLDS = Thresholds()
 
 FEWEST = 4  # blocks from which a median tells what is usual
+_NORMED = 0.02  # median deviation of log ‖F‖ of siblings up to which a norm sets it
 
 
 def findings(m: Measures, thresholds: Thresholds = THRESHOLDS) -> list[Finding]:
@@ -243,9 +252,13 @@ def _no_shortcut(name: str, what: str, usual: float) -> Finding:
 
 def _without_shortcut(m: Measures) -> list[Finding]:
     """Modules that keep their input's shape and hold fewer additions than their siblings of one class."""
-    classes: dict[str, list[tuple[str, int]]] = {}
+    classes: dict[str, list[tuple[str, float]]] = {}
+    blocks = [b.name for b in m.blocks]
     for name, kind, additions, keeps in m.siblings:
-        if keeps and kind not in ("Sequential", "ModuleList"):
+        if kind == "Sequential":  # of layers, as the branches of a loop, and not of blocks
+            kind = re.sub(r"\d+", "*", name)
+            keeps = keeps and not any(b.startswith(f"{name}.") for b in blocks)
+        if keeps and not any(n.startswith(f"{name}.") for n in m.detached):
             classes.setdefault(kind, []).append((name, additions))
     found = []
     for members in classes.values():
@@ -294,59 +307,144 @@ def usual_branch_gain(m: Measures, b: BlockMeasures) -> float:
     return statistics.median(c.branch_gain for c in known) if len(known) >= FEWEST else math.nan
 
 
+def odd_weights(m: Measures) -> dict[str, list[tuple[WeightMeasures, float]]]:
+    """Layers by block, with the size of their weights over the median of those at the same place."""
+    places: dict[str, list[WeightMeasures]] = {}
+    for w in m.weights:
+        places.setdefault(w.place, []).append(w)
+    found: dict[str, list[tuple[WeightMeasures, float]]] = {}
+    for layers in places.values():
+        usual = statistics.median(w.size for w in layers)
+        if usual > 0 and len({w.block for w in layers}) >= FEWEST:
+            for w in layers:
+                found.setdefault(w.block, []).append((w, w.size / usual))
+    return found
+
+
 def _idle(m: Measures, t: Thresholds) -> list[Finding]:
     found = []
+    weights = odd_weights(m)
     for b in m.blocks:
         usual = usual_branch_gain(m, b)
+        small = min(weights.get(b.name, []), key=lambda pair: pair[1], default=None)
         if usual > 0 and b.branch_gain < t.idle * usual:
-            found.append(
-                Finding(
-                    b.name,
-                    "idle",
-                    f"Its branch passes on {b.branch_gain:.2g} of a perturbation, the median {usual:.2g}: "
-                    "it adds nothing that depends on its input.",
-                    "Initialise its last layer anew (its scale, where it has one) and train on, or remove "
-                    "the block.",
-                    {"branch_gain": b.branch_gain, "usual": usual},
-                )
+            text = f"Its branch passes on {b.branch_gain:.2g} of a perturbation, the median {usual:.2g}"
+        elif small is not None and small[1] < t.idle:
+            text = f"The weights of {small[0].name} are {small[1]:.2g} times those of its siblings"
+        else:
+            continue
+        found.append(
+            Finding(
+                b.name,
+                "idle",
+                f"{text}: it adds nothing that depends on its input.",
+                "Initialise its last layer anew (its scale, where it has one) and train on, or remove the "
+                "block.",
+                {"branch_gain": b.branch_gain, "usual": usual},
             )
-    return found
+        )
+    return found + _detached(m)
+
+
+def _detached(m: Measures) -> list[Finding]:
+    """Weights that no gradient reaches, though it reaches those at the same place of their siblings."""
+
+    def place(name: str) -> str:
+        return re.sub(r"\d+", "*", name)
+
+    times = Counter(place(name) for name in m.order)
+    cut = Counter(place(name) for name in m.detached)
+    odd = [n for n in m.detached if times[place(n)] >= FEWEST and cut[place(n)] <= 0.25 * times[place(n)]]
+    blocks = dict.fromkeys(_numbered(name) for name in odd)
+    return [
+        Finding(
+            name,
+            "idle",
+            "No gradient reaches its weights, and it reaches those of its siblings.",
+            "Look for detach(), no_grad() or .data on its way to the output, and train on without it.",
+        )
+        for name in blocks
+    ]
+
+
+def _numbered(name: str) -> str:
+    """The module up to its first number: the block of a list."""
+    parts = name.split(".")
+    return ".".join(parts[: next((i for i, p in enumerate(parts) if p.isdigit()), len(parts) - 1) + 1])
 
 
 def _strong(m: Measures, t: Thresholds) -> list[Finding]:
     """The strongest block: after it the medians are no longer the network's own."""
-    scores = [(b, strength(m, b, t)) for b in m.blocks if math.isfinite(b.branch_gain)]
-    b, score = max(scores, key=lambda pair: pair[1], default=(None, 0.0))
-    if b is None or not score > 1:
+    weights = odd_weights(m)
+    scores = [(b, strength(m, b, t, weights)) for b in m.blocks if math.isfinite(b.branch_gain)]
+    most = max((score for _, score in scores), default=0.0)
+    if not most > 1:
         return []
+    b = next(b for b, score in scores if score >= max(1.0, most / 2))  # what follows may be as strong by it
     usual = usual_branch_gain(m, b)
     scale = usual / b.branch_gain if usual > 0 else 1 / b.branch_gain
     times = f"{b.branch_gain:.3g}" + (f", {b.branch_gain / usual:.3g} times the median" if usual > 0 else "")
+    large = max(weights.get(b.name, []), key=lambda pair: pair[1], default=None)
+    heavy = large is not None and large[1] > t.weights
+    which = (
+        f" The weights of {large[0].name} are {large[1]:.3g} times those of its siblings."
+        if large is not None and heavy
+        else ""
+    )
     return [
         Finding(
             b.name,
             "strong-block",
             f"Its branch amplifies a random perturbation by {times}; the block's largest singular value is "
-            f"at least {b.sigma:.3g}.",
+            f"at least {b.sigma:.3g}.{which}",
             f"Multiply its branch by {scale:.2g} (its last layer's weights) and train on.",
             {"branch_gain": b.branch_gain, "usual": usual, "sigma": b.sigma, "scale": scale},
         )
     ]
 
 
-def strength(m: Measures, b: BlockMeasures, t: Thresholds = THRESHOLDS) -> float:
-    """How strong a block is against its siblings: above 1 an outlier."""
+def strength(
+    m: Measures,
+    b: BlockMeasures,
+    t: Thresholds = THRESHOLDS,
+    weights: dict[str, list[tuple[WeightMeasures, float]]] | None = None,
+) -> float:
+    """How strong a block is against its siblings: above 1 an outlier.
+
+    By its gain or its largest singular value, where what its branch adds is an outlier too; or by the weights
+    of one of its layers.
+    """
     known = siblings_of(m, b)
     branch = statistics.median(c.branch_gain for c in known)
     if len(known) < FEWEST or not branch > 0:  # none to compare with, or most branches are switched off
         return b.branch_gain / t.alone
-    gain = statistics.median(c.gain for c in known)
-    sigmas = [c.sigma for c in known if math.isfinite(c.sigma)]
+
+    def times(measure: str) -> float:
+        values = [v for c in known if math.isfinite(v := getattr(c, measure))]
+        usual = statistics.median(values) if values else 0.0
+        return getattr(b, measure) / usual if usual > 0 and math.isfinite(getattr(b, measure)) else 0.0
+
     own = sum(c.sibling == b.sibling for c in known) >= FEWEST
     allowed = 2.0 if b.name == m.blocks[0].name or not own else 1.0
-    by_gain = min(b.branch_gain / branch / t.strong, b.gain / gain / t.strong_gain)
-    by_sigma = b.sigma / statistics.median(sigmas) / t.sigma if math.isfinite(b.sigma) else 0.0
-    return max(by_gain, by_sigma) / allowed
+    sizes = [math.log(c.size) for c in known if c.size > 0]
+    spread = statistics.median(abs(s - statistics.median(sizes)) for s in sizes) if sizes else math.inf
+    # A norm at the end of each branch makes the sizes equal; ‖F‖/‖x‖ then tells of the state alone.
+    output = (times("size") if spread < _NORMED else max(times("size"), times("ratio"))) / t.strong_output
+    jump = _jump(known, b) / t.jump
+    by_gain = min(times("branch_gain") / t.strong, times("gain") / t.strong_gain, output, jump)
+    by_sigma = min(times("sigma") / t.sigma, output, jump)
+    most = max((ratio for _, ratio in (weights or {}).get(b.name, [])), default=0.0)
+    by_weights = min(most / t.weights, times("branch_gain") / 2)
+    return max(by_gain / allowed, by_sigma / allowed, by_weights)
+
+
+def _jump(known: Sequence[BlockMeasures], b: BlockMeasures) -> float:
+    """A branch's gain over that of the next siblings before and after it: with depth gains change slowly."""
+    at = next(i for i, c in enumerate(known) if c is b)
+    before = next((c for c in reversed(known[:at]) if c.name != b.name), None)
+    after = next((c for c in known[at:] if c.name != b.name), None)
+    most = max((c.branch_gain for c in (before, after) if c is not None), default=0.0)
+    return b.branch_gain / most if most > 0 else math.inf
 
 
 def _whole(m: Measures, t: Thresholds) -> list[Finding]:
@@ -389,7 +487,7 @@ def _collapse(m: Measures, t: Thresholds) -> list[Finding]:
 
 
 def _gain_of_whole(m: Measures, t: Thresholds) -> list[Finding]:
-    sigma = m.whole_sigma if math.isfinite(m.whole_sigma) else m.whole_gain
+    sigma = m.whole_gain if math.isnan(m.whole_sigma) else m.whole_sigma
     depth = len(m.blocks)
     numbers = {"sigma": sigma, "gain": m.whole_gain, "state_growth": m.state_growth, "blocks": float(depth)}
     if sigma > t.whole or m.state_growth > t.state_growth:
@@ -397,7 +495,8 @@ def _gain_of_whole(m: Measures, t: Thresholds) -> list[Finding]:
             Finding(
                 WHOLE,
                 "explosion",
-                f"{depth} blocks amplify a perturbation up to {sigma:.3g} times and the state "
+                f"{depth} blocks amplify a perturbation "
+                f"{'more than 1e38' if sigma == math.inf else f'up to {sigma:.3g}'} times and the state "
                 f"{m.state_growth:.3g} times; no single block stands out.",
                 f"Multiply each branch by 1/√{depth} = {depth**-0.5:.2g} (step_size in a ResidualStack), or "
                 "start its last layer at 0, or take a norm before it. A smaller learning rate does not help.",

@@ -100,7 +100,7 @@ def _defects(stacks: dict[str, ResidualStack], paths: dict[str, list[Tensor]]) -
     for name, stack in stacks.items():
         for i, (start, old) in enumerate(pairwise(paths[name])):
             new, size = stack.advance(i % stack.depth, start), float(old.norm())
-            block = _block(name, stack, i % stack.depth)
+            block = block_name(name, stack, i % stack.depth)
             yield block, float((new - old).norm()) / size if size > 0 else 0.0
 
 
@@ -115,7 +115,8 @@ def verdict(drift: float) -> str:
     return "keeps" if drift <= KEEPS else "may lose" if drift <= LOSES else "loses"
 
 
-def _block(name: str, stack: ResidualStack, index: int) -> str:
+def block_name(name: str, stack: ResidualStack, index: int) -> str:
+    """What a block of the stack of this name is called: its field's name, or the stack's if all share one."""
     return name if stack.shared else f"{name}.fields.{index}".removeprefix(".")
 
 

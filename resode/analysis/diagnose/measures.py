@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -82,6 +85,7 @@ class BlockMeasures:
         branch_gain: ‖ηJᵀu‖ / ‖u‖.
         sigma: largest singular value of S' + ηJ, from below, in the worst sample.
         ratio: ‖ηF(x)‖ / ‖x‖.
+        size: ‖ηF(x)‖ / √n.
         growth: ‖y‖ / ‖x‖.
         dead: the largest share of units at 0 behind one of F's activations with a dead zone, nan without one.
         gradient: ‖∂L/∂x‖.
@@ -98,9 +102,27 @@ class BlockMeasures:
     branch_gain: float = NAN
     sigma: float = NAN
     ratio: float = NAN
+    size: float = NAN
     growth: float = NAN
     dead: float = NAN
     gradient: float = NAN
+
+
+@dataclass(frozen=True)
+class WeightMeasures:
+    """The weight matrix or kernel of a layer within a block.
+
+    Args:
+        name: the layer's.
+        block: the block's.
+        place: the layer's name with numbers in the block's name left open: the same for all siblings.
+        size: root mean square of the weights times the root of the inputs of a unit.
+    """
+
+    name: str
+    block: str
+    place: str
+    size: float
 
 
 @dataclass(frozen=True)
@@ -131,7 +153,9 @@ class Measures:
         norms: its batch norms.
         blocks: its residual additions.
         layers: its weighted layers.
-        siblings: (module, class, additions within it, whether it keeps its input's shape).
+        weights: the layers within its blocks, without those whose outputs a batch norm divides by their size.
+        detached: modules that ran, and whose weights get no gradient from the outputs.
+        siblings: (module, class, additions within it a call, whether it keeps its input's shape).
         dead_layers: activations outside of blocks: (module, share of units at 0).
         whole_gain: gain of a random perturbation from the first block's x to the last block's y.
         whole_sigma: its largest singular value, from below, in the worst sample.
@@ -150,7 +174,9 @@ class Measures:
     norms: list[NormMeasures] = field(default_factory=list)
     blocks: list[BlockMeasures] = field(default_factory=list)
     layers: list[LayerMeasures] = field(default_factory=list)
-    siblings: list[tuple[str, str, int, bool]] = field(default_factory=list)
+    weights: list[WeightMeasures] = field(default_factory=list)
+    detached: list[str] = field(default_factory=list)
+    siblings: list[tuple[str, str, float, bool]] = field(default_factory=list)
     dead_layers: list[tuple[str, float]] = field(default_factory=list)
     whole_gain: float = NAN
     whole_sigma: float = NAN
@@ -193,10 +219,30 @@ def measure(
         some = _floating(part(x, 0, found.probed, samples), precise)
         _measure_blocks(found, precise, some, part(target, 0, found.probed, samples), loss_fn, blocks, seed)
     found.siblings = [
-        (name, kind, sum(_within(b.name, name) for b in found.blocks), keeps)
+        (name, kind, sum(_within(b.name, name) for b in found.blocks) / watcher.calls[name], keeps)
         for name, (kind, keeps) in watcher.shapes.items()
     ]
+    found.weights = _weights(model, found, watcher.leaves)
     return found
+
+
+def _weights(model: nn.Module, found: Measures, leaves: Sequence[str]) -> list[WeightMeasures]:
+    """Sizes of the matrices and kernels within blocks, in the order of the forward pass."""
+    after = dict(pairwise(leaves))
+    measured = []
+    for name in dict.fromkeys(leaves):
+        module = model.get_submodule(name)
+        block = next((b.name for b in found.blocks if b.name and _within(name, b.name)), None)
+        if block is None or not isinstance(module, _WEIGHTED):
+            continue
+        follows = after.get(name, "")
+        if _within(follows, block) and isinstance(model.get_submodule(follows), _BatchNorm):
+            continue
+        w = module.weight.detach()
+        place = re.sub(r"\d+", "*", block) + name[len(block) :] + "×".join(map(str, w.shape[2:]))
+        size = float(w.double().square().mean().sqrt()) * max(1, w[:1].numel()) ** 0.5
+        measured.append(WeightMeasures(name, block, place, size))
+    return measured
 
 
 def _within(inner: str, outer: str) -> bool:
@@ -232,6 +278,8 @@ class _Watcher:
         self.solver_error: tuple[str, SolverError] | None = None
         self.running: list[str] = []
         self.order: dict[str, int] = {}
+        self.leaves: list[str] = []
+        self.calls: Counter[str] = Counter()
         self.met: set[nn.Module] = set()
         self.activations = 0
         self.count = 1
@@ -248,6 +296,8 @@ class _Watcher:
             with torch.inference_mode(False), torch.no_grad():
                 for some, _, self.count in parts(x, None, size):
                     self.activations = 0
+                    self.leaves.clear()
+                    self.calls.clear()
                     self.running.clear()
                     self.met.clear()
                     call(self.model, some)
@@ -280,6 +330,7 @@ class _Watcher:
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         name = self.running.pop()
         self.order.setdefault(name, len(self.order))
+        self.calls[name] += 1
         y = next(tensors_in(output), None)
         if y is None:
             return
@@ -287,6 +338,7 @@ class _Watcher:
         first = next(tensors_in(args), None)
         if leaf:
             self.activations += y.numel()
+            self.leaves.append(name)
         elif first is not None and name:
             self.shapes[name] = type(module).__name__, first.shape == y.shape
         if self.non_finite is None and y.is_floating_point() and not bool(y.isfinite().all()):
@@ -385,6 +437,7 @@ def _measure_blocks(
             hook.remove()
     batch = found.probed
     names = block_names(model, traced)
+    found.detached = traced.detached
     found.blocks = [
         _static(a, name, _sibling(model, a, name)) for a, name in zip(traced.additions, names, strict=True)
     ]
@@ -411,7 +464,10 @@ def _keeping(kept: list[tuple[str, Place, Tensor]], name: str) -> Callable[..., 
 
 
 def block_names(model: nn.Module, traced: Trace) -> list[str]:
-    """The module that each addition is: its own, or in a `ResidualStack` the field of that block."""
+    """The module that each addition is: its own, in a `ResidualStack` the field of that block.
+
+    Where a module adds the branches of many in a loop, each addition is its branch's.
+    """
     places: dict[str, int] = {}
     totals: dict[str, int] = {}
     for a in traced.additions:
@@ -424,13 +480,18 @@ def block_names(model: nn.Module, traced: Trace) -> list[str]:
         if isinstance(module, ResidualStack) and not module.shared and totals[a.module] % module.depth == 0:
             each = totals[a.module] // module.depth
             name = f"{a.module}.fields.{place // each}".removeprefix(".")
-        names.append(name)
+        elif totals[a.module] > _OWN and not isinstance(module, _SOLVING) and a.branch:
+            name = a.branch
+        names.append(name or (a.branch or a.name))
     return names
+
+
+_OWN = 3  # additions that a block holds itself, as a decoder's layer; with more it is a loop over blocks
 
 
 def _sibling(model: nn.Module, a: Addition, name: str) -> str:
     """The class of its module, with the addition's number where the module holds several."""
-    owner = model.get_submodule(name)
+    owner = model.get_submodule(a.module if name == a.name else name)
     place = (
         "" if isinstance(owner, _SOLVING) or name != a.module else a.name.removeprefix(a.module or "model")
     )
@@ -449,6 +510,7 @@ def _static(a: Addition, name: str, sibling: str) -> BlockMeasures:
         if float((s - c * x).norm()) <= 1e-3 * max(abs(c), 1e-3) * square**0.5:
             b.shortcut = c
     b.ratio = _quotient(a.increment.double(), x)
+    b.size = float(a.increment.double().square().mean().sqrt())
     b.growth = _quotient(y, x)
     if a.inactive:
         b.dead = max(a.inactive)
@@ -564,6 +626,8 @@ def _measure_whole(found: Measures, traced: Trace, generator: torch.Generator) -
     found.whole_gain = _quotient(back, u)
     products = JacobianProducts.between(last.at_y, first.at_x, last.y, first.x, found.probed)
     found.whole_sigma = largest_singular_value(products, u, found.probed, _WHOLE_ROUNDS)
+    if found.whole_gain == math.inf:  # beyond what the numbers hold
+        found.whole_sigma = math.inf
     before, after = (rows(t.double(), found.probed).norm(dim=1) for t in (first.x, last.y))
     found.state_growth = float((after / before.clamp_min(1e-300)).max())
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from resode.checks import check_number, check_whole
 from resode.solve.step import rk_step
-from resode.tableaus import ButcherTableau, get_tableau
+from resode.tableaus import ButcherTableau, explicit_tableau
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,9 +97,7 @@ def bifurcation(
         tensor([[1.0000, 1.0000, 1.0000, 1.0000],
                 [1.1628, 0.7462, 1.1628, 0.7462]], dtype=torch.float64)
     """
-    tableau = get_tableau(solver)
-    if not tableau.explicit:
-        raise ValueError(f"a map needs an explicit solver, {tableau.name} is implicit.")
+    tableau = explicit_tableau(solver, "a map needs")
     if step_sizes.ndim != 1 or not len(step_sizes) or not bool((step_sizes > 0).all()):
         raise ValueError(f"step_sizes must be positive, shape (m,): got shape {tuple(step_sizes.shape)}.")
     check_whole("transient", transient, 0)

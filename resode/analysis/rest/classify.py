@@ -92,11 +92,7 @@ def _rest(dtype: torch.dtype) -> float:
 
 
 def classify(
-    field: Field,
-    x: Tensor,
-    *,
-    solver: str | ButcherTableau | None = None,
-    step_size: float | None = None,
+    field: Field, x: Tensor, *, solver: str | ButcherTableau | None = None, step_size: float | None = None
 ) -> Classification:
     r"""Classify fixed points by the eigenvalues of F's Jacobian, for the flow and for a solver's map.
 

@@ -20,7 +20,7 @@ from resode.jacobian.linearize import Field, check_field, dense_jacobian
 from resode.jacobian.matrices import DENSE_LIMIT
 from resode.jacobian.products import JacobianProducts
 from resode.solve.step import combine, stages
-from resode.tableaus import ButcherTableau, get_tableau
+from resode.tableaus import ButcherTableau, explicit_tableau, get_tableau
 
 SMALL = 128
 """Entries of a state up to which its Jacobian is formed and factorized."""
@@ -240,12 +240,7 @@ def solver_slope(field: Field, solver: str | ButcherTableau, step_size: Any) -> 
         >>> solver_slope(lambda x: x * (1 - x), "midpoint", 1.0)(torch.tensor([[2.0]]))
         tensor([[0.]])
     """
-    tableau = get_tableau(solver)
-    if not tableau.explicit:
-        raise ValueError(
-            f"the map of an implicit solver is not computed: {tableau.name} is one. Its fixed points are "
-            "those of F, unless its stages cancel."
-        )
+    tableau = explicit_tableau(solver, "fixed points of a map are found for")
     h = check_number("step_size", step_size, above=0)
 
     def slope(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from resode.checks import check_number, check_whole
 from resode.jacobian.linearize import Field, check_field, dense_jacobian
 from resode.solve.step import rk_step
 from resode.stability import eigenvalue_step_limit, stability_function
-from resode.tableaus import ButcherTableau, get_tableau
+from resode.tableaus import ButcherTableau, explicit_tableau, get_tableau
 
 _NEAR = 1e-6
 
@@ -48,20 +48,8 @@ def _map(field: Field, tableau: ButcherTableau, h: float) -> Field:
     return lambda x: rk_step(tableau, lambda t, x: field(x), 0.0, x, h)
 
 
-def _explicit(solver: str | ButcherTableau) -> ButcherTableau:
-    tableau = get_tableau(solver)
-    if not tableau.explicit:
-        raise ValueError(f"a map needs an explicit solver, {tableau.name} is implicit.")
-    return tableau
-
-
 def stability_losses(
-    field: Field,
-    x0: Tensor,
-    max_step: float,
-    *,
-    solver: str | ButcherTableau = "euler",
-    max_period: int = 4,
+    field: Field, x0: Tensor, max_step: float, *, solver: str | ButcherTableau = "euler", max_period: int = 4
 ) -> list[StabilityLoss]:
     r"""Follow a fixed point, and the cycles that double from it, to the steps where each loses stability.
 
@@ -92,7 +80,7 @@ def stability_losses(
         1 flip 2.0
         2 flip 2.44949
     """
-    tableau = _explicit(solver)
+    tableau = explicit_tableau(solver, "a map needs")
     if len(x0) != 1:
         raise ValueError(
             f"one fixed point is followed: x0 must have shape (1, *state), got {tuple(x0.shape)}."
@@ -234,7 +222,7 @@ def lyapunov_exponents(
         >>> abs(float(found.mean()) - math.log(2)) < 1e-2
         True
     """
-    tableau = _explicit(solver)
+    tableau = explicit_tableau(solver, "a map needs")
     if not callable(field) or isinstance(field, Sequence):
         fields = list(field)
         if n_steps is not None or transient:
@@ -294,7 +282,7 @@ def cobweb(
         >>> [round(float(v), 4) for v in web.orbit]
         [0.1, 0.19, 0.3439, 0.5695]
     """
-    step = _map(field, _explicit(solver), step_size)
+    step = _map(field, explicit_tableau(solver, "a map needs"), step_size)
     x = torch.tensor([[float(x0)]], dtype=torch.float64)
     orbit = [x]
     with torch.no_grad():

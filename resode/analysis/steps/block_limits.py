@@ -14,7 +14,7 @@ from resode.analysis.steps.blocks import block_groups
 from resode.jacobian.linearize import check_field
 from resode.jacobian.spectrum import SpectrumOptions, spectrum
 from resode.stability.function import amplification
-from resode.stability.limits import plain
+from resode.stability.limits import bounds, plain
 from resode.stability.spectra import Spectrum, limits
 
 
@@ -29,7 +29,7 @@ class BlockLimit:
         growing: the largest number of growing modes, Re λ > 0, that a sample has; of those found.
         decaying_step: the least limit over the other modes.
         limiting_eigenvalue: the λ that sets it.
-        inside: whether the network's own step is within it.
+        within: whether the network's own step is within it.
         amplification: largest |R(hλ)| over the eigenvalues and samples, growing modes included.
         converged: whether `step` rests on converged eigenvalues in every sample.
         exact: whether `decaying_step` is known; else it is an upper bound, inf where none is known.
@@ -43,7 +43,7 @@ class BlockLimit:
     growing: int
     decaying_step: float
     limiting_eigenvalue: complex
-    inside: bool
+    within: bool
     amplification: float = float("nan")
     converged: bool = True
     exact: bool = True
@@ -128,9 +128,8 @@ def _block_limits(
 def block_limit(found: Spectrum, solver: str, step: float, block: int) -> BlockLimit:
     """The least limits over the samples of one block's spectrum."""
     limit = limits(found, solver)
-    found_steps, exact = plain(limit.decaying_step), plain(limit.decaying_converged)
-    none = np.isinf(plain(limit.error)) & ~exact  # no bound
-    steps, decaying = (np.where(none & (s > 0), np.inf, s) for s in (plain(limit.step), found_steps))
+    found_steps = plain(limit.decaying_step)
+    steps, decaying, exact = bounds(limit)
     worst = int(np.argmin(found_steps))
     return BlockLimit(
         block=block,
@@ -139,7 +138,7 @@ def block_limit(found: Spectrum, solver: str, step: float, block: int) -> BlockL
         growing=max(len(modes) for modes in limit.growing),
         decaying_step=float(decaying.min()),
         limiting_eigenvalue=complex(plain(limit.decaying_eigenvalue)[worst]),
-        inside=bool(step <= found_steps[worst]),
+        within=bool(step <= found_steps[worst]),
         amplification=float(amplification(solver, step * found.values[found.trusted]).max()),
         converged=bool(plain(limit.converged).all()),
         exact=bool(exact.all()),

@@ -56,36 +56,21 @@ class BlockGroup:
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a module: its name, what came in, and what came out.
-
-    Args:
-        name, module: which one.
-        x: a copy of its first argument, where that is a floating-point tensor.
-        arguments, options: what else it was called with.
-        y: the tensor that it returned, or the first of several.
-        entry, exit: which tensors x and y were, in which version.
-        held: those tensors, so that none takes their place.
-    """
+    """One call of a module: its name, what came in, and what came out."""
 
     name: str
     module: nn.Module
-    x: Tensor | None
+    x: Tensor | None  # a copy of its first argument
     arguments: tuple[Any, ...]
     options: dict[str, Any]
     y: Tensor | None
-    entry: tuple[int, int]
+    entry: tuple[int, int]  # which tensors x and y were, in which version
     exit: tuple[int, int]
-    held: tuple[Any, Any]
+    kept: tuple[Any, Any]  # those tensors, so that none takes their place
 
 
 class Increment(nn.Module):
-    """F(x) = block(x) − x: the field whose Euler step of length 1 the block is.
-
-    Args:
-        block: a module that keeps the shape of its first argument; of a tuple that it returns, the first
-            counts.
-        arguments, options: what it is called with besides x.
-    """
+    """F(x) = block(x) − x, the field whose Euler step of length 1 is block; of a tuple the first counts."""
 
     def __init__(
         self, block: nn.Module, arguments: Sequence[Any] = (), options: dict[str, Any] | None = None
@@ -101,12 +86,7 @@ class Increment(nn.Module):
 
 
 class Scaled(nn.Module):
-    """Every channel of F, dimension 1, times a number: learned steps of one sign or another.
-
-    Args:
-        field: F.
-        factors: shape (channels,), or (1,) for all.
-    """
+    """Every channel of F, dimension 1, times its factor (or the one factor): learned steps of either sign."""
 
     factors: Tensor
 
@@ -255,7 +235,7 @@ def _calls(network: nn.Module, images: Tensor, modules: dict[str, Any]) -> list[
                 y=y,
                 entry=entry,
                 exit=_version(y),
-                held=(first_of(inputs, options), y),
+                kept=(first_of(inputs, options), y),
             )
         )
 

@@ -23,15 +23,7 @@ _ROUNDS = 12  # cuts of the contraction limit
 def contraction_limits(
     field: Field, x: Tensor, tableau: ButcherTableau, limit: StepLimit, spectrum: Spectrum
 ) -> tuple[Floats, Floats]:
-    """μ₂ and the contraction limit of every sample, from products with J and Jᵀ.
-
-    Args:
-        field: checked.
-        x: states, shape (batch, *state).
-        tableau: an explicit method.
-        limit: its step limits.
-        spectrum: what those rest on.
-    """
+    """μ₂ and the contraction limit of every sample under an explicit method, from products with J and Jᵀ."""
     n = x[0].numel()
     spectral, scales, tau = plain(limit.step).astype(float), spectrum.scale, spectrum.tau[:, 0]
     wide = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32

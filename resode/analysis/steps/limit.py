@@ -146,9 +146,7 @@ def _limit(
     details: bool,
 ) -> StepLimit:
     """Which of the ways to a step limit the arguments ask for."""
-    if solver == EXPLICIT_ADAMS:
-        return _of_adams(subject, x, eigenvalues, options.growth)
-    tableau = get_tableau(solver)
+    method = EXPLICIT_ADAMS if solver == EXPLICIT_ADAMS else get_tableau(solver)
     is_field = callable(subject) and not isinstance(subject, torch.Tensor)
     if not is_field and (matrix_free is not None or options.rtol is not None or options.budget != BUDGET):
         raise ValueError(
@@ -161,7 +159,7 @@ def _limit(
     if subject is None:
         if x is not None:
             raise TypeError("x goes with a field; with eigenvalues= alone there is nothing to linearize.")
-        return eigenvalue_step_limit(eigenvalues, tableau, growth=options.growth)
+        return eigenvalue_step_limit(eigenvalues, method, growth=options.growth)
     if is_field:
         if eigenvalues is not None:
             raise TypeError(
@@ -169,33 +167,19 @@ def _limit(
             )
         if x is None:
             raise TypeError("a field needs the states x, shape (batch, *state), at which to linearize it.")
-        return _of_field(subject, x, tableau, options, matrix_free, details=details)
+        return _of_field(subject, x, method, options, matrix_free, details=details)
     if x is not None:
         raise TypeError(
             f"x goes with a field, and {type(subject).__name__} is not callable. "
             "Pass the Jacobian alone, or a callable F."
         )
-    return _of_matrices(subject, eigenvalues, tableau, options, details=details)
-
-
-def _of_adams(subject: Any, x: Any, eigenvalues: Any, growth: Any) -> StepLimit:
-    """By the root condition at all eigenvalues: given, or of a matrix, or of a field's Jacobian at x."""
-    if eigenvalues is None and subject is None:
-        raise ValueError(
-            "give a Jacobian, eigenvalues=, or a field and the states x at which to linearize it; got none."
-        )
-    if eigenvalues is None:
-        if x is not None:
-            check_field(subject, x)
-            subject = jacobian(subject, x)
-        eigenvalues = torch.linalg.eigvals(torch.as_tensor(subject))
-    return eigenvalue_step_limit(eigenvalues, EXPLICIT_ADAMS, growth=growth)
+    return _of_matrices(subject, eigenvalues, method, options, details=details)
 
 
 def _of_field(
     field: Any,
     x: torch.Tensor,
-    tableau: ButcherTableau,
+    method: str | ButcherTableau,
     options: SpectrumOptions,
     matrix_free: bool | None,
     *,
@@ -208,39 +192,39 @@ def _of_field(
     size = x[0].numel()
     if matrix_free is None:
         matrix_free = size > options.dense_up_to
-    if not matrix_free:
+    if not matrix_free or isinstance(method, str):  # a search needs R(z), which multistep methods have not
         if size > DENSE_LIMIT:
             raise ValueError(
                 f"a Jacobian is formed for states of up to {DENSE_LIMIT} entries, got {size} in x "
                 f"{tuple(x.shape)}. Leave matrix_free=False out."
             )
-        return _of_matrices(jacobian(field, x), None, tableau, options, details=details)
-    found = spectrum(field, x, replace(options, search=True), [tableau])
-    limit = limits(found, tableau)
+        return _of_matrices(jacobian(field, x), None, method, options, details=details)
+    found = spectrum(field, x, replace(options, search=True), [method])
+    limit = limits(found, method)
     if not details:
         return limit
-    rates, contraction = contraction_limits(field, x, tableau, limit, found)
+    rates, contraction = contraction_limits(field, x, method, limit, found)
     return replace(
         limit, logarithmic_norm=like(x, rates, (len(x),)), contraction_step=like(x, contraction, (len(x),))
     )
 
 
 def _of_matrices(
-    subject: Any, eigenvalues: Any, tableau: ButcherTableau, options: SpectrumOptions, *, details: bool
+    subject: Any, eigenvalues: Any, method: str | ButcherTableau, options: SpectrumOptions, *, details: bool
 ) -> StepLimit:
     """The limit of J of shape (…, n, n), with what eigenvalues do not tell if `details` are wanted."""
     if eigenvalues is not None:
         eigenvalues = _own_spectrum(eigenvalues, checked_matrices(subject)[0])
     found = matrix_spectrum(subject, options, eigenvalues)
-    limit = limits(found, tableau)
-    if not details:
+    limit = limits(found, method)
+    if not details or isinstance(method, str):
         return limit
     values, eps = checked_matrices(subject)
     flat = values.reshape(-1, *values.shape[-2:])
-    spectral = limit if found.growth is None else limits(replace(found, growth=None), tableau)
+    spectral = limit if found.growth is None else limits(replace(found, growth=None), method)
     rates = logarithmic_norms(flat)
     steps = np.asarray(plain(spectral.step), dtype=float).reshape(-1)
-    contraction = contraction_steps(flat, tableau, eps, steps, spectral_norms(flat), rates)
+    contraction = contraction_steps(flat, method, eps, steps, spectral_norms(flat), rates)
     return replace(
         limit,
         logarithmic_norm=like(subject, rates, found.shape),

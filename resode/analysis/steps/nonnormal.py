@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import scipy  # whose submodules are loaded when first named
 
+from resode.checks import check_number, check_whole
 from resode.jacobian.matrices import Matrices, checked_matrices, spectral_norms
 from resode.jacobian.spectrum import matrix_spectrum
 from resode.stability import stability_coefficients, stability_properties
@@ -236,10 +237,8 @@ def transient_growth(
     """
     values, _ = checked_matrices(jacobian)
     tableau = get_tableau(method)
-    if not (0 < step_size < math.inf):
-        raise ValueError(f"step_size must be positive and finite, got {step_size}.")
-    if n_steps < 1:
-        raise ValueError(f"n_steps must be at least 1, got {n_steps}.")
+    check_number("step_size", step_size, above=0)
+    check_whole("n_steps", n_steps, 1)
     step = _step_matrix(values * step_size, tableau)
     norms, power = [np.ones(values.shape[:-2])], np.broadcast_to(np.eye(values.shape[-1]), values.shape)
     with np.errstate(over="ignore", invalid="ignore"):

@@ -12,7 +12,7 @@ from resode.jacobian.linearize import Field
 from resode.jacobian.products import JacobianProducts, full_precision
 from resode.modes import evaluating
 from resode.stability import stability_coefficients
-from resode.tableaus import METHODS, ButcherTableau, get_tableau
+from resode.tableaus import ButcherTableau, explicit_tableau
 
 _CONDITION = 20.0  # of an eigenvalue, beyond which its gradient is scaled down
 
@@ -56,7 +56,7 @@ class StepLimitPenalty:
         samples: int = 2,
         vectors: int = 24,
     ) -> None:
-        self.tableau = None if solver is None else _explicit(solver)
+        self.tableau = None if solver is None else explicit_tableau(solver, "a penalty takes")
         check_number("margin", margin, least=0, below=1)
         check_whole("samples", samples, 1)
         check_whole("vectors", vectors, 1)
@@ -75,7 +75,7 @@ class StepLimitPenalty:
         self, field: Field, x: Tensor, step: float | Tensor, solver: str | ButcherTableau | None = None
     ) -> Tensor:
         """The penalty of one field F, evaluation mode, at states x (batch, *state), for steps of length h."""
-        tableau = self.tableau if solver is None else _explicit(solver)
+        tableau = self.tableau if solver is None else explicit_tableau(solver, "a penalty takes")
         if tableau is None:
             raise ValueError("the penalty was made without a method: pass solver=, an explicit one.")
         x = x.detach()[: self.samples]
@@ -123,7 +123,11 @@ class StepLimitPenalty:
         return self.weight * torch.stack(values).sum()
 
     def _space(self, field: Field, x: Tensor) -> Tensor:
-        """An orthonormal basis (rows, k, n) of each sample's Krylov space of Jᵀ."""
+        """An orthonormal basis (rows, k, n) of each sample's Krylov space of Jᵀ.
+
+        Not by `spectrum`, which gives eigenvalues without a graph: J is projected onto the basis anew, with
+        the weights' graph, and all of its Ritz values are differentiated.
+        """
         products = JacobianProducts(field, x)
         n = x[0].numel()
         start = torch.randn(len(x), n, generator=torch.Generator().manual_seed(25), dtype=x.dtype)
@@ -154,11 +158,3 @@ def _eigenvalues(matrices: Tensor) -> Tensor:
         left = left * (info == 0)[..., None, None]
     moved = (left @ matrices.to(left.dtype) * right.transpose(-1, -2)).sum(-1)
     return values + trust * (moved - moved.detach())
-
-
-def _explicit(solver: str | ButcherTableau) -> ButcherTableau:
-    tableau = get_tableau(solver)
-    if not tableau.explicit:
-        names = ", ".join(name for name, t in METHODS.items() if t.explicit)
-        raise ValueError(f"the penalty is that of an explicit method, got {tableau.name}. Valid: {names}.")
-    return tableau

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -13,10 +15,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from resode.analysis.diagnose.forecast import block_name
 from resode.analysis.swap.bseries import Tree, modified_coefficient, symmetry, trees
 from resode.blocks import ResidualStack
+from resode.blocks.solving import other_solver
 from resode.checks import check_whole, warn_user
 from resode.jacobian.linearize import check_field
+from resode.modes import evaluating
 from resode.solve import odeint
 from resode.tableaus import ButcherTableau, get_tableau
 
@@ -34,7 +39,7 @@ State = tuple[Tensor, ...]
 class ModifiedField:
     r"""The field F̃ whose flow the blocks of a stack are steps of, as far as its series goes.
 
-    Called as g(x) where all blocks share one field, else as g(t, x), with t the depth time: from lη to
+    Called as g(x) where all blocks share one field of x, else as g(t, x), with t the depth time: from lη to
     (l + 1)η it is block l's. With learnt steps, which may differ by channel, t counts blocks and g is that
     of ηF.
 
@@ -46,7 +51,7 @@ class ModifiedField:
     def __init__(self, stack: ResidualStack, order: int) -> None:
         self.stack, self.order = stack, order
         self.tableau = get_tableau(stack.solver)
-        self.shared = stack.shared and stack.step_sizes is None
+        self.shared = stack.shared and stack.step_sizes is None and not any(stack.timed)
         self.span = 1.0 if stack.step_sizes is not None else stack.step_size
         self._checked: set[int] = set()
 
@@ -67,11 +72,10 @@ class ModifiedField:
     def block(self, index: int) -> Callable[..., Tensor]:
         """Block `index`'s F̃, of (x, s): s from 0 to 1 is the part of the block, read by weights="linear"."""
         stack, n = self.stack, self.stack.substeps
-        module = stack.field(index)  # IndexError beyond the last
+        inner = _field_of(stack, index)  # IndexError beyond the last
         h = self.span / n
         scaled = stack.step_sizes is not None
-        moving = stack.weights == "linear" and not stack.shared
-        inner = stack._field(index, True, None)
+        moving = (stack.weights == "linear" and not stack.shared) or stack._is_timed(index)
 
         def field(state: State) -> State:
             y = inner(state[1] / self.span if moving else 0.0, state[0])
@@ -79,7 +83,7 @@ class ModifiedField:
             return (y, torch.ones_like(state[1])) if moving else (y,)
 
         def modified(x: Tensor, s: Tensor | float = 0.0) -> Tensor:
-            self._check(index, module, x)
+            self._check(index, x)
             time = torch.as_tensor(s, dtype=x.dtype, device=x.device) * self.span
             state = (x, time) if moving else (x,)
             with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
@@ -111,22 +115,48 @@ class ModifiedField:
                 x = odeint(field, x, times, method="dopri8", **settings)[-1]
         return x
 
-    def _check(self, index: int, module: nn.Module, x: Tensor) -> None:
+    def _check(self, index: int, x: Tensor) -> None:
         """Once a block: whether F has derivatives, and whether they say anything."""
         if index in self._checked or _transformed(x):
             return
+        module = field_at_start(self.stack, index, x)
         check_field(module, x)
         if not self._checked:
-            seen = _Kinks()
-            with torch.no_grad(), seen:
-                module(x)
-            if seen.found:
+            found = kinks(module, x)
+            if found:
                 warn_user(
-                    f"F has kinks ({', '.join(sorted(seen.found))}), where it has no derivatives: the "
+                    f"F has kinks ({', '.join(found)}), where it has no derivatives: the "
                     "modified field holds between kinks, and a step across one does not follow it. Compare "
                     "modified_field(stack).flow(x) with stack(x), or use a smooth activation (tanh, GELU)."
                 )
         self._checked.add(index)
+
+
+class _AtTime(nn.Module):
+    """A field F(t, x) at one time."""
+
+    def __init__(self, field: nn.Module, t: Tensor) -> None:
+        super().__init__()
+        self.field, self.t = field, t
+
+    def forward(self, x: Tensor) -> Tensor:
+        """F(x) at that time."""
+        return self.field(self.t, x)
+
+
+def field_at_start(stack: ResidualStack, index: int, x: Tensor) -> nn.Module:
+    """Block `index`'s F(x); of an F(t, x) that at the block's start."""
+    field = stack.field(index)
+    return _AtTime(field, stack._time(index, 0.0, 0.0, x)) if stack._is_timed(index) else field
+
+
+def _field_of(stack: ResidualStack, index: int) -> Callable[[Any, Tensor], Tensor]:
+    """Block `index`'s F of the part of the block that has passed, from 0 to 1, and the state."""
+
+    def time(s: Any, y: Tensor) -> Tensor:
+        return stack._time(index, stack._step(index, y), s, y)
+
+    return stack._field(index, True, None, time if stack._is_timed(index) else None)
 
 
 def _transformed(x: Any) -> bool:
@@ -155,6 +185,14 @@ class _Kinks(TorchFunctionMode):
         if _KINKS.match(name):
             self.found.add(name.strip("_"))
         return func(*args, **(kwargs or {}))
+
+
+def kinks(field: nn.Module, x: Tensor) -> list[str]:
+    """The functions with kinks that a field calls, by name."""
+    seen = _Kinks()
+    with torch.no_grad(), seen:
+        field(x)
+    return sorted(seen.found)
 
 
 def modified_field(stack: ResidualStack, order: int = 1) -> ModifiedField:
@@ -246,13 +284,79 @@ def distance_from_ode(stack: ResidualStack, x: Tensor) -> Tensor:
         rows = []
         for index in range(stack.depth):
             state = path[index]
-            first = stack._field(index, True, None)(0.0, state)
+            first = _field_of(stack, index)(0.0, state)
             if stack.step_sizes is not None:
                 first = stack._step(index, state) * first
             size = first.flatten(1).norm(dim=1)
             change = (modified.block(index)(state) - first).flatten(1).norm(dim=1)
             rows.append(torch.where(change > 0, change / size, 0.0))
     return torch.stack(rows)
+
+
+@dataclass(frozen=True)
+class BlockDistance:
+    """How far one block of a network is from the flow of its own F.
+
+    Args:
+        block: its field's name in the network; where blocks share a field, the stack's and a number.
+        distance: `distance_from_ode`, the mean over samples.
+    """
+
+    block: str
+    distance: float
+
+
+def block_distances(model: nn.Module, x: Tensor) -> tuple[list[BlockDistance], str]:
+    """`distance_from_ode` of every block of a network, in evaluation mode, at the states that it meets.
+
+    Args:
+        model: with stacks anywhere inside; its solvers, modes and statistics stay.
+        x: its inputs; each sample counts the same.
+
+    Returns:
+        One a block in the network's order, and what is to be said of them: that F has kinks, or why there
+        are none (an adaptive solver, a method of an order above 4, whose first correction has hundreds of
+        terms, or an F that cannot be differentiated so often).
+    """
+    stacks = {name: m for name, m in model.named_modules() if isinstance(m, ResidualStack)}
+    for stack in stacks.values():
+        tableau = get_tableau(stack.solver)
+        if tableau.adaptive:
+            return [], f"not measured: {tableau.name} follows the flow of F to its tolerance."
+        if tableau.order > 4:
+            return [], f"not measured: {tableau.name} is of order {tableau.order}, above 4."
+    met: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def kept(stack: ResidualStack, args: tuple[Tensor, ...]) -> None:
+            met.setdefault(name, args[0].detach())  # of several calls the first
+
+        return kept
+
+    found, bent = [], set[str]()
+    with evaluating(model), other_solver(model, None), warnings.catch_warnings():  # counts are put back
+        with ExitStack() as hooks, torch.no_grad():
+            for name, stack in stacks.items():
+                hooks.callback(stack.register_forward_pre_hook(hook(name)).remove)
+            model(x)
+        warnings.simplefilter("ignore", UserWarning)  # kinks are said once, of all blocks
+        for name, state in met.items():
+            try:
+                distances = distance_from_ode(stacks[name], state).mean(1).tolist()
+            except (RuntimeError, TypeError, ValueError) as error:
+                return (
+                    [],
+                    f"not measured: {name or 'the stack'} has no derivatives ({str(error).splitlines()[0]})",
+                )
+            bent |= {
+                kink
+                for i in range(len(distances))
+                for kink in kinks(field_at_start(stacks[name], i, state), state)
+            }
+            for i, distance in enumerate(distances):
+                number = f" block {i}" if stacks[name].shared else ""
+                found.append(BlockDistance(f"{block_name(name, stacks[name], i)}{number}".strip(), distance))
+    return found, f"F has kinks ({', '.join(sorted(bent))}): it holds between them." if bent else ""
 
 
 def modified_value(

@@ -10,10 +10,24 @@ import torch
 from torch import nn
 
 from resode.blocks.solving import other_solver, stacks_of
-from resode.checks import check_whole
-from resode.tableaus import METHODS
+from resode.checks import check_number, check_whole
+from resode.tableaus import get_tableau
 
 Choice = tuple[str, int]
+
+
+def _checked(choice: Choice) -> Choice:
+    """A solver that may be drawn, with its substeps."""
+    if not isinstance(choice, tuple | list) or len(choice) != 2:
+        raise ValueError(f"choices are pairs (solver, substeps), such as ('midpoint', 1); got {choice!r}.")
+    name, n = choice
+    tableau = get_tableau(name)
+    if not tableau.explicit or tableau.adaptive:
+        why = (
+            "follows the flow to its tolerance already" if tableau.explicit else "is implicit, and no stack's"
+        )
+        raise ValueError(f"solvers are drawn among explicit fixed-step ones, got {name!r}, which {why}.")
+    return name, check_whole("substeps", n, 1)
 
 
 class SwapProof:
@@ -31,7 +45,9 @@ class SwapProof:
         seed: of the draws, which are a function of it and the update alone.
 
     Raises:
-        ValueError: no stack, stacks that differ, an adaptive or unknown method, or a start outside [0, 1).
+        ValueError: no stack, stacks that differ, no choices, an adaptive, implicit or unknown method, or a
+            start outside [0, 1).
+        TypeError: a method, number of substeps, start or seed of another type.
 
     Example:
         >>> from resode import ResidualStack
@@ -65,16 +81,11 @@ class SwapProof:
         solver, substeps = self.own
         if choices is None:
             choices = ((solver, substeps), (solver, 2 * substeps), ("midpoint", substeps))
-        for name, n in choices:
-            if name not in METHODS or not METHODS[name].explicit or METHODS[name].adaptive:
-                raise ValueError(
-                    f"solvers are drawn among explicit fixed-step ones, got {name!r}: an adaptive solver "
-                    "follows the flow to its tolerance already."
-                )
-            check_whole("substeps", n, 1)
-        if not 0 <= start < 1:
-            raise ValueError(f"start must be a share of the run, from 0 to below 1; got {start!r}.")
-        self.choices, self.start, self.seed = tuple(choices), start, check_whole("seed", seed, 0)
+        self.choices = tuple(map(_checked, choices))
+        if not self.choices:
+            raise ValueError("choices must hold at least one (solver, substeps), got none.")
+        self.start = check_number("start, a share of the run,", start, least=0, below=1)
+        self.seed = check_whole("seed", seed, 0)
 
     def choice(self, update: int, updates: int) -> Choice:
         """The solver and substeps of an update, counted from 0, of a run of so many."""

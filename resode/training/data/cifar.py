@@ -1,4 +1,4 @@
-"""CIFAR-10 as it lies on disk: image folders, binary batches and pickled batches, packed or not.
+"""CIFAR-10 and CIFAR-100 as they lie on disk: image folders, binary and pickled batches, packed or not.
 
 Nothing in the files is trusted: pictures show their size before they are decoded, and pickles build
 nothing but the arrays, lists and dictionaries that a batch consists of.
@@ -6,12 +6,9 @@ nothing but the arrays, lists and dictionaries that a batch consists of.
 
 from __future__ import annotations
 
+import csv
 import hashlib
-import io
-import pickle
-import pickletools
 import re
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,38 +16,27 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from resode.training.data.archives import DataError, read_files, walk
+from resode.training.data.cifar_tables import COARSE_OF_FINE, PUBLISHED_MD5, Cifar
+from resode.training.data.pickles import StandIn, load_pickle
+from resode.training.data.pictures import read_picture
 
-CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-"""CIFAR-10's classes in the order of its labels 0 to 9."""
-
-BINARY_ARCHIVE, PYTHON_ARCHIVE = "cifar-10-binary.tar.gz", "cifar-10-python.tar.gz"
-PUBLISHED_MD5 = {
-    BINARY_ARCHIVE: "c32a1d4ab5d03f1284b67883e8d87530",
-    PYTHON_ARCHIVE: "c58f30108f718f92721af3b95e74349a",
-}
-"""MD5 of the official archives, by file name, as CIFAR-10's home page publishes them."""
-
-FORMATS = (
-    "Accepted are an image folder (train/<class>/*.jpg, *.jpeg or *.png and test/<class>/...), as it is or "
-    f"packed as .tar, .tar.xz, .tar.gz, .tgz or .zip; {BINARY_ARCHIVE} or its folder cifar-10-batches-bin; "
-    f"{PYTHON_ARCHIVE} or its folder cifar-10-batches-py; or a folder that holds one of these."
+_SPLITS = {"train": "train", "training": "train"} | dict.fromkeys(
+    ("test", "testing", "val", "valid", "validation"), "test"
 )
-
-_SPLITS = ("train", "test")
 _SIDE = 32
 _PIXELS = 3 * _SIDE * _SIDE
 _PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
-_ARCHIVE_SUFFIXES = (".tar", ".tar.xz", ".txz", ".tar.gz", ".tgz", ".zip")
-_BATCHES = {
-    "binary": (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"),
-    "python": (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"),
-}
-_BATCH_FOLDERS = ("cifar-10-batches-bin", "cifar-10-batches-py")
-_LEFT_BY_SYSTEMS = ("__MACOSX", "Thumbs.db", "desktop.ini")
+_ARCHIVE_SUFFIXES = (".tar", ".tar.xz", ".txz", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".zip")
+_LEFT_BY_SYSTEMS = (
+    "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "lost+found", "icon\r",
+)  # fmt: skip
+_LABELS_FILE = "trainlabels.csv"
+_WRAPPERS = 2  # folders around train/ and test/
 
-# Far above the real ones: 31 MB a batch, 4 kB a picture.
-_MAX_BATCH = 64 << 20
+# Far above the real ones: 154 MB a batch (CIFAR-100's only one), 4 kB a picture, 600 kB of labels.
+_MAX_BATCH = 256 << 20
 _MAX_PICTURE = 1 << 20
+_MAX_LABELS = 8 << 20
 
 
 class Decoded(NamedTuple):
@@ -66,17 +52,18 @@ class Decoded(NamedTuple):
 class _Member(NamedTuple):
     """What a file's name says about it; `layout` must be the same for all files of a data set."""
 
-    layout: tuple[str, str]  # kind ("pictures", "binary" or "python") and the folder around it
+    layout: tuple[str, str]  # kind ("binary", "python" or some "pictures") and the folder around it
     file: str
-    split: str = ""
-    label: int = -1
+    split: str = ""  # as the folder is called
+    label: int | None = None  # None where the name does not say it
 
 
-def find_source(path: Path) -> Path:
+def find_source(path: Path, kind: Cifar) -> Path:
     """The archive or folder to read: `path` itself, or the one data set that lies in this folder.
 
     Args:
         path: an archive, the folder of an unpacked one, or a folder that holds either.
+        kind: the data set looked for.
 
     Raises:
         DataError: there is nothing there, nothing that is recognised, or no way to choose.
@@ -84,10 +71,12 @@ def find_source(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise DataError(f"CIFAR-10 is read from a folder or an archive: {path} does not exist. {FORMATS}")
-    if _looks_like_data(path):
+        raise DataError(
+            f"{kind.title} is read from a folder or an archive: {path} does not exist. {kind.formats}"
+        )
+    if _looks_like_data(path, kind):
         return path
-    for name in _BATCH_FOLDERS:
+    for name in kind.folders:
         if (path / name).is_dir():
             return path / name
     entries = sorted(path.iterdir())
@@ -95,46 +84,54 @@ def find_source(path: Path) -> Path:
         entry
         for entry in entries
         if (entry.is_file() and entry.name.lower().endswith(_ARCHIVE_SUFFIXES))
-        or (entry.is_dir() and _looks_like_data(entry))
+        or (entry.is_dir() and _looks_like_data(entry, kind))
     ]
-    for name in PUBLISHED_MD5:
+    for name in kind.archives:
         if path / name in found:
             return path / name
-    if not found and any((path / split).is_dir() for split in _SPLITS):
+    if not found:
+        below = [entry for folder in entries if folder.is_dir() for entry in sorted(folder.iterdir())]
+        found = [entry for entry in below if entry.is_dir() and _looks_like_data(entry, kind)]
+    if not found and any(entry.is_dir() and entry.name.casefold() in _SPLITS for entry in entries):
         return path  # half a data set: reading it says which half is missing
-    named = [entry for entry in found if re.search(r"cifar[-_ ]?10(?!0)", entry.name, re.IGNORECASE)]
+    pattern = rf"cifar[-_ ]?{kind.number}(?!0)"
+    named = [entry for entry in found if re.search(pattern, entry.name, re.IGNORECASE)]
     choice = named or found
     if not choice:
         seen = ", ".join(entry.name for entry in entries[:8]) or "nothing"
-        raise DataError(f"No CIFAR-10 was found in {path}, which holds {seen}. {FORMATS}")
+        raise DataError(f"No {kind.title} was found in {path}, which holds {seen}. {kind.formats}")
     if len(choice) > 1:
         raise DataError(
-            f"{path} holds several archives or folders that may be CIFAR-10: "
+            f"{path} holds several archives or folders that may be {kind.title}: "
             f"{', '.join(entry.name for entry in choice)}. Pass the path of the one to read."
         )
     return choice[0]
 
 
-def _looks_like_data(folder: Path) -> bool:
-    batches = (folder / name for names in _BATCHES.values() for name in names)
-    return all((folder / split).is_dir() for split in _SPLITS) or any(path.is_file() for path in batches)
+def _looks_like_data(folder: Path, kind: Cifar) -> bool:
+    if any((folder / name).is_file() for names in kind.batches.values() for name in names):
+        return True
+    entries = {entry.name.casefold(): entry for entry in folder.iterdir()}
+    splits = {_SPLITS[name] for name, entry in entries.items() if name in _SPLITS and entry.is_dir()}
+    return len(splits) == 2 or ("train" in splits and _LABELS_FILE in entries)
 
 
-def fingerprint(source: Path) -> list[list[Any]]:
+def fingerprint(source: Path, kind: Cifar) -> list[list[Any]]:
     """Names, sizes in bytes and modification times in ns: what tells a changed source from the same one."""
     if source.is_file():
         files = [("", source)]
     else:
-        files = [(name, path) for name, path in walk(source) if _member(name, source)]
+        files = [(name, path) for name, path in walk(source) if _member(name, source, kind)]
     states = [(name, path.stat()) for name, path in files]
     return [[name, state.st_size, state.st_mtime_ns] for name, state in states]
 
 
-def decode(source: Path) -> Decoded:
+def decode(source: Path, kind: Cifar) -> Decoded:
     """Reads a whole data set into memory, pictures in the order of class and file name.
 
     Args:
         source: an archive or folder, as `find_source` gives it.
+        kind: which data set it is, and which of its labels are wanted.
 
     Returns:
         The images and labels. Batches keep their own order.
@@ -144,47 +141,49 @@ def decode(source: Path) -> Decoded:
         ImportError: pictures need Pillow, which is not installed.
     """
     _check_md5(source)
-    layouts: set[tuple[str, str]] = set()
+    layouts: dict[tuple[str, str], str] = {}  # and the first file of each
+    unread: list[str] = []
     batches: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    pictures: dict[str, list[tuple[int, str, bytes]]] = {split: [] for split in _SPLITS}
-    formats: set[str] = set()
+    pictures = _Pictures(source, kind)
     seen: set[str] = set()
     parse = {"binary": _binary_batch, "python": _python_batch}
-    for name, content in read_files(source, partial(_limit, source=source), FORMATS):
-        member = _member(name, source)
+    for name, content in read_files(
+        source, partial(_limit, source=source, kind=kind, unread=unread), kind.formats
+    ):
+        member = _member(name, source, kind)
         assert member is not None  # _limit leaves everything else unread
-        kind = member.layout[0]
-        layouts.add(member.layout)
+        version = member.layout[0]
+        layouts.setdefault(member.layout, name)
         if name in seen:
             raise DataError(f"Every file may appear once: {source} holds {name!r} twice. Pack it again.")
         seen.add(name)
         if len(layouts) > 1:
             places = " and ".join(
-                sorted(f"{k} in {top!r}" if top else f"{k} in the top folder" for k, top in layouts)
+                sorted(f"{k} in {top or 'the top folder'} ({file!r})" for (k, top), file in layouts.items())
             )
-            raise DataError(f"{source} must hold one data set; it holds {places}. {FORMATS}")
-        if kind == "pictures":
-            pixels, format_ = _picture(content, f"{name!r} in {source}")
-            pictures[member.split].append((member.label, member.file, pixels))
-            formats.add(format_)
+            raise DataError(f"{source} must hold one data set; it holds {places}. {kind.formats}")
+        if version in parse:
+            batches[member.file] = parse[version](content, f"{name!r} in {source}", kind)
         else:
-            batches[member.file] = parse[kind](content, f"{name!r} in {source}")
+            pictures.add(name, member, content)
     if not layouts:
-        raise DataError(f"{source} holds neither pictures nor batches of CIFAR-10. {FORMATS}")
-    kind = layouts.pop()[0]
-    if kind == "pictures":
-        title = "CIFAR-10 (JPEG copy)" if "JPEG" in formats else "CIFAR-10 (image folder)"
-        return Decoded(
-            title, *_stack(pictures["train"], source, "train"), *_stack(pictures["test"], source, "test")
-        )
-    missing = [name for name in _BATCHES[kind] if name not in batches]
+        raise DataError(f"{source} holds neither pictures nor batches of {kind.title}. {kind.formats}")
+    [(version, _)] = layouts
+    if unread and version != _UNSORTED:
+        raise DataError(f"Pictures lie in test/<class>/, not at {unread[0]!r} as in {source}. {kind.formats}")
+    if version not in parse:
+        return pictures.decoded()
+    files = kind.batches[version]
+    missing = [name for name in files if name not in batches]
     if missing:
         raise DataError(
-            f"CIFAR-10's {kind} version has the files {', '.join(_BATCHES[kind])}; {source} lacks "
+            f"{kind.title}'s {version} version has the files {', '.join(files)}; {source} lacks "
             f"{', '.join(missing)}. Fetch or unpack it again."
         )
-    images, labels = zip(*(batches[name] for name in _BATCHES[kind]), strict=True)
-    return Decoded("CIFAR-10", np.concatenate(images[:5]), np.concatenate(labels[:5]), images[5], labels[5])
+    images, labels = zip(*(batches[name] for name in files), strict=True)
+    return Decoded(
+        kind.title, np.concatenate(images[:-1]), np.concatenate(labels[:-1]), images[-1], labels[-1]
+    )
 
 
 def _check_md5(source: Path) -> None:
@@ -204,203 +203,251 @@ def _check_md5(source: Path) -> None:
 # Names
 
 
-def _member(name: str, source: Path) -> _Member | None:
+def _member(name: str, source: Path, kind: Cifar) -> _Member | None:
     """What a file is by its name, None for what is no part of a data set (a README, say)."""
     parts = name.split("/")
-    if any(part.startswith(".") or part in _LEFT_BY_SYSTEMS for part in parts):
+    if any(part.startswith(".") or part.casefold() in _LEFT_BY_SYSTEMS for part in parts):
         return None
-    for kind, names in _BATCHES.items():
-        if parts[-1] in names and len(parts) <= 2:
-            return _Member((kind, "/".join(parts[:-1])), parts[-1])
-    depth = next((i for i in (0, 1) if len(parts) > i + 1 and parts[i] in _SPLITS), None)
+    for version, names in kind.batches.items():
+        if parts[-1] in names and len(parts) <= 1 + _WRAPPERS:
+            return _Member((version, "/".join(parts[:-1])), parts[-1])
+    if parts[-1].casefold() == _LABELS_FILE and len(parts) <= 1 + _WRAPPERS:
+        return _Member((_UNSORTED, "/".join(parts[:-1])), parts[-1])
+    inner = range(min(_WRAPPERS + 1, len(parts) - 1))
+    depth = next((i for i in inner if parts[i].casefold() in _SPLITS), None)
     if depth is None:
         return None
-    split, inside = parts[depth], parts[depth + 1 :]
+    return _picture_member(name, parts, depth, source, kind)
+
+
+def _picture_member(name: str, parts: list[str], depth: int, source: Path, kind: Cifar) -> _Member | None:
+    """A picture by its place below train/ or test/, which is parts[depth]."""
+    split, top, inside = parts[depth], "/".join(parts[:depth]), parts[depth + 1 :]
     is_picture = parts[-1].lower().endswith(_PICTURE_SUFFIXES)
-    if not is_picture and inside[0] not in CLASSES:
+    labels = [kind.label_of(folder) for folder in inside[:-1]]
+    if not is_picture and (not labels or labels[-1] is None):
         return None
-    if len(inside) != 2:
-        raise DataError(f"Pictures lie in {split}/<class>/, not at {name!r} as in {source}. {FORMATS}")
-    if inside[0] not in CLASSES:
+    if not labels:
+        return _Member((_UNSORTED, top), inside[0], split)
+    if len(labels) > 2 or (len(labels) == 2 and labels[0] not in (None, labels[1])):
+        raise DataError(f"Pictures lie in {split}/<class>/, not at {name!r} as in {source}. {kind.formats}")
+    if labels[-1] is None:
         raise DataError(
-            f"A class folder has one of CIFAR-10's names, {', '.join(CLASSES)}: {name!r} in {source} "
-            f"lies in {inside[0]!r}. Rename or remove that folder."
+            f"A class folder has one of {kind.title}'s names, {', '.join(kind.classes)}, or a number from "
+            f"0 to {len(kind.classes) - 1}: {name!r} in {source} lies in {inside[-2]!r}. Rename or remove "
+            "that folder."
         )
     if not is_picture:
         raise DataError(
             f"A class folder holds {', '.join(_PICTURE_SUFFIXES)} files alone: {name!r} in {source} is "
             "something else. Convert or remove it."
         )
-    return _Member(("pictures", "/".join(parts[:depth])), inside[1], split, CLASSES.index(inside[0]))
+    numbered = inside[-2].isdigit()
+    layout = ("pictures in numbered folders" if numbered else "pictures", top)
+    return _Member(layout, "/".join(inside), split, labels[-1])
 
 
-def _limit(name: str, source: Path) -> int:
-    """The most bytes that a member may have; 0 leaves it unread."""
-    member = _member(name, source)
+_UNSORTED = "pictures without class folders"
+
+
+def _limit(name: str, source: Path, kind: Cifar, unread: list[str]) -> int:
+    """The most bytes that a member may have; 0 leaves it unread, and adds a picture to `unread`."""
+    member = _member(name, source, kind)
     if member is None:
         return 0
-    return _MAX_PICTURE if member.layout[0] == "pictures" else _MAX_BATCH
+    if member.layout[0] in kind.batches:
+        return _MAX_BATCH
+    if not member.split:
+        return _MAX_LABELS
+    # Kaggle's 300,000 test pictures have no labels that were ever published.
+    if member.label is None and _SPLITS[member.split.casefold()] == "test":
+        unread.append(name)
+        return 0
+    return _MAX_PICTURE
 
 
 # ---------------------------------------------------------------------------------------------
-# Contents
+# Pictures
 
 
-def _picture(content: bytes, where: str) -> tuple[bytes, str]:
-    """Pixels of one picture as bytes (32, 32, 3), and its format, "JPEG" or "PNG"."""
+class _Pictures:
+    """The pictures of a folder or archive as they come, and their labels as soon as these are known."""
+
+    def __init__(self, source: Path, kind: Cifar) -> None:
+        self.source, self.kind = source, kind
+        self.found: dict[str, list[tuple[int | None, str, bytes]]] = {"train": [], "test": []}
+        self.splits: dict[str, str] = {}  # "train" or "test" -> what its folder is called
+        self.formats: set[str] = set()
+        self.labels: dict[str, int] | None = None
+
+    def add(self, name: str, member: _Member, content: bytes) -> None:
+        where = f"{name!r} in {self.source}"
+        if not member.split:
+            self.labels = _kaggle_labels(content, where, self.kind)
+            return
+        split = _SPLITS[member.split.casefold()]
+        if self.splits.setdefault(split, member.split) != member.split:
+            raise DataError(
+                f"One folder holds the {split} pictures: {self.source} has {self.splits[split]}/ and "
+                f"{member.split}/. Pass a folder or archive with one of them."
+            )
+        picture = read_picture(content, where, (_SIDE, _SIDE))
+        pixels = np.broadcast_to(picture.pixels, (_SIDE, _SIDE, 3)).tobytes()  # grey is three equal colours
+        self.found[split].append((member.label, member.file, pixels))
+        self.formats.add(picture.format)
+
+    def decoded(self) -> Decoded:
+        title = f"{self.kind.title} ({'JPEG copy' if 'JPEG' in self.formats else 'image folder'})"
+        train, test = self.found["train"], self.found["test"]
+        if self.labels is not None:
+            title = f"{self.kind.title} (Kaggle's training pictures, every fifth held out)"
+            train, test = self._held_out(self.labels)
+        elif any(label is None for label, _, _ in train):
+            loose = next(file for label, file, _ in train if label is None)
+            raise DataError(
+                f"Pictures lie in train/<class>/, not at {self.splits['train'] + '/' + loose!r} as in "
+                f"{self.source}, where no trainLabels.csv says what they show. {self.kind.formats}"
+            )
+        return Decoded(title, *self._stack(train, "train"), *self._stack(test, "test"))
+
+    def _held_out(self, labels: dict[str, int]) -> tuple[list[Any], list[Any]]:
+        """Labelled training and test pictures: every fifth of a class, in order of number, is a test."""
+        pictures = {Path(file).stem: pixels for _, file, pixels in self.found["train"]}
+        for of, names, others in (
+            ("picture without a label", pictures, labels),
+            ("label without a picture", labels, pictures),
+        ):
+            alone = sorted(set(names) - set(others), key=_by_number)
+            if alone:
+                raise DataError(
+                    f"trainLabels.csv must have one line for each picture of train/: {self.source} has "
+                    f"{len(alone):,} {of if len(alone) == 1 else of.replace(' ', 's ', 1)}, such as "
+                    f"{alone[0]!r}. Get both again."
+                )
+        train, test = [], []
+        counts = [0] * len(self.kind.classes)
+        for name in sorted(labels, key=_by_number):
+            label = labels[name]
+            held = counts[label] % 5 == 4
+            (test if held else train).append((label, f"{int(name):012d}", pictures[name]))
+            counts[label] += 1
+        return train, test
+
+    def _stack(self, pictures: list[Any], split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Images (N, 3, 32, 32) and labels (N,), in the order of class and file name."""
+        labels = np.array(sorted(label for label, _, _ in pictures), dtype=np.int64)
+        there = set(labels.tolist())
+        missing = [name for label, name in enumerate(self.kind.classes) if label not in there]
+        if missing:
+            raise DataError(
+                f"{self.splits.get(split, split)}/ must hold at least one picture of each of the "
+                f"{len(self.kind.classes)} classes: {self.source} has none of {', '.join(missing)} there. "
+                f"{self.kind.formats}"
+            )
+        pixels = np.frombuffer(b"".join(pixels for _, _, pixels in sorted(pictures)), dtype=np.uint8)
+        return np.ascontiguousarray(pixels.reshape(-1, _SIDE, _SIDE, 3).transpose(0, 3, 1, 2)), labels
+
+
+def _by_number(name: str) -> tuple[int, str]:
+    return (int(name) if name.isascii() and name.isdigit() else -1, name)
+
+
+def _kaggle_labels(content: bytes, where: str, kind: Cifar) -> dict[str, int]:
+    """Label of each picture, from lines "id,label" below a heading of these words."""
     try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError(
-            "Pictures are decoded with Pillow, which is not installed: pip install 'resode[train]'"
-        ) from error
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
-            size, mode, format_ = picture.size, picture.mode, str(picture.format)
-            if size == (_SIDE, _SIDE) and mode in ("1", "L", "LA", "P", "RGB", "RGBA"):
-                if mode == "P":  # with transparency it converts to RGB by way of RGBA alone
-                    picture = picture.convert("RGBA")
-                return (picture if mode == "RGB" else picture.convert("RGB")).tobytes(), format_
-    except Exception as error:  # decoders raise anything from SyntaxError to struct.error
+        lines = list(csv.reader(content.decode("utf-8-sig").splitlines()))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{where} must be a table of text, and is none: {error}. Get it again.") from error
+    if not lines or [word.strip().lower() for word in lines[0]] != ["id", "label"]:
         raise DataError(
-            f"{where} must be a JPEG or PNG picture and could not be read: {type(error).__name__}: {error}. "
-            "Fetch it again, or remove it."
-        ) from error
-    if size != (_SIDE, _SIDE):
-        raise DataError(
-            f"CIFAR-10's pictures are {_SIDE}x{_SIDE} pixels: {where} is {size[0]}x{size[1]}. Resize it."
+            f"{where} must have the columns id and label: it has {lines[0] if lines else 'nothing'}."
         )
-    raise DataError(f"{where} must be grey or RGB with 8 bits a channel; its mode is {mode!r}. Convert it.")
+    labels: dict[str, int] = {}
+    for row, line in enumerate(lines[1:], start=2):
+        if not line:
+            continue
+        name, label = (line[0], kind.label_of(line[1].strip())) if len(line) == 2 else ("", None)
+        if label is None or not name.isdigit() or not name.isascii() or name in labels:
+            raise DataError(
+                f"Each line of {where} holds a picture's number, once, and one of {kind.title}'s classes "
+                f"({', '.join(kind.classes)}): line {row} is {','.join(line)!r}. Get it again."
+            )
+        labels[name] = label
+    return labels
 
 
-def _stack(pictures: list[tuple[int, str, bytes]], source: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, 3, 32, 32) and labels (N,), in the order of class and file name."""
-    labels = np.array(sorted(label for label, _, _ in pictures), dtype=np.int64)
-    missing = [name for label, name in enumerate(CLASSES) if label not in set(labels.tolist())]
-    if missing:
-        raise DataError(
-            f"{split}/ must hold at least one picture of each of the {len(CLASSES)} classes: {source} has "
-            f"none of {', '.join(missing)} there. {FORMATS}"
-        )
-    pixels = np.frombuffer(b"".join(pixels for _, _, pixels in sorted(pictures)), dtype=np.uint8)
-    return np.ascontiguousarray(pixels.reshape(-1, _SIDE, _SIDE, 3).transpose(0, 3, 1, 2)), labels
+# ---------------------------------------------------------------------------------------------
+# Batches
 
 
-def _binary_batch(content: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Records of one label and 3,072 pixels, red before green before blue."""
-    count, rest = divmod(len(content), 1 + _PIXELS)
+def _binary_batch(content: bytes, where: str, kind: Cifar) -> tuple[np.ndarray, np.ndarray]:
+    """Records of one label (CIFAR-100: coarse and fine) and 3,072 pixels, red before green before blue."""
+    before = len(kind.keys)
+    count, rest = divmod(len(content), before + _PIXELS)
     if rest or not count:
         raise DataError(
-            f"A binary batch is made of records of {1 + _PIXELS} bytes: {where} has {len(content):,}, "
+            f"A binary batch is made of records of {before + _PIXELS} bytes: {where} has {len(content):,}, "
             f"{count} records and {rest} bytes over. It is truncated or no batch: fetch or unpack it again."
         )
-    records = np.frombuffer(content, dtype=np.uint8).reshape(count, 1 + _PIXELS)
-    return _checked(records[:, 1:], records[:, 0], where)
+    records = np.frombuffer(content, dtype=np.uint8).reshape(count, before + _PIXELS)
+    return _checked(records[:, before:], list(records[:, :before].T), where, kind)
 
 
-def _python_batch(content: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """A pickled dictionary with data, uint8 (N, 3072), and labels, a list of N numbers."""
+def _python_batch(content: bytes, where: str, kind: Cifar) -> tuple[np.ndarray, np.ndarray]:
+    """A pickled dictionary with data, uint8 (N, 3072), and labels, N whole numbers."""
     try:
-        batch = _load_pickle(content)
+        batch = load_pickle(content)
     except Exception as error:  # a damaged pickle raises almost anything
         raise DataError(
             f"{where} must be a pickle of arrays, bytes, strings, lists, dictionaries and whole numbers "
-            f"alone, and was refused: {type(error).__name__}: {error}. Get it from CIFAR-10's home page."
+            f"alone, and was refused: {type(error).__name__}: {error}. Get it from the data set's home page."
         ) from error
     if not isinstance(batch, dict):
-        raise DataError(f"{where} must be a pickled dictionary, not {type(batch).__name__}. {FORMATS}")
-    data, labels = (batch.get(key, batch.get(key.decode())) for key in (b"data", b"labels"))
-    data = data.array if isinstance(data, _Array) else None
+        raise DataError(f"{where} must be a pickled dictionary, not {type(batch).__name__}. {kind.formats}")
+    data, *labels = (batch.get(key.encode(), batch.get(key)) for key in ("data", *kind.keys))
+    data = data.array if isinstance(data, StandIn) else None
     if data is None or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != _PIXELS:
         raise DataError(
             f"A pickled batch has data, a uint8 array (N, {_PIXELS}): {where} has "
             f"{'none' if data is None else f'{data.dtype} {data.shape}'}. Fetch or unpack it again."
         )
-    if not isinstance(labels, list) or not all(type(label) is int for label in labels):
-        raise DataError(f"A pickled batch has labels, a list of whole numbers: {where} has none. {FORMATS}")
-    return _checked(data, np.array(labels, dtype=object), where)
+    return _checked(
+        data, [_numbers(k, v, where, kind) for k, v in zip(kind.keys, labels, strict=True)], where, kind
+    )
 
 
-def _checked(data: np.ndarray, labels: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:
-    if len(labels) != len(data) or not len(data):
-        raise DataError(f"A batch has as many labels as images: {where} has {len(labels)} and {len(data)}.")
-    outside = [label for label in labels.tolist() if not 0 <= label < len(CLASSES)]
-    if outside:
+def _numbers(key: str, values: Any, where: str, kind: Cifar) -> np.ndarray:
+    """Labels as they are pickled: a list, a tuple or an array of whole numbers."""
+    if isinstance(values, StandIn) and values.array is not None and values.array.ndim == 1:
+        return values.array
+    if not isinstance(values, list | tuple) or not all(type(label) is int for label in values):
         raise DataError(
-            f"Labels are 0 to {len(CLASSES) - 1}: {where} has {outside[0]}. It is damaged or another data "
-            "set (CIFAR-100 has 100 classes); fetch CIFAR-10 again."
+            f"A pickled batch has {key}, a list, tuple or array of whole numbers: {where} has none. "
+            f"{kind.formats}"
         )
-    return data.reshape(-1, 3, _SIDE, _SIDE).copy(), labels.astype(np.int64)
+    return np.array(values, dtype=object)
 
 
-# ---------------------------------------------------------------------------------------------
-# Pickles: stand-ins take the place of every global, so that nothing named in the file is ever called
-
-
-def _load_pickle(content: bytes) -> Any:
-    for opcode, argument, _ in pickletools.genops(content):  # also checks the lengths against the file
-        if "PUT" in opcode.name and (argument or 0) > len(content):
-            raise pickle.UnpicklingError(f"memo {argument} in {len(content)} bytes")
-    return _Unpickler(io.BytesIO(content), encoding="bytes").load()
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        """A fresh stand-in for each admitted global: one that the pickle altered is never met again."""
-        if (module, name) == ("numpy", "dtype"):
-            return lambda code, align=False, copy=False: _Dtype(code)
-        if (module, name) == ("numpy", "ndarray"):
-            return "ndarray"
-        if (module, name) == ("_codecs", "encode"):
-            return lambda text, encoding: _encode_latin1(text, encoding)
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return lambda subtype, shape, code: _Array()
-        if module in ("numpy.core.numeric", "numpy._core.numeric") and name == "_frombuffer":
-            return lambda data, dtype, shape, order: _Array().fill(shape, dtype, order == "F", data)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
-def _encode_latin1(text: str, encoding: str) -> bytes:
-    """How protocol 2 writes bytes; `_codecs.encode` itself would run any codec."""
-    if encoding not in ("latin1", b"latin1"):
-        raise pickle.UnpicklingError(f"it asks for the codec {encoding!r}")
-    return text.encode("latin1")
-
-
-class _Dtype:
-    """A whole-number dtype; numpy's own would take flags and fields from the pickle."""
-
-    __slots__ = ("code", "dtype")
-
-    def __init__(self, code: str | bytes) -> None:
-        self.code = code.decode() if isinstance(code, bytes) else code
-        if not re.fullmatch(r"[iu][1248]", self.code):
-            raise pickle.UnpicklingError(f"it holds an array of dtype {self.code!r}, not of whole numbers")
-        self.dtype = np.dtype(self.code)
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        order = state[1].decode() if isinstance(state[1], bytes) else state[1]
-        if order not in ("|", "<", ">", "=") or state[2:5] != (None, None, None):
-            raise pickle.UnpicklingError("it holds an array of a structured dtype")
-        self.dtype = np.dtype(order + self.code)
-
-
-class _Array:
-    """An array under construction: an empty one is made first, and its contents follow."""
-
-    __slots__ = ("array",)
-
-    def __init__(self) -> None:
-        self.array: np.ndarray | None = None
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, shape, dtype, fortran, data = state
-        self.fill(shape, dtype, fortran, data)
-
-    def fill(self, shape: tuple[int, ...], dtype: _Dtype, fortran: bool, data: bytes) -> _Array:
-        if not isinstance(dtype, _Dtype) or not isinstance(data, bytes | bytearray):
-            raise pickle.UnpicklingError("it holds an array without its bytes")
-        self.array = np.frombuffer(data, dtype=dtype.dtype).reshape(shape, order="F" if fortran else "C")
-        return self
+def _checked(
+    data: np.ndarray, labels: list[np.ndarray], where: str, kind: Cifar
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images and the wanted labels; `labels` has those of every key."""
+    counts = (1 + max(COARSE_OF_FINE), len(COARSE_OF_FINE)) if len(labels) == 2 else (kind.number,)
+    for key, values, classes in zip(kind.keys, labels, counts, strict=True):
+        if len(values) != len(data) or not len(data):
+            raise DataError(
+                f"A batch has as many {key} as images: {where} has {len(values)} and {len(data)}."
+            )
+        outside = [label for label in values.tolist() if not 0 <= label < classes]
+        if outside:
+            raise DataError(
+                f"{key.replace('_', ' ').capitalize()} are 0 to {classes - 1}: {where} has {outside[0]}. It "
+                f"is damaged or another data set; fetch {kind.title} again."
+            )
+    whole = [values.astype(np.int64) for values in labels]
+    if len(whole) == 2 and not np.array_equal(np.array(COARSE_OF_FINE)[whole[1]], whole[0]):
+        raise DataError(
+            f"Coarse labels are those of the fine ones' groups: {where} has others. It is damaged or another "
+            f"data set; fetch {kind.title} again."
+        )
+    return data.reshape(-1, 3, _SIDE, _SIDE).copy(), whole[kind.label]

@@ -1,6 +1,6 @@
 """Data sets as one uint8 tensor each.
 
-CIFAR-10 is decoded once and kept in a cache; see `load_data` for where it is looked for.
+A CIFAR is decoded once and kept in a cache; see `load_data` for where it is looked for.
 """
 
 from __future__ import annotations
@@ -22,16 +22,14 @@ from resode.checks import warn_user
 from resode.training.data import cifar
 from resode.training.data.archives import DataError, fetch, replacing
 from resode.training.data.batches import check_images
+from resode.training.data.cifar_tables import CIFARS, PUBLISHED_MD5, Cifar
 
 __all__ = ["DATASETS", "DataError", "ImageData", "load_data"]
 
-DATASETS: tuple[str, ...] = ("digits", "cifar10")
+DATASETS: tuple[str, ...] = ("digits", *CIFARS)
 """Names that `load_data` knows."""
 
-BINARY_URL = f"https://www.cs.toronto.edu/~kriz/{cifar.BINARY_ARCHIVE}"
-"""Where `download=True` fetches CIFAR-10's official binary version from."""
-
-_CACHE_VERSION = 1  # raise it when decoding or the cache's contents change
+_CACHE_VERSION = 2  # raise it when decoding or the cache's contents change
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +39,8 @@ class ImageData:
     Args:
         name: the data set's name in DATASETS, or one's own.
         title: what figures and tables call it.
-        train_images: uint8, shape (N, C, H, W), values 0 to 255.
-        train_labels: int64, shape (N,), indices into `classes`.
+        train_images: uint8, shape (N, C, H, W), values 0 to 255; a tensor, or an array that becomes one.
+        train_labels: int64, shape (N,), indices into `classes`; or an array, list or tuple of whole numbers.
         test_images: uint8, shape (M, C, H, W).
         test_labels: int64, shape (M,).
         classes: the classes' names in the order of the labels.
@@ -52,7 +50,8 @@ class ImageData:
         flip: whether a mirrored image is still one of its class.
 
     Raises:
-        ValueError: the parts disagree in shape, dtype or number; the message names the part.
+        ValueError: the parts disagree in shape, dtype or number, a label stands for no class, or the test
+            images are of a class that no training image is of; the message names the part.
     """
 
     name: str
@@ -82,6 +81,8 @@ class ImageData:
                 if not np.isfinite(values).all():
                     raise ValueError(f"{name} must be finite in every channel, got {tuple(values)}.")
             object.__setattr__(self, name, tuple(values))
+        for part in ("train_images", "train_labels", "test_images", "test_labels"):
+            object.__setattr__(self, part, _tensor(getattr(self, part)))
         for split in ("train", "test"):
             images, labels = getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
             check_images(images, labels, self.mean, self.std, f"{split} ")
@@ -97,12 +98,29 @@ class ImageData:
                     f"{len(self.classes)} classes: got {low} to {high}."
                 )
 
+        strange = sorted(set(self.test_labels.unique().tolist()) - set(self.train_labels.unique().tolist()))
+        if strange:
+            raise ValueError(
+                "every class of the test images must be among the training images: of "
+                f"{', '.join(str(self.classes[label]) for label in strange[:8])} there are none. Move some "
+                "over, or leave these test images out."
+            )
+
     def checksum(self) -> str:
         """A checksum of all images and labels, "crc32 1a2b3c4d"."""
         found = 0
         for values in (self.train_images, self.train_labels, self.test_images, self.test_labels):
             found = zlib.crc32(values.cpu().contiguous().numpy().data, found)
         return f"crc32 {found:08x}"  # with a word: YAML takes 91e61998 for a number
+
+
+def _tensor(values: Any) -> Any:
+    """Whole numbers as a tensor, labels of any width as int64; everything else as it is, to be refused."""
+    if isinstance(values, list | tuple | np.ndarray):
+        array = np.asarray(values)
+        if array.dtype.kind in "iu" and array.size:
+            return torch.from_numpy(np.array(array if array.ndim > 1 else array.astype(np.int64)))
+    return values
 
 
 def load_data(
@@ -116,16 +134,19 @@ def load_data(
 
     "digits" are scikit-learn's 1,797 handwritten digits, 8x8 and grey: every fifth one of a class is
     a test image (360), the others (1,437) are for training. "cifar10" are 60,000 colour pictures of
-    32x32 in ten classes, read from an image folder, the official binary or the official python version,
-    as a folder or packed. It is decoded once and then read from the cache, which is renewed when the
-    source's path, size or modification time changes.
+    32x32 in ten classes, "cifar100" as many in a hundred classes, "cifar100_coarse" the same pictures with
+    their twenty coarse labels; read from an image folder, the official binary or the official python
+    version, as a folder or packed, or from Kaggle's train/ and trainLabels.csv, of which every fifth
+    picture of a class is then a test image. Pictures are decoded as `predict` decodes them: upright, and
+    on white where they are transparent. They are decoded once and then read from the cache, which is
+    renewed when the source's path, size or modification time changes.
 
     Args:
         name: one of DATASETS.
-        data_dir: where cifar10 lies: an archive, its unpacked folder, or a folder that holds either.
+        data_dir: where a CIFAR lies: an archive, its unpacked folder, or a folder that holds either.
             None takes the environment variable RESODE_DATA. Digits come with scikit-learn and refuse one.
         download: fetch the official binary version into `data_dir` (without one, into the cache) unless
-            cifar10 is there already.
+            it is there already.
         cache_dir: where decoded images are kept; None takes the environment variable RESODE_CACHE,
             or else `resode` in the user's cache folder. Digits need none.
 
@@ -152,28 +173,29 @@ def load_data(
         if data_dir is not None or download:
             raise DataError(
                 "digits come with scikit-learn and take neither data_dir nor download. "
-                "Leave them out, or ask for 'cifar10'."
+                f"Leave them out, or ask for {', '.join(CIFARS)}."
             )
         return _digits()
+    kind = CIFARS[name]
     cache = _cache_folder(cache_dir)
     given = data_dir or os.environ.get("RESODE_DATA") or (cache if download else None)
     if given is None:
         raise DataError(
-            "cifar10 must be given: pass --data-dir (data_dir), set the environment variable RESODE_DATA, or "
-            f"pass --download (download=True) to fetch it. {cifar.FORMATS}"
+            f"{name} must be given: pass --data-dir (data_dir), set the environment variable RESODE_DATA, or "
+            f"pass --download (download=True) to fetch it. {kind.formats}"
         )
     path = Path(given).expanduser()
     try:
         try:
-            source = cifar.find_source(path)
+            source = cifar.find_source(path, kind)
         except DataError:
             if not download:
                 raise
-            source = path / cifar.BINARY_ARCHIVE
-            fetch(BINARY_URL, source, cifar.PUBLISHED_MD5[source.name])
-        return _load_cifar(source, cache)
+            source = path / kind.archives[0]
+            fetch(kind.url, source, PUBLISHED_MD5[source.name])
+        return _load_cifar(source, cache, kind)
     except OSError as error:
-        raise DataError(f"{path} could not be read: {error}. {cifar.FORMATS}") from error
+        raise DataError(f"{path} could not be read: {error}. {kind.formats}") from error
 
 
 def _digits() -> ImageData:
@@ -217,7 +239,7 @@ def _channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[fl
 
 
 # ---------------------------------------------------------------------------------------------
-# CIFAR-10's cache
+# CIFAR's cache
 
 
 def _cache_folder(cache_dir: str | Path | None) -> Path:
@@ -227,15 +249,15 @@ def _cache_folder(cache_dir: str | Path | None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "resode"
 
 
-def _load_cifar(source: Path, cache: Path) -> ImageData:
+def _load_cifar(source: Path, cache: Path, kind: Cifar) -> ImageData:
     place = str(source.resolve())
-    state = json.dumps([_CACHE_VERSION, place, cifar.fingerprint(source)])
+    state = json.dumps([_CACHE_VERSION, place, cifar.fingerprint(source, kind)])
     key = hashlib.sha256(state.encode()).hexdigest()
-    file = cache / f"cifar10-{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}.npz"
-    data = _read_cache(file, key)
+    file = cache / f"{kind.name}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}.npz"
+    data = _read_cache(file, key, kind)
     if data is not None:
         return data
-    decoded = cifar.decode(source)
+    decoded = cifar.decode(source, kind)
     mean, std = _channel_statistics(decoded.train_images)
     arrays: dict[str, Any] = {**decoded._asdict(), "mean": mean, "std": std}
     try:
@@ -247,29 +269,29 @@ def _load_cifar(source: Path, cache: Path) -> ImageData:
             f"the decoded images cannot be kept in {cache} ({error}), so every run decodes them again; "
             "name a folder that can be written with cache_dir or RESODE_CACHE.",
         )
-    return _cifar_data(arrays)
+    return _cifar_data(arrays, kind)
 
 
-def _read_cache(file: Path, key: str) -> ImageData | None:
+def _read_cache(file: Path, key: str, kind: Cifar) -> ImageData | None:
     """The cached data set, or None where there is none, it is of another source, or it is damaged."""
     try:
         # An .npz is a zip file, whose checksums are compared; np.load leaves a damaged one open.
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             if str(stored["key"]) != key:
                 return None
-            return _cifar_data({name: stored[name] for name in stored.files if name != "key"})
+            return _cifar_data({name: stored[name] for name in stored.files if name != "key"}, kind)
     except (OSError, EOFError, ValueError, LookupError, TypeError, zipfile.BadZipFile, zlib.error,
             NotImplementedError, RuntimeError):  # fmt: skip
         return None
 
 
-def _cifar_data(arrays: dict[str, Any]) -> ImageData:
+def _cifar_data(arrays: dict[str, Any], kind: Cifar) -> ImageData:
     splits = ("train_images", "train_labels", "test_images", "test_labels")
     return ImageData(
-        "cifar10",
+        kind.name,
         str(arrays["title"]),
         *(torch.from_numpy(arrays[name]) for name in splits),
-        classes=cifar.CLASSES,
+        classes=kind.classes,
         mean=tuple(map(float, arrays["mean"])),
         std=tuple(map(float, arrays["std"])),
         crop_padding=4,

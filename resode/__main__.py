@@ -1,4 +1,4 @@
-"""`python -m resode.cli`, which torchrun can start too."""
+"""`python -m resode`, which torchrun can start too."""
 
 from resode.cli import main
 

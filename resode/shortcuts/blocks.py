@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from resode.checks import check_number, check_whole, one_of
 from resode.formulas import Cost, Shape, chain, cost_of
+from resode.symbols import one_node
 
 SHORTCUTS = ("A", "B", "C", "D", "gated", "input_gated")
 """Kinds that `make_shortcut` knows."""
 
 
+@one_node
 def _check_images(name: str, x: Tensor, channels: int) -> None:
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(
@@ -74,14 +76,8 @@ class PadShortcut(nn.Module):
                 f"shortcut A adds channels of zeros and cannot drop channels: got {in_channels} in, "
                 f"{out_channels} out. Use a projection (B)."
             )
-        if zeros not in ("around", "behind"):
-            raise ValueError(f"zeros must be 'around' or 'behind': got {zeros!r}.")
-        self.in_channels, self.out_channels, self.stride, self.zeros = (
-            in_channels,
-            out_channels,
-            stride,
-            zeros,
-        )
+        self.in_channels, self.out_channels, self.stride = in_channels, out_channels, stride
+        self.zeros = one_of("zeros", zeros, ("around", "behind"))
         new = out_channels - in_channels
         before = new // 2 if zeros == "around" else 0
         self.before, self.behind = before, new - before
@@ -144,9 +140,7 @@ class ProjectionShortcut(nn.Sequential):
         if not conv.weight.is_meta:  # there is nothing to fill, and torch pretends slowly
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
         super().__init__(
-            *([pool] if average_pool else []),
-            conv,
-            *([] if norm is None else [norm(out_channels)]),
+            *([pool] if average_pool else []), conv, *([] if norm is None else [norm(out_channels)])
         )
         self.in_channels = in_channels
 
@@ -219,13 +213,8 @@ class InputGatedShortcut(nn.Module):
 
     def gate(self, x: Tensor) -> Tensor:
         """α(x), shape (batch, 1, …, 1)."""
-        if x.ndim < 2 or x.shape[1] != self.channels:
-            raise ValueError(
-                f"a gated shortcut takes states of shape (batch, {self.channels}, …): "
-                f"got x {tuple(x.shape)}. Build it with the channels of x."
-            )
-        mean = x.reshape(*x.shape[:2], -1).mean(2)  # (B, C)
-        return torch.sigmoid(self.score(mean)).reshape(-1, *[1] * (x.ndim - 1))
+        gate = torch.sigmoid(self.score(_mean(x, self.channels)))  # (B, 1)
+        return _beside(gate, x)
 
     def forward(self, x: Tensor) -> Tensor:
         """α(x) x, shape of x."""
@@ -234,6 +223,23 @@ class InputGatedShortcut(nn.Module):
     def cost(self, shape: Shape) -> Cost:
         """Parameters and multiply-adds for samples of this shape, by formula."""
         return Cost(self.channels + 1, self.channels, shape)
+
+
+@one_node
+def _mean(x: Tensor, channels: int) -> Tensor:
+    """Mean over the pixels, (batch, channels)."""
+    if x.ndim < 2 or x.shape[1] != channels:
+        raise ValueError(
+            f"a gated shortcut takes states of shape (batch, {channels}, …): "
+            f"got x {tuple(x.shape)}. Build it with the channels of x."
+        )
+    return x.reshape(*x.shape[:2], -1).mean(2)
+
+
+@one_node
+def _beside(gate: Tensor, x: Tensor) -> Tensor:
+    """One number a sample, (batch, 1), as it multiplies x."""
+    return gate.reshape(-1, *[1] * (x.ndim - 1))
 
 
 class HighwayShortcut(nn.Module):
