@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from resode.blocks import ODEBlock, ResidualStack
 from resode.solve import (
     MaxStepsReached,
+    NewtonNotConverged,
     NonFiniteField,
     NonFiniteState,
     Solution,
@@ -88,6 +89,7 @@ __all__ = [
     "FixedPoints",
     "Forecast",
     "MaxStepsReached",
+    "NewtonNotConverged",
     "NonFiniteField",
     "NonFiniteState",
     "ODEBlock",

@@ -15,9 +15,12 @@ order conditions beyond float64, though not exactly.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal, localcontext
 from fractions import Fraction as Q
+from functools import lru_cache
 from math import sqrt
 
 Number = Q | float
@@ -51,6 +54,13 @@ class ButcherTableau:
             stages, f at the step's end and the rows before it; its time is its sum.
         rational: (numerator, denominator) of R(z), lowest degree first, where it is known exactly
             although the coefficients are irrational.
+        error_start: weight of f at the step's start in the error estimate, of a method that has no stage
+            there.
+        recurrence: (μ_j, ν_j, μ̃_j, γ̃_j) for j = 1 … stages of a method whose stages Y_j = x + d_j follow
+            d_j = μ_j d_{j−1} + ν_j d_{j−2} + η (μ̃_j f(Y_{j−1}) + γ̃_j f(x)) with d₀ = 0, and x⁺ = Y_stages;
+            a step is taken and R evaluated by it, because sums over A cancel where there are many stages.
+        error_filter: γ of the estimate (I − ηγJ)⁻¹ η Σ b_error_i k_i, which stays bounded on stiff parts of
+            the solution, where the sum alone grows with ηJ; None for the sum alone.
 
     Raises:
         ValueError: the parts disagree; the message names the first that does.
@@ -78,6 +88,9 @@ class ButcherTableau:
     interpolant: tuple[tuple[Number, ...], ...] | None = None
     dense_a: tuple[tuple[Number, ...], ...] | None = None
     rational: tuple[tuple[Q, ...], tuple[Q, ...]] | None = None
+    error_start: Number | None = None
+    error_filter: Number | None = None
+    recurrence: tuple[tuple[Q, Q, Q, Q], ...] | None = None
 
     # What a step reads: the non-zero coefficients as floats.
     a_rows: tuple[Row, ...] = field(init=False, repr=False)
@@ -85,6 +98,7 @@ class ButcherTableau:
     error_row: Row = field(init=False, repr=False)
     dense_rows: tuple[Row, ...] = field(init=False, repr=False)
     stage_times: tuple[float, ...] = field(init=False, repr=False)
+    recurrence_rows: tuple[tuple[float, ...], ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         stages = len(self.b)
@@ -103,12 +117,12 @@ class ButcherTableau:
                     f"which has {stages}; {part} has {length}."
                 )
         for i, row in enumerate(self.a):
-            if abs(sum(row) - self.c[i]) > 1e-14:
+            if abs(sum(row) - self.c[i]) > 1e-14 * max(1, stages / 10):
                 raise ValueError(
                     f"tableau {self.name!r}: c must be the row sums of a; "
                     f"row {i} of a sums to {float(sum(row))}, c is {float(self.c[i])}."
                 )
-        if abs(sum(self.b) - 1) > 1e-14:
+        if abs(sum(self.b) - 1) > 1e-14 * max(1, stages / 10):
             raise ValueError(f"tableau {self.name!r}: b must sum to 1, got {float(sum(self.b))}.")
         derived = {
             "stages": stages,
@@ -125,11 +139,30 @@ class ButcherTableau:
         object.__setattr__(self, "error_row", _row(self.b_error or ()))
         object.__setattr__(self, "dense_rows", tuple(map(_row, self.dense_a or ())))
         object.__setattr__(self, "stage_times", tuple(map(float, self.c)))
+        rows = tuple(tuple(map(float, row)) for row in self.recurrence or ())
+        object.__setattr__(self, "recurrence_rows", rows)
 
     @property
     def adaptive(self) -> bool:
-        """Whether an explicit method carries an error estimate that can steer its step."""
-        return bool(self.explicit) and self.b_error is not None
+        """Whether the method carries an error estimate that can steer its step."""
+        return self.b_error is not None
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a stage lies beyond the step's end, as one of kvaerno5's does."""
+        return max(self.stage_times) > 1 + 1e-12
+
+    @property
+    def error_power(self) -> int:
+        """The power of the step that the error estimate is proportional to."""
+        if self.explicit or self.b_error is None:
+            return self.order
+        power = 1  # while Σ e_i c_i^(power − 1) = 0; f at the start counts in the first of these sums alone
+        sums = float(sum(self.b_error)) + float(self.error_start or 0)
+        while abs(sums) < 1e-9 and power <= self.order:
+            sums = sum(float(e) * c**power for e, c in zip(self.b_error, self.stage_times, strict=True))
+            power += 1
+        return power
 
 
 def _row(numbers: Sequence[Number]) -> Row:
@@ -368,7 +401,56 @@ _EXPLICIT = [
     ),
 ]
 
-_S3, _S6 = sqrt(3), sqrt(6)
+_S2, _S3, _S6 = sqrt(2), sqrt(3), sqrt(6)
+
+
+def _collocation(c: Sequence[float]) -> tuple[tuple[float, ...], ...]:
+    """Dense output of a collocation method: b_i(θ) = ∫₀^θ ℓ_i, ℓ_i Lagrange's polynomials of the nodes c."""
+    rows = []
+    for i, node in enumerate(c):
+        poly = [1.0]
+        for other in (*c[:i], *c[i + 1 :]):  # times (θ − other) / (node − other)
+            shifted, kept = [0.0, *poly], [*poly, 0.0]
+            poly = [(p - other * q) / (node - other) for p, q in zip(shifted, kept, strict=True)]
+        rows.append(tuple(p / (n + 1) for n, p in enumerate(poly)))
+    return tuple(rows)
+
+
+def _esdirk(
+    name: str,
+    gamma: float,
+    rows: Sequence[Sequence[float]],
+    order: int,
+    source: str,
+    *,
+    b_hat: Sequence[float] | None = None,
+    error_filter: float | None = None,
+) -> ButcherTableau:
+    """A stiffly accurate method with an explicit first stage and γ on the diagonal below it.
+
+    Row i of `rows` holds what stands before γ. The embedded method is the row before the last one where b_hat
+    is None: stiffly accurate too.
+    """
+    stages = len(rows) + 1
+    lower = [(0.0,), *((*row, gamma) for row in rows)]
+    a = tuple((*row, *(0.0,) * (stages - len(row))) for row in lower)
+    b_hat = a[-2] if b_hat is None else b_hat
+    return ButcherTableau(
+        name=name,
+        a=a,
+        b=a[-1],
+        c=tuple(sum(row) for row in a),
+        b_error=tuple(x - y for x, y in zip(a[-1], b_hat, strict=True)),
+        order=order,
+        source=source,
+        error_filter=error_filter,
+    )
+
+
+_G2 = 1 - _S2 / 2  # sdirk2: R(z) has order 2 and vanishes at infinity
+_G3 = 0.4358665215084589994  # kvaerno3: a root of 6γ³ − 18γ² + 9γ − 1, for the same with order 3
+_GR = 1 / (3 + 3 ** (2 / 3) - 3 ** (1 / 3))  # radau5: the real eigenvalue of A
+_RADAU_ERROR = (-0.4282982941153681, 0.24503907438491653, -0.0916296098652258)
 
 _IMPLICIT = [
     ButcherTableau("implicit_euler", ((Q(1),),), (Q(1),), (Q(1),), order=1, source=_HW + ", IV.3"),
@@ -379,6 +461,7 @@ _IMPLICIT = [
         (Q(1, 2),),
         order=2,
         source=_HW + ", IV.3",
+        interpolant=((Q(1),),),
     ),
     ButcherTableau(
         "trapezoid",
@@ -396,6 +479,7 @@ _IMPLICIT = [
         order=4,
         source="Hammer & Hollingsworth (1955); " + _HW + ", IV.5",
         rational=((Q(1), Q(1, 2), Q(1, 12)), (Q(1), Q(-1, 2), Q(1, 12))),
+        interpolant=_collocation((1 / 2 - _S3 / 6, 1 / 2 + _S3 / 6)),
     ),
     ButcherTableau(
         "radau5",
@@ -412,11 +496,185 @@ _IMPLICIT = [
             (Q(1), Q(2, 5), Q(1, 20)),
             (Q(1), Q(-3, 5), Q(3, 20), Q(-1, 60)),
         ),
+        # η (γ₀ f(t, x) + Σ e_i k_i) vanishes up to order 3 (Hairer & Wanner, IV.8, eq. 8.18: γ₀ is A's real
+        # eigenvalue, and e A⁻¹ = γ₀ (−13 − 7√6, −13 + 7√6, −1) / 3).
+        b_error=_RADAU_ERROR,
+        error_start=_GR,
+        error_filter=_GR,
+        interpolant=_collocation(((4 - _S6) / 10, (4 + _S6) / 10, 1.0)),
+    ),
+    ButcherTableau(
+        "sdirk2",
+        ((_G2, 0.0), (1 - _G2, _G2)),
+        (1 - _G2, _G2),
+        (_G2, 1.0),
+        b_error=(-_G2, _G2),  # b̂ = (1, 0)
+        order=2,
+        source="Alexander, SIAM J. Numer. Anal. 14 (1977)",
+        error_filter=_G2,
+    ),
+    _esdirk(
+        "trbdf2",
+        _G2,
+        [[_G2], [_S2 / 4, _S2 / 4]],
+        2,
+        "Bank et al., IEEE Trans. CAD 4 (1985); error estimate: Hosea & Shampine, Appl. Numer. Math. 20 "
+        "(1996)",
+        b_hat=((4 - _S2) / 12, (4 + 3 * _S2) / 12, _G2 / 3),
+        error_filter=_G2,
+    ),
+    _esdirk(
+        "kvaerno3",
+        _G3,
+        [
+            [_G3],
+            [(-4 * _G3**2 + 6 * _G3 - 1) / (4 * _G3), (1 - 2 * _G3) / (4 * _G3)],
+            [
+                (6 * _G3 - 1) / (12 * _G3),
+                -1 / ((24 * _G3 - 12) * _G3),
+                (-6 * _G3**2 + 6 * _G3 - 1) / (6 * _G3 - 3),
+            ],
+        ],
+        3,
+        "Kværnø, BIT 44 (2004), ESDIRK 3/2",
+    ),
+    _esdirk(
+        "kvaerno5",
+        0.26,
+        [
+            [0.26],
+            [0.13, 0.84033320996790809],
+            [0.22371961478320505, 0.47675532319799699, -0.06470895363112615],
+            [0.16648564323248321, 0.10450018841591720, 0.03631482272098715, -0.13090704451073998],
+            [0.13855640231268224, 0.0, -0.04245337201752043, 0.02446657898003141, 0.61943039072480676],
+            [
+                0.13659751177640291,
+                0.0,
+                -0.05496908796538376,
+                -0.04118626728321046,
+                0.62993304899016403,
+                0.06962479448202728,
+            ],
+        ],
+        5,
+        "Kværnø, BIT 44 (2004), ESDIRK 5/4",
     ),
 ]
 
 METHODS: dict[str, ButcherTableau] = {t.name: t for t in (*_EXPLICIT, *_IMPLICIT)}
-"""Every method by name. The implicit ones serve analysis only."""
+"""Every method by name; `get_tableau` knows those with any number of stages too."""
+
+
+MOST_STAGES = 1000
+"""Of a stabilised method."""
+
+
+@lru_cache(maxsize=64)
+def stabilised(family: str, stages: int) -> ButcherTableau:
+    r"""An explicit method with as many stages as the real stability interval asks for.
+
+    R is a shifted Chebyshev ("rkc1", "rkc2") or Legendre polynomial ("rkl1", "rkl2") of order 1 or 2. With s
+    stages the interval is about 1.93 s², 0.653 (s² − 1), s² + s and (s² + s − 2)/2, for s evaluations of the
+    field.
+
+    Args:
+        family: "rkc1" with damping ε = 1/20, "rkc2" with ε = 2/13, "rkl1" or "rkl2".
+        stages: s, from 2 to `MOST_STAGES`.
+
+    Source:
+        Sommeijer, Shampine & Verwer, RKC, J. Comput. Appl. Math. 88 (1998); Hairer & Wanner II, IV.2, for
+        rkc1; Meyer, Balsara & Aslam, J. Comput. Phys. 257 (2014), for rkl1 and rkl2.
+
+    Example:
+        >>> tableau = stabilised("rkl1", 3)
+        >>> [str(w) for w in tableau.recurrence[0]]
+        ['0', '0', '1/6', '0']
+    """
+    s, second = stages, family.endswith("2")
+    j = range(s + 1)
+    if family.startswith("rkc"):
+        w0 = 1 + (Q(2, 13) if second else Q(1, 20)) / s**2
+        t, dt, ddt = _chebyshev(w0, s)
+        w1 = dt[s] / ddt[s] if second else t[s] / dt[s]
+        b = [ddt[max(i, 2)] / dt[max(i, 2)] ** 2 if second else 1 / t[i] for i in j]
+        start = [1 - b[i] * t[i] for i in j] if second else [Q(0)] * (s + 1)
+        rise = [(2 * w0, Q(-1), 2 * w1)] * (s + 1)
+        first = b[1] * w1
+    else:
+        w1 = Q(4, s * s + s - 2) if second else Q(2, s * s + s)
+        b = [Q(m * m + m - 2, 2 * m * (m + 1)) if second else Q(1) for m in (max(i, 2) for i in j)]
+        start = [1 - b[i] if second else Q(0) for i in j]
+        rise = [(Q(2 * i - 1, i), Q(1 - i, i), Q(2 * i - 1, i) * w1) if i else (Q(0),) * 3 for i in j]
+        first = b[1] * w1
+    rows = [(Q(0), Q(0), first, Q(0))]
+    for i in j[2:]:
+        up, down, slope = rise[i]
+        slope = slope * b[i] / b[i - 1]
+        rows.append((up * b[i] / b[i - 1], down * b[i] / b[i - 2], slope, -start[i - 1] * slope))
+    order = 2 if second else 1
+    source = (
+        "Sommeijer, Shampine & Verwer (1998)" if family.startswith("rkc") else "Meyer, Balsara & Aslam (2014)"
+    )
+    a = _of_recurrence(rows)
+    return ButcherTableau(
+        f"{family}_{s}",
+        a[:-1],
+        a[-1],
+        tuple(map(sum, a[:-1])),
+        order=order,
+        source=source,
+        recurrence=tuple(rows),
+    )
+
+
+def _chebyshev(w: Q, s: int) -> tuple[list[Q], list[Q], list[Q]]:
+    """T_j(w), T_j'(w) and T_j''(w) for j = 0 … s, w ≥ 1, to 50 digits: exact ones would have thousands."""
+    with localcontext(prec=50):
+        x = Decimal(w.numerator) / w.denominator
+        t, dt, ddt = [Decimal(1), x], [Decimal(0), Decimal(1)], [Decimal(0), Decimal(0)]
+        for _ in range(s - 1):
+            ddt.append(2 * x * ddt[-1] - ddt[-2] + 4 * dt[-1])
+            dt.append(2 * x * dt[-1] - dt[-2] + 2 * t[-1])
+            t.append(2 * x * t[-1] - t[-2])
+    return list(map(Q, t)), list(map(Q, dt)), list(map(Q, ddt))
+
+
+def _of_recurrence(rows: Sequence[Sequence[Q]]) -> tuple[tuple[float, ...], ...]:
+    """What Y_0 … Y_s of a recurrence are as sums over the stages: the rows of A, then b."""
+    s = len(rows)
+    a = [[0.0] * s]
+    for j, row in enumerate(rows):
+        mu, nu, slope, at_start = map(float, row)
+        new = [mu * x + nu * y for x, y in zip(a[-1], a[-2] if j else a[-1], strict=True)]
+        new[j] += slope
+        new[0] += at_start
+        a.append(new)
+    return tuple(map(tuple, a))
+
+
+ON_DEMAND = "rkc1_S, rkc2_S, rkl1_S, rkl2_S"
+"""Names of methods that are made when they are asked for."""
+
+_ON_DEMAND = re.compile(r"(rkc1|rkc2|rkl1|rkl2)_(\d+)")
+
+
+def on_demand(name: object) -> ButcherTableau | None:
+    """The stabilised method that a name as "rkc2_20" asks for, None for other names.
+
+    Raises:
+        ValueError: too few or too many stages.
+
+    Example:
+        >>> on_demand("rkc2_20").stages, on_demand("rk4")
+        (20, None)
+    """
+    found = _ON_DEMAND.fullmatch(name) if isinstance(name, str) else None
+    if found is None:
+        return None
+    family, stages = found[1], int(found[2])
+    if not 2 <= stages <= MOST_STAGES:
+        raise ValueError(f"{family}_S takes from 2 to {MOST_STAGES} stages S, got {stages}.")
+    return stabilised(family, stages)
 
 
 def get_tableau(method: str | ButcherTableau) -> ButcherTableau:
@@ -436,9 +694,12 @@ def get_tableau(method: str | ButcherTableau) -> ButcherTableau:
         raise TypeError(
             f"a method is a name in resode.METHODS or a ButcherTableau, got {type(method).__name__}."
         )
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; the methods are: {', '.join(METHODS)}.")
-    return METHODS[method]
+    if (tableau := METHODS.get(method) or on_demand(method)) is None:
+        raise ValueError(
+            f"unknown method {method!r}; the methods are: {', '.join(METHODS)}, and with S stages "
+            f"{ON_DEMAND}."
+        )
+    return tableau
 
 
 def explicit_tableau(method: str | ButcherTableau, what: str) -> ButcherTableau:

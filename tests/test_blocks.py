@@ -276,7 +276,7 @@ def test_channels_last_goes_through():
         (lambda: ResidualStack([torch.tanh]), TypeError, "got builtin_function"),
         (lambda: ResidualStack(nn.Linear(2, 2), depth=0), ValueError, "at least 1, got 0"),
         (lambda: ResidualStack(nn.Linear(2, 2), depth=1, solver="rk5"), ValueError, "solver must be one of euler"),
-        (lambda: ResidualStack(nn.Linear(2, 2), depth=1, solver="radau5"), ValueError, "got 'radau5'"),
+        (lambda: ResidualStack(nn.Linear(2, 2), depth=1, solver="radau"), ValueError, "got 'radau'"),
         (lambda: ResidualStack(nn.Linear(2, 2), depth=1, step_size=0.0), ValueError, "positive and finite"),
         (lambda: ResidualStack(nn.Linear(2, 2), depth=1, step_size=math.nan), ValueError, "got nan"),
         (lambda: ResidualStack(nn.Linear(2, 2), depth=1, substeps=0), ValueError, "at least 1, got 0"),

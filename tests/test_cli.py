@@ -164,7 +164,7 @@ def test_methods_lists_all():
     rows = columns(resode("methods").output)
     assert [row[0] for row in rows[1:]] == list(METHODS)
     assert rows[1 + list(METHODS).index("dopri5")][:4] == ["dopri5", "5", "7", "adaptive"]
-    assert rows[1 + list(METHODS).index("gauss4")][3] == "analysis only"
+    assert rows[1 + list(METHODS).index("gauss4")][3] == "implicit, fixed steps"
 
 
 def test_models_lists_parameters():

@@ -164,6 +164,7 @@ GRAPHS = {
     "solve/compiled.py",
     "solve/checkpoint.py",
     "solve/gradient.py",
+    "solve/implicit/gradient.py",
     "solve/control.py",
     "solve/adaptive.py",
 }

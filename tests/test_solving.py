@@ -65,7 +65,7 @@ def test_a_coupled_system_is_its_matrix_exponential(method, end):
         assert (state - exact).norm() / exact.norm() < 3e-5
 
 
-@pytest.mark.parametrize("method", ADAPTIVE)
+@pytest.mark.parametrize("method", [m for m in ADAPTIVE if METHODS[m].explicit])
 def test_a_stiff_field_costs_what_its_stability_interval_says(method):
     """y' = −λ(y − cos t): after the transient the steps settle at the real stability interval over λ."""
     rate = 500.0
@@ -97,6 +97,7 @@ def test_a_kink_is_passed_with_short_steps_and_a_right_answer(method):
     y, stats = odeint(lambda t, y: torch.sin(t).abs() + 0 * y, times(0.0), times(0.0, 10.0), method=method,
                       rtol=1e-7, atol=1e-7, return_stats=True)  # fmt: skip
     exact = 2 * 3 + 1 - math.cos(10 - 3 * math.pi)
+    # trbdf2's estimate is its own error, the others' that of a less accurate method: errors of 1,000 steps add up.
     assert y[-1].item() == pytest.approx(exact, abs=3e-4)
     assert stats.n_rejected > 2
 

@@ -270,6 +270,18 @@ def refuse_low_precision(solver: str, dtype: torch.dtype) -> None:
         )
 
 
+def refuse_batch_norm(module: nn.Module, solver: str) -> None:
+    """Raise a ValueError where an implicit step would have statistics of its iterates."""
+    for name, m in module.named_modules():
+        if isinstance(m, _BatchNorm) and (m.training or m.running_var is None):
+            raise ValueError(
+                f"{type(m).__name__} ({name or 'the field itself'}) normalises by the batch's own "
+                f"statistics, and {solver} evaluates the field at iterates of Newton's method, which have "
+                "none. Take a norm within each sample (norm='group') or none, an explicit solver, or "
+                "evaluation mode."
+            )
+
+
 def refuse_dropout(module: nn.Module, solver: str) -> None:
     """Raise a ValueError where a field in training holds a Dropout of torch's."""
     for name, m in module.named_modules():

@@ -9,8 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resode.blocks.frozen import FrozenDuringStep, refuse_dropout, refuse_graphs, refuse_low_precision
-from resode.blocks.stack import explicit
+from resode.blocks.frozen import (
+    FrozenDuringStep,
+    refuse_batch_norm,
+    refuse_dropout,
+    refuse_graphs,
+    refuse_low_precision,
+)
+from resode.blocks.stack import solver_method
 from resode.checks import one_of
 from resode.solve.fixed import equal_steps
 from resode.solve.gradient import GRADIENTS
@@ -20,6 +26,7 @@ from resode.solve.problem import CALLBACKS
 from resode.solve.result import Stats
 from resode.solve.step import as_stage
 from resode.symbols import one_module
+from resode.tableaus import ButcherTableau
 
 
 class ODEBlock(nn.Module):
@@ -29,7 +36,7 @@ class ODEBlock(nn.Module):
         func: the field, `func(t, x)` -> dx/dt of x's shape; usually an nn.Module. With an adaptive
             solver and `per_sample`, t has shape (B, 1, …, 1), else it is 0-D.
         t: start and end of the depth time.
-        solver: an explicit method's name in resode.METHODS.
+        solver: a method's name in resode.METHODS, or a tableau.
         rtol: relative tolerance of an adaptive solver's step, per entry.
         atol: absolute tolerance likewise, in x's unit.
         n_steps: equal steps from t[0] to t[1]; makes every solver take fixed steps, and is needed by
@@ -61,7 +68,7 @@ class ODEBlock(nn.Module):
         func: Callable[[Tensor, Tensor], Tensor],
         *,
         t: tuple[float, float] = (0.0, 1.0),
-        solver: str = "dopri5",
+        solver: str | ButcherTableau = "dopri5",
         rtol: float = 1e-3,
         atol: float = 1e-4,
         n_steps: int | None = None,
@@ -88,27 +95,29 @@ class ODEBlock(nn.Module):
         return self._tableau.name
 
     @solver.setter
-    def solver(self, name: str) -> None:
-        tableau = explicit(name)
+    def solver(self, name: str | ButcherTableau) -> None:
+        tableau = solver_method(name)
         if not tableau.adaptive and self.n_steps is None:
             raise ValueError(
-                f"{name} takes fixed steps: give n_steps, the number of steps from t[0] to t[1]."
+                f"{tableau.name} takes fixed steps: give n_steps, the number of steps from t[0] to t[1]."
             )
         self._tableau = tableau
 
     @one_module
     def forward(self, x: Tensor) -> Tensor:
         """The state at t[1], of x's shape (B, *state)."""
-        fixed = self.n_steps is not None
+        fixed, implicit = self.n_steps is not None, not self._tableau.explicit
         func = self.func
         if not fixed and x.is_floating_point():
             refuse_low_precision(self.solver, x.dtype)
         if isinstance(func, nn.Module) and func.training:
-            if not fixed or self.n_steps != 1 or len(self._tableau.b) > 1:
+            if not fixed or self.n_steps != 1 or len(self._tableau.b) > 1 or implicit:
                 refuse_dropout(func, self.solver)
+            if implicit:
+                refuse_batch_norm(func, self.solver)
             func = _Once(func, self.gradient == "adjoint")
-        if not fixed:
-            refuse_graphs(f"{self.solver} chooses its steps by")
+        if not fixed or implicit:
+            refuse_graphs(f"{self.solver} chooses its steps or iterations by")
         elif torch.compiler.is_exporting() or (torch.compiler.is_compiling() and self.gradient != "adjoint"):
             return self._in_a_graph(func, x)
         y, self.stats = odeint(
@@ -119,7 +128,7 @@ class ODEBlock(nn.Module):
             n_steps=self.n_steps,
             rtol=None if fixed else self.rtol,
             atol=None if fixed else self.atol,
-            per_sample=self.per_sample and not fixed,
+            per_sample=self.per_sample and (implicit or not fixed),
             gradient=self.gradient,
             return_stats=True,
         )

@@ -23,6 +23,7 @@ from resode.blocks.frozen import (
     evaluate,
     moving_norms,
     probability,
+    refuse_batch_norm,
     refuse_dropout,
     refuse_graphs,
     refuse_low_precision,
@@ -33,12 +34,13 @@ from resode.formulas import Cost, Shape, cost_of
 from resode.solve.adaptive import Progress, adaptive_solve
 from resode.solve.control import Control
 from resode.solve.fixed import equal_steps
+from resode.solve.implicit.steps import ImplicitStep, steps_by
 from resode.solve.options import NATIVE, tolerances
-from resode.solve.result import NonFiniteState, Stats
+from resode.solve.result import NewtonNotConverged, NonFiniteState, Stats
 from resode.solve.step import Counted, all_finite
 from resode.state_dicts import Checked
 from resode.symbols import one_module
-from resode.tableaus import METHODS, ButcherTableau
+from resode.tableaus import METHODS, ON_DEMAND, ButcherTableau, on_demand
 from resode.whole_blocks import first_time, warned
 
 WEIGHTS = ("constant", "linear")
@@ -57,8 +59,10 @@ class ResidualStack(Checked):
             required positional arguments is called as F(t, x), t the depth time in x's real dtype: lη at
             block l's start, 0-D, or (B, 1, …, 1) where each sample has its own steps.
         depth: the number of blocks L for a shared field; for a sequence its length, or None.
-        solver: an explicit method's name in resode.METHODS. bosh3, fehlberg45, dopri5, tsit5 and
-            dopri8 control their steps' error and stop at every block's end.
+        solver: a method's name in resode.METHODS, or a tableau. bosh3, fehlberg45, dopri5, tsit5, dopri8,
+            sdirk2, trbdf2, kvaerno3, kvaerno5 and radau5 control their steps' error and stop at every
+            block's end. Implicit ones solve for their stages by Newton's method, each sample its own; the
+            gradient is that of the solution, and keeps no iteration.
         step_size: η, the depth time of a block; positive (any finite number with `learn_step`).
         learn_step: make η a parameter, `step_sizes`, that starts from step_size: "block" (or True) one
             of each block, shape (L,); "channel" one of each channel (dimension 1 of x) of each block,
@@ -110,7 +114,7 @@ class ResidualStack(Checked):
         fields: nn.Module | Sequence[nn.Module],
         *,
         depth: int | None = None,
-        solver: str = "euler",
+        solver: str | ButcherTableau = "euler",
         step_size: float = 1.0,
         learn_step: bool | str = False,
         channels: int | None = None,
@@ -182,8 +186,8 @@ class ResidualStack(Checked):
         return self._tableau.name
 
     @solver.setter
-    def solver(self, name: str) -> None:
-        self._tableau = explicit(name)
+    def solver(self, name: str | ButcherTableau) -> None:
+        self._tableau = solver_method(name)
         self.evaluations = None
 
     @property
@@ -248,14 +252,15 @@ class ResidualStack(Checked):
 
         Raises:
             ValueError, TypeError: F changes the state's shape, dtype or device.
-            SolverError: an adaptive solver can't go on.
+            SolverError: an adaptive solver can't go on; NewtonNotConverged where an implicit block has no
+            solution, as where ηλ = 1 for an eigenvalue λ of the field, which it names.
         """
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(f"x must be a floating tensor, got {getattr(x, 'dtype', type(x).__name__)}.")
         self._check(x)
         path, cost = [x], _Cost()
-        if self._tableau.adaptive:
-            refuse_graphs(f"{self.solver} chooses its steps by")
+        if self._tableau.adaptive or not self._tableau.explicit:
+            refuse_graphs(f"{self.solver} chooses its steps or iterations by")
         elif self.check_finite:
             refuse_graphs("check_finite=True looks at", "Set the stack's check_finite = False")
         with warned(self.fields) if first_time(self) else nullcontext():
@@ -349,7 +354,7 @@ class ResidualStack(Checked):
             shape: of one sample, without the batch.
 
         Raises:
-            ValueError: an adaptive solver, and no call since it was set.
+            ValueError: an adaptive or implicit solver, and no call since it was set.
             TypeError: a field without formula; see `resode.formulas.cost_of`.
 
         Example:
@@ -359,7 +364,7 @@ class ResidualStack(Checked):
             True
         """
         evaluations = self.evaluations
-        if not self._tableau.adaptive:
+        if not self._tableau.adaptive and self._tableau.explicit:
             evaluations = [self.substeps * (self._tableau.b_row[-1][0] + 1)] * self.depth
         if evaluations is None:
             raise ValueError(
@@ -414,13 +419,13 @@ class ResidualStack(Checked):
     def _advance(self, index: int, x: Tensor, cost: _Cost, scale: Tensor | None) -> Tensor:
         """The state after block `index`; what it took is added to `cost`."""
         tableau, n = self._tableau, self.substeps
-        several = tableau.adaptive or len(tableau.b) > 1 or n > 1
+        several = tableau.adaptive or len(tableau.b) > 1 or n > 1 or not tableau.explicit
         eta = self._step(index, x)
         # For fixed steps s is a depth time from the block's start on; else the fraction of the block.
         fractions = tableau.adaptive or self.weights == "linear"
         clock = partial(self._time, index, eta if fractions else 1.0) if self._is_timed(index) else None
         f = self._field(index, several, None if several else scale, clock)
-        field = Counted(f, len(tableau.b) > 1)
+        field = Counted(f, several)
 
         def scaled(s: Any, y: Tensor) -> Tensor:
             """ηF over the fraction s of the block, from 0 to 1."""
@@ -429,11 +434,15 @@ class ResidualStack(Checked):
         try:
             if not tableau.adaptive:
                 cost.steps += n
+                advance: Callable[..., Tensor] = equal_steps
+                if not tableau.explicit:
+                    fractions = fractions or isinstance(eta, Tensor)
+                    advance = steps_by(ImplicitStep(tableau, self.per_sample and x.ndim > 1))
                 g, h = (scaled, 1 / n) if fractions else (field, eta / n if n > 1 else eta)
                 if self.check_finite:
-                    y = self._checked_steps(index, g, x, h)
+                    y = self._checked_steps(index, g, x, h, advance)
                 else:
-                    y = equal_steps(tableau, g, 0.0, x, h, n)
+                    y = advance(tableau, g, 0.0, x, h, n)
             else:
                 [y], cost.progress = adaptive_solve(
                     tableau,
@@ -443,14 +452,24 @@ class ResidualStack(Checked):
                     Control(self.rtol, self.atol, max_step=1 / n, per_sample=self.per_sample),
                     cost.progress,
                 )
+        except NewtonNotConverged as error:
+            error.args = (f"block {index} ({type(self.field(index)).__name__}): {error}",)
+            raise
         finally:
             cost.evaluations.append(field.calls)
         return y if scale is None or not several else x + scale * (y - x)
 
-    def _checked_steps(self, index: int, f: Callable[[Any, Tensor], Tensor], x: Tensor, h: Any) -> Tensor:
+    def _checked_steps(
+        self,
+        index: int,
+        f: Callable[[Any, Tensor], Tensor],
+        x: Tensor,
+        h: Any,
+        advance: Callable[..., Tensor],
+    ) -> Tensor:
         """As `equal_steps`, looking at the state after each."""
         for i in range(self.substeps):
-            before, x = x, equal_steps(self._tableau, f, i * h, x, h, 1)
+            before, x = x, advance(self._tableau, f, i * h, x, h, 1)
             if not all_finite(x):
                 entry = (~torch.isfinite(x.detach())).nonzero()[0].tolist()
                 cause = "" if all_finite(before) else " The state was not finite before it."
@@ -522,21 +541,20 @@ class ResidualStack(Checked):
         held = None
         if several and module.training:
             refuse_dropout(module, self.solver)
+            if not self._tableau.explicit:
+                refuse_batch_norm(module, self.solver)
             held = FrozenDuringStep(module)
-        first = True
 
         def f(s: Any, y: Tensor) -> Any:
-            nonlocal first
             t = None if clock is None else clock(s, y)
             with nullcontext() if held is None else held.evaluation():
-                if nodes is None or (first and isinstance(s, float)):  # the first stage is at the node itself
+                if nodes is None or (isinstance(s, float) and s == 0):  # a stage at the node itself
                     dy = evaluate(module, y, index, t=t)
                 else:
                     between = {
                         name: torch.lerp(p, nodes[1][name], _like(s, p)) for name, p in nodes[0].items()
                     }
                     dy = evaluate(module, y, index, between, t)
-                first = False
             return dy if scale is None else dy * scale
 
         return f
@@ -635,9 +653,13 @@ def _like(s: Any, p: Tensor) -> Any:
     return s.to(p.dtype) if isinstance(s, Tensor) else s
 
 
-def explicit(name: str) -> ButcherTableau:
-    """The explicit method of this name; a ValueError for any other."""
-    tableau = METHODS.get(name) if isinstance(name, str) else None
-    if tableau is None or not tableau.explicit:
-        raise ValueError(f"solver must be one of {', '.join(NATIVE)}; got {name!r}.")
+def solver_method(solver: Any) -> ButcherTableau:
+    """The method of this name, or a tableau as it is; a ValueError for anything else."""
+    if isinstance(solver, ButcherTableau):
+        return solver
+    tableau = METHODS.get(solver) or on_demand(solver) if isinstance(solver, str) else None
+    if tableau is None:
+        raise ValueError(
+            f"solver must be one of {', '.join(NATIVE)}, or {ON_DEMAND} with S stages; got {solver!r}."
+        )
     return tableau

@@ -12,7 +12,7 @@ import typer
 from resode.checks import did_you_mean, known
 from resode.cli.terminal import command, figures_of, flag, say, separated, store, table
 from resode.cli.train import own_model
-from resode.solve.options import NATIVE
+from resode.solve.options import EXPLICIT
 from resode.tableaus import METHODS
 from resode.tables import short, short_complex
 
@@ -84,7 +84,7 @@ def swap(
     from resode.training.evaluate import calibration_batches, images_of, load, plain_batches
     from resode.training.files import replacing
 
-    methods = _methods(separated(solvers, str, "--solvers"), NATIVE)
+    methods = _methods(separated(solvers, str, "--solvers"), EXPLICIT)
     counts = separated(substeps, int, "--substeps")
     if calibration_images is not None and not recalibrate:
         raise ValueError(
@@ -341,7 +341,8 @@ def methods() -> None:
     """List the Runge-Kutta methods."""
 
     def use(tableau: Any) -> str:
-        return "analysis only" if not tableau.explicit else "adaptive" if tableau.adaptive else "fixed steps"
+        steps = "adaptive" if tableau.adaptive else "fixed steps"
+        return steps if tableau.explicit else f"implicit, {steps}"
 
     rows = [[m.name, str(m.order), str(m.stages), use(m), m.source] for m in METHODS.values()]
     wide = not sys.stdout.isatty() or get_terminal_size().columns >= 170

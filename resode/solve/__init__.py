@@ -4,6 +4,7 @@ from resode.solve.ivp import Solution, solve_ivp
 from resode.solve.odeint import odeint, odeint_adjoint, odeint_event
 from resode.solve.result import (
     MaxStepsReached,
+    NewtonNotConverged,
     NonFiniteField,
     NonFiniteState,
     SolverError,
@@ -14,6 +15,7 @@ from resode.solve.stepping import SolverStep, steps
 
 __all__ = [
     "MaxStepsReached",
+    "NewtonNotConverged",
     "NonFiniteField",
     "NonFiniteState",
     "Solution",

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,14 +28,16 @@ from resode.solve.dense import Step, interpolate
 from resode.solve.failures import (
     Standing,
     field_not_finite,
+    newton_failed,
     nothing_finite,
     step_underflow,
     too_many_steps,
 )
 from resode.solve.host import decided, plain
+from resode.solve.implicit.steps import COUNTS, ImplicitStep, step_rule
 from resode.solve.result import Stats
 from resode.solve.states import Passing, States
-from resode.solve.step import Field, Time, all_finite, combine, increment, stages
+from resode.solve.step import Field, Time, all_finite, increment
 from resode.tableaus import ButcherTableau
 
 STANDSTILLS = 20
@@ -55,13 +58,16 @@ class Progress:
     nfe: np.ndarray  # (B,) int64, as the two below
     n_accepted: np.ndarray
     n_rejected: np.ndarray
+    implicit: np.ndarray | None = None  # what implicit steps took, (4, B)
 
     def stats(self, device: torch.device | str = "cpu") -> Stats:
         """The counts, one entry a sample."""
         accepted, rejected = torch.from_numpy(self.n_accepted), torch.from_numpy(self.n_rejected)
         counts = (torch.from_numpy(self.nfe), accepted + rejected, accepted, rejected)
         nfe, n_steps, n_accepted, n_rejected = (c.to(device) for c in counts)
-        return Stats(nfe, n_steps, n_accepted, n_rejected)
+        if self.implicit is None:
+            return Stats(nfe, n_steps, n_accepted, n_rejected)
+        return Stats(nfe, n_steps, n_accepted, n_rejected, 0, *torch.from_numpy(self.implicit).to(device))
 
 
 class Adaptive:
@@ -72,7 +78,7 @@ class Adaptive:
     its `time` stays there.
 
     Args:
-        tableau: an explicit method with an error estimate.
+        tableau: a method with an error estimate.
         f: the field of t and x.
         x: the state at the start.
         start: time of the start; one, or each sample's own, (B,).
@@ -102,6 +108,7 @@ class Adaptive:
         self.column = (batch,) + (1,) * (x.ndim - 1) if control.per_sample else ()
         self.real = x.dtype.to_real()
         self.x = x
+        self.take = step_rule(tableau, control.per_sample, control)
         self.k0 = f(self.as_times(self.time[None])[0], x)
         if not all_finite(self.k0):
             rows = self.k0 if control.per_sample else self.k0[None]
@@ -115,13 +122,24 @@ class Adaptive:
             zeros = np.zeros(batch, np.int64)
             calls = int(control.first_step is None)
             error = FIRST_ERROR if control.filter[1] < 0 else 1.0
-            resume = Progress(step, np.full((2, batch), error, step.dtype), zeros + calls, zeros, zeros)
+            implicit = None if tableau.explicit else np.zeros((COUNTS, batch), np.int64)
+            resume = Progress(
+                step, np.full((2, batch), error, step.dtype), zeros + calls, zeros, zeros, implicit
+            )
         step = resume.step.clip(control.min_step, control.max_step)
         self.progress = replace(resume, step=step, nfe=resume.nfe + 1)
         self.rejected, self.standstills = np.zeros(batch, bool), np.zeros(batch, np.int64)
         self.limit: int | np.ndarray = control.max_steps  # of attempts
         if control.per_output:
             self.limit = resume.n_accepted + resume.n_rejected + control.max_steps
+
+    def __copy__(self) -> Adaptive:
+        """A solve that goes on from where this one stands, in the same steps whenever it does."""
+        other = object.__new__(Adaptive)
+        other.__dict__.update(self.__dict__)
+        if isinstance(self.take, ImplicitStep):
+            other.take = self.take.anew()
+        return other
 
     def as_times(self, times: np.ndarray) -> Sequence[Tensor]:
         """Times (S, B) as f gets them, one tensor for each of S."""
@@ -170,12 +188,11 @@ class Adaptive:
             StepSizeUnderflow: the tolerance asks for a step below the time's precision.
             NonFiniteField, NonFiniteState: no step, however small, leads to a finite field and state.
         """
-        tableau, f, control = self.tableau, self.f, self.control
+        tableau, control = self.tableau, self.control
         forward, callbacks = self.forward, control.callbacks
         progress = self.progress = replace(self.progress)  # a copy of a solve goes on by itself
         stage_times = np.array([*tableau.stage_times, 1.0], self.time.dtype)[:, None]
-        tolerance = (control.rtol, control.atol)
-        new_calls = tableau.b_row[-1][0] + 1  # the stages beyond k_1, and f at the step's end
+        implicit = self.take if isinstance(self.take, ImplicitStep) else None
         behind = np.zeros(len(self.time), np.int64)  # outputs passed so far
         if outputs is not None:
             outputs = np.broadcast_to(forward * outputs, (len(self.time), outputs.shape[-1]))
@@ -199,15 +216,14 @@ class Adaptive:
             h = self._as_size(size)
             at = time + stage_times * (forward * size)
             at[-1] = attempt.end
-            times = self.as_times(at.clip(max=end) if forward > 0 else at.clip(min=end))
+            if not tableau.looks_ahead:  # a rounding must not take a stage beyond the end
+                at = at.clip(max=end) if forward > 0 else at.clip(min=end)
+            times = self.as_times(at)
 
-            k = stages(tableau, f, times, x, h, k0)
-            new_x = combine(x, h, tableau.b_row, k)
-            k.append(f(times[-1], new_x))
-            error = self._numbers(error_norm(tableau, control, x, new_x, k, h, tolerance))
+            k, new_x, error, new_calls = self._attempt(times, x, h, k0)
             # What is not active may hold anything.
             verdict = decide(np, attempt, np.where(active, error, 0.0), time, step, progress.errors,
-                             self.rejected, tableau.order, control)  # fmt: skip
+                             self.rejected, tableau.error_power, control)  # fmt: skip
             keep = verdict.keep
             all_kept = bool(keep.all())
             if callbacks is not None and told is not None:
@@ -219,6 +235,12 @@ class Adaptive:
                 self.standstills = self.standstills + (verdict.failed & self.stands_still())
             progress.step, progress.errors = verdict.step, verdict.errors
             self.rejected = verdict.rejected
+            if implicit is not None:
+                progress.implicit = progress.implicit + active * implicit.spent
+                implicit.took(keep)
+                # A step that would hardly grow stays, and its factors serve again.
+                little = keep & (progress.step >= size) & (progress.step <= 1.2 * size) & ~attempt.reaches
+                progress.step = np.where(little, size, progress.step)
             if all_kept:
                 self.x, self.k0, self.time = new_x, k[-1], attempt.end
             elif keep.any():
@@ -233,7 +255,9 @@ class Adaptive:
                 if control.per_output and outputs is not None:
                     count = progress.n_accepted + progress.n_rejected
                     self.limit = np.where(passed, count + control.max_steps, self.limit)
-                yield Step(time, self.time, x, k, new_x, error)
+                yield Step(time, self.time, x, k, new_x, error, k_start=k0 if implicit else None)
+            if implicit is not None and (unsolved := verdict.stuck & implicit.failed).any():
+                raise newton_failed(self.standing(unsolved), *implicit.last_of(unsolved))
             hopeless = verdict.failed & (verdict.stuck | (self.standstills >= STANDSTILLS))
             if hopeless.any():
                 raise nothing_finite(self.standing(hopeless), k)
@@ -246,6 +270,25 @@ class Adaptive:
         h = self.forward * self.control.shrink * self.progress.step
         h = torch.from_numpy(h).to(x.device, self.real)[:, None]
         return ((x + h * k0 == x).all(1) & (k0 != 0).any(1)).cpu().numpy()
+
+    def _attempt(
+        self, times: Sequence[Tensor], x: Tensor, h: Time, k0: Tensor
+    ) -> tuple[list[Tensor], Tensor, np.ndarray, Any]:
+        """A step's stages and f at its end, the state there, its error over the tolerance, new calls of f."""
+        tableau, control, take = self.tableau, self.control, self.take
+        tolerance = (control.rtol, control.atol)
+        k, new_x = take(tableau, self.f, times, x, h, k0)
+        if not isinstance(take, ImplicitStep):
+            k.append(self.f(times[-1], new_x))
+            error = self._numbers(error_norm(tableau, control, x, new_x, k, h, tolerance))
+            return k, new_x, error, tableau.b_row[-1][0] + 1  # without the first stage
+        if not tableau.fsal:
+            k.append(self.f(times[-1], new_x))
+        estimate = take.error(h, k, k0)
+        error = self._numbers(error_norm(tableau, control, x, new_x, k, h, tolerance, estimate))
+        # Where no stages were found, the error that asks for a quarter of the step.
+        error = np.where(take.failed, (4 * control.safety) ** tableau.error_power, error)
+        return k, new_x, error, take.calls + (not tableau.fsal)
 
     def _first_step(self) -> np.ndarray:
         """A first step whose error should be near the tolerance, (B,); one call of f."""
@@ -293,7 +336,7 @@ def adaptive_solve(
     """States at times[1:], each of x's shape, and where the solve stands at the end.
 
     Args:
-        tableau: an explicit method with an error estimate.
+        tableau: a method with an error estimate.
         f: the field, as for `Adaptive`.
         x: the state at times[0].
         times: at least two, strictly monotone either way; or each sample's own, (T, B), monotone.
@@ -331,12 +374,17 @@ def error_norm(
     k: Sequence[Tensor],
     h: Time,
     tolerance: tuple[Tolerance, Tolerance],
+    estimate: Tensor | None = None,
 ) -> Tensor:
-    """The estimated error over the tolerance, one number a sample; not finite where something is not."""
+    """The estimated error over the tolerance, one number a sample; not finite where something is not.
+
+    `estimate` is the error as x, h Σ (b_i − b̂_i) k_i where None.
+    """
     rtol, atol = tolerance
     with torch.no_grad():
         scale = torch.maximum(x.abs(), new_x.abs()).mul_(rtol).add_(atol)
-        ratio = increment(h, tableau.error_row, k) / scale
+        estimate = increment(h, tableau.error_row, k) if estimate is None else estimate
+        ratio = estimate / scale
         # An overflowed state, or a last stage outside the estimate, must not pass for a small error.
         ratio = torch.add(ratio, new_x, alpha=0)
         if tableau.error_row[-1][0] < len(k) - 1:

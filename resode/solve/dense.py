@@ -27,6 +27,12 @@ class Step:
     x_end: Tensor
     error: np.ndarray | None = None  # estimated, over the tolerance, (B,); None for steps of a given size
     more: list[Tensor] | None = None  # the stages that only dense output needs, once it was asked for
+    k_start: Tensor | None = None  # f at the step's start, where it is not the first stage
+
+    @property
+    def slopes(self) -> tuple[Tensor, Tensor]:
+        """The field at the step's start and end."""
+        return self.k[0] if self.k_start is None else self.k_start, self.k[-1]
 
     def whole(self, tableau: ButcherTableau, f: Field, per_sample: bool) -> int:
         """Takes the stages of dense output where the method has some and they are missing; the calls of f."""
@@ -59,8 +65,8 @@ def interpolate(
     """States at the outputs, each of the state's shape, and the calls of f they took.
 
     By the method's own interpolant where it has one, which may take further stages in the steps that hold
-    outputs, a cubic Hermite polynomial up to order 3, and for the others a step of the method itself from
-    the step's start to the output.
+    outputs, a cubic Hermite polynomial up to order 3 and for implicit methods, and for the others a step of
+    the method itself from the step's start to the output.
 
     Args:
         tableau: the method that took the steps.
@@ -109,9 +115,9 @@ def interpolate(
                 weight = sum(float(c) * p for c, p in zip(row, powers, strict=True) if c)
                 x = torch.addcmul(x, as_factor(weight), at_step([k[i] for k in stages_of]))  # type: ignore[arg-type]
         return list(x), calls
-    k0, h = at_step([s.k[0] for s in steps]), as_factor(size)
-    if tableau.order <= 3:
-        x1, k1 = at_step([s.x_end for s in steps]), at_step([s.k[-1] for s in steps])
+    k0, h = at_step([s.slopes[0] for s in steps]), as_factor(size)
+    if tableau.order <= 3 or not tableau.explicit:
+        x1, k1 = at_step([s.x_end for s in steps]), at_step([s.slopes[1] for s in steps])
         return list(hermite(as_factor(theta), h, x, k0, x1, k1)), 0
     path = []
     for i in range(len(theta)):

@@ -15,10 +15,7 @@ from resode.solve.step import Field
 from resode.tableaus import ButcherTableau
 
 MAX_ENTRIES = 256
-STIFF_SOLVER = (
-    'method="scipy_solver" with options={"solver": "Radau"}, which gives no gradients (implicit_adams '
-    "iterates explicitly and has a limit like this one)"
-)
+STIFF_SOLVER = 'method="kvaerno5" or "radau5", which are implicit and have no such limit'
 
 
 def spectrum(f: Field, time: Any, x: Tensor, sample: int | None) -> Tensor | None:

@@ -32,6 +32,7 @@ from resode.solve.control import Callbacks
 from resode.solve.fixed import Grid, one_step
 from resode.solve.foreign import foreign_methods, stops_at_events
 from resode.solve.host import decided, is_transformed, moves, plain
+from resode.solve.implicit.steps import step_rule
 from resode.solve.native import (
     Evaluations,
     call_torchdiffeq,
@@ -41,7 +42,7 @@ from resode.solve.native import (
 )
 from resode.solve.options import SolveSettings
 from resode.solve.result import MaxStepsReached, NonFiniteState, Stats
-from resode.solve.step import Field, all_finite, combine, stages
+from resode.solve.step import Field, all_finite
 from resode.tableaus import ButcherTableau
 
 Event = Callable[[Tensor, Any], Any]
@@ -151,8 +152,9 @@ def _adaptive(
     for times, _, f in segments(counted, np.array([start, forward * math.inf]), settings, real):
         solve = Adaptive(tableau, f, y, times[0], times[-1], control, progress)
         for step in solve.steps():
-            within = Within(step.start.item(), step.end.item(), step.x, step.k[0], step.x_end, step.k[-1])
-            at = within.ending(_step_to(tableau, f, within.begin, step.x, step.k[0]))
+            k0, k1 = step.slopes
+            within = Within(step.start.item(), step.end.item(), step.x, k0, step.x_end, k1)
+            at = within.ending(_step_to(tableau, f, within.begin, step.x, k0))
             if (time := within.first_zero(event, at)) is not None:
                 accepted, rejected = solve.progress.n_accepted.item(), solve.progress.n_rejected.item()
                 return time, at(time), (accepted + rejected, accepted, rejected)
@@ -178,14 +180,14 @@ def _fixed(
     begin, direction = plain(t).tolist()
     start, h = begin, math.copysign(float(size), direction - begin)
     field = fixed_field(counted, y0, -math.inf, math.inf, False)
-    y = y0
+    y, take = y0, step_rule(tableau, False)
     if moves(t):
         y = y - field(start, y) * zero_with_gradient(t[0], y0.dtype.to_real())
     if value_of(event, start, y0) <= 0:
         return start, y, (0, 0, 0)
     for n in range(1, settings.max_steps + 1):
         begin, end = start + (n - 1) * h, start + n * h
-        y1, k0 = one_step(tableau, field, begin, y, h, callback, perturb)
+        y1, k0 = one_step(tableau, field, begin, y, h, callback, perturb, take)
         if not all_finite(y1):
             raise NonFiniteState(
                 f"the state is infinite or NaN at t={end:.9g}, before an event, with steps of {size:g}: "
@@ -299,12 +301,13 @@ def _step_to(
     tableau: ButcherTableau, f: Field, begin: float, x: Tensor, k0: Tensor
 ) -> Callable[[float], Tensor]:
     """The state at a time within a step: the method's own step from the start to it."""
+    take = step_rule(tableau, False)
 
     def at(time: float) -> Tensor:
         h = time - begin
         real = x.dtype.to_real()
         times = [torch.tensor(begin + c * h, dtype=real, device=x.device) for c in tableau.stage_times]
-        return combine(x, h, tableau.b_row, stages(tableau, f, times, x, h, k0))
+        return take(tableau, f, times, x, h, k0)[1]
 
     return at
 

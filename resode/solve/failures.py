@@ -6,12 +6,15 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from resode.solve.diagnosis import STIFF_SOLVER, explain, number, spectrum
+from resode.solve.implicit.blocks import stage_blocks
 from resode.solve.result import (
     MaxStepsReached,
+    NewtonNotConverged,
     NonFiniteField,
     NonFiniteState,
     SolverError,
@@ -19,6 +22,9 @@ from resode.solve.result import (
 )
 from resode.solve.step import Field
 from resode.tableaus import ButcherTableau
+
+NEAR_SINGULAR = 0.1
+"""|1 − ηγλ| below which λ is named where Newton's method fails."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,46 @@ def step_underflow(at: Standing) -> SolverError:
         )
     message = f"the tolerance asks for a step below what the time resolves at {at}: {advice}"
     return StepSizeUnderflow(message, **at.about(eigenvalue))
+
+
+def newton_failed(at: Standing, residual: float, rate: float, fixed: bool = False) -> SolverError:
+    """For a sample whose stages Newton's method did not find.
+
+    Args:
+        at: where it stands.
+        residual: the last correction over what was asked of it.
+        rate: what the last iteration left of the correction before.
+        fixed: whether the step was given, so that no shorter one was tried.
+    """
+    eigenvalue, reason = None, ""
+    values = spectrum(at.field, at.t, at.x, at.sample)
+    if values is not None:
+        gamma = np.concatenate([block.eigenvalues for block in stage_blocks(at.tableau)]).astype(complex)
+        signed = math.copysign(at.step, at.end - at.time)
+        distance = abs(1 - signed * np.multiply.outer(gamma, values.numpy()))
+        i, j = np.unravel_index(distance.argmin(), distance.shape)
+        if distance[i, j] < NEAR_SINGULAR:
+            eigenvalue = complex(values[j])
+            what = "" if gamma[i] == 1 else f"{number(gamma[i])} times "
+            reason = (
+                f" The matrix I − ηγJ is near singular: the field grows with λ ≈ {number(eigenvalue)} "
+                f"there, and {what}the step times λ is {number(signed * gamma[i] * eigenvalue)}, near 1."
+            )
+    if fixed:
+        advice = "Take shorter steps, or a field that does not grow (Re λ ≤ 0), which any step suits."
+    else:
+        advice = (
+            'The field jumps there, or is not smooth: name a jump with options={"jump_t": …}, or check it.'
+        )
+    said = f"{residual:.2g} times what was asked" if math.isfinite(residual) else "not finite"
+    speed = f", {rate:.2g} times the one before" if math.isfinite(rate) else ""
+    return NewtonNotConverged(
+        f"Newton's method did not find the stages of {at.tableau.name} at {at}: its last correction was "
+        f"{said}{speed}.{reason} {advice}",
+        residual=residual,
+        rate=rate,
+        **at.about(eigenvalue),
+    )
 
 
 def nothing_finite(at: Standing, k: list[Tensor]) -> SolverError:

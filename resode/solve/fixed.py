@@ -15,8 +15,11 @@ from torch import Tensor
 from resode.solve.dense import hermite
 from resode.solve.host import moves, plain
 from resode.solve.states import States
-from resode.solve.step import Field, Time, combine, rk_step, stages
+from resode.solve.step import Field, Time, explicit_step, rk_step
 from resode.tableaus import ButcherTableau
+
+Take = Callable[..., tuple[list[Tensor], Tensor]]
+"""What takes a step, as `explicit_step` does."""
 
 INTERPOLATIONS = ("linear", "cubic")
 
@@ -108,11 +111,13 @@ def fixed_solve(
     callback: Callable[[Tensor, Tensor, Tensor], object] | None = None,
     perturb: bool = False,
     advance: Callable[..., Tensor] = equal_steps,
+    take: Take = explicit_step,
 ) -> tuple[States, int]:
     """States at every t, shape (T,), and the number of steps taken.
 
     The steps are floats unless t asks for a gradient: then the discrete solution is differentiated
-    in t as it is in x. `advance` takes equal steps, as `equal_steps` does.
+    in t as it is in x. `advance` takes equal steps, as `equal_steps` does, and `take` those that a callback
+    or perturb ask to see one by one.
     """
     times: list[float] = plain(t).tolist()
     path, total = States(len(times), x), 0
@@ -127,7 +132,8 @@ def fixed_solve(
             x = advance(tableau, f, start, x, span / n, n)
         else:
             for j in range(n):
-                x, _ = one_step(tableau, f, start + j * (span / n), x, span / n, callback, perturb)
+                at = start + j * (span / n)
+                x, _ = one_step(tableau, f, at, x, span / n, callback, perturb, take)
         path.append(x)
         total += n
     return path, total
@@ -177,6 +183,7 @@ def grid_solve(
     t: Tensor,
     grid: Grid,
     callback: Callable[[Tensor, Tensor, Tensor], object] | None = None,
+    take: Take = explicit_step,
 ) -> tuple[States, int]:
     """States at every t, shape (T,), T ≥ 2, and the number of steps taken along the grid."""
     points = checked_grid(grid.constructor(f, x, t), t)
@@ -186,7 +193,7 @@ def grid_solve(
     path, done = States(len(t), x), 1
     path.append(x)
     for start, end in pairwise(nodes):
-        x1, k0 = one_step(tableau, f, start, x, end - start, callback, grid.perturb)
+        x1, k0 = one_step(tableau, f, start, x, end - start, callback, grid.perturb, take)
         while done < len(outputs) and (end - outputs[done]) * forward >= 0:
             s = outputs[done]
             path.append(x1 if s == end else grid.between(f, s, start, x, k0, end, x1))
@@ -203,6 +210,7 @@ def one_step(
     h: Time,
     callback: Callable[[Tensor, Tensor, Tensor], object] | None = None,
     perturb: bool = False,
+    take: Take = explicit_step,
 ) -> tuple[Tensor, Tensor]:
     """The state one step later, and F at the step's start."""
     if callback is not None:
@@ -218,8 +226,9 @@ def one_step(
 
         g = inside
 
-    k = stages(tableau, g, [start + c * h if c else start for c in tableau.stage_times], x, h)
-    return combine(x, h, tableau.b_row, k), k[0]
+    k0 = None if tableau.explicit else g(start, x)
+    k, x1 = take(tableau, g, [start + c * h if c else start for c in tableau.stage_times], x, h, k0)
+    return x1, k[0] if k0 is None else k0
 
 
 def checked_grid(points: Any, t: Tensor) -> Tensor:

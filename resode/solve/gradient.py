@@ -71,6 +71,8 @@ class Adjoint:
                     if "does not require grad" not in str(error):
                         raise
                     takes_gradients = True
+            if torch.is_grad_enabled() and y.requires_grad:  # for the Jacobian of an implicit step
+                return self.func(t, y)
             with torch.enable_grad():
                 dy = self.func(t, y.detach().requires_grad_())
             return dy.detach() if isinstance(dy, Tensor) else dy
@@ -139,14 +141,22 @@ def _backward(
         nonlocal calls
         calls += 1
         y, a = unpack(z)[:2]
+        for_jacobian = torch.is_grad_enabled() and z.requires_grad  # of an implicit step
         with torch.enable_grad():
-            y = y.detach().requires_grad_()
+            y = y if for_jacobian else y.detach().requires_grad_()
             dy = as_stage(job.func(t.to(real).expand(shape), y), y)
             if dy.requires_grad:
-                back = torch.autograd.grad(dy, (y, *params), a, allow_unused=True, materialize_grads=True)
+                back = torch.autograd.grad(
+                    dy,
+                    (y, *params),
+                    a,
+                    allow_unused=True,
+                    materialize_grads=True,
+                    create_graph=for_jacobian,
+                )
             else:
                 back = [torch.zeros_like(p) for p in (y, *params)]
-        return pack([dy.detach(), *(-g for g in back)])
+        return pack([dy if for_jacobian else dy.detach(), *(-g for g in back)])
 
     def slope(i: int) -> Tensor:
         nonlocal calls

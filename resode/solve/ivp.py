@@ -226,7 +226,8 @@ class _Watch:
         self, step: Step, tableau: ButcherTableau, f: Field, forward: float
     ) -> tuple[float, Tensor] | None:
         """Notes the zeros within a step; the time and state of one that ends the solve, or None."""
-        within = Within(step.start.item(), step.end.item(), step.x, step.k[0], step.x_end, step.k[-1])
+        k0, k1 = step.slopes
+        within = Within(step.start.item(), step.end.item(), step.x, k0, step.x_end, k1)
         at = within.ending(lambda s: interpolate(tableau, f, [step], np.array([s]), forward, False)[0][0])
         points = list(zip(within.grid, within.states, strict=True))
         before = self.values or [value_of(event, *points[0]) for event in self.events]

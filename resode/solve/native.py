@@ -20,10 +20,11 @@ from resode.solve.diagnosis import explain, number, spectrum
 from resode.solve.fixed import equal_steps, fixed_solve, grid_solve, opened, own_steps, within
 from resode.solve.foreign import foreign_solve
 from resode.solve.host import moves, plain
+from resode.solve.implicit.steps import ImplicitStep, check_implicit, step_rule, steps_by
 from resode.solve.options import SolveSettings, tolerances
 from resode.solve.result import NonFiniteState, SolverError, Stats
 from resode.solve.states import States
-from resode.solve.step import Counted, Field, all_finite, as_stage, combine, stages
+from resode.solve.step import Counted, Field, all_finite, as_stage, explicit_step
 from resode.stability.multistep import ORDER
 from resode.tableaus import ButcherTableau
 
@@ -78,6 +79,8 @@ def solve(
         raise ValueError(f"t of shape (T, B) gives each sample its own times: it does not go with {not_own}.")
     if isinstance(settings.method, str):
         return _torchdiffeq(counted, y0, t, settings, callbacks)
+    if not settings.method.explicit:
+        check_implicit(y0)
     if settings.fixed:
         return _fixed(counted, y0, t, settings.method, settings, callbacks)
     return _adaptive(counted, y0, t, settings.method, settings, callbacks)
@@ -146,13 +149,17 @@ def _fixed(
     if again is not None and len(t) > 1:
         again.check(within_dtype(t, y0, settings.per_sample), y0)
     perturb = bool(settings.options.get("perturb", False))
-    field = fixed_field(counted, y0, *_ends(t), settings.per_sample)
+    take = step_rule(tableau, settings.per_sample)
+    low, high = (-math.inf, math.inf) if tableau.looks_ahead else _ends(t)
+    field = fixed_field(counted, y0, low, high, settings.per_sample)
     if grid is not None and len(t) > 1 and t[0] != t[-1]:
-        path, n = grid_solve(tableau, field, y0, t, grid, callback)
+        path, n = grid_solve(tableau, field, y0, t, grid, callback, take)
     elif callback is not None or perturb:
-        path, n = fixed_solve(tableau, field, y0, t, **steps, callback=callback, perturb=perturb)
+        path, n = fixed_solve(tableau, field, y0, t, **steps, callback=callback, perturb=perturb, take=take)
     else:
         given, advance = _advance(counted, y0, t, settings)
+        if isinstance(take, ImplicitStep):
+            given, advance = field, steps_by(take, anew=again is not None)
         if again is not None:
             advance = checkpointed_steps(again, advance)
         path, n = (own_steps if t.ndim > 1 else fixed_solve)(tableau, given, y0, t, **steps, advance=advance)
@@ -161,12 +168,22 @@ def _fixed(
     result = path.stacked()
     if not all_finite(result[-1]):
         raise not_finite(tableau, field, result, t, n, settings.per_sample)
-    calls = counted.calls if isinstance(n, int) else n * (tableau.b_row[-1][0] + 1)
+    calls: Any = counted.calls if isinstance(n, int) else n * (tableau.b_row[-1][0] + 1)
     counts: list[Any] = [calls, n, n, 0]
+    if isinstance(take, ImplicitStep) and settings.per_sample:
+        counts = [take.total_calls, n, n, 0, *take.total]
+    elif isinstance(take, ImplicitStep):
+        counts += take.total[:, 0].tolist()
     if settings.per_sample:
         counts = [torch.from_numpy(np.full(len(y0), c, np.int64)).to(y0.device) for c in counts]
-    stats = Stats(*counts)
+    stats = stats_of(counts)
     return result if again is None else again.finish(result, stats), stats
+
+
+def stats_of(counts: Sequence[Any]) -> Stats:
+    """Statistics of calls, steps, steps kept and rejected, and what implicit steps took."""
+    nfe, n_steps, n_accepted, n_rejected, *implicit = counts
+    return Stats(nfe, n_steps, n_accepted, n_rejected, 0, *implicit)
 
 
 def _advance(
@@ -206,7 +223,7 @@ def steps_at(
         begin = t + np.arange(n)[:, None] * h
         at = torch.from_numpy((begin + np.array(tableau.stage_times) * h).clip(low, high)).to(x.device, real)
         for times in at.view(n, -1, *(1,) * len(shape)).expand(n, len(tableau.c), *shape).unbind(0):
-            x = combine(x, h, tableau.b_row, stages(tableau, counted, times.unbind(0), x, h))
+            x = explicit_step(tableau, counted, times.unbind(0), x, h)[1]
         return x
 
     real = y0.dtype.to_real()

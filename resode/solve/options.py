@@ -14,9 +14,10 @@ from resode.checks import check_whole, one_of, warn_user
 from resode.solve.control import MAX_STEPS, Callbacks, Control, Tolerance, controller_filter
 from resode.solve.fixed import INTERPOLATIONS, Grid, grid_of_size
 from resode.solve.foreign import foreign_methods, foreign_options
-from resode.tableaus import METHODS, ButcherTableau
+from resode.tableaus import METHODS, ON_DEMAND, ButcherTableau, on_demand
 
-NATIVE = tuple(name for name, tableau in METHODS.items() if tableau.explicit)
+NATIVE = tuple(METHODS)
+EXPLICIT = tuple(name for name, tableau in METHODS.items() if tableau.explicit)
 """The methods solved here; torchdiffeq's others are passed on to it."""
 
 ADAPTIVE_OPTIONS = (
@@ -202,20 +203,15 @@ def resolve_method(method: str | ButcherTableau | None) -> ButcherTableau | str:
     """A tableau to solve with here, or the name of one of torchdiffeq's own methods."""
     if method is None:
         return METHODS["dopri5"]
-    tableau = METHODS.get(method) if isinstance(method, str) else method
+    tableau = METHODS.get(method) or on_demand(method) if isinstance(method, str) else method
     if isinstance(tableau, ButcherTableau):
-        if not tableau.explicit:
-            raise ValueError(
-                f"{tableau.name!r} is implicit and serves stability analysis only; solve with one of "
-                f'{", ".join(NATIVE)}, or scipy_solver with options={{"solver": "Radau"}} for stiff fields.'
-            )
         return tableau
     others = foreign_methods()
     if method in others:
         return str(method)
     raise ValueError(
-        f"unknown method {method!r}; the methods are {', '.join(NATIVE)}, and through the installed "
-        f"torchdiffeq {', '.join(others)}."
+        f"unknown method {method!r}; the methods are {', '.join(NATIVE)}, {ON_DEMAND} with S stages, "
+        f"and through the installed torchdiffeq {', '.join(others)}."
     )
 
 

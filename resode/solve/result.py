@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -20,6 +21,11 @@ class Stats:
         n_accepted: steps that were kept.
         n_rejected: steps whose error estimate was above the tolerance.
         nfe_backward: calls of the field while gradients came back (recomputation), beyond nfe.
+        n_jacobians: Jacobians of an implicit method; each counts as one call of the field in nfe, whatever
+            the backward passes that it takes.
+        n_factorisations: of the matrices I − hλJ of an implicit method.
+        n_newton: iterations of Newton's method.
+        n_linear: products with a Jacobian that GMRES took, for states too large to factor.
 
     Example:
         >>> Stats(nfe=8, n_steps=2, n_accepted=2, n_rejected=0).nfe
@@ -31,11 +37,15 @@ class Stats:
     n_accepted: int | Tensor | None
     n_rejected: int | Tensor | None
     nfe_backward: int = 0
+    n_jacobians: int | Tensor = 0
+    n_factorisations: int | Tensor = 0
+    n_newton: int | Tensor = 0
+    n_linear: int | Tensor = 0
 
     def item(self) -> Stats:
         """The statistics of the only sample, as ints."""
-        counts = (self.nfe, self.n_steps, self.n_accepted, self.n_rejected)
-        return Stats(*(c if c is None else int(c) for c in counts), self.nfe_backward)  # type: ignore[arg-type]
+        counts = {name: value if value is None else int(value) for name, value in vars(self).items()}
+        return Stats(**counts)  # type: ignore[arg-type]
 
 
 class SolverError(RuntimeError):
@@ -78,6 +88,20 @@ class StepSizeUnderflow(SolverError):
 
 class MaxStepsReached(SolverError):
     """`max_steps` attempted steps did not reach the end."""
+
+
+class NewtonNotConverged(SolverError):
+    """Newton's method did not find the stages of an implicit step.
+
+    Args:
+        message: as of every SolverError, with what follows it.
+        residual: the last correction, over what was asked of it.
+        rate: what the last iteration left of the correction before; at least 1 where they grew.
+    """
+
+    def __init__(self, message: str, *, residual: float, rate: float, **about: Any):
+        super().__init__(message, **about)
+        self.residual, self.rate = residual, rate
 
 
 class NonFiniteState(SolverError):

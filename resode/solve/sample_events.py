@@ -22,10 +22,11 @@ from resode.solve.adaptive import Adaptive
 from resode.solve.dense import Step
 from resode.solve.events import PARTS, Event, between_ends, roots, signed
 from resode.solve.host import decided, moves, plain
+from resode.solve.implicit.steps import step_rule
 from resode.solve.native import Evaluations, zero_with_gradient
 from resode.solve.options import SolveSettings
 from resode.solve.result import MaxStepsReached, NonFiniteState, Stats
-from resode.solve.step import all_finite, combine, stages
+from resode.solve.step import all_finite
 from resode.tableaus import ButcherTableau
 
 
@@ -79,7 +80,7 @@ class Crossing:
         size = time - self.begin
         at = [column(self.begin + c * size, self.x) for c in tableau.stage_times]
         h = column(size, self.x)
-        inner = combine(self.x, h, tableau.b_row, stages(tableau, f, at, self.x, h, self.k0))
+        inner = step_rule(tableau, True)(tableau, f, at, self.x, h, self.k0)[1]
         return torch.where(column(time == self.end, self.x) != 0, self.x_end, inner)
 
 
@@ -112,10 +113,10 @@ class Search:
         x_end = torch.where(took, step.x_end, step.x)
         n_stages = self.tableau.b_row[-1][0] + 1
         k0, *k1 = (
-            torch.where(took, k, none) for k in (step.k[0], *step.k[n_stages:])
+            torch.where(took, k, none) for k in (step.slopes[0], *step.k[n_stages:])
         )  # f at the end, if known
         states = between_ends(column(size, step.x), step.x, k0, x_end, k1[0] if k1 else None)
-        here = Crossing(step.start, step.end, step.x, step.k[0], x_end, np.zeros(len(running), int))
+        here = Crossing(step.start, step.end, step.x, step.slopes[0], x_end, np.zeros(len(running), int))
         fired, value = np.zeros_like(running), np.zeros(len(running))
         for i in range(PARTS):
             time = step.end if i == PARTS - 1 else step.start + (i + 1) / PARTS * size
@@ -268,6 +269,7 @@ class _fixed:
 
     def steps(self) -> Iterator[Step]:
         """One step after another of the samples that are not frozen."""
+        take = step_rule(self.tableau, True)
         while self.running.any():
             if (self.taken >= self.limit).any():
                 i = int(self.running.nonzero()[0][0])
@@ -286,8 +288,7 @@ class _fixed:
             size = end - begin
             h = column(size, self.x)
             at = [column(begin + c * size, self.x) for c in self.tableau.stage_times]
-            k = stages(self.tableau, self.f, at, self.x, h)
-            new_x = combine(self.x, h, self.tableau.b_row, k)
+            k, new_x = take(self.tableau, self.f, at, self.x, h)
             if not all_finite(new_x):
                 i = next(i for i, row in enumerate(new_x) if not all_finite(row))
                 raise NonFiniteState(

@@ -79,6 +79,43 @@ def stages(
     return k
 
 
+def explicit_step(
+    tableau: ButcherTableau,
+    f: Field,
+    times: Sequence[Time],
+    x: Tensor,
+    h: Time,
+    k0: Tensor | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """The stages that x⁺ needs, at their times t + c_i h, and x⁺; `k0` is f(t, x) where it is known.
+
+    Of a method with a recurrence, the first stage alone.
+    """
+    if tableau.recurrence is not None:
+        return recurrence_step(tableau, f, times, x, h, k0)
+    k = stages(tableau, f, times, x, h, k0)
+    return k, combine(x, h, tableau.b_row, k)
+
+
+def recurrence_step(
+    tableau: ButcherTableau,
+    f: Field,
+    times: Sequence[Time],
+    x: Tensor,
+    h: Time,
+    k0: Tensor | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """As `explicit_step`, in which rounding does not grow with the stages: two of them are held at a time."""
+    k = k0 = f(times[0], x) if k0 is None else k0
+    before = d = torch.zeros_like(x)
+    for j, (mu, nu, slope, at_start) in enumerate(tableau.recurrence_rows):
+        if j:
+            k = f(times[j], x + d)
+        rise = slope * k + at_start * k0 if at_start else slope * k
+        before, d = d, mu * d + nu * before + h * rise
+    return [k0], x + d
+
+
 def rk_step(tableau: ButcherTableau, f: Field, t: Time, x: Tensor, h: Time) -> Tensor:
     """The state one step later.
 
@@ -98,7 +135,7 @@ def rk_step(tableau: ButcherTableau, f: Field, t: Time, x: Tensor, h: Time) -> T
         tensor([0.3750])
     """
     times = [t + c * h if c else t for c in tableau.stage_times]
-    return combine(x, h, tableau.b_row, stages(tableau, f, times, x, h))
+    return explicit_step(tableau, f, times, x, h)[1]
 
 
 def as_stage(dx: object, x: Tensor) -> Tensor:

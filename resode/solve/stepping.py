@@ -19,6 +19,7 @@ from resode.solve.adaptive import Adaptive, Progress
 from resode.solve.control import MAX_STEPS
 from resode.solve.dense import Step, interpolate
 from resode.solve.fixed import steps_between
+from resode.solve.implicit.steps import ImplicitStep, step_rule
 from resode.solve.native import Evaluations, not_finite
 from resode.solve.options import NATIVE, SolveSettings, resolve_method
 from resode.solve.problem import (
@@ -33,7 +34,7 @@ from resode.solve.problem import (
     largest_rms,
 )
 from resode.solve.result import MaxStepsReached
-from resode.solve.step import Field, all_finite, combine, stages
+from resode.solve.step import Field, all_finite
 from resode.tableaus import ButcherTableau
 
 SCIPY_NAMES = {"RK45": "dopri5", "RK23": "bosh3"}
@@ -140,7 +141,7 @@ class EqualSteps:
         elif start != end:
             self.n = steps_between(start, end, settings.step_size, settings.n_steps)
             self.h = (end - start) / self.n
-        self.taken = 0
+        self.taken, self.take = 0, step_rule(tableau, settings.per_sample)
 
     def steps(self) -> Iterator[Step]:
         """One step after another."""
@@ -148,7 +149,7 @@ class EqualSteps:
         batch = len(x) if self.per_sample else 1
         column, real = (batch,) + (1,) * (x.ndim - 1) if self.per_sample else (), x.dtype.to_real()
         h = self.h
-        k0: Tensor | None = None
+        take, k0 = self.take, None
         while self.taken < self.n:
             begin = self.start + self.taken * h
             end = self.end if self.taken == self.n - 1 else self.start + (self.taken + 1) * h
@@ -160,23 +161,30 @@ class EqualSteps:
                     time=begin,
                     step_size=abs(h),
                 )
-            at = [min(max(begin + c * h, low), high) for c in self.tableau.stage_times]
+            at = [begin + c * h for c in self.tableau.stage_times]
+            if not self.tableau.looks_ahead:
+                at = [min(max(s, low), high) for s in at]
             times = [x.new_full(column, s, dtype=real) for s in (*at, end)]
-            k = stages(self.tableau, self.f, times, x, h, k0)
-            new_x = combine(x, h, self.tableau.b_row, k)
+            if k0 is None and not self.tableau.explicit:
+                k0 = self.f(times[0].new_full(column, begin), x)
+            k, new_x = take(self.tableau, self.f, times, x, h, k0)
             if not all_finite(new_x):
                 both = torch.tensor([begin, end], dtype=torch.float64)
                 raise not_finite(self.tableau, self.f, [x, new_x], both, 1, self.per_sample)
-            k.append(k0 := self.f(times[-1], new_x))
+            start_slope = None if self.tableau.explicit else k0
+            if self.tableau.explicit or not self.tableau.fsal:
+                k.append(self.f(times[-1], new_x))
+            k0 = k[-1]
             self.taken += 1
-            yield Step(np.full(batch, begin), np.full(batch, end), x, k, new_x)
+            yield Step(np.full(batch, begin), np.full(batch, end), x, k, new_x, k_start=start_slope)
             x = new_x
 
     @property
     def progress(self) -> Progress:
         """The counts."""
         zeros = np.zeros(len(self.x) if self.per_sample else 1, np.int64)
-        return Progress(zeros, zeros, zeros + self.counted.calls, zeros + self.taken, zeros)
+        implicit = self.take.total if isinstance(self.take, ImplicitStep) else None
+        return Progress(zeros, zeros, zeros + self.counted.calls, zeros + self.taken, zeros, implicit)
 
 
 def _last(func: Callable[..., Any], args: tuple[Any, ...], t: Tensor, y: Any) -> Any:

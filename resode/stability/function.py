@@ -7,7 +7,7 @@ floating-point numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from functools import lru_cache
 
@@ -28,6 +28,8 @@ _DENOMINATOR = 10_000
 def _coefficients(tableau: ButcherTableau) -> tuple[Fractions, Fractions]:
     if tableau.rational is not None:
         return tableau.rational
+    if tableau.recurrence is not None:
+        return _of_recurrence(tableau.recurrence), (Fraction(1),)
     a = [[_fraction(x) for x in row] for row in tableau.a]
     b = [_fraction(x) for x in tableau.b]
     stages = range(len(b))
@@ -35,10 +37,13 @@ def _coefficients(tableau: ButcherTableau) -> tuple[Fractions, Fractions]:
     exact = all(_fraction(x).denominator <= _DENOMINATOR for x in floats)
     if tableau.explicit:
         denominator, numerator = [Fraction(1)], [Fraction(1)]
-        vector = [Fraction(1)] * len(b)  # A^(k−1)·1
+        mass = [Fraction(0)]
+        vector = moduli = [Fraction(1)] * len(b)  # A^(k−1)·1, and |A|^(k−1)·1
         for _ in stages:
             numerator.append(_dot(b, vector))
+            mass.append(_dot(map(abs, b), moduli))
             vector = [_dot(row, vector) for row in a]
+            moduli = [_dot(map(abs, row), moduli) for row in a]
     else:
         denominator = _determinant(a)
         numerator = _determinant([[a[i][j] - b[j] for j in stages] for i in stages])
@@ -52,11 +57,40 @@ def _coefficients(tableau: ButcherTableau) -> tuple[Fractions, Fractions]:
                 f"{float(numerator[k] - value):.3g}. Correct the order or the coefficients."
             )
         numerator[k] = value
-    if not exact:
+    if not exact and tableau.explicit:
+        # A coefficient is a sum of products of k floats: it is 0 if their rounding explains it.
+        numerator = [
+            c if k == 0 or abs(c) > 2 * k * _EPS * m else Fraction(0)
+            for k, (c, m) in enumerate(zip(numerator, mass, strict=True))
+        ]
+    elif not exact:
         size = float(max(sum(abs(x) for x in row) for row in a)) + float(sum(abs(x) for x in b))
         numerator, denominator = _without_rounding(numerator, size), _without_rounding(denominator, size)
     factor = common_factor(numerator, denominator)
     return _trimmed(divide(numerator, factor)[0]), _trimmed(divide(denominator, factor)[0])
+
+
+def _of_recurrence(rows: Sequence[Sequence[Fraction]]) -> Fractions:
+    """R − 1 = d_s, where d_j = μ d_{j−1} + ν d_{j−2} + z (μ̃ (1 + d_{j−1}) + γ̃), as a polynomial; then R."""
+    before, d = [Fraction(0)], [Fraction(0)]
+    for mu, nu, slope, at_start in rows:
+        new = [Fraction(0)] * (len(d) + 1)
+        for k, c in enumerate(d):
+            new[k] += mu * c
+            new[k + 1] += slope * c
+        for k, c in enumerate(before):
+            new[k] += nu * c
+        new[1] += slope + at_start
+        before, d = d, new
+    return _trimmed([d[0] + 1, *d[1:]])
+
+
+def _by_recurrence(rows: Sequence[Sequence[float]], z: Tensor) -> Tensor:
+    """R(z), whose terms in powers of z would cancel where there are many stages."""
+    before = d = torch.zeros_like(z)
+    for mu, nu, slope, at_start in rows:
+        before, d = d, mu * d + nu * before + z * (slope * (1 + d) + at_start)
+    return 1 + d
 
 
 def _fraction(x: Fraction | float) -> Fraction:
@@ -77,7 +111,7 @@ def _trimmed(poly: list[Fraction]) -> Fractions:
     return tuple(poly)
 
 
-def _dot(x: Sequence[Fraction], y: Sequence[Fraction]) -> Fraction:
+def _dot(x: Iterable[Fraction], y: Sequence[Fraction]) -> Fraction:
     return sum((p * q for p, q in zip(x, y, strict=True)), Fraction(0))
 
 
@@ -151,13 +185,16 @@ def stability_function(method: str | ButcherTableau, z: Tensor) -> Tensor:
         >>> stability_function("euler", torch.tensor([-1, -2, 1j])).abs()
         tensor([0.0000, 1.0000, 1.4142])
     """
-    numerator, denominator = (tuple(map(float, part)) for part in stability_coefficients(method))
+    tableau = get_tableau(method)
     if not isinstance(z, Tensor) or not z.is_complex():
         came = f"a {z.dtype} tensor" if isinstance(z, Tensor) else type(z).__name__
         raise TypeError(
             f"z must be a complex tensor, because R depends on the phase of z = ηλ: got {came}. "
             "Convert with torch.as_tensor(z, dtype=torch.complex128)."
         )
+    if tableau.recurrence is not None:
+        return _finite_or_inf(_by_recurrence(tableau.recurrence_rows, z), z)
+    numerator, denominator = (tuple(map(float, part)) for part in stability_coefficients(tableau))
     if len(denominator) == 1:
         return _finite_or_inf(_horner(numerator, z), z)
     # Beyond |z| = 1 in powers of 1/z, so that nothing overflows where R tends to a constant.

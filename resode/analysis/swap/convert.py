@@ -17,7 +17,7 @@ from resode.analysis.swap.capture import Call, Uncuttable
 from resode.analysis.swap.cutting import Block, Cut, branch, common_factor, cut, replaced
 from resode.analysis.swap.stand_ins import Advance, Branch, HandOver, Rewritten, Whole
 from resode.blocks import ODEBlock, ResidualStack
-from resode.blocks.stack import explicit
+from resode.blocks.stack import solver_method
 from resode.modes import evaluating
 
 _KINDS = {
@@ -145,7 +145,7 @@ def convert(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert takes a network, an nn.Module: got {type(model).__name__}.")
-    explicit(solver)
+    solver_method(solver)
     with evaluating(model), torch.no_grad():
         expected = call(model, x)
     found = None

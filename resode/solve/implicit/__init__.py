@@ -1,0 +1,1 @@
+"""Implicit Runge-Kutta steps: Newton's method, and the implicit function theorem."""
