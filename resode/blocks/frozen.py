@@ -239,8 +239,8 @@ def evaluate(
 
 
 FIXED_STEPS_CAN = (
-    "Fixed steps can: an ODEBlock with n_steps=, whatever its solver, or a ResidualStack with a solver "
-    "without error control, such as rk4"
+    "Fixed explicit steps can: an ODEBlock with n_steps=, or a ResidualStack with a solver without error "
+    "control, such as rk4"
 )
 
 

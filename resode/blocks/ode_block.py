@@ -117,7 +117,7 @@ class ODEBlock(nn.Module):
                 refuse_batch_norm(func, self.solver)
             func = _Once(func, self.gradient == "adjoint")
         if not fixed or implicit:
-            refuse_graphs(f"{self.solver} chooses its steps or iterations by")
+            refuse_graphs(f"{self.solver} {'iterates' if implicit else 'chooses its steps'} by")
         elif torch.compiler.is_exporting() or (torch.compiler.is_compiling() and self.gradient != "adjoint"):
             return self._in_a_graph(func, x)
         y, self.stats = odeint(

@@ -260,7 +260,9 @@ class ResidualStack(Checked):
         self._check(x)
         path, cost = [x], _Cost()
         if self._tableau.adaptive or not self._tableau.explicit:
-            refuse_graphs(f"{self.solver} chooses its steps or iterations by")
+            refuse_graphs(
+                f"{self.solver} {'iterates' if not self._tableau.explicit else 'chooses its steps'} by"
+            )
         elif self.check_finite:
             refuse_graphs("check_finite=True looks at", "Set the stack's check_finite = False")
         with warned(self.fields) if first_time(self) else nullcontext():

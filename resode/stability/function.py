@@ -35,9 +35,9 @@ def _coefficients(tableau: ButcherTableau) -> tuple[Fractions, Fractions]:
     stages = range(len(b))
     floats = [x for row in (*tableau.a, tableau.b) for x in row if isinstance(x, float)]
     exact = all(_fraction(x).denominator <= _DENOMINATOR for x in floats)
+    mass = [Fraction(0)]
     if tableau.explicit:
         denominator, numerator = [Fraction(1)], [Fraction(1)]
-        mass = [Fraction(0)]
         vector = moduli = [Fraction(1)] * len(b)  # A^(k−1)·1, and |A|^(k−1)·1
         for _ in stages:
             numerator.append(_dot(b, vector))
