@@ -13,6 +13,7 @@ from resode.analysis.diagnose.findings import CAUSES, WHOLE
 from resode.networks import build
 from tests.clinic import faults
 from tests.clinic.networks import HEALTHY, Residual, data, healthy, mlp, residual_mlps
+from tests.clinic.treatments import repaired
 
 QUICK = [name for name, spec in HEALTHY.items() if spec.updates == 0 and name not in faults.LONG]
 TRAINED = (
@@ -74,6 +75,15 @@ def test_networks_built_wrong_are_told_why(name):
     first = resode.diagnose(patient.model, x, y, lr=patient.lr).findings[0]
     assert faults.named_right(patient, first.block), str(first)
     assert first.cause in patient.causes, str(first)
+
+
+@pytest.mark.parametrize("name", [name for name, (*_, cause) in faults.BUILT.items() if cause == "stiff"])
+def test_the_method_for_a_stiff_block_is_cheaper_and_as_good(name):
+    """Half of the evaluations or less, and outputs within 1 %."""
+    patient = faults.built(name)
+    found = resode.diagnose(patient.model, *data(patient.task).look())
+    better, now, half = repaired(patient, found.findings[0])
+    assert better, f"{now:g} evaluations for {half:g}"
 
 
 def test_a_learning_rate_is_judged_against_its_limit():
