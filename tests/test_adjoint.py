@@ -9,7 +9,7 @@ import resode
 from resode import METHODS, odeint, odeint_adjoint, odeint_event
 
 DOUBLE = torch.float64
-ADAPTIVE = [name for name, tableau in METHODS.items() if tableau.adaptive]
+ADAPTIVE = [name for name, tableau in METHODS.items() if tableau.adaptive and tableau.explicit]
 TIGHT = dict(rtol=1e-10, atol=1e-10)
 
 
