@@ -114,7 +114,8 @@ def test_agrees_with_torchdiffeq_where_both_have_the_method():
 def test_other_methods_go_to_torchdiffeq():
     y0, t = times(1.0), torch.linspace(0, 1, 21, dtype=DOUBLE)
     y, stats = odeint(riccati, y0, t, method="implicit_adams", return_stats=True)
-    assert torch.equal(y, torchdiffeq.odeint(riccati, y0, t, method="implicit_adams"))
+    capped = {"max_order": 4}  # theirs climbs to 12 and fails on long grids
+    assert torch.equal(y, torchdiffeq.odeint(riccati, y0, t, method="implicit_adams", options=capped))
     assert stats.nfe > 20 and stats.n_steps is None
     assert "implicit_adams" in foreign_methods()
     # In float32 too its own tolerances hold, which are finer than those of the methods here.
