@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal, localcontext
 from fractions import Fraction as Q
 from functools import lru_cache
-from math import sqrt
+from math import isqrt, sqrt
 
 Number = Q | float
 """A coefficient: an exact fraction, or a float where the method is irrational."""
@@ -425,6 +425,7 @@ def _esdirk(
     *,
     b_hat: Sequence[float] | None = None,
     error_filter: float | None = None,
+    rational: tuple[tuple[Q, ...], tuple[Q, ...]] | None = None,
 ) -> ButcherTableau:
     """A stiffly accurate method with an explicit first stage and γ on the diagonal below it.
 
@@ -444,10 +445,15 @@ def _esdirk(
         order=order,
         source=source,
         error_filter=error_filter,
+        rational=rational,
     )
 
 
 _G2 = 1 - _S2 / 2  # sdirk2: R(z) has order 2 and vanishes at infinity
+_Q2 = 1 - Q(isqrt(2 * 10**80), 10**40) / 2
+"""The same to 40 digits, rounded up: |R(iy)| ≤ 1 holds for every γ from there on, and for no smaller one."""
+_L2 = ((Q(1), 1 - 2 * _Q2), (Q(1), -2 * _Q2, _Q2**2))
+"""R of sdirk2 and of trbdf2, (1 + (1 − 2γ)z) / (1 − γz)²."""
 _G3 = 0.4358665215084589994  # kvaerno3: a root of 6γ³ − 18γ² + 9γ − 1, for the same with order 3
 _GR = 1 / (3 + 3 ** (2 / 3) - 3 ** (1 / 3))  # radau5: the real eigenvalue of A
 _RADAU_ERROR = (-0.4282982941153681, 0.24503907438491653, -0.0916296098652258)
@@ -512,6 +518,7 @@ _IMPLICIT = [
         order=2,
         source="Alexander, SIAM J. Numer. Anal. 14 (1977)",
         error_filter=_G2,
+        rational=_L2,
     ),
     _esdirk(
         "trbdf2",
@@ -522,6 +529,7 @@ _IMPLICIT = [
         "(1996)",
         b_hat=((4 - _S2) / 12, (4 + 3 * _S2) / 12, _G2 / 3),
         error_filter=_G2,
+        rational=_L2,
     ),
     _esdirk(
         "kvaerno3",

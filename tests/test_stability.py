@@ -62,12 +62,17 @@ def test_values_are_those_of_the_stages(name):
     rng = np.random.default_rng(0)
     z = rng.normal(size=200) * 2 + 2j * rng.normal(size=200)
     ours = stability_function(name, torch.as_tensor(z)).numpy()
-    np.testing.assert_allclose(ours, step_factor(name, z), rtol=2e-12, atol=2e-12)
+    # kvaerno5's R has a pole of order 5 at 3.8, beside which both ways lose digits
+    rtol = 1e-9 if name == "kvaerno5" else 2e-12
+    np.testing.assert_allclose(ours, step_factor(name, z), rtol=rtol, atol=2e-12)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_series_is_that_of_the_exponential_up_to_the_order(name):
-    """P = Q·e^z up to z^p, exactly; and no further, unless R is e^z's Padé approximant by chance."""
+    """P = Q·e^z up to z^p, exactly; and no further, unless R is e^z's Padé approximant by chance.
+
+    The γ of these three is no rational number: P's degree is that of γ, and the rest is rounding.
+    """
     numerator, denominator = stability_coefficients(name)
 
     def defect(k: int) -> Fraction:
@@ -75,8 +80,9 @@ def test_series_is_that_of_the_exponential_up_to_the_order(name):
         return (numerator[k] if k < len(numerator) else Fraction(0)) - series
 
     order = METHODS[name].order
-    assert all(defect(k) == 0 for k in range(order + 1))
-    assert defect(order + 1) != 0
+    rounded = Fraction(1, 10**15) if name in ("sdirk2", "trbdf2", "kvaerno3") else 0
+    assert all(abs(defect(k)) <= rounded for k in range(order + 1))
+    assert abs(defect(order + 1)) > rounded
 
 
 def test_known_coefficients():

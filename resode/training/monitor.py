@@ -79,6 +79,7 @@ class StepLimits:
         ValueError: a number out of its range, or an implicit or unknown method.
 
     Example:
+        >>> import torch
         >>> from resode import ResidualStack
         >>> stack = ResidualStack([nn.Linear(4, 4)], solver="rk4")
         >>> watch = StepLimits(torch.ones(2, 4))
