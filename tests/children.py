@@ -113,13 +113,20 @@ def start(target: Callable[..., None], *arguments: Any, said: Path | None = None
     return process
 
 
-def start_together(size: int, target: Callable[..., None], *arguments: Any, said: Path) -> list[Any]:
-    """As torchrun would start them; each prints into said/<rank>."""
+def start_together(
+    size: int, target: Callable[..., None], *arguments: Any, said: Path, **place: str
+) -> list[Any]:
+    """As torchrun would start them, with these variables besides; each prints into said/<rank>."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     said.mkdir(exist_ok=True)
-    common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common = {
+        "WORLD_SIZE": size,
+        "LOCAL_WORLD_SIZE": size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    } | place
     return [
         start(
             target,

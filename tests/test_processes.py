@@ -128,6 +128,25 @@ def test_two_processes_do_what_one_does(tmp_path, model, updates, ema):
     assert all(torch.equal(again[0][name], again[1][name]) for name in again[0])
 
 
+def meet(times: int) -> None:
+    processes = Processes.found()
+    for k in range(times):
+        with processes.joined(torch.device("cpu")):
+            assert processes.gathered((k, processes.rank)) == [(k, 0), (k, 1)]
+
+
+@pytest.mark.parametrize("whose", ["the first process's store", "torchrun's store"])
+def test_processes_meet_again_and_again(tmp_path, whose):
+    """One may be at the next run while the other still leaves the last one; torchrun's store outlives both."""
+    if whose == "torchrun's store":
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        place = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    else:
+        place = {}
+    processes = children.start_together(2, meet, 25, said=tmp_path / "said", **place)
+    assert children.ended(processes, 120) == [0, 0], (tmp_path / "said" / "1").read_text()
+
+
 def test_there_is_one_log_and_one_folder(tmp_path):
     """With batch norm: every process ends with the first one's statistics."""
     first, second = run_on(2, tmp_path / "run", "--option", "norm=batch", "--updates", 25)

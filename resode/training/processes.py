@@ -7,6 +7,8 @@ agree on besides goes through a group of its own on the CPU, so that no update w
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -115,7 +117,8 @@ class Processes:
         begun = not dist.is_initialized()
         with losing():
             if begun:
-                dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+                backend = "nccl" if device.type == "cuda" else "gloo"
+                dist.init_process_group(backend, store=_next_store(), rank=self.rank, world_size=self.size)
             self._group = dist.new_group(backend="gloo")
         yield
         with losing():
@@ -219,6 +222,24 @@ class Processes:
                     whole = value.detach().contiguous()
                     dist.broadcast(whole, src=0)
                     value.copy_(whole)
+
+
+_meetings = itertools.count()
+
+
+@functools.cache
+def _store() -> Any:
+    """Where the processes find each other: stays while this process does."""
+    return next(dist.rendezvous("env://"))[0]
+
+
+def _next_store() -> Any:
+    """A place of its own in it, for this meeting of the processes.
+
+    A process at the next run would otherwise meet the last run's store, which ends under it, or,
+    started by torchrun, whose store stays, the last run's addresses.
+    """
+    return dist.PrefixStore(f"resode {next(_meetings)}", _store())
 
 
 @contextmanager
