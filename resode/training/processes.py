@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from resode.training.files import RunError
 
@@ -230,7 +232,7 @@ _meetings = itertools.count()
 @functools.cache
 def _store() -> Any:
     """Where the processes find each other: stays while this process does."""
-    return next(dist.rendezvous("env://"))[0]
+    return next(rendezvous("env://"))[0]
 
 
 def _next_store() -> Any:
@@ -239,7 +241,7 @@ def _next_store() -> Any:
     A process at the next run would otherwise meet the last run's store, which ends under it, or,
     started by torchrun, whose store stays, the last run's addresses.
     """
-    return dist.PrefixStore(f"resode {next(_meetings)}", _store())
+    return PrefixStore(f"resode {next(_meetings)}", _store())
 
 
 @contextmanager
