@@ -88,18 +88,41 @@ def unpack(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         DamagedFile: it is cut short, was changed, or is no safetensors file.
     """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise DamagedFile(f"{path} is no sound safetensors file: {error}.") from error
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        metadata = file.metadata() or {}
     text = metadata.get("resode")
     if text is None:
         return tensors, {}
     if metadata.get("sha256") != _checksum(tensors, text):
         raise DamagedFile(f"{path} does not match its checksum: it was changed after it was written.")
-    return tensors, json.loads(text)
+    return tensors, _read_json(text, path)
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """What `unpack` gives beside the tensors, without reading or checking them.
+
+    Raises:
+        DamagedFile: there is none, or it is no safetensors file.
+    """
+    with _opened(path) as file:
+        return _read_json((file.metadata() or {}).get("resode", "{}"), path)
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DamagedFile(f"{path} is no sound safetensors file: {error}.") from error
+
+
+def _read_json(text: str, path: str | Path) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # nested beyond what Python's stack holds
+        raise DamagedFile(f"{path} has no sound header: {error}.") from error
 
 
 class _Loader(yaml.SafeLoader):

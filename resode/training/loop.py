@@ -110,6 +110,7 @@ class TrainingLoop:
         self.held_out = held_out
         self.folder = folder
         self.about = about
+        self.settings: dict[str, Any] = {}  # as config.yaml has them
         self.progress = progress
         self.solving = solving_modules(task.network)
         self.average = (
@@ -420,6 +421,7 @@ class TrainingLoop:
         }
         state = {
             **self.about,
+            "settings": {name: value for name, value in self.settings.items() if name != "record"},
             "epoch": self.epoch,
             "index": self.index,
             "seconds": self.seconds,

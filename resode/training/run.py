@@ -245,6 +245,7 @@ def _train(asked: _Request) -> Run:
             config = make_config(asked.plan, job.recipe, data, job.network, asked.device)
             config["record"] |= {"penalty": _penalty_name(asked.penalty), "processes": processes.size}
             processes.from_first(lambda: folder.write_config(config))
+        loop.settings = processes.from_first(folder.read_config)
         progress.heading()
         for row in loop.rows:
             progress.epoch(row)
