@@ -36,6 +36,7 @@ from resode.training.files import (
     SettingsError,
     pack,
     read_header,
+    read_json,
     read_yaml,
     unpack,
     unusable,
@@ -325,7 +326,7 @@ class RunFolder:
         """The run's figures, or None while it has not finished."""
         path = self.path / "summary.json"
         try:
-            summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+            summary = read_json(path.read_text(encoding="utf-8"), path) if path.exists() else None
             if not isinstance(summary, dict | None):
                 raise ValueError(f"it holds a {type(summary).__name__}")
             if summary is not None and summary.pop("checksum", None) not in (None, _digest(summary)):
