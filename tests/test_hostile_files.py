@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import tempfile
 import tracemalloc
+import unicodedata
 import zipfile
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
+from torch import nn
+from typer.testing import CliRunner
 
+from resode.cli import app
+from resode.cli.terminal import report, table
 from resode.networks import build, load_weights
+from resode.tables import csv_text, read_csv, read_records, records_text
 from resode.training.data.archives import DataError
 from resode.training.evaluate import load
 from resode.training.files import DamagedFile, RunError, SettingsError, pack, read_header, read_yaml
 from resode.training.folder import FORMAT, RunFolder
 from resode.training.predict import MAX_IMAGES, predict
+from resode.training.progress import Progress
+from resode.training.run import train
 
 ABOUT = {
     "format": FORMAT,
@@ -129,3 +143,74 @@ def test_settings_and_figures_are_not_nested_without_end(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "w.safetensors", metadata={"resode": nested, "sha256": ""})
     with pytest.raises(DamagedFile, match=r"recursion"):
         read_header(tmp_path / "w.safetensors")
+
+
+def test_names_from_files_do_not_steer_a_terminal(tmp_path):
+    """A class called so would clear the screen, set the window's title, or turn the line around."""
+    steering = ["\x1b[2J\x1b]0;title\x07", "\x9b31m", "a\u202eb", "line\u2028two", "tab\rover"]
+    path = weights_file(tmp_path / "w.safetensors", classes=[*steering, *"fghij"])
+    np.save(tmp_path / "image\x1b[7m.npy", np.zeros((1, 8, 8), np.uint8))
+    arguments = ["predict", str(path), *map(str, tmp_path.glob("*.npy")), "--top", "10"]
+    piped = CliRunner().invoke(app, arguments)
+    assert piped.exit_code == 0 and steering[0] in piped.output, "a pipe gets the names as they are"
+    missing = CliRunner().invoke(app, ["predict", str(path), str(tmp_path / "no\x1b[2J.npy")])
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        table(["class"], [[name] for name in steering])
+    for output in (said.getvalue(), missing.output):
+        assert not any(unicodedata.category(c) in ("Cc", "Cf", "Zl") and c != "\n" for c in output)
+        assert "\\x1b[" in output
+    progress = Progress(True, 1)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        progress.say(f"on {steering[0]}")
+    assert said.getvalue() == "on \\x1b[2J\\x1b]0;title\\x07\n"
+
+
+@given(st.text(), st.floats(allow_nan=False))
+def test_text_is_no_formula_in_a_spreadsheet(text, number):
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "t.csv"
+        name = text.replace("\0", "").replace("\r", "")
+        file.write_text(csv_text(["name", "value"], [[name, number]]), encoding="utf-8", newline="")
+        (row,) = read_csv(file)[1]
+        assert float(row["value"]) == number
+        if name[:1] in ("=", "+", "-", "@", "\t"):
+            assert row["name"][0] == "'" or is_number(name)
+        assert row["name"].removeprefix("'") == name.removeprefix("'")
+
+
+def is_number(text: str) -> bool:
+    try:
+        return bool(complex(text) or True)
+    except ValueError:
+        return False
+
+
+def test_a_formulas_apostrophe_is_taken_off_again(tmp_path):
+    @dataclass
+    class Named:
+        name: str
+
+    rows = [Named(name) for name in ("=SUM(A1)", "+x", "-y", "@z", "'quoted", "plain", "-1.5")]
+    (tmp_path / "t.csv").write_text(records_text(Named, rows), encoding="utf-8")
+    assert (tmp_path / "t.csv").read_text().splitlines()[1] == "'=SUM(A1)"
+    assert [row.name for row in read_records(Named, tmp_path / "t.csv")] == [row.name for row in rows]
+
+
+def test_a_lack_of_memory_is_told_as_one(tmp_path, capsys):
+    """What oneDNN and torch's allocator raise, from a network that fails so."""
+
+    class Large(nn.Module):
+        def forward(self, x):
+            raise RuntimeError("could not create a primitive")
+
+    with pytest.raises(RuntimeError, match="could not create"):
+        train(
+            nn.Sequential(Large(), nn.Linear(2, 2)),
+            "digits",
+            "smoke",
+            run_dir=tmp_path / "run",
+            progress=False,
+        )
+    assert report(RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. can't allocate memory")) == 1
+    assert report(RuntimeError("could not create a primitive descriptor")) == 1
+    assert capsys.readouterr().err.count("there is not enough memory for this. Take smaller batches") == 2

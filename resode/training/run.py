@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from resode.blocks.solving import other_solver, solving_modules
+from resode.checks import lacks_memory
 from resode.modes import evaluating, own_random_state
 from resode.solve import SolverError
 from resode.tableaus import get_tableau
@@ -448,9 +449,11 @@ def _check_output(network: nn.Module, data: ImageData, device: torch.device) -> 
     try:
         with evaluating(network), torch.no_grad():
             logits = network(images)
-    except (SolverError, torch.OutOfMemoryError):
+    except SolverError:
         raise
     except (RuntimeError, ValueError, TypeError) as error:
+        if lacks_memory(error):
+            raise
         raise ValueError(
             f"a classifier of {data.title} takes float32 images {tuple(images.shape)}, and this network "
             f"fails with them: {type(error).__name__}: {error}"
