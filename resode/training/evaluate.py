@@ -71,6 +71,7 @@ def load(run: str | Path, *, model: Model | None = None, device: str = "cpu") ->
     """
     tensors, about = read_weights(Path(run))
     options = about.get("options", {})
+    named = model is None
     if model is None:
         if "model" not in about:
             raise RunError(f"{run} does not say which network it belongs to. Pass its name as model.")
@@ -83,7 +84,7 @@ def load(run: str | Path, *, model: Model | None = None, device: str = "cpu") ->
         options = about.get("options", {}) if about.get("own") else {}
     times = about.get("refined", 0)
     if about:
-        _check_size(run, tensors, model, options, times)
+        _check_size(run, tensors, str(model) if named else None, options, times)
     network = make_network(model, options)
     if times:
         refine(network, times)
@@ -98,7 +99,7 @@ def load(run: str | Path, *, model: Model | None = None, device: str = "cpu") ->
 
 
 def _check_size(
-    run: str | Path, tensors: Mapping[str, Tensor], model: Model, options: Any, refined: Any
+    run: str | Path, tensors: Mapping[str, Tensor], model: str | None, options: Any, refined: Any
 ) -> None:
     """A RunError where a file's header asks for a network that its tensors cannot fill.
 
@@ -112,7 +113,7 @@ def _check_size(
         problem = f"refined {refined} times, a stack has at least 2^{refined} tensors"
     elif wide := [f"{n} {v}" for n, v in options.items() if isinstance(v, int) and abs(v) > max(entries, 64)]:
         problem = f"{', '.join(wide)} {'is' if len(wide) == 1 else 'are'} more"
-    elif isinstance(model, str):
+    elif model is not None:
         deep = [
             number for number in map(int, re.findall(r"\d{1,18}", model)) if number > 10 * max(blocks, 64)
         ]

@@ -126,7 +126,7 @@ def read_json(text: str, path: str | Path) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # nested beyond what Python's stack holds
-        raise DamagedFile(f"{path} holds no sound JSON: {error}.") from error
+        raise DamagedFile(f"{path} is no sound JSON file: {error}.") from error
 
 
 class _Loader(yaml.SafeLoader):

@@ -294,9 +294,9 @@ class RunFolder:
 
     def _check_metrics(self, text: str) -> None:
         """A ValueError where metrics.csv holds other rows than the rest of the folder says."""
-        summary = self.read_summary()
+        summary, checksums = self._summary()
         if summary is not None:
-            if summary.get("metrics_checksum") not in (None, _digest(text)):
+            if checksums.get("metrics.csv") not in (None, _digest(text)):
                 raise ValueError(
                     "its rows are not those of the finished run: summary.json knows another checksum"
                 )
@@ -316,23 +316,34 @@ class RunFolder:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in summary.items()
         }
+        checksums = {"summary.json": _digest(plain)}
         metrics = self.path / "metrics.csv"
         if metrics.exists():
-            plain["metrics_checksum"] = _digest(metrics.read_text(encoding="utf-8"))
-        plain["checksum"] = _digest(plain)
+            checksums["metrics.csv"] = _digest(metrics.read_text(encoding="utf-8"))
+        plain["checksums"] = checksums
         self.write("summary.json", json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
     def read_summary(self) -> dict[str, Any] | None:
         """The run's figures, or None while it has not finished."""
+        return self._summary()[0]
+
+    def _summary(self) -> tuple[dict[str, Any] | None, dict[str, str]]:
+        """The figures, and the checksums beside them."""
         path = self.path / "summary.json"
+        if not path.exists():
+            return None, {}
         try:
-            summary = read_json(path.read_text(encoding="utf-8"), path) if path.exists() else None
-            if not isinstance(summary, dict | None):
+            summary = read_json(path.read_text(encoding="utf-8"), path)
+            if not isinstance(summary, dict):
                 raise ValueError(f"it holds a {type(summary).__name__}")
-            if summary is not None and summary.pop("checksum", None) not in (None, _digest(summary)):
+            checksums = summary.pop("checksums", {})
+            if not isinstance(checksums, dict) or checksums.get("summary.json") not in (
+                None,
+                _digest(summary),
+            ):
                 raise ValueError("its figures were changed after the run wrote them")
-            return summary
-        except ValueError as error:
+            return summary, checksums or {}
+        except (ValueError, TypeError) as error:
             raise DamagedFile(f"{path} is no sound JSON file: {error}.") from error
 
     def write_weights(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
