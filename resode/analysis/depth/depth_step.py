@@ -13,8 +13,9 @@ from torch.autograd.graph import GradientEdge
 from resode.analysis.depth.lesion import branch_factors, scaling
 from resode.analysis.depth.losses import batch_of
 from resode.analysis.depth.sums import ScaledBranches
-from resode.analysis.depth.tracing import Addition, call, trace
+from resode.analysis.depth.tracing import Addition, trace
 from resode.blocks import ResidualStack
+from resode.calls import call
 from resode.checks import check_number
 from resode.jacobian.lanczos import random_start, singular_values
 from resode.jacobian.places import Place

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as f
 
-from resode.analysis.depth.watching import tensors_in
+from resode.calls import tensors_in
 
 LossFunction = Callable[[Any, Any], Tensor]
 

@@ -8,7 +8,6 @@ gives their tensors, their order, and the module that was running.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -20,8 +19,9 @@ from torch import Tensor, nn
 
 from resode.analysis.depth.couplings import Coupling, couplings
 from resode.analysis.depth.graph import ValueGraph
-from resode.analysis.depth.watching import Recorder, Sum, Value, tensors_in, value_of, watching
+from resode.analysis.depth.watching import Recorder, Sum, Value, value_of, watching
 from resode.blocks import ODEBlock, ResidualStack
+from resode.calls import ModuleCall, call, matching, tensors_in
 from resode.jacobian.places import Place
 from resode.tableaus import METHODS
 
@@ -152,14 +152,6 @@ def _refuse_adaptive(model: nn.Module) -> None:
             )
 
 
-def call(model: nn.Module, x: Any) -> Any:
-    """The model's output for a tensor, a tuple of arguments, or a mapping."""
-    if isinstance(x, Mapping):
-        parameters = inspect.signature(model.forward).parameters
-        return model(**x) if any(name in parameters for name in x) else model(x)
-    return model(*x) if isinstance(x, tuple | list) else model(x)
-
-
 def _with_gradients(x: Any, found: list[Tensor]) -> Any:
     """The same inputs; floating-point ones are copies that gradients come back to."""
     if isinstance(x, Tensor):
@@ -175,27 +167,6 @@ def _with_gradients(x: Any, found: list[Tensor]) -> Any:
     if isinstance(x, tuple | list):
         return tuple(_with_gradients(item, found) for item in x)
     return x
-
-
-def matching(model: nn.Module, blocks: str | Sequence[str] | None) -> set[str] | None:
-    """The names of the modules that patterns (* and ? stand for anything but a dot) name; None for None.
-
-    Raises:
-        ValueError: a pattern that names none; the message lists modules.
-    """
-    if blocks is None:
-        return None
-    patterns = [blocks] if isinstance(blocks, str) else list(blocks)
-    names = [name for name, _ in model.named_modules() if name]
-    found: set[str] = set()
-    for pattern in patterns:
-        expression = re.escape(pattern).replace(r"\*", r"[^.]*").replace(r"\?", "[^.]")
-        matching = {name for name in names if re.fullmatch(expression, name)}
-        if not matching:
-            shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
-            raise ValueError(f"blocks={pattern!r} names no module of the model. Its modules: {shown}.")
-        found |= matching
-    return found
 
 
 class _Finder:
@@ -482,28 +453,33 @@ class _Finder:
 
     def module_blocks(self) -> list[Addition]:
         """The modules that were asked for, as x + (M(x) − x)."""
-        return [
-            Addition(
-                name=m.name,
-                module=m.name,
-                kind="identity",
-                step_size=1.0,
-                factor=1.0,
-                after="",
-                number=-1 - i,
-                shortcuts={},
-                x=m.x,
-                shortcut=m.x,
-                increment=m.y - m.x,
-                y=m.y,
-                at_x=self.graph.place([m.at_x], [m.x]),
-                at_shortcut=self.graph.place([m.at_x], [m.x]),
-                at_field=None,
-                at_y=self.graph.place([m.at_y], [m.y]),
-                inactive=self._inactive([m.at_x], [m.at_y]) if m.at_y in self.graph.at else [],
-            )
-            for i, m in enumerate(self.recorder.modules)
-        ]
+        return [self._module_block(-1 - i, m) for i, m in enumerate(self.recorder.modules)]
+
+    def _module_block(self, number: int, m: ModuleCall) -> Addition:
+        m.check_shape()
+        assert m.x is not None and m.y is not None
+        if any(isinstance(source, int) for source, _ in (m.at_x, m.at_y)):
+            raise ValueError(f"block {m.name} has no differentiable input and output.")
+        at_x, at_y = self.graph.place([m.at_x], [m.x]), self.graph.place([m.at_y], [m.y])
+        return Addition(
+            name=m.name,
+            module=m.name,
+            kind="identity",
+            step_size=1.0,
+            factor=1.0,
+            after="",
+            number=number,
+            shortcuts={},
+            x=m.x,
+            shortcut=m.x,
+            increment=m.y - m.x,
+            y=m.y,
+            at_x=at_x,
+            at_shortcut=at_x,
+            at_field=None,
+            at_y=at_y,
+            inactive=self._inactive([m.at_x], [m.at_y]) if m.at_y in self.graph.at else [],
+        )
 
 
 def _named(found: list[Addition]) -> list[Addition]:

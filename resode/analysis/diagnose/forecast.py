@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from resode.analysis.depth.losses import batch_of, part, prediction
-from resode.analysis.depth.tracing import call
 from resode.blocks import ResidualStack
 from resode.blocks.solving import other_solver
+from resode.calls import call
 from resode.modes import evaluating
 from resode.tableaus import METHODS, get_tableau
 

@@ -26,8 +26,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from resode.analysis.depth.gradients import split_gradient
 from resode.analysis.depth.losses import LossFunction, batch_of, part, parts, prediction, sample_losses
-from resode.analysis.depth.tracing import Addition, Trace, call, tensors_in, trace
+from resode.analysis.depth.tracing import Addition, Trace, trace
 from resode.blocks import ODEBlock, ResidualStack
+from resode.calls import call, tensors_in
 from resode.jacobian.places import Place
 from resode.jacobian.products import JacobianProducts, rows
 from resode.solve import SolverError

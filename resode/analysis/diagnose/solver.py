@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resode.analysis.depth.tracing import call
 from resode.analysis.diagnose.findings import Finding
 from resode.analysis.diagnose.measures import MANY, Measures
 from resode.analysis.steps.limit import max_stable_step
 from resode.blocks import ODEBlock, ResidualStack
+from resode.calls import call
 from resode.solve import SolverError
 from resode.tableaus import METHODS, get_tableau
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import zip_longest
 from types import NoneType
 from typing import Any
@@ -15,34 +14,13 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
 
+from resode.calls import ModuleCall
+
 _PLAIN = (NoneType, bool, int, float, str, torch.dtype, torch.device, torch.Size)
 
 
 class Uncuttable(Exception):
     """Why a module's blocks cannot be taken out of it."""
-
-
-@dataclass(eq=False)
-class Call:
-    """How a module was called, and what it gave back."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Any
-    count: int = 1
-
-    def leaves(self) -> tuple[list[Any], Any]:
-        """The arguments in a row, and how they were nested."""
-        return flat(self.args, self.kwargs)
-
-    def tensors(self) -> list[Tensor]:
-        """The arguments that are tensors, in a row."""
-        return [leaf for leaf in self.leaves()[0] if isinstance(leaf, Tensor)]
-
-
-def flat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
-    """A call's arguments in a row, and how they were nested."""
-    return pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
 
 
 class _Tracer(fx.Tracer):
@@ -52,7 +30,7 @@ class _Tracer(fx.Tracer):
     evaluated. A condition becomes a check in the graph, so that inputs for which it differs are refused.
     """
 
-    def __init__(self, opened: Iterable[nn.Module], call: Call) -> None:
+    def __init__(self, opened: Iterable[nn.Module], call: ModuleCall) -> None:
         super().__init__()
         self.opened, self.call, self.evaluating = set(opened), call, False
 
@@ -173,7 +151,7 @@ def _without_nothings(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def capture(owner: nn.Module, opened: Iterable[nn.Module], call: Call) -> fx.Graph:
+def capture(owner: nn.Module, opened: Iterable[nn.Module], call: ModuleCall) -> fx.Graph:
     """The module's forward; one placeholder for each tensor among the arguments, shapes in the nodes' meta.
 
     Args:
@@ -196,7 +174,7 @@ def capture(owner: nn.Module, opened: Iterable[nn.Module], call: Call) -> fx.Gra
     return graph
 
 
-def _written(owner: nn.Module, opened: Iterable[nn.Module], call: Call, training: bool) -> fx.Graph:
+def _written(owner: nn.Module, opened: Iterable[nn.Module], call: ModuleCall, training: bool) -> fx.Graph:
     modes = [(m, m.training) for m in opened]
     tracer = _Tracer(opened, call)
     try:

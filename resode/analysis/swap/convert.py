@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from resode.analysis.depth.tracing import Addition, call, matching, trace
-from resode.analysis.depth.watching import tensors_in
-from resode.analysis.swap.capture import Call, Uncuttable
+from resode.analysis.depth.tracing import Addition, trace
+from resode.analysis.swap.capture import Uncuttable
 from resode.analysis.swap.cutting import Block, Cut, branch, common_factor, cut, replaced
 from resode.analysis.swap.stand_ins import Advance, Branch, HandOver, Rewritten, Whole
 from resode.blocks import ODEBlock, ResidualStack
 from resode.blocks.stack import solver_method
+from resode.calls import ModuleCall, call, matching, recorded, tensors_in, within
 from resode.modes import evaluating
 
 _KINDS = {
@@ -173,17 +173,17 @@ def _converted(model: nn.Module, x: Any, blocks: Any, joined: bool) -> Converted
     with evaluating(network):
         names = matching(network, blocks)
         traced = trace(network, x)
-        additions = [a for a in traced.additions if _within(a.module, names)]
+        additions = [a for a in traced.additions if within(a.module, names)]
         additions = [a for a in additions if not _solving(network, a.module)]
         calls = _calls(network, x)
         cuts, refused = _cuts(network, additions, calls)
         refused += [
-            Refusal(name, reason.rstrip(".")) for name, reason in traced.refused if _within(name, names)
+            Refusal(name, reason.rstrip(".")) for name, reason in traced.refused if within(name, names)
         ]
         for name in sorted(names or ()):
-            if not any(_within(part.name, [name]) and part.runs for part in cuts):
+            if not any(within(part.name, name) and part.runs for part in cuts):
                 cuts.append(_taken_whole(name, network.get_submodule(name), calls))
-                refused = [r for r in refused if not _within(r.name, [name])]
+                refused = [r for r in refused if not within(r.name, name)]
         cuts = [part for part in cuts if part.runs]
         if not cuts:
             raise ValueError(_nothing(refused))
@@ -225,10 +225,6 @@ def _short(name: str, width: int) -> str:
     return name if len(name) <= width else "…" + name[1 - width :]
 
 
-def _within(name: str, names: Iterable[str] | None) -> bool:
-    return names is None or any(name == n or name.startswith(n + ".") for n in names)
-
-
 def _solving(network: nn.Module, name: str) -> bool:
     """Whether a module is, or lies in, a stack or an ODE block already."""
     atoms = name.split(".") if name else []
@@ -236,28 +232,19 @@ def _solving(network: nn.Module, name: str) -> bool:
     return any(isinstance(module, ResidualStack | ODEBlock) for module in above)
 
 
-def _calls(network: nn.Module, x: Any) -> dict[nn.Module, Call]:
+def _calls(network: nn.Module, x: Any) -> dict[nn.Module, ModuleCall]:
     """How each module is called in a pass; of several calls the first."""
-    calls: dict[nn.Module, Call] = {}
-
-    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if module in calls:
-            calls[module].count += 1
-        else:
-            calls[module] = Call(args, kwargs, output)
-
-    hooks = [m.register_forward_hook(hook, with_kwargs=True) for m in network.modules()]
-    try:
-        with torch.no_grad():
-            call(network, x)
-    finally:
-        for handle in hooks:
-            handle.remove()
-    return calls
+    first: dict[nn.Module, ModuleCall] = {}
+    with torch.no_grad(), recorded(dict(network.named_modules())) as calls:
+        call(network, x)
+    for made in calls:
+        if first.setdefault(made.module, made) is not made:
+            first[made.module].count += 1
+    return first
 
 
 def _cuts(
-    network: nn.Module, additions: Sequence[Addition], calls: Mapping[nn.Module, Call]
+    network: nn.Module, additions: Sequence[Addition], calls: Mapping[nn.Module, ModuleCall]
 ) -> tuple[list[Cut], list[Refusal]]:
     """The modules whose forward holds blocks, cut, in the order of the pass; and what is refused."""
     refused = [
@@ -288,7 +275,7 @@ def _cuts(
 
 
 def _best(
-    network: nn.Module, name: str, modules: set[str], count: int, calls: Mapping[nn.Module, Call]
+    network: nn.Module, name: str, modules: set[str], count: int, calls: Mapping[nn.Module, ModuleCall]
 ) -> Cut:
     """The lowest module at or above `name` in which all `count` blocks are found, else the most of them."""
     opened = {network.get_submodule(above) for module in modules for above in _path(name, module)}
@@ -319,18 +306,11 @@ def _path(top: str, name: str) -> list[str]:
     return [".".join([*filter(None, [top]), *rest[:i]]) for i in range(len(rest) + 1)]
 
 
-def _taken_whole(name: str, module: nn.Module, calls: Mapping[nn.Module, Call]) -> Cut:
+def _taken_whole(name: str, module: nn.Module, calls: Mapping[nn.Module, ModuleCall]) -> Cut:
     given = calls.get(module)
     if given is None:
         raise ValueError(f"blocks= names {name}, which is not called in a pass.")
-    state = given.args[0] if given.args else None
-    if not isinstance(state, Tensor) or not isinstance(given.output, Tensor):
-        raise ValueError(f"a module of blocks= must take the state first and give a state: {name} does not.")
-    if state.shape != given.output.shape:
-        raise ValueError(
-            f"a block of blocks= must keep the state's shape: {name} maps {tuple(state.shape)} to "
-            f"{tuple(given.output.shape)}. Leave it out of the pattern."
-        )
+    given.check_shape()
     whole = Whole(module).eval()
     try:
         return cut(name, whole, [whole], {**calls, whole: given})

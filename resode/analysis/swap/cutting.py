@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
-from resode.analysis.swap.capture import CHECKS, Call, Uncuttable, capture
+from resode.analysis.swap.capture import CHECKS, Uncuttable, capture
+from resode.calls import ModuleCall
 
 _ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
 _SUBTRACT = (operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "sub_")
@@ -85,7 +85,7 @@ class Cut:
 
     name: str
     owner: nn.Module
-    call: Call
+    call: ModuleCall
     graph: fx.Graph
     runs: list[list[Block]]
     refused: list[str]
@@ -106,7 +106,7 @@ class Cut:
 
     def state_out(self) -> Tensor | None:
         """The state that it gave back, likewise."""
-        return next((t for t in pytree.tree_leaves(self.call.output) if isinstance(t, Tensor)), None)
+        return self.call.y
 
 
 def _uses(block: Block) -> int:
@@ -114,7 +114,9 @@ def _uses(block: Block) -> int:
     return sum(user in inside for user in block.x.users)
 
 
-def cut(name: str, owner: nn.Module, opened: Iterable[nn.Module], calls: Mapping[nn.Module, Call]) -> Cut:
+def cut(
+    name: str, owner: nn.Module, opened: Iterable[nn.Module], calls: Mapping[nn.Module, ModuleCall]
+) -> Cut:
     """The module's forward as a graph, and its residual blocks.
 
     Args:
@@ -134,7 +136,7 @@ def cut(name: str, owner: nn.Module, opened: Iterable[nn.Module], calls: Mapping
     return _in_blocks(name, owner, calls, graph)
 
 
-def _in_blocks(name: str, owner: nn.Module, calls: Mapping[nn.Module, Call], graph: fx.Graph) -> Cut:
+def _in_blocks(name: str, owner: nn.Module, calls: Mapping[nn.Module, ModuleCall], graph: fx.Graph) -> Cut:
     found: dict[fx.Node, Block] = {}
     for node in graph.nodes:
         block = _block(node, owner, found)
@@ -260,7 +262,7 @@ def _called(node: fx.Node, owner: nn.Module) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
-def _shared(block: Block, owner: nn.Module, calls: Mapping[nn.Module, Call]) -> str:
+def _shared(block: Block, owner: nn.Module, calls: Mapping[nn.Module, ModuleCall]) -> str:
     """Why other blocks' weights are this one's, or ''."""
     targets = [str(node.target) for node in block.nodes if node.op == "call_module"]
     for target in dict.fromkeys(targets):
