@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import functional as f
 
 import resode
-from resode import convert, swap_report
+from resode import ODEBlock, ResidualStack, convert, swap_report
 from resode.blocks.frozen import StochasticDepth
+from resode.networks import build
 
 
 class PreActBlock(nn.Module):
@@ -457,6 +458,35 @@ def test_refused_with_the_reason_and_the_way_out(name):
     make, x, reason = REFUSED[name]
     with pytest.raises(ValueError, match=f"(?s){reason}.*blocks="):
         convert(make().eval(), x)
+
+
+SOLVED = {
+    "converted": (lambda: convert(nn.Sequential(Step(), Step()).eval(), X), X, r"stack \(2 blocks, euler\)"),
+    "built": (
+        lambda: build("odenet14", in_channels=1, solver="rk4"),
+        torch.randn(2, 1, 8, 8),
+        r"layer1.0 \(2 blocks, rk4\), layer2.1 \(1 block, rk4\).*2 left as they are .*projection|size",
+    ),
+    "refined": (
+        lambda: ResidualStack([nn.Linear(4, 4), nn.Linear(4, 4)]).refine(3),
+        X,
+        r"the network itself \(6 blocks, euler\)",
+    ),
+    "an ODE block": (lambda: nn.Sequential(ODEBlock(nn.Linear(4, 4))), X, r"0 \(an ODE block\)"),
+}
+
+
+@pytest.mark.parametrize("name", SOLVED)
+def test_blocks_that_a_solver_advances_already_are_named(name):
+    """Not "no residual block was found", nor x + (M(x) − x) of a solve M where blocks= names a stack."""
+    make, x, places = SOLVED[name]
+    model = make().eval()
+    with pytest.raises(ValueError, match=f"(?s)nothing is left to convert.*already, in .*{places}"):
+        convert(model, x)
+    stack = next(n for n, m in model.named_modules() if isinstance(m, ResidualStack | ODEBlock))
+    if stack:
+        with pytest.raises(ValueError, match="nothing is left to convert"):
+            convert(model, x, blocks=stack)
 
 
 def test_a_single_activation_after_the_last_block_is_the_networks():
