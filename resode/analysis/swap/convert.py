@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain, count
 from typing import Any
@@ -17,6 +18,7 @@ from resode.analysis.swap.capture import Call, Uncuttable
 from resode.analysis.swap.cutting import Block, Cut, branch, common_factor, cut, replaced
 from resode.analysis.swap.stand_ins import Advance, Branch, HandOver, Rewritten, Whole
 from resode.blocks import ODEBlock, ResidualStack
+from resode.blocks.solving import other_solver, stacks_of
 from resode.blocks.stack import solver_method
 from resode.modes import evaluating
 
@@ -173,7 +175,9 @@ def _converted(model: nn.Module, x: Any, blocks: Any, joined: bool) -> Converted
     modes = {module: module.training for module in network.modules()}
     with evaluating(network):
         names = matching(network, blocks)
-        traced = trace(network, x)
+        fixed = other_solver(network, "euler") if stacks_of(network) else nullcontext()
+        with fixed:  # a solver with steps of its own has no additions to be seen
+            traced = trace(network, x)
         solving = {n: m for n, m in network.named_modules() if isinstance(m, ResidualStack | ODEBlock)}
         additions = [a for a in traced.additions if _within(a.module, names)]
         additions = [a for a in additions if not _within(a.module, solving)]
