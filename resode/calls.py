@@ -39,10 +39,11 @@ def is_floating(value: Any) -> bool:
 
 
 def within(name: str, outer: str | Iterable[str] | None) -> bool:
-    """Whether a module is another, or one of others, or a part of it; None holds every module."""
+    """Whether a module is another, or one of others, or a part of it; None and the whole, "", hold each."""
     if outer is None:
         return True
-    return any(name == o or name.startswith(o + ".") for o in ([outer] if isinstance(outer, str) else outer))
+    names = [outer] if isinstance(outer, str) else outer
+    return any(not o or name == o or name.startswith(o + ".") for o in names)
 
 
 def matching(model: nn.Module, blocks: str | Sequence[str] | None) -> set[str] | None:

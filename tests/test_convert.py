@@ -8,9 +8,10 @@ from foreign_networks import GPT, Bottleneck, HFResNet
 from torch import nn
 from torch.nn import functional as f
 
-import resode
-from resode import convert, swap_report
+from resode import ODEBlock, ResidualStack, convert, swap_report
 from resode.blocks.frozen import StochasticDepth
+from resode.fields import Autonomous
+from resode.networks import build
 
 
 class PreActBlock(nn.Module):
@@ -459,6 +460,39 @@ def test_refused_with_the_reason_and_the_way_out(name):
         convert(make().eval(), x)
 
 
+SOLVED = {
+    "converted": (lambda: convert(nn.Sequential(Step(), Step()).eval(), X), X, r"stack \(2 blocks, euler\)"),
+    "built": (
+        lambda: build("odenet14", in_channels=1, solver="dopri5"),
+        torch.randn(2, 1, 8, 8),
+        r"layer1.0 \(2 blocks, dopri5\), layer2.1 \(1 block, dopri5\).*2 left as they are .*projection|size",
+    ),
+    "refined": (
+        lambda: ResidualStack([nn.Linear(4, 4), nn.Linear(4, 4)]).refine(3),
+        X,
+        r"the network itself \(6 blocks, euler\)",
+    ),
+    "an ODE block": (
+        lambda: nn.Sequential(ODEBlock(Autonomous(nn.Linear(4, 4)), solver="rk4", n_steps=2)),
+        X,
+        r"0 \(an ODE block\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SOLVED)
+def test_blocks_that_a_solver_advances_already_are_named(name):
+    """Not "no residual block was found", nor x + (M(x) − x) of a solve M where blocks= names a stack."""
+    make, x, places = SOLVED[name]
+    model = make().eval()
+    with pytest.raises(ValueError, match=f"(?s)nothing is left to convert.*already, in .*{places}"):
+        convert(model, x)
+    stack = next(n for n, m in model.named_modules() if isinstance(m, ResidualStack | ODEBlock))
+    if stack:
+        with pytest.raises(ValueError, match="nothing is left to convert"):
+            convert(model, x, blocks=stack)
+
+
 def test_a_single_activation_after_the_last_block_is_the_networks():
     """As before a head; the same within a block makes it post-activation, see above."""
     model = nn.Sequential(Step(), Step(), nn.ReLU(), nn.Linear(4, 2))
@@ -508,9 +542,6 @@ def test_arguments():
         convert(lambda x: x, X)
     with pytest.raises(ValueError, match="solver must be one of"):
         convert(nn.Sequential(Step()), X, solver="rk5")
-    stack = resode.ResidualStack([nn.Linear(4, 4) for _ in range(2)])
-    with pytest.raises(ValueError, match="no residual block was found"):
-        convert(nn.Sequential(stack), X)
 
 
 def test_a_call_of_another_form_is_refused():

@@ -24,6 +24,7 @@ from resode.fields import (
 from resode.formulas import Cost, cost_of
 from resode.networks import NETWORKS, build
 from resode.shortcuts import (
+    RUN_SHORTCUTS,
     HighwayShortcut,
     InputGatedShortcut,
     PadShortcut,
@@ -69,6 +70,10 @@ EVERY_NETWORK = [
     ("preact20", {"shortcut": "input_gated"}),
     ("preact20", {"shortcut": "D"}),
     ("preact164", {"shortcut": "C", "squeeze_excitation": True}),
+    *(("preact20", {"shortcut": kind}) for kind in RUN_SHORTCUTS),
+    ("resnet32", {"shortcut": "hyper_dynamic", "streams": 3, "width": 5}),
+    ("resnet18", {"shortcut": "hyper_manifold", "width": 8}),
+    ("resnetv2_50", {"shortcut": "coupling", "width": 8}),
     ("odenet20", {"shortcut": "D", "solver": "rk4", "substeps": 2, "learn_step": True}),
     ("odenet20", {"weights": "linear", "solver": "midpoint", "gradient": "checkpoint"}),
     ("residual_mlp5", {"hidden": 7, "solver": "kutta3", "learn_step": "channel"}),

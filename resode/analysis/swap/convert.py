@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain, count
 from typing import Any
@@ -16,6 +17,7 @@ from resode.analysis.swap.capture import Uncuttable
 from resode.analysis.swap.cutting import Block, Cut, branch, common_factor, cut, replaced
 from resode.analysis.swap.stand_ins import Advance, Branch, HandOver, Rewritten, Whole
 from resode.blocks import ODEBlock, ResidualStack
+from resode.blocks.solving import other_solver, stacks_of
 from resode.blocks.stack import solver_method
 from resode.calls import ModuleCall, call, matching, recorded, tensors_in, within
 from resode.modes import evaluating
@@ -117,8 +119,9 @@ def convert(
     Raises:
         TypeError: the model is no nn.Module.
         ValueError: no block can be converted: there is no residual addition, or each is post-activation,
-            gated, shared, or in a forward that cannot be written down; the message says which, and the way
-            out. Or an unknown solver, or `blocks` that name no module, or one that changes the shape.
+            gated, shared, a solver's step already, or in a forward that cannot be written down; the message
+            says which, and the way out. Or an unknown solver, or `blocks` that name no module, or one that
+            changes the shape.
 
     Note:
         Hooks on a module whose forward holds the sum are not called. What the original takes between two
@@ -172,21 +175,26 @@ def _converted(model: nn.Module, x: Any, blocks: Any, joined: bool) -> Converted
     modes = {module: module.training for module in network.modules()}
     with evaluating(network):
         names = matching(network, blocks)
-        traced = trace(network, x)
+        fixed = other_solver(network, "euler") if stacks_of(network) else nullcontext()
+        with fixed:  # a solver with steps of its own has no additions to be seen
+            traced = trace(network, x)
+        solving = {n: m for n, m in network.named_modules() if isinstance(m, ResidualStack | ODEBlock)}
         additions = [a for a in traced.additions if within(a.module, names)]
-        additions = [a for a in additions if not _solving(network, a.module)]
+        additions = [a for a in additions if not within(a.module, solving)]
         calls = _calls(network, x)
         cuts, refused = _cuts(network, additions, calls)
         refused += [
             Refusal(name, reason.rstrip(".")) for name, reason in traced.refused if within(name, names)
         ]
-        for name in sorted(names or ()):
+        solved = {name for name in names or () if any(_touch(name, other) for other in solving)}
+        for name in sorted(set(names or ()) - solved):
             if not any(within(part.name, name) and part.runs for part in cuts):
                 cuts.append(_taken_whole(name, network.get_submodule(name), calls))
                 refused = [r for r in refused if not within(r.name, name)]
         cuts = [part for part in cuts if part.runs]
         if not cuts:
-            raise ValueError(_nothing(refused))
+            shown = [n for n in solving if names is None or any(_touch(n, name) for name in names)]
+            raise ValueError(_nothing(refused, {name: solving[name] for name in shown}))
         network = _rebuilt(network, cuts, joined)
     result = Converted(network, refused)
     for module in result.modules():
@@ -195,18 +203,30 @@ def _converted(model: nn.Module, x: Any, blocks: Any, joined: bool) -> Converted
     return result
 
 
-def _nothing(refused: list[Refusal]) -> str:
+def _nothing(refused: list[Refusal], solving: Mapping[str, nn.Module]) -> str:
+    whole = "Modules that keep the state's shape can be taken whole, as x + (M(x) − x), with blocks=."
+    if solving:
+        shown = ", ".join(_steps_of(name, module) for name, module in list(solving.items())[:8])
+        more = f" and {len(solving) - 8} more" if len(solving) > 8 else ""
+        done = (
+            f"nothing is left to convert: residual blocks are a solver's steps already, in {shown}{more}. "
+            'Set the solver there (stack.solver = "rk4"), or ask resode.swap_report what that does.'
+        )
+        return "\n".join([done, *_grouped(refused)])
     if not refused:
         return (
             "no residual block was found: no sum of a state x and of a branch F(x) with weights. Name "
             "modules that keep the state's shape with blocks=, to take M(x) as x + (M(x) − x)."
         )
-    return "no residual block can be converted.\n" + "\n".join(
-        [
-            *_grouped(refused),
-            "Modules that keep the state's shape can be taken whole, as x + (M(x) − x), with blocks=.",
-        ]
-    )
+    return "\n".join(["no residual block can be converted.", *_grouped(refused), whole])
+
+
+def _steps_of(name: str, module: nn.Module) -> str:
+    """A stack or an ODE block, in words."""
+    what = "an ODE block"
+    if isinstance(module, ResidualStack):
+        what = f"{module.depth} block{'s' * (module.depth > 1)}, {module.solver}"
+    return f"{name or 'the network itself'} ({what})"
 
 
 def _grouped(refused: list[Refusal]) -> list[str]:
@@ -225,11 +245,9 @@ def _short(name: str, width: int) -> str:
     return name if len(name) <= width else "…" + name[1 - width :]
 
 
-def _solving(network: nn.Module, name: str) -> bool:
-    """Whether a module is, or lies in, a stack or an ODE block already."""
-    atoms = name.split(".") if name else []
-    above = [network.get_submodule(".".join(atoms[:i])) for i in range(len(atoms) + 1)]
-    return any(isinstance(module, ResidualStack | ODEBlock) for module in above)
+def _touch(one: str, other: str) -> bool:
+    """Whether one of two modules lies in the other."""
+    return within(one, other) or within(other, one)
 
 
 def _calls(network: nn.Module, x: Any) -> dict[nn.Module, ModuleCall]:
