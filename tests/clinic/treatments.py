@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from resode import Finding, ODEBlock, ResidualStack
-from tests.clinic.faults import Broken, Log, RootAtZero, Times, tail
+from tests.clinic.faults import WHOLE, Broken, Log, RootAtZero, Times, tail
 from tests.clinic.networks import HEALTHY, Chain, Residual, accuracy, data, healthy, settle, train
 
 UPDATES = 150
@@ -93,7 +93,10 @@ def _weaker(model: nn.Module, f: Finding) -> None:
 
 
 def _deep(model: nn.Module, f: Finding) -> None:
-    """Branches times 1/√L; shortcuts where there are none."""
+    """Branches times 1/√L; shortcuts where there are none; orthogonal weights through time."""
+    if isinstance(layer := model.get_submodule(f.block) if f.block != WHOLE else None, nn.RNNBase):
+        nn.init.orthogonal_(layer.weight_hh_l0)
+        return
     blocks = [m for m in model.modules() if isinstance(m, Residual)]
     for m in blocks:
         m.scale = len(blocks) ** -0.5
@@ -115,7 +118,9 @@ def _vanishing(model: nn.Module, f: Finding) -> None:
 
 def _collapse(model: nn.Module, f: Finding) -> None:
     named = re.match(r"Initialise (\S+) anew", f.advice)
-    if named:
+    if f.block != WHOLE:
+        model.get_submodule(f.block).bias.data.zero_()
+    elif named:
         _anew(model.get_submodule(named[1]))
     else:
         _vanishing(model, f)
