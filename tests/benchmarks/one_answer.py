@@ -171,11 +171,11 @@ class Structured:
         return float(np.linalg.cond(np.linalg.eig(m)[1]))
 
 
-def structured(count: int, largest: int = 1000, smallest: int = 100, seed: int = 0) -> Iterator[Structured]:
-    """Matrices of order `smallest` to `largest`, mostly small ones, of ten kinds in turn."""
+def structured(count: int, largest: int = 1000, seed: int = 0) -> Iterator[Structured]:
+    """Matrices of order 100 to `largest`, mostly small ones, of ten kinds in turn."""
     rng = np.random.default_rng(seed)
     for i in range(count):
-        n = int(smallest * (largest / smallest) ** (rng.random() ** 2))
+        n = int(100 * (largest / 100) ** (rng.random() ** 4))
         yield KINDS[i % len(KINDS)](n, rng)
 
 
@@ -280,12 +280,10 @@ def ask_matrix(m: Structured) -> list[Answer]:
     return answers
 
 
-def matrices(
-    count: int, seconds: float = 1e9, largest: int = 1000, smallest: int = 100, kept: Path | None = None
-) -> int:
+def matrices(count: int, seconds: float = 1e9, largest: int = 1000, kept: Path | None = None) -> int:
     """Print a table of structured matrices; the number of failures."""
     begun, wrong = time.perf_counter(), 0
-    found = asked(structured(count, largest, smallest), ask_matrix, count, seconds, kept)
+    found = asked(structured(count, largest), ask_matrix, count, seconds, kept)
     every = [answer for answers in found for answer in answers]
     for a in every:
         if a.sure and a.off > 1e-3:
