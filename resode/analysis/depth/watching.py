@@ -59,6 +59,7 @@ class Recorder(WatchesAdditions):
         inactive: results of an activation with a dead zone, with the share of units at exactly 0.
         roots: where gradients end: the inputs, and embeddings.
         modules: calls of the modules that were asked for.
+        starts: how many additions there were before each module's first call.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -66,6 +67,7 @@ class Recorder(WatchesAdditions):
         self.model = model
         self.running: list[tuple[str, int]] = [("", 0)]
         self.calls = 0
+        self.starts: dict[str, int] = {}
         self.sums: dict[Value, Sum] = {}
         self.sources: dict[Value, list[Value]] = {}
         self.values: dict[Value, Tensor] = {}
@@ -82,6 +84,7 @@ class Recorder(WatchesAdditions):
         """A module is called."""
         self.calls += 1
         self.running.append((name, self.calls))
+        self.starts.setdefault(name, self.count)
 
     def leave(self, *called: Any) -> None:
         """It is done."""
