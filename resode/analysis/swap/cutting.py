@@ -1,7 +1,7 @@
 r"""A module's graph, cut where it adds x + F(x).
 
-Which sums are residual blocks y = x + f, the trace of a pass has found; additions have the same numbers in the
-graph. The nodes on the way from x to f are F's.
+Which sums are residual blocks y = x + f, the trace of a pass has found; additions have the same numbers in
+the graph. The nodes on the way from x to f are F's.
 """
 
 from __future__ import annotations
