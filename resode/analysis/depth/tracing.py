@@ -90,7 +90,7 @@ class Trace:
         refused: additions to a state that are no residual block of it: the module, and why.
         detached: modules that ran, with weights that want gradients and get none from the output.
         outside: modules with weight matrices or kernels that lie within no addition's branch or shortcut.
-        starts: how many additions of two tensors there were before each module's first call.
+        numbers: of all additions of two tensors from each module's first call to the end of its last.
     """
 
     output: Any
@@ -99,7 +99,7 @@ class Trace:
     refused: list[tuple[str, str]] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
     detached: list[str] = field(default_factory=list)
-    starts: dict[str, int] = field(default_factory=dict)
+    numbers: dict[str, range] = field(default_factory=dict)
 
 
 def trace(model: nn.Module, x: Any, blocks: str | Sequence[str] | None = None) -> Trace:
@@ -140,7 +140,7 @@ def trace(model: nn.Module, x: Any, blocks: str | Sequence[str] | None = None) -
         return Trace(output, inputs, _named(found.module_blocks()))
     additions = _named(found.additions())
     return Trace(
-        output, inputs, additions, found.refused(), found.outside(), found.detached(), recorder.starts
+        output, inputs, additions, found.refused(), found.outside(), found.detached(), recorder.numbers
     )
 
 

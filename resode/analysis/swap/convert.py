@@ -176,7 +176,7 @@ def _converted(model: nn.Module, x: Any, blocks: Any, joined: bool) -> Converted
         additions = [a for a in traced.additions if within(a.module, names)]
         additions = [a for a in additions if not _solving(network, a.module)]
         calls = _calls(network, x)
-        cuts, refused = _cuts(network, additions, traced.starts, calls)
+        cuts, refused = _cuts(network, additions, traced.numbers, calls)
         refused += [
             Refusal(name, reason.rstrip(".")) for name, reason in traced.refused if within(name, names)
         ]
@@ -246,7 +246,7 @@ def _calls(network: nn.Module, x: Any) -> dict[nn.Module, ModuleCall]:
 def _cuts(
     network: nn.Module,
     additions: Sequence[Addition],
-    starts: Mapping[str, int],
+    numbers: Mapping[str, range],
     calls: Mapping[nn.Module, ModuleCall],
 ) -> tuple[list[Cut], list[Refusal]]:
     """The modules whose forward holds blocks, cut, in the order of the pass; and what is refused."""
@@ -264,7 +264,7 @@ def _cuts(
         name = max(pending, key=lambda n: n.count(".") + bool(n))  # the deepest
         own = pending.pop(name)
         try:
-            part = _best(network, name, own, starts, calls)
+            part = _best(network, name, own, numbers, calls)
         except Uncuttable as error:
             refused += [Refusal(m, str(error)) for m in sorted({a.module for a in own})]
             continue
@@ -281,16 +281,12 @@ def _best(
     network: nn.Module,
     name: str,
     additions: Sequence[Addition],
-    starts: Mapping[str, int],
+    numbers: Mapping[str, range],
     calls: Mapping[nn.Module, ModuleCall],
 ) -> Cut:
     """The lowest module at or above `name` in which all the blocks are found, else the most of them."""
     opened = {network.get_submodule(above) for a in additions for above in _path(name, a.module)}
-    traced = []
-    for a in additions:
-        first, side = a.shortcuts[a.number]
-        traced.append((first - starts[name], a.number - starts[name], side))
-    part = cut(name, network.get_submodule(name), opened, calls, traced)
+    part = cut(name, network.get_submodule(name), opened, calls, (additions, numbers[name]))
     found = sum(map(len, part.runs)) + len(part.refused)
     if found >= len(additions):
         return part
@@ -300,7 +296,7 @@ def _best(
         if network.get_submodule(parent) not in calls:  # a list of modules
             continue
         try:
-            higher = _best(network, parent, additions, starts, calls)
+            higher = _best(network, parent, additions, numbers, calls)
         except Uncuttable:
             break
         if sum(map(len, higher.runs)) + len(higher.refused) > found:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from resode.analysis.depth.tracing import Addition
 from resode.analysis.swap.capture import CHECKS, Uncuttable, capture
 from resode.calls import ModuleCall
 
@@ -37,11 +38,6 @@ SHARED = (
 
 
 POST_ACTIVATION = "follows the sum: a post-activation"
-
-
-TracedSum = tuple[int, int, int]
-"""A residual addition of a module's pass: the number of the sum in which its state is an operand, that of
-its last sum (another where branches stand side by side), and which operand the state is."""
 
 
 @dataclass(eq=False)
@@ -123,7 +119,7 @@ def cut(
     owner: nn.Module,
     opened: Iterable[nn.Module],
     calls: Mapping[nn.Module, ModuleCall],
-    traced: Sequence[TracedSum] | None = None,
+    traced: tuple[Sequence[Addition], range] | None = None,
 ) -> Cut:
     """The module's forward as a graph, and its residual blocks.
 
@@ -132,19 +128,28 @@ def cut(
         owner: the module, in eval mode.
         opened: the modules within it whose forward is written down too.
         calls: how the network's modules were called.
-        traced: its residual additions; None for the last addition of two tensors.
+        traced: its residual additions, and the numbers of all its additions; None for the last of all.
 
     Raises:
         Uncuttable: it is called more than once, with objects that keep a state, or its forward cannot be
-            written down.
+            written down, or adds constants.
     """
     call = calls[owner]
     if call.count > 1:
         raise Uncuttable(SHARED.format(part=name, count=call.count))
     graph = capture(owner, opened, call)
-    sums = {node.meta["sums"].start: node for node in graph.nodes if len(node.meta.get("sums", ())) == 1}
-    wanted = [(max(sums), max(sums), 0)] if traced is None else traced
-    found = [block for item in wanted if (block := _block(sums, item, owner)) is not None]
+    additions, numbers = ([], range(0)) if traced is None else traced
+    *_, end = graph.nodes
+    if traced is not None and end.meta["sums"].stop != len(numbers):
+        raise Uncuttable("its forward adds constants, which a graph holds as their sum: add them in __init__")
+    sums = {
+        numbers.start + node.meta["sums"].start: node
+        for node in graph.nodes
+        if len(node.meta.get("sums", ())) == 1
+    }
+    wanted = [(*a.shortcuts[a.number], a.number) for a in additions] or [(max(sums), 0, max(sums))]
+    blocks = [_block(sums, first, side, last, owner) for first, side, last in wanted]
+    found = [block for block in blocks if block is not None]
     refused: list[str] = []
     kept: list[Block] = []
     for block in found:
@@ -170,9 +175,11 @@ def _operands(node: fx.Node | None, owner: nn.Module) -> list[tuple[fx.Node, flo
     return [(first, 1.0), (second, -alpha if found[1] else alpha)]
 
 
-def _block(sums: Mapping[int, fx.Node], traced: TracedSum, owner: nn.Module) -> Block | None:
-    """The nodes of an addition; None where it is no plain sum, or a branch is not computed from x here."""
-    first, last, side = traced
+def _block(sums: Mapping[int, fx.Node], first: int, side: int, last: int, owner: nn.Module) -> Block | None:
+    """The nodes of an addition; None where it is no plain sum, or a branch is not computed from x here.
+
+    Its sums are numbered from `first`, of which x is the operand `side`, to `last`.
+    """
     node, operands = sums.get(first), _operands(sums.get(first), owner)
     if node is None or operands is None:
         return None
