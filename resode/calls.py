@@ -39,11 +39,16 @@ def is_floating(value: Any) -> bool:
 
 
 def within(name: str, outer: str | Iterable[str] | None) -> bool:
-    """Whether a module is another, or one of others, or a part of it; None and the whole, "", hold each."""
+    """Whether a module is another, or one of several, or lies within; all do in the model "", and in None.
+
+    Example:
+        >>> within("layer1.0.conv", "layer1"), within("layer10", ["layer1", "layer2"])
+        (True, False)
+    """
     if outer is None:
         return True
-    names = [outer] if isinstance(outer, str) else outer
-    return any(not o or name == o or name.startswith(o + ".") for o in names)
+    outers = [outer] if isinstance(outer, str) else outer
+    return any(not o or name == o or name.startswith(o + ".") for o in outers)
 
 
 def matching(model: nn.Module, blocks: str | Sequence[str] | None) -> set[str] | None:

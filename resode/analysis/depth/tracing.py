@@ -90,6 +90,7 @@ class Trace:
         refused: additions to a state that are no residual block of it: the module, and why.
         detached: modules that ran, with weights that want gradients and get none from the output.
         outside: modules with weight matrices or kernels that lie within no addition's branch or shortcut.
+        numbers: of all additions of two tensors from each module's first call to the end of its last.
     """
 
     output: Any
@@ -98,6 +99,7 @@ class Trace:
     refused: list[tuple[str, str]] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
     detached: list[str] = field(default_factory=list)
+    numbers: dict[str, range] = field(default_factory=dict)
 
 
 def trace(model: nn.Module, x: Any, blocks: str | Sequence[str] | None = None) -> Trace:
@@ -137,7 +139,9 @@ def trace(model: nn.Module, x: Any, blocks: str | Sequence[str] | None = None) -
     if blocks is not None:
         return Trace(output, inputs, _named(found.module_blocks()))
     additions = _named(found.additions())
-    return Trace(output, inputs, additions, found.refused(), found.outside(), found.detached())
+    return Trace(
+        output, inputs, additions, found.refused(), found.outside(), found.detached(), recorder.numbers
+    )
 
 
 def _refuse_adaptive(model: nn.Module) -> None:
@@ -385,27 +389,11 @@ class _Finder:
         before, after = tensors(c.before), tensors(c.after)
         at_x = self.graph.place(c.before, before, c.dim)
         at_y = self.graph.place(c.after, after, c.dim)
-        x, y = at_x.join(before), at_y.join(after)
-        records = [record for _, record, _ in c.sums]
-        return Addition(
-            name=records[-1].module,
-            module=records[-1].module,
-            kind="identity",
-            step_size=1.0,
-            factor=1.0,
-            after="",
-            number=records[-1].number,
-            shortcuts={r.number: (r.number, side) for _, r, side in c.sums},
-            x=x,
-            shortcut=x,
-            increment=y - x,
-            y=y,
-            at_x=at_x,
-            at_shortcut=at_x,
-            at_field=None,
-            at_y=at_y,
-            inactive=self._inactive(c.before, c.after),
-        )
+        _, last, _ = c.sums[-1]
+        found = _whole(last.module, last.number, (at_x.join(before), at_x), (at_y.join(after), at_y))
+        found.shortcuts = {r.number: (r.number, side) for _, r, side in c.sums}
+        found.inactive = self._inactive(c.before, c.after)
+        return found
 
     def refused(self) -> list[tuple[str, str]]:
         """Additions of a branch with weights to a state, outside all blocks, that are no blocks, and why."""
@@ -461,25 +449,31 @@ class _Finder:
         if any(isinstance(source, int) for source, _ in (m.at_x, m.at_y)):
             raise ValueError(f"block {m.name} has no differentiable input and output.")
         at_x, at_y = self.graph.place([m.at_x], [m.x]), self.graph.place([m.at_y], [m.y])
-        return Addition(
-            name=m.name,
-            module=m.name,
-            kind="identity",
-            step_size=1.0,
-            factor=1.0,
-            after="",
-            number=number,
-            shortcuts={},
-            x=m.x,
-            shortcut=m.x,
-            increment=m.y - m.x,
-            y=m.y,
-            at_x=at_x,
-            at_shortcut=at_x,
-            at_field=None,
-            at_y=at_y,
-            inactive=self._inactive([m.at_x], [m.at_y]) if m.at_y in self.graph.at else [],
-        )
+        found = _whole(m.name, number, (m.x, at_x), (m.y, at_y))
+        found.inactive = self._inactive([m.at_x], [m.at_y]) if m.at_y in self.graph.at else []
+        return found
+
+
+def _whole(module: str, number: int, x: tuple[Tensor, Place], y: tuple[Tensor, Place]) -> Addition:
+    """A map of the whole state as x + (y − x)."""
+    return Addition(
+        name=module,
+        module=module,
+        kind="identity",
+        step_size=1.0,
+        factor=1.0,
+        after="",
+        number=number,
+        shortcuts={},
+        x=x[0],
+        shortcut=x[0],
+        increment=y[0] - x[0],
+        y=y[0],
+        at_x=x[1],
+        at_shortcut=x[1],
+        at_field=None,
+        at_y=y[1],
+    )
 
 
 def _named(found: list[Addition]) -> list[Addition]:

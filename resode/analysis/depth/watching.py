@@ -59,6 +59,7 @@ class Recorder(WatchesAdditions):
         inactive: results of an activation with a dead zone, with the share of units at exactly 0.
         roots: where gradients end: the inputs, and embeddings.
         modules: calls of the modules that were asked for.
+        numbers: of the additions of two tensors from each module's first call to the end of its last.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -66,6 +67,7 @@ class Recorder(WatchesAdditions):
         self.model = model
         self.running: list[tuple[str, int]] = [("", 0)]
         self.calls = 0
+        self.numbers: dict[str, range] = {}
         self.sums: dict[Value, Sum] = {}
         self.sources: dict[Value, list[Value]] = {}
         self.values: dict[Value, Tensor] = {}
@@ -82,10 +84,12 @@ class Recorder(WatchesAdditions):
         """A module is called."""
         self.calls += 1
         self.running.append((name, self.calls))
+        self.numbers.setdefault(name, range(self.count, self.count))
 
-    def leave(self, *called: Any) -> None:
+    def leave(self, name: str, *called: Any) -> None:
         """It is done."""
         self.running.pop()
+        self.numbers[name] = range(self.numbers[name].start, self.count)
 
     def overwrote_saved(self) -> bool:
         """Whether something that gradients need was overwritten; the list ends here."""

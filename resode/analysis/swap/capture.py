@@ -14,6 +14,8 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
 
+from resode.analysis.depth.lesion import unfused_attention
+from resode.analysis.depth.sums import WatchesAdditions
 from resode.calls import ModuleCall
 
 _PLAIN = (NoneType, bool, int, float, str, torch.dtype, torch.device, torch.Size)
@@ -120,13 +122,16 @@ def _recorded_factories(tracer: _Tracer) -> Iterator[None]:
 
 
 class _Values(fx.Interpreter):
-    """Runs a graph once and notes shapes and dtypes in it, and which values are None."""
+    """Runs a graph once and notes shapes, dtypes and the additions in it, and which values are None."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module, garbage_collect_values=True)
+        self.additions = WatchesAdditions()
 
     def run_node(self, n: fx.Node) -> Any:
+        before = self.additions.count
         value = super().run_node(n)
+        n.meta["sums"] = range(before, self.additions.count)
         n.meta["seen"] = (value.shape, value.dtype) if isinstance(value, Tensor) else None
         leaves = pytree.tree_leaves(value)
         if (
@@ -168,8 +173,9 @@ def capture(owner: nn.Module, opened: Iterable[nn.Module], call: ModuleCall) -> 
             hint = " (use_cache=False, in x or in model.config)" if "Cache" in kind else ""
             raise Uncuttable(f"it is given a {kind}, which every stage would change: call without it{hint}")
     graph = _with_mode(*[_written(owner, opened, call, training) for training in (False, True)])
-    with torch.no_grad():
-        _Values(fx.GraphModule(owner, graph)).run(*call.tensors())
+    values = _Values(fx.GraphModule(owner, graph))
+    with torch.no_grad(), unfused_attention(), values.additions:  # numbered as in a trace
+        values.run(*call.tensors())
     _without_nothings(graph)
     return graph
 

@@ -182,7 +182,7 @@ def _converted(model: nn.Module, x: Any, blocks: Any, joined: bool) -> Converted
         additions = [a for a in traced.additions if within(a.module, names)]
         additions = [a for a in additions if not within(a.module, solving)]
         calls = _calls(network, x)
-        cuts, refused = _cuts(network, additions, calls)
+        cuts, refused = _cuts(network, additions, traced.numbers, calls)
         refused += [
             Refusal(name, reason.rstrip(".")) for name, reason in traced.refused if within(name, names)
         ]
@@ -262,7 +262,10 @@ def _calls(network: nn.Module, x: Any) -> dict[nn.Module, ModuleCall]:
 
 
 def _cuts(
-    network: nn.Module, additions: Sequence[Addition], calls: Mapping[nn.Module, ModuleCall]
+    network: nn.Module,
+    additions: Sequence[Addition],
+    numbers: Mapping[str, range],
+    calls: Mapping[nn.Module, ModuleCall],
 ) -> tuple[list[Cut], list[Refusal]]:
     """The modules whose forward holds blocks, cut, in the order of the pass; and what is refused."""
     refused = [
@@ -271,20 +274,20 @@ def _cuts(
         if a.kind != "identity" or not a.keeps_shape
     ]
     wanted = [a for a in additions if a.kind == "identity" and a.keeps_shape]
-    pending: dict[str, set[str]] = {}
+    pending: dict[str, list[Addition]] = {}
     for a in wanted:
-        pending.setdefault(a.module, set()).add(a.module)
+        pending.setdefault(a.module, []).append(a)
     cuts: list[Cut] = []
     while pending:
         name = max(pending, key=lambda n: n.count(".") + bool(n))  # the deepest
-        modules = pending.pop(name)
+        own = pending.pop(name)
         try:
-            part = _best(network, name, modules, sum(a.module in modules for a in wanted), calls)
+            part = _best(network, name, own, numbers, calls)
         except Uncuttable as error:
-            refused += [Refusal(m, str(error)) for m in sorted(modules)]
+            refused += [Refusal(m, str(error)) for m in sorted({a.module for a in own})]
             continue
         if part.name != name:  # the state comes in further up, where other blocks may be
-            pending.setdefault(part.name, set()).update(modules)
+            pending[part.name] = sorted([*pending.get(part.name, []), *own], key=lambda a: a.number)
             continue
         refused += [Refusal(name, reason) for reason in part.refused]
         cuts.append(part)
@@ -293,13 +296,17 @@ def _cuts(
 
 
 def _best(
-    network: nn.Module, name: str, modules: set[str], count: int, calls: Mapping[nn.Module, ModuleCall]
+    network: nn.Module,
+    name: str,
+    additions: Sequence[Addition],
+    numbers: Mapping[str, range],
+    calls: Mapping[nn.Module, ModuleCall],
 ) -> Cut:
-    """The lowest module at or above `name` in which all `count` blocks are found, else the most of them."""
-    opened = {network.get_submodule(above) for module in modules for above in _path(name, module)}
-    part = cut(name, network.get_submodule(name), opened, calls)
+    """The lowest module at or above `name` in which all the blocks are found, else the most of them."""
+    opened = {network.get_submodule(above) for a in additions for above in _path(name, a.module)}
+    part = cut(name, network.get_submodule(name), opened, calls, (additions, numbers[name]))
     found = sum(map(len, part.runs)) + len(part.refused)
-    if found >= count:
+    if found >= len(additions):
         return part
     parent = name
     while parent:
@@ -307,7 +314,7 @@ def _best(
         if network.get_submodule(parent) not in calls:  # a list of modules
             continue
         try:
-            higher = _best(network, parent, modules, count, calls)
+            higher = _best(network, parent, additions, numbers, calls)
         except Uncuttable:
             break
         if sum(map(len, higher.runs)) + len(higher.refused) > found:
