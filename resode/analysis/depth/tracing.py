@@ -156,8 +156,21 @@ def call(model: nn.Module, x: Any) -> Any:
     """The model's output for a tensor, a tuple of arguments, or a mapping."""
     if isinstance(x, Mapping):
         parameters = inspect.signature(model.forward).parameters
-        return model(**x) if any(name in parameters for name in x) else model(x)
-    return model(*x) if isinstance(x, tuple | list) else model(x)
+        takes = (
+            inspect.Parameter.VAR_KEYWORD in {p.kind for p in parameters.values()} and len(parameters) == 1
+        )
+        return model(**x) if takes or any(name in parameters for name in x) else model(x)
+    if not isinstance(x, tuple | list):
+        return model(x)
+    try:
+        inspect.signature(model.forward).bind(*x)
+    except TypeError as error:
+        raise TypeError(
+            f"x is a {type(x).__name__} of {len(x)}, so the model is called with {len(x)} arguments, and its "
+            f"forward says: {error}. Pass a pair of inputs and targets as two arguments, and one argument "
+            "alone as it is."
+        ) from error
+    return model(*x)
 
 
 def _with_gradients(x: Any, found: list[Tensor]) -> Any:
