@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,12 +18,25 @@ def call(model: nn.Module, x: Any) -> Any:
     """The model's output for a tensor, a tuple of arguments, or a mapping."""
     if isinstance(x, Mapping):
         parameters = inspect.signature(model.forward).parameters
-        return model(**x) if any(name in parameters for name in x) else model(x)
-    return model(*x) if isinstance(x, tuple | list) else model(x)
+        takes = (
+            inspect.Parameter.VAR_KEYWORD in {p.kind for p in parameters.values()} and len(parameters) == 1
+        )
+        return model(**x) if takes or any(name in parameters for name in x) else model(x)
+    if not isinstance(x, tuple | list):
+        return model(x)
+    try:
+        inspect.signature(model.forward).bind(*x)
+    except TypeError as error:
+        raise TypeError(
+            f"x is a {type(x).__name__} of {len(x)}, so the model is called with {len(x)} arguments, and its "
+            f"forward says: {error}. Pass a pair of inputs and targets as two arguments, and one argument "
+            "alone as it is."
+        ) from error
+    return model(*x)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and mappings (Hugging Face's outputs are mappings)."""
+    """The tensors in nested tuples, lists, mappings (Hugging Face's outputs are mappings) and dataclasses."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -31,6 +45,9 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, tuple | list):
         for item in value:
             yield from tensors_in(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for member in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, member.name))
 
 
 def is_floating(value: Any) -> bool:

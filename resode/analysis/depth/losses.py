@@ -22,7 +22,10 @@ def batch_of(x: Any) -> int:
     """
     first = next(tensors_in(x), None)
     if first is None or not first.ndim or not len(first):
-        raise ValueError("x must hold at least one tensor of shape (batch, …) with at least one sample.")
+        raise ValueError(
+            "x must hold at least one tensor of shape (batch, …) with at least one sample: got "
+            f"{type(x).__name__}."
+        )
     return len(first)
 
 
@@ -84,8 +87,9 @@ def parts(x: Any, target: Any, size: int) -> Iterator[tuple[Any, Any, int]]:
 
 def prediction(output: Any) -> Tensor:
     """The tensor that a loss acts on: `logits` where the output has them, else its first tensor."""
-    if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):
-        return output["logits"]
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
     first = next(tensors_in(output), None)
     if first is None:
         raise TypeError(f"the model's output holds no tensor: got {type(output).__name__}.")

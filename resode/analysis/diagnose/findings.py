@@ -120,6 +120,7 @@ THRESHOLDS = Thresholds()
 
 FEWEST = 4  # blocks from which a median tells what is usual
 _NORMED = 0.02  # median deviation of log ‖F‖ of siblings up to which a norm sets it
+_FREE = 0.1  # how little a branch depends on ‖x‖ behind a norm
 
 
 def findings(m: Measures, thresholds: Thresholds = THRESHOLDS) -> list[Finding]:
@@ -153,6 +154,10 @@ def _non_finite(place: tuple[str, str]) -> Finding:
     block, what = place
     if what.startswith("the weights"):
         advice = "Load weights of before, or initialise this module anew and train on."
+    elif what in ("the inputs", "the targets"):
+        advice = (
+            "Look for NaN and infinity in the data, and for a division by a deviation of 0 in their making."
+        )
     elif what.startswith("the gradient"):
         advice = (
             "Look right after it for a function whose derivative is infinite at 0 (sqrt, norm, log, "
@@ -558,7 +563,9 @@ def strength(
     sizes = [math.log(c.size) for c in known if c.size > 0]
     spread = statistics.median(abs(s - statistics.median(sizes)) for s in sizes) if sizes else math.inf
     # A norm at the end of each branch makes the sizes equal; ‖F‖/‖x‖ then tells of the state alone.
-    output = (times("size") if spread < _NORMED else max(times("size"), times("ratio"))) / t.strong_output
+    # Behind one at its start a gain is as 1/‖x‖, and the size tells whether the branch is strong.
+    by_size = spread < _NORMED or b.radial < _FREE
+    output = (times("size") if by_size else max(times("size"), times("ratio"))) / t.strong_output
     jump = _jump(known, b) / t.jump
     by_gain = min(times("branch_gain") / t.strong, times("gain") / t.strong_gain, output, jump)
     by_sigma = min(times("sigma") / t.sigma, output, jump)

@@ -85,6 +85,8 @@ class BlockMeasures:
         gain: ‖(S' + ηJ)ᵀu‖ / ‖u‖.
         branch_gain: ‖ηJᵀu‖ / ‖u‖.
         sigma: largest singular value of S' + ηJ, from below, in the worst sample.
+        radial: how much F depends on ‖x‖, √n |cos| of x and Jᵀu: near 1, and near 0 behind a norm, whose J is
+            as 1/‖x‖.
         ratio: ‖ηF(x)‖ / ‖x‖.
         size: ‖ηF(x)‖ / √n.
         growth: ‖y‖ / ‖x‖.
@@ -102,6 +104,7 @@ class BlockMeasures:
     gain: float = NAN
     branch_gain: float = NAN
     sigma: float = NAN
+    radial: float = NAN
     ratio: float = NAN
     size: float = NAN
     growth: float = NAN
@@ -250,6 +253,8 @@ def measure(
     found.norms, found.dead_layers = watcher.norm_measures(), watcher.dead_shares()
     found.evaluations, found.order = watcher.evaluations, watcher.order
     found.non_finite, found.solver_error = watcher.non_finite, watcher.solver_error
+    if found.non_finite is not None and not _finite(x):
+        found.non_finite = "", "the inputs"
     if found.non_finite is not None or found.solver_error is not None:
         return found
     found.probed = max(1, min(SAMPLES, samples, _ENTRIES // max(1, activations)))
@@ -350,6 +355,11 @@ def _bad_weights(model: nn.Module) -> tuple[str, str] | None:
             if isinstance(value, nn.Parameter) or not _masked(value):
                 return owner, f"the weights: {own} of {owner or 'the model'}"
     return None
+
+
+def _finite(data: Any) -> bool:
+    """Whether tensors of data are, but for masks; what a network makes finite of NaN is its own."""
+    return all(bool(t.isfinite().all()) or _masked(t) for t in tensors_in(data) if t.is_floating_point())
 
 
 def _masked(t: Tensor) -> bool:
@@ -485,6 +495,10 @@ def _precise(model: nn.Module, watcher: _Watcher) -> Iterator[nn.Module]:
     low = any(p.is_floating_point() and p.element_size() < 4 for p in model.parameters())
     chosen = copy.deepcopy(model).float() if low else model
     with ExitStack() as stack:
+        for module in chosen.modules():  # through frozen ones nothing could be traced back to token ids
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and not module.weight.requires_grad:
+                stack.callback(module.weight.requires_grad_, False)
+                module.weight.requires_grad_()
         if any(isinstance(module, nn.RNNBase) for module in chosen.modules()):
             stack.enter_context(
                 torch.backends.cudnn.flags(enabled=False)
@@ -538,6 +552,13 @@ def _measure_blocks(
     found.recurrences = [_recurrence(name, *kept) for name, kept in recurrent.items()]
     found.notes += [_forgetful(r) for r in found.recurrences if r.ratio < _FORGETS]
     batch = found.probed
+    output = prediction(traced.output)
+    held = output.ndim > 0 and (batch in output.shape[:2] or len(output) % batch == 0)
+    if not held and batch > 1:
+        raise ValueError(
+            f"the model's output must hold the {batch} samples as dimension 0: got shape "
+            f"{tuple(output.shape)}. Give a model that returns its outputs, not its loss."
+        )
     names = block_names(model, traced)
     found.detached = traced.detached
     found.blocks = [
@@ -714,7 +735,7 @@ def _gradients(found: Measures, traced: Trace, layers: list[_Layer], target: Any
     if found.non_finite is not None:
         return
     if not math.isfinite(found.loss):
-        found.non_finite = "", "the loss"
+        found.non_finite = "", "the loss" if _finite(target) else "the targets"
         return
     names = [b.name for b in found.blocks] + [layer.name for layer in layers]
     infinite = [i for i, g in enumerate(gradients) if not bool(g.isfinite().all())]
@@ -740,7 +761,7 @@ def _random(like: Tensor, generator: torch.Generator) -> Tensor:
 def _probe(a: Addition, b: BlockMeasures, batch: int, generator: torch.Generator) -> None:
     """The gains of a block and its largest singular value, from below."""
     products = JacobianProducts.between(a.at_y, a.at_x, a.y, a.x, batch)
-    gains, branches = [], []
+    gains, branches, radial = [], [], []
     u = torch.zeros_like(a.y)
     for _ in range(_PROBES):
         u = _random(a.y, generator)
@@ -748,8 +769,18 @@ def _probe(a: Addition, b: BlockMeasures, batch: int, generator: torch.Generator
         gains.append(_quotient(w, u))
         rest = w - b.shortcut * u if math.isfinite(b.shortcut) else split_gradient(a, u)[1]
         branches.append(_quotient(rest, u))
-    b.gain, b.branch_gain = _rms(gains), _rms(branches)
+        radial.append(_radial(rows(a.x, batch), rows(rest, batch)))
+    b.gain, b.branch_gain, b.radial = _rms(gains), _rms(branches), _rms(radial)
     b.sigma = largest_singular_value(products, u, batch, _ROUNDS)
+
+
+def _radial(x: Tensor, back: Tensor) -> float:
+    """√n |cos| of a state and a gradient at it, root mean square over the samples."""
+    if x.shape != back.shape:
+        return NAN
+    x, back = x.double(), back.double()
+    sizes = (x.norm(dim=1) * back.norm(dim=1)).clamp_min(1e-300)
+    return float(((x * back).sum(1) / sizes).square().mean().sqrt()) * x.shape[1] ** 0.5
 
 
 def _rms(values: Sequence[float]) -> float:
