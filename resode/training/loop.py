@@ -176,7 +176,7 @@ class TrainingLoop:
     def close(self) -> None:
         """Let go of the connections between processes; the network stays.
 
-        torch 2.13's reducer ends with Python's lock held: where that is the end of the group's own thread too,
+        torch 2.13's reducer ends with Python's lock held: where that is the end of the group's thread too,
         which waits for the lock, the process never ends. So it goes first, while the group is held.
         """
         for module in self.module.modules():
