@@ -179,7 +179,9 @@ def test_what_never_decays_allows_no_step(dtype, free):
     """Oscillators, turning skew fields and masses on springs: 0 is the figure of Euler's limit, no bound."""
     rng = np.random.default_rng(0)
     a, stiff = rng.normal(size=(60, 60)), rng.normal(size=(20, 20))
-    mass = np.block([[np.zeros((20, 20)), np.eye(20)], [-stiff @ stiff.T / 20 - np.eye(20), np.zeros((20, 20))]])
+    mass = np.block(
+        [[np.zeros((20, 20)), np.eye(20)], [-stiff @ stiff.T / 20 - np.eye(20), np.zeros((20, 20))]]
+    )
     for j in (np.array([[0.0, 1.0], [-1.0, 0.0]]), a - a.T, mass):
         matrix = torch.as_tensor(j, dtype=dtype)
         limit = of(matrix) if free else step_limit(matrix)
