@@ -33,6 +33,21 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
+def mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """Nested tuples, lists (as tuples) and mappings with every tensor changed.
+
+    Example:
+        >>> import torch
+        >>> mapped([1, {"x": torch.ones(2)}], torch.neg)
+        (1, {'x': tensor([-1., -1.])})
+    """
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {name: mapped(item, change) for name, item in value.items()}
+    return tuple(mapped(item, change) for item in value) if isinstance(value, tuple | list) else value
+
+
 def is_floating(value: Any) -> bool:
     """Whether a value is a tensor of floating-point numbers."""
     return isinstance(value, Tensor) and value.is_floating_point()
