@@ -194,6 +194,11 @@ class ModuleCall:
         """Whether a state comes out as large as it came in."""
         return self.x is not None and self.y is not None and self.x.shape == self.y.shape
 
+    @property
+    def differentiable(self) -> bool:
+        """Whether both states lie in autograd's graph."""
+        return not any(isinstance(source, int) for source, _ in (self.at_x, self.at_y))
+
     def check_shape(self) -> None:
         """Raise a ValueError where it is no block by itself, as those named by blocks= must be."""
         if self.x is None or self.y is None:

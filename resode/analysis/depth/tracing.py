@@ -444,7 +444,7 @@ class _Finder:
     def _module_block(self, number: int, m: ModuleCall) -> Addition:
         m.check_shape()
         assert m.x is not None and m.y is not None
-        if any(isinstance(source, int) for source, _ in (m.at_x, m.at_y)):
+        if not m.differentiable:
             raise ValueError(f"block {m.name} has no differentiable input and output.")
         at_x, at_y = self.graph.place([m.at_x], [m.x]), self.graph.place([m.at_y], [m.y])
         found = _whole(m.name, number, (m.x, at_x), (m.y, at_y))
