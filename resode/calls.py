@@ -50,6 +50,21 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(getattr(value, member.name))
 
 
+def mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """Nested tuples, lists (as tuples) and mappings with every tensor changed.
+
+    Example:
+        >>> import torch
+        >>> mapped([1, {"x": torch.ones(2)}], torch.neg)
+        (1, {'x': tensor([-1., -1.])})
+    """
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {name: mapped(item, change) for name, item in value.items()}
+    return tuple(mapped(item, change) for item in value) if isinstance(value, tuple | list) else value
+
+
 def is_floating(value: Any) -> bool:
     """Whether a value is a tensor of floating-point numbers."""
     return isinstance(value, Tensor) and value.is_floating_point()
@@ -195,6 +210,11 @@ class ModuleCall:
     def keeps_shape(self) -> bool:
         """Whether a state comes out as large as it came in."""
         return self.x is not None and self.y is not None and self.x.shape == self.y.shape
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether both states lie in autograd's graph."""
+        return not any(isinstance(source, int) for source, _ in (self.at_x, self.at_y))
 
     def check_shape(self) -> None:
         """Raise a ValueError where it is no block by itself, as those named by blocks= must be."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from resode.analysis.depth.couplings import Coupling, couplings
 from resode.analysis.depth.graph import ValueGraph
 from resode.analysis.depth.watching import Recorder, Sum, Value, value_of, watching
 from resode.blocks import ODEBlock, ResidualStack
-from resode.calls import ModuleCall, call, matching, tensors_in
+from resode.calls import ModuleCall, call, mapped, matching, tensors_in
 from resode.jacobian.places import Place
 from resode.tableaus import METHODS
 
@@ -158,19 +158,17 @@ def _refuse_adaptive(model: nn.Module) -> None:
 
 def _with_gradients(x: Any, found: list[Tensor]) -> Any:
     """The same inputs; floating-point ones are copies that gradients come back to."""
-    if isinstance(x, Tensor):
-        if x.is_complex():
-            raise TypeError(f"complex states are not supported: got {x.dtype}. Use real and imaginary parts.")
-        if not x.is_floating_point():
-            return x
+
+    def copied(t: Tensor) -> Tensor:
+        if t.is_complex():
+            raise TypeError(f"complex states are not supported: got {t.dtype}. Use real and imaginary parts.")
+        if not t.is_floating_point():
+            return t
         with torch.inference_mode(False), torch.enable_grad():
-            found.append(x.detach().clone().requires_grad_().clone())
+            found.append(t.detach().clone().requires_grad_().clone())
         return found[-1]
-    if isinstance(x, Mapping):
-        return {name: _with_gradients(item, found) for name, item in x.items()}
-    if isinstance(x, tuple | list):
-        return tuple(_with_gradients(item, found) for item in x)
-    return x
+
+    return mapped(x, copied)
 
 
 class _Finder:
@@ -446,7 +444,7 @@ class _Finder:
     def _module_block(self, number: int, m: ModuleCall) -> Addition:
         m.check_shape()
         assert m.x is not None and m.y is not None
-        if any(isinstance(source, int) for source, _ in (m.at_x, m.at_y)):
+        if not m.differentiable:
             raise ValueError(f"block {m.name} has no differentiable input and output.")
         at_x, at_y = self.graph.place([m.at_x], [m.x]), self.graph.place([m.at_y], [m.y])
         found = _whole(m.name, number, (m.x, at_x), (m.y, at_y))

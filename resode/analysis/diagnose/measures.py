@@ -28,7 +28,7 @@ from resode.analysis.depth.gradients import split_gradient
 from resode.analysis.depth.losses import LossFunction, batch_of, part, parts, prediction, sample_losses
 from resode.analysis.depth.tracing import Addition, Trace, trace
 from resode.blocks import ODEBlock, ResidualStack
-from resode.calls import call, tensors_in
+from resode.calls import call, mapped, tensors_in
 from resode.jacobian.places import Place
 from resode.jacobian.products import JacobianProducts, rows
 from resode.solve import SolverError
@@ -530,11 +530,7 @@ def _put(module: Any, **values: Any) -> None:
 def _floating(x: Any, model: nn.Module) -> Any:
     """Inputs of less than 32 bits as the model's own floating-point type."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    if isinstance(x, Tensor):
-        return x.to(dtype) if x.is_floating_point() and x.element_size() < 4 else x
-    if isinstance(x, dict):
-        return {name: _floating(value, model) for name, value in x.items()}
-    return tuple(_floating(value, model) for value in x) if isinstance(x, tuple | list) else x
+    return mapped(x, lambda t: t.to(dtype) if t.is_floating_point() and t.element_size() < 4 else t)
 
 
 def _measure_blocks(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from resode.blocks import ResidualStack
+from resode.blocks.solving import named_stacks
 from resode.calls import ModuleCall, recorded, tensors_in, within
 from resode.jacobian.products import full_precision
 from resode.modes import evaluating
@@ -100,7 +101,7 @@ def block_groups(network: nn.Module, images: Tensor, blocks: str | None = None) 
     if not len(images):
         raise ValueError(f"step limits belong to states: give at least one image, got {tuple(images.shape)}.")
     with evaluating(network), torch.no_grad(), full_precision():
-        stacks = {n: m for n, m in network.named_modules() if isinstance(m, ResidualStack)}
+        stacks = named_stacks(network)
         if not stacks or blocks is not None:
             return _blocks_of(network, images, blocks)
         found = []

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from resode.analysis.diagnose.forecast import block_name
 from resode.analysis.swap.bseries import Tree, modified_coefficient, symmetry, trees
 from resode.blocks import ResidualStack
-from resode.blocks.solving import other_solver
+from resode.blocks.solving import block_name, named_stacks, other_solver
 from resode.calls import hooked
 from resode.checks import check_whole, warn_user
 from resode.jacobian.linearize import check_field
@@ -311,7 +310,7 @@ def block_distances(model: nn.Module, x: Tensor) -> tuple[list[BlockDistance], s
         are none (an adaptive solver, a method of an order above 4, whose first correction has hundreds of
         terms, or an F that cannot be differentiated so often).
     """
-    stacks = {name: m for name, m in model.named_modules() if isinstance(m, ResidualStack)}
+    stacks = named_stacks(model)
     for stack in stacks.values():
         tableau = get_tableau(stack.solver)
         if tableau.adaptive:
