@@ -100,14 +100,17 @@ class Recorder(WatchesAdditions):
         self.views: dict[Any, Tensor] = {}
         self.saved: list[tuple[Tensor, int]] = []
 
-    def attach(self, blocks: set[str] | None) -> list[Any]:
-        """Follow the model's modules; returns the hooks, to be removed."""
+    def attach(self, blocks: set[str] | None, *, strict: bool = True) -> list[Any]:
+        """Follow the model's modules; returns the hooks, to be removed.
+
+        Where it is not strict, modules among `blocks` that keep no state's shape are passed over.
+        """
         hooks = []
         for name, module in self.model.named_modules():
             hooks.append(module.register_forward_pre_hook(self._entering(name)))
             hooks.append(module.register_forward_hook(self._leaving, always_call=True))
             if blocks is not None and name in blocks:
-                hooks.append(module.register_forward_hook(self._block(name), with_kwargs=True))
+                hooks.append(module.register_forward_hook(self._block(name, strict), with_kwargs=True))
         return hooks
 
     def _entering(self, name: str) -> Callable[..., None]:
@@ -120,10 +123,13 @@ class Recorder(WatchesAdditions):
     def _leaving(self, module: nn.Module, args: Any, output: Any) -> None:
         self.running.pop()
 
-    def _block(self, name: str) -> Callable[..., None]:
+    def _block(self, name: str, strict: bool) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             x = next(iter(tensors_in((args, kwargs))), None)
             y = next(iter(tensors_in(output)), None)
+            states = [t for t in (x, y) if t is not None and t.grad_fn is not None]
+            if not strict and (len(states) < 2 or states[0].shape != states[1].shape):
+                return
             if x is None or y is None or x.grad_fn is None or y.grad_fn is None:
                 raise ValueError(f"block {name} has no differentiable input and output.")
             if x.shape != y.shape:
@@ -296,14 +302,22 @@ def _copy(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def watching(
-    model: nn.Module, inputs: Sequence[Tensor], blocks: set[str] | None, *, copies: bool = False
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    blocks: set[str] | None,
+    *,
+    strict: bool = True,
+    copies: bool = False,
 ) -> Iterator[Recorder]:
-    """Watch what the model does within it; `copies` keeps what gradients need from being overwritten."""
+    """Watch what the model does within it; `copies` keeps what gradients need from being overwritten.
+
+    `strict` refuses modules among `blocks` that keep no state's shape.
+    """
     recorder = Recorder(model)
     saving = saved_tensors_hooks(_copy if copies else _noting(recorder.saved), lambda t: t)
     for tensor in inputs:
         recorder.start(tensor)
-    hooks = recorder.attach(blocks)
+    hooks = recorder.attach(blocks, strict=strict)
     try:
         with (
             torch.inference_mode(False),
