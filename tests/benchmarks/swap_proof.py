@@ -182,6 +182,7 @@ def main() -> None:
         ways = [way for way in WAYS if way == "Euler alone" or given.only in way]
     columns: dict[str, dict[str, list[float]]] = {way: defaultdict(list) for way in ways}
     diverged = dict.fromkeys(ways, 0)
+    measured(given.first_seed, {"swap_proof": True}, {1})  # the first run of a process takes longer
     for seed in range(given.first_seed, given.first_seed + given.seeds):
         for way, column in columns.items():
             try:

@@ -297,7 +297,7 @@ def profile_depth(
                 progress(f"{sum(p.samples for p in pieces)} samples")
         _check_random(model, part(first, 0, min(2, batch), batch))
         if spectra > 0:
-            traced = trace(model, part(first, 0, count, batch), blocks)
+            traced = trace(model, part(first, 0, count, batch), blocks, streams=True)
             seen: Counter[str] = Counter()  # additions of each module
             for number, a in enumerate(traced.additions, 1):
                 progress(f"spectrum of block {number} of {len(traced.additions)}, {a.name}")
@@ -410,7 +410,7 @@ def _profile_part(
     lesions: bool,
 ) -> _Part:
     """The profile of a few samples, without the spectra."""
-    traced = trace(model, x, blocks)
+    traced = trace(model, x, blocks, streams=True)
     additions = traced.additions
     _check_finite(model, traced)
     if not additions:

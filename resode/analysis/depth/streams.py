@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from resode.analysis.depth.losses import batch_of
+from resode.analysis.depth.stream_modules import count_and_branch
 from resode.calls import ModuleCall, call, hooked, is_floating, matching, recorded, tensors_in
 from resode.modes import evaluating
 from resode.tables import csv_text, plain_table, short
 
-_COUNTS = ("streams", "num_residual_streams", "num_streams", "n_streams")
-_BRANCHES = ("branch", "block", "fn", "layer", "sublayer", "f")
 _EXACT = 1e-3  # of a mixture, relative; float32 blocks whose streams are nearly alike leave 1e-4
 _APART = 1e-3  # streams closer to one another than this are moved by as much
 
@@ -146,14 +145,15 @@ def _blocks(
     for name, module in model.named_modules():
         if named is not None and name not in named:
             continue
-        counts = [getattr(module, key) for key in _COUNTS if type(getattr(module, key, None)) is int]
-        count = streams if streams is not None else counts[0] if counts else None
-        children = dict(module.named_children())
-        child = next((key for key in ((branch,) if branch else _BRANCHES) if key in children), None)
+        count, child = count_and_branch(module, streams, branch)
         if named is not None and (count is None or child is None):
             lacks = "number of streams: give streams=" if count is None else "branch: name it, branch="
             raise ValueError(f"{name or 'the model'} tells no {lacks}.")
-        if count is not None and child is not None and (named is not None or counts):
+        if (
+            count is not None
+            and child is not None
+            and (named is not None or count_and_branch(module)[0] is not None)
+        ):
             found[name] = module, child, count
     if not found:
         raise ValueError(

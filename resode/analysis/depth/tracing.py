@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from resode.analysis.depth.couplings import Coupling, couplings
 from resode.analysis.depth.graph import ValueGraph
+from resode.analysis.depth.stream_modules import stream_modules
 from resode.analysis.depth.watching import Recorder, Sum, Value, value_of, watching
 from resode.blocks import ODEBlock, ResidualStack
 from resode.calls import ModuleCall, call, mapped, matching, tensors_in
@@ -102,7 +103,9 @@ class Trace:
     numbers: dict[str, range] = field(default_factory=dict)
 
 
-def trace(model: nn.Module, x: Any, blocks: str | Sequence[str] | None = None) -> Trace:
+def trace(
+    model: nn.Module, x: Any, blocks: str | Sequence[str] | None = None, *, streams: bool = False
+) -> Trace:
     """Run the model once and find its residual additions.
 
     Args:
@@ -111,6 +114,7 @@ def trace(model: nn.Module, x: Any, blocks: str | Sequence[str] | None = None) -
             as one argument where forward has no parameters of these names).
         blocks: patterns of module names (* and ? stand for anything): take these modules' M(x) as
             x + (M(x) − x) instead of tracing additions.
+        streams: take modules that mix the streams of a state likewise, where no addition of theirs is found.
 
     Raises:
         ValueError: nothing in the output depends on a floating-point input or an embedding; `blocks` names
@@ -119,7 +123,7 @@ def trace(model: nn.Module, x: Any, blocks: str | Sequence[str] | None = None) -
     _refuse_adaptive(model)
     inputs: list[Tensor] = []
     given = _with_gradients(x, inputs)
-    names = matching(model, blocks)
+    names = set(stream_modules(model)) if streams and blocks is None else matching(model, blocks)
     with watching(model, inputs, names) as recorder:
         output = call(model, given)
     if recorder.overwrote_saved():
@@ -138,7 +142,7 @@ def trace(model: nn.Module, x: Any, blocks: str | Sequence[str] | None = None) -
     found = _Finder(ValueGraph(outputs, recorder))
     if blocks is not None:
         return Trace(output, inputs, _named(found.module_blocks()))
-    additions = _named(found.additions())
+    additions = _named(found.with_modules(found.additions()))
     return Trace(
         output, inputs, additions, found.refused(), found.outside(), found.detached(), recorder.numbers
     )
@@ -191,6 +195,8 @@ class _Finder:
                 continue
             fork = self.graph.fork(value)
             addition = None if fork is None else self._addition(value, record, fork, found)
+            if addition is None and fork is not None and (state := self._unfolded(fork, record)) is not None:
+                addition = self._addition(value, record, state, found)
             if addition is None and (state := self._joined(value)) is not None:
                 addition = self._addition(value, record, state, found)
             if addition is not None:
@@ -205,6 +211,18 @@ class _Finder:
             self.inside |= self.graph.between(starts, ends)
             self.ends |= {*starts, *ends}
         return sorted(result, key=lambda a: a.number)
+
+    def _unfolded(self, fork: Value, record: Sum) -> Value | None:
+        """The state of the sum's shape that a fork is a view of, as of flattened features."""
+        seen, start = self.recorder.values, fork
+        while seen[fork].shape != record.result.shape:
+            before = self.graph.before(fork)
+            if len(before) != 1 or before[0] not in seen or self.graph.weight(fork):
+                return None
+            if seen[before[0]].numel() != seen[fork].numel():
+                return None
+            [fork] = before
+        return None if fork == start else fork
 
     def _joined(self, value: Value) -> Value | None:
         """The addend that the other one is computed from, though nothing dominates the addition.
@@ -437,9 +455,27 @@ class _Finder:
             and not any(id(p) in used for p in own)
         ]
 
-    def module_blocks(self) -> list[Addition]:
-        """The modules that were asked for, as x + (M(x) − x)."""
-        return [self._module_block(-1 - i, m) for i, m in enumerate(self.recorder.modules)]
+    def with_modules(self, additions: list[Addition]) -> list[Addition]:
+        """The additions, and modules that were asked for and have none of their own, in their order."""
+        have = {a.module for a in additions}
+        whole = [m for m in self.module_blocks(strict=False) if m.module not in have]
+        if not whole:
+            return additions
+        for m in whole:
+            starts, ends = ([(e.node, e.output_nr) for e in at.edges] for at in (m.at_x, m.at_y))
+            self.inside |= self.graph.between(starts, ends)
+        within = tuple(f"{m.module}." for m in whole)
+        kept = [a for a in additions if not a.module.startswith(within)]
+        last = {
+            id(a): max(self.graph.at.get((e.node, e.output_nr), 0) for e in a.at_y.edges)
+            for a in [*kept, *whole]
+        }
+        return sorted([*kept, *whole], key=lambda a: last[id(a)])
+
+    def module_blocks(self, *, strict: bool = True) -> list[Addition]:
+        """The modules that were asked for, as x + (M(x) − x); what is no block is refused, or passed over."""
+        calls = [m for m in self.recorder.modules if strict or (m.keeps_shape and m.differentiable)]
+        return [self._module_block(-1 - i, m) for i, m in enumerate(calls)]
 
     def _module_block(self, number: int, m: ModuleCall) -> Addition:
         m.check_shape()

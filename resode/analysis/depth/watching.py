@@ -251,7 +251,11 @@ def _copy(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def watching(
-    model: nn.Module, inputs: Sequence[Tensor], blocks: set[str] | None, *, copies: bool = False
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    blocks: set[str] | None,
+    *,
+    copies: bool = False,
 ) -> Iterator[Recorder]:
     """Watch what the model does within it; `copies` keeps what gradients need from being overwritten."""
     recorder = Recorder(model)
