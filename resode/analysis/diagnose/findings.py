@@ -154,6 +154,11 @@ def _non_finite(place: tuple[str, str]) -> Finding:
     block, what = place
     if what.startswith("the weights"):
         advice = "Load weights of before, or initialise this module anew and train on."
+    elif "reach" in what:
+        advice = (
+            "It overflows, because the state or the weights had exploded before: look at a checkpoint of "
+            "before, or at fresh weights."
+        )
     elif what in ("the inputs", "the targets"):
         advice = (
             "Look for NaN and infinity in the data, and for a division by a deviation of 0 in their making."
@@ -667,8 +672,9 @@ def _gain_of_whole(m: Measures, t: Thresholds) -> list[Finding]:
                 f"{depth} blocks amplify a perturbation "
                 f"{'more than 1e38' if sigma == math.inf else f'up to {sigma:.3g}'} times and the state "
                 f"{m.state_growth:.3g} times; no single block stands out.",
-                f"Multiply each branch by 1/√{depth} = {depth**-0.5:.2g} (step_size in a ResidualStack), or "
-                "start its last layer at 0, or take a norm before it. A smaller learning rate does not help.",
+                f"Multiply each branch by 1/√{depth} = {depth**-0.5:.2g} (step_size in a ResidualStack). Its "
+                "last layer started at 0, or a norm before it, helps too, at a smaller learning rate; a "
+                "smaller learning rate alone does not.",
                 numbers,
             )
         ]
