@@ -177,8 +177,8 @@ class Diagnosis:
             if solver == self.solver:
                 yield f"{solver}: as it is."
                 continue
-            where = f"; most in {f.worst_block}: {short(f.defect)}" if f.worst_block else ""
-            yield f"{solver} {f.verdict} accuracy: drift {short(f.drift)}{where}."
+            where = f"; {f.worst_block} {short(f.defect)}" if f.worst_block else ""
+            yield f"{solver} as it is {f.verdict} accuracy (drift {short(f.drift)}{where})."
 
     def _train_line(self) -> str:
         t = self.training
