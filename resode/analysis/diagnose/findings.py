@@ -84,6 +84,9 @@ class Thresholds:
         alone: branch gain in networks with too few blocks for a median.
         whole: largest singular value of the whole depth; its inverse is the least.
         state_growth: ‖x_L‖/‖x_0‖.
+        grows: ‖x_L‖/‖x_0‖ that goes with `whole`: behind norms the state stays, and at the start of a network
+            with batch norm the gradient grows by a fifth a layer, which training bears.
+        normed: largest singular value of the whole depth where the state does not grow so.
         gradient_ratio: first over last layer's gradient in networks without shortcuts, and its inverse.
         collapse: how different the samples still are, relative to the inputs.
         heavy: weights relative to the median of all layers, in networks without shortcuts.
@@ -107,6 +110,8 @@ class Thresholds:
     alone: float = 30.0
     whole: float = 1e3
     state_growth: float = 1e3
+    grows: float = 30.0
+    normed: float = 1e5
     gradient_ratio: float = 1e4
     collapse: float = 1e-3
     heavy: float = 12.0
@@ -664,7 +669,8 @@ def _gain_of_whole(m: Measures, t: Thresholds) -> list[Finding]:
     sigma = m.whole_gain if math.isnan(m.whole_sigma) else m.whole_sigma
     depth = len(m.blocks)
     numbers = {"sigma": sigma, "gain": m.whole_gain, "state_growth": m.state_growth, "blocks": float(depth)}
-    if sigma > t.whole or m.state_growth > t.state_growth:
+    explodes = sigma > (t.whole if m.state_growth > t.grows else t.normed)
+    if explodes or m.state_growth > t.state_growth:
         return [
             Finding(
                 WHOLE,
