@@ -10,7 +10,7 @@ from torch import nn
 
 import resode
 from resode.analysis.diagnose import measures
-from resode.analysis.diagnose.findings import CAUSES, WHOLE
+from resode.analysis.diagnose.findings import CAUSES, WHOLE, findings
 from resode.networks import build
 from tests.clinic import faults
 from tests.clinic.networks import HEALTHY, LN, Reader, Residual, data, healthy, mlp, residual_mlps
@@ -422,3 +422,16 @@ def test_weights_made_in_inference_mode_are_looked_at():
     with torch.inference_mode():
         model = residual_mlps(3)
     assert len(resode.diagnose(model, torch.randn(4, 1, 8, 8)).rows) == 3
+
+
+def test_a_depth_explodes_where_its_state_grows_or_by_far():
+    """Behind norms the state stays and the gradient grows by a fifth a layer, which training bears."""
+    m = measures.measure(residual_mlps(5).eval(), torch.randn(8, 1, 8, 8), None, None, None, 0)
+    for sigma, growth, explodes in (
+        (8e3, 2.0, False),
+        (8e3, 100.0, True),
+        (1e6, 2.0, True),
+        (10.0, 2e3, True),
+    ):
+        m.whole_sigma, m.state_growth = sigma, growth
+        assert [f.cause for f in findings(m)] == (["explosion"] if explodes else [])
