@@ -435,3 +435,15 @@ def test_a_depth_explodes_where_its_state_grows_or_by_far():
     ):
         m.whole_sigma, m.state_growth = sigma, growth
         assert [f.cause for f in findings(m)] == (["explosion"] if explodes else [])
+
+
+def test_a_group_of_blocks_without_shortcuts_is_made_so():
+    """The last group of some networks has none; one block without among others of its list is a fault."""
+    torch.manual_seed(0)
+    groups = [nn.Sequential(*[Residual(mlp(last=0.5)) for _ in range(3)]) for _ in range(3)]
+    last = nn.Sequential(Residual(mlp(), factor=None))
+    x = torch.randn(8, 32)
+    assert resode.diagnose(nn.Sequential(*groups, last), x).ok
+    groups[1][2].factor = None
+    first = resode.diagnose(nn.Sequential(*groups, last), x).findings[0]
+    assert (first.block, first.cause) == ("1.2", "no-shortcut")

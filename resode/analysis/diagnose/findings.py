@@ -288,12 +288,21 @@ def _without_shortcut(m: Measures) -> list[Finding]:
     found = []
     for members in classes.values():
         usual, times = Counter(n for _, n in members).most_common(1)[0]
-        odd = [name for name, n in members if n < usual]
+        # A group of blocks without shortcuts is made so, as the last one of some networks.
+        whole = {_container(name) for name, n in members if n >= usual}
+        odd = [name for name, n in members if n < usual and _container(name) in whole]
         if len(members) >= 3 and times > 0.5 * len(members) and 0 < len(odd) <= max(1, 0.25 * len(members)):
             found += [
                 _no_shortcut(name, "It has no shortcut, and its siblings have one", 1.0) for name in odd
             ]
     return found
+
+
+def _container(name: str) -> str:
+    """The list that a block is in: its name up to its last number."""
+    parts = name.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[-1]]) if numbers else ""
 
 
 def _dead(m: Measures, t: Thresholds) -> list[Finding]:
