@@ -204,6 +204,32 @@ def test_sixty_blocks_without_norm_are_told_of_their_depth(tmp_path):
     train(network(60**-0.5), "digits", "smoke", run_dir=tmp_path / "again", progress=False, lr=0.02)
 
 
+def test_networks_without_a_solver_are_diagnosed_when_they_diverge(tmp_path):
+    """Sixty blocks x + W₂ relu(W₁x); the folder, which has no weights, says that its run diverged."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 32), *[Doubling() for _ in range(60)], nn.Linear(32, 10)
+    )
+    with pytest.raises(RunError, match="60 blocks amplify a perturbation") as error:
+        train(network, "digits", "smoke", run_dir=tmp_path / "run", progress=False, lr=0.02)
+    assert "tenth" not in str(error.value)
+    with pytest.raises(RunError, match="it diverged in its first epoch"):
+        read_weights(tmp_path / "run")
+
+
+class Doubling(nn.Module):
+    """Doubles the second moment of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+        nn.init.kaiming_normal_(self.first.weight, nonlinearity="relu")
+        nn.init.kaiming_normal_(self.second.weight, nonlinearity="linear")
+
+    def forward(self, x):
+        return x + self.second(torch.relu(self.first(x)))
+
+
 # Files of other times, other data, and full disks
 
 

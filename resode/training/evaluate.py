@@ -300,6 +300,11 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """A state_dict and what it belongs to, from a run folder, a checkpoint or a weights file."""
     if path.is_dir():
         folder = RunFolder.open(path)
+        if not folder.weights.exists() and folder.diverged.exists():
+            raise RunError(
+                f"{path} has no weights: it diverged in its first epoch. The state that failed is in "
+                f"{folder.diverged}; start anew with another recipe or network in another folder."
+            )
         if not folder.weights.exists():
             raise RunError(
                 f"{path} has no weights yet: its first epoch did not end. Go on with --resume {path}."

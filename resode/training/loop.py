@@ -192,8 +192,7 @@ class TrainingLoop:
             self.progress.say(f"refined to {blocks} blocks of {1 / 2 ** self.about['refined']:g} of the step")
         self.batches.set_epoch(self.epoch)
         self.module.train()
-        if self.solving:
-            self._good = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
+        self._good = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
         done_before, seconds_before = self.index, self.epoch_seconds
         begun = looked = time.perf_counter()
         for batch in islice(self.batches, self.index, self.steps):

@@ -484,7 +484,7 @@ BUILT: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "minus in a loop": (_odd(lambda x, f: x - f), "branches.3", "subtracted-branch"),
     "equal weights": (_alike, WHOLE, "collapse"),
     "recurrent, explodes": (lambda: Recurrent(40, 1.0, 6.0, torch.relu, False), WHOLE, "explosion"),
-    "nn.RNN explodes": (lambda: Reader(3.0), "rnn", "explosion"),
+    "nn.RNN explodes": (lambda: Reader(3.0, times=4), "rnn", "explosion"),
     "recurrent, vanishes": (lambda: Recurrent(40, 1.0, 0.3, torch.tanh, False), WHOLE, "vanishing"),
     "200 mild blocks": (lambda: residual_mlps(200, last=0.25), WHOLE, "explosion"),
     "stiff block of a stack": (_damped("dopri5", 3, 0.5, 4000.0, 1), "1.fields.1", "stiff"),

@@ -105,7 +105,8 @@ def diagnose(
     training = None
     if lr is not None and target is not None and finite:
         training = _training(model, some, part(target, 0, min(SAMPLES, samples), samples), loss_fn, float(lr))
-        if training.ratio > THRESHOLDS.learning_rate:
+        explained = any(f.cause in ("explosion", "overstep", "strong-block") for f in found)
+        if training.ratio > THRESHOLDS.learning_rate and not explained:  # which bring the limit down
             found.append(too_fast(training))
     return Diagnosis(
         findings=found,

@@ -84,6 +84,9 @@ class Thresholds:
         alone: branch gain in networks with too few blocks for a median.
         whole: largest singular value of the whole depth; its inverse is the least.
         state_growth: ‖x_L‖/‖x_0‖.
+        grows: ‖x_L‖/‖x_0‖ that goes with `whole`: behind norms the state stays, and at the start of a network
+            with batch norm the gradient grows by a fifth a layer, which training bears.
+        normed: largest singular value of the whole depth where the state does not grow so.
         gradient_ratio: first over last layer's gradient in networks without shortcuts, and its inverse.
         collapse: how different the samples still are, relative to the inputs.
         heavy: weights relative to the median of all layers, in networks without shortcuts.
@@ -107,6 +110,8 @@ class Thresholds:
     alone: float = 30.0
     whole: float = 1e3
     state_growth: float = 1e3
+    grows: float = 30.0
+    normed: float = 1e5
     gradient_ratio: float = 1e4
     collapse: float = 1e-3
     heavy: float = 12.0
@@ -154,6 +159,11 @@ def _non_finite(place: tuple[str, str]) -> Finding:
     block, what = place
     if what.startswith("the weights"):
         advice = "Load weights of before, or initialise this module anew and train on."
+    elif "reach" in what:
+        advice = (
+            "It overflows, because the state or the weights had exploded before: look at a checkpoint of "
+            "before, or at fresh weights."
+        )
     elif what in ("the inputs", "the targets"):
         advice = (
             "Look for NaN and infinity in the data, and for a division by a deviation of 0 in their making."
@@ -278,12 +288,21 @@ def _without_shortcut(m: Measures) -> list[Finding]:
     found = []
     for members in classes.values():
         usual, times = Counter(n for _, n in members).most_common(1)[0]
-        odd = [name for name, n in members if n < usual]
+        # A group of blocks without shortcuts is made so, as the last one of some networks.
+        whole = {_container(name) for name, n in members if n >= usual}
+        odd = [name for name, n in members if n < usual and _container(name) in whole]
         if len(members) >= 3 and times > 0.5 * len(members) and 0 < len(odd) <= max(1, 0.25 * len(members)):
             found += [
                 _no_shortcut(name, "It has no shortcut, and its siblings have one", 1.0) for name in odd
             ]
     return found
+
+
+def _container(name: str) -> str:
+    """The list that a block is in: its name up to its last number."""
+    parts = name.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[-1]]) if numbers else ""
 
 
 def _dead(m: Measures, t: Thresholds) -> list[Finding]:
@@ -659,7 +678,8 @@ def _gain_of_whole(m: Measures, t: Thresholds) -> list[Finding]:
     sigma = m.whole_gain if math.isnan(m.whole_sigma) else m.whole_sigma
     depth = len(m.blocks)
     numbers = {"sigma": sigma, "gain": m.whole_gain, "state_growth": m.state_growth, "blocks": float(depth)}
-    if sigma > t.whole or m.state_growth > t.state_growth:
+    explodes = sigma > (t.whole if m.state_growth > t.grows else t.normed)
+    if explodes or m.state_growth > t.state_growth:
         return [
             Finding(
                 WHOLE,
@@ -667,8 +687,9 @@ def _gain_of_whole(m: Measures, t: Thresholds) -> list[Finding]:
                 f"{depth} blocks amplify a perturbation "
                 f"{'more than 1e38' if sigma == math.inf else f'up to {sigma:.3g}'} times and the state "
                 f"{m.state_growth:.3g} times; no single block stands out.",
-                f"Multiply each branch by 1/√{depth} = {depth**-0.5:.2g} (step_size in a ResidualStack), or "
-                "start its last layer at 0, or take a norm before it. A smaller learning rate does not help.",
+                f"Multiply each branch by 1/√{depth} = {depth**-0.5:.2g} (step_size in a ResidualStack). Its "
+                "last layer started at 0, or a norm before it, helps too, at a smaller learning rate; a "
+                "smaller learning rate alone does not.",
                 numbers,
             )
         ]

@@ -42,6 +42,7 @@ SAMPLES = 8
 MANY = 300
 """Evaluations of a block from which an adaptive solver is held by stiffness, or by a rough field."""
 
+_HUGE = 1e15  # from which products overflow in float32
 _PROBES = 2
 _ROUNDS = 3  # of the power iteration for a block's largest singular value
 _WHOLE_ROUNDS = 5  # for the whole depth
@@ -447,7 +448,10 @@ class _Watcher:
             self.shapes[name] = type(module).__name__, first.shape == y.shape
         if self.non_finite is None and y.is_floating_point() and not bool(y.isfinite().all()):
             if not _masked(y):
-                self.non_finite = name, f"the output of {name or 'the model'}"
+                values = [*tensors_in(args), *module.parameters(recurse=False)]
+                largest = max((float(t.detach().abs().max()) for t in values if t.numel()), default=0.0)
+                reach = f", whose inputs and weights reach {largest:.1g}" if largest > _HUGE else ""
+                self.non_finite = name, f"the output of {name or 'the model'}{reach}"
         if type(module).__name__ in _DEAD_ZONES:
             self.dead.setdefault(name, []).append(float((y == 0).double().mean()))
             self.before[name] = next((n for n in self.leaves[-2::-1] if self._has_weights(n)), name)
