@@ -23,7 +23,6 @@ from resode.analysis.depth.graph import ValueGraph
 from resode.analysis.depth.watching import Recorder, Sum, Value, tensors_in, value_of, watching
 from resode.blocks import ODEBlock, ResidualStack
 from resode.jacobian.places import Place
-from resode.tableaus import METHODS
 
 _SOLVING = (ResidualStack, ODEBlock)
 _READS = re.compile(  # the state as it is: the next layer, or a head
@@ -144,7 +143,7 @@ def _refuse_adaptive(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if not isinstance(module, _SOLVING):
             continue
-        if METHODS[module.solver].adaptive and (isinstance(module, ResidualStack) or module.n_steps is None):
+        if module.tableau.adaptive and (isinstance(module, ResidualStack) or module.n_steps is None):
             instead = "n_steps=" if isinstance(module, ODEBlock) else "stack.solver = 'rk4'"
             raise ValueError(
                 f"{module.solver} takes steps of its own in {name or 'the model'}, so its blocks are no "
