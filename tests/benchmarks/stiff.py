@@ -1,6 +1,6 @@
 """Stiff problems: error, steps and evaluations of implicit methods beside scipy's Radau and BDF and diffrax's Kvaerno5.
 
-python -m tests.benchmarks.stiff [long|detest|brusselator] [--tolerance 1e-6] [--diffrax PYTHON] [--write]
+python -m tests.benchmarks.stiff [long|detest|brusselator|robertsons] [--tolerance 1e-6] [--diffrax PYTHON] [--write]
 
 Errors are those at the end and at nine times between, over atol + rtol |y*|, at worst over times and entries; y* by
 scipy's Radau at a ten-thousandth of the tolerance. Steps are attempted ones (scipy's: accepted), evaluations count one
@@ -29,6 +29,8 @@ from tests.benchmarks.stiff_problems import (
     StiffProblem,
     brusselator,
     brusselator_start,
+    robertson_of,
+    robertson_rates,
 )
 
 PROBLEMS = {p.name: p for p in (ROBERTSON, VAN_DER_POL)}
@@ -114,6 +116,55 @@ def brusselator_rows(rtol: float, n: int = 64, end: float = 1.0) -> Iterator[tup
         yield f"scipy {method}", error(s.y[:, -1]), len(s.t) - 1, s.nfev, time.perf_counter() - begin
 
 
+def robertsons(rtol: float, peer: str | None = None) -> Iterator[tuple]:
+    """256 Robertson systems with rates of their own to t = 40, in one call; scipy's Radau one by one.
+
+    The error is the median over the systems of the largest over their entries, over the tolerance.
+    """
+    rates, atol, end = robertson_rates(), 1e-4 * rtol, 40.0
+    k, start = torch.from_numpy(rates).T, torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+
+    def field(t, y):
+        return torch.stack(robertson_of(k, *y.unbind(-1)), -1)
+
+    def one_by_one(rtol, atol):
+        return [
+            solve_ivp(lambda t, y, r=r: np.array(robertson_of(r, *y)), (0, end), start.numpy(), "Radau", rtol=rtol, atol=atol)
+            for r in rates
+        ]  # fmt: skip
+
+    exact = np.array([s.y[:, -1] for s in one_by_one(1e-10, 1e-14)])
+
+    def error(y):
+        return float(np.median((np.abs(y - exact) / (atol + rtol * np.abs(exact))).max(1)))
+
+    y0, t = start.expand(len(rates), 3).clone(), torch.tensor([0.0, end], dtype=torch.float64)
+    begin = time.perf_counter()
+    found = one_by_one(rtol, atol)
+    seconds = time.perf_counter() - begin
+    steps = int(np.mean([len(s.t) - 1 for s in found]))
+    yield (
+        "scipy Radau",
+        error(np.array([s.y[:, -1] for s in found])),
+        steps,
+        sum(s.nfev for s in found),
+        seconds,
+    )
+    for method in ("radau5", "kvaerno5"):
+        times = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            with torch.no_grad():
+                y, stats = resode.odeint(field, y0, t, method=method, rtol=rtol, atol=atol, per_sample=True,
+                                         return_stats=True)  # fmt: skip
+            times.append(time.perf_counter() - begin)
+        steps = int(stats.n_steps.double().mean())
+        yield method, error(y[-1].numpy()), steps, int(stats.nfe.sum()), sorted(times)[1]
+    if peer:
+        got = json.loads(_peer(peer, "robertsons", rtol, atol))
+        yield "diffrax Kvaerno5", error(np.array(got["y"])), int(got["steps"]), "–", got["seconds"]
+
+
 def _sparsity(n: int):
     """Which states of the Brusselator's each depends on."""
     from scipy.sparse import bmat, eye, kron
@@ -128,13 +179,17 @@ def _sparsity(n: int):
 def main() -> None:
     """Prints a table, each line when it is there."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", nargs="?", choices=("long", "detest", "brusselator"), default="long")
+    parser.add_argument(
+        "what", nargs="?", choices=("long", "detest", "brusselator", "robertsons"), default="long"
+    )
     parser.add_argument("--tolerance", type=float, default=1e-6)
     parser.add_argument("--diffrax", metavar="PYTHON", help="an interpreter that has diffrax")
     given = parser.parse_args()
     print(HEAD + "\n|" + " --- |" * 7, flush=True)
     if given.what == "brusselator":
         found = ((f"Brusselator {64}²", row) for row in brusselator_rows(given.tolerance))
+    elif given.what == "robertsons":
+        found = (("256 Robertsons", row) for row in robertsons(given.tolerance, given.diffrax))
     else:
         problems = DETEST if given.what == "detest" else PROBLEMS.values()
         found = ((p.name, row) for p in problems for row in rows(p, given.tolerance, peer=given.diffrax))

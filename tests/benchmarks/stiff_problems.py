@@ -182,6 +182,18 @@ DETEST = [
 """The 25 problems. y(0) = 0 of D1 … E1, and E5's traces of 1e-9, ask for atol below rtol."""
 
 
+def robertson_rates(batch: int = 256, seed: int = 0) -> np.ndarray:
+    """Rates (batch, 3) of Robertson's reactions, each within a decade of 0.04, 3e7 and 1e4 either way."""
+    return np.array([0.04, 3e7, 1e4]) * 10 ** np.random.default_rng(seed).uniform(-1, 1, (batch, 3))
+
+
+def robertson_of(rates: Any, *y: Any) -> list[Any]:
+    """Robertson's equations with these three rates."""
+    a, b, c = y
+    slow, fast, back = rates[0] * a, rates[1] * b * b, rates[2] * b * c
+    return [back - slow, slow - fast - back, fast]
+
+
 def brusselator(t: Any, y: torch.Tensor, n: int = 64, alpha: float = 0.1) -> torch.Tensor:
     """u' = 1 + u²v − 4.4u + αΔu, v' = 3.4u − u²v + αΔv on the unit square, periodic; y of shape (2 n²,)."""
     u, v = y.reshape(2, n, n)
