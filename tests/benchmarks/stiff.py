@@ -1,6 +1,6 @@
 """Stiff problems: error, steps and evaluations of implicit methods beside scipy's Radau and BDF and diffrax's Kvaerno5.
 
-python -m tests.benchmarks.stiff [long|detest|brusselator|robertsons] [--tolerance 1e-6] [--diffrax PYTHON] [--write]
+python -m tests.benchmarks.stiff [long|detest|brusselator|robertsons] [--tolerance 1e-6] [--only D,E] [--diffrax PYTHON]
 
 Errors are those at the end and at nine times between, over atol + rtol |y*|, at worst over times and entries; y* by
 scipy's Radau at a ten-thousandth of the tolerance. Steps are attempted ones (scipy's: accepted), evaluations count one
@@ -184,6 +184,7 @@ def main() -> None:
     )
     parser.add_argument("--tolerance", type=float, default=1e-6)
     parser.add_argument("--diffrax", metavar="PYTHON", help="an interpreter that has diffrax")
+    parser.add_argument("--only", default="", help="of DETEST: the classes, as A,B")
     given = parser.parse_args()
     print(HEAD + "\n|" + " --- |" * 7, flush=True)
     if given.what == "brusselator":
@@ -191,7 +192,8 @@ def main() -> None:
     elif given.what == "robertsons":
         found = (("256 Robertsons", row) for row in robertsons(given.tolerance, given.diffrax))
     else:
-        problems = DETEST if given.what == "detest" else PROBLEMS.values()
+        chosen = [p for p in DETEST if not given.only or p.name[0] in given.only.split(",")]
+        problems = chosen if given.what == "detest" else PROBLEMS.values()
         found = ((p.name, row) for p in problems for row in rows(p, given.tolerance, peer=given.diffrax))
     for name, (method, error, steps, nfe, seconds) in found:
         counts = " | ".join(n if isinstance(n, str) else f"{n:,}" for n in (steps, nfe))
