@@ -78,7 +78,7 @@ class Ellipse:
 
 def ellipse_around(values: Complexes) -> Ellipse:
     """Of those with an axis on the real one that hold the values and 0, nearly that with the least a + b."""
-    points = np.append(values, 0.0)
+    points: Complexes = np.append(values, 0.0)
     low, high, top = points.real.min(), points.real.max(), float(np.abs(points.imag).max())
     size = float(np.abs(points).max())
     c, half = (low + high) / 2, (high - low) / 2
@@ -238,10 +238,9 @@ class Problem:
         values, lines = self.values[rays[ray]], np.arange(len(place))
         for _ in range(9):
             at = np.clip(middle[:, None] + width[:, None] * np.linspace(-1, 1, 9), 0.0, 1.0)
-            found, angle = self._at(h, weights, at * values[:, None])
-            best = found.argmax(1)
+            best = self._at(h, weights, at * values[:, None])[0].argmax(1)
             middle, width = at[lines, best], width / 4
-        top, angle = found[lines, best], angle[lines, best]
+        top, angle = self._at(h, weights, middle * values)
         new = sum(
             self._cut(complex(p), float(f))
             for p, f, t in zip(middle * values, angle, top, strict=True)
@@ -289,7 +288,8 @@ class Problem:
             e = Ellipse(float(at[2]), float(a + b), float((a - b) / (a + b)))
             basis = e.faber(points, self.stages)[1:] - e.taylor(self.stages, 0)[1:]
             both = np.hstack([basis.real, basis.imag]).T
-            return e, np.linalg.lstsq(both, np.append(right.real, right.imag), rcond=None)[0]
+            found: Any = np.linalg.lstsq(both, np.append(right.real, right.imag), rcond=None)[0]
+            return e, found
 
         def growth(at: Floats) -> float:
             if np.abs(at).max() > 12:
@@ -411,7 +411,7 @@ def _to_order(rows: Sequence[Sequence[Fraction]], weights: list[Fraction], order
 
 
 def _factorials(n: int) -> Floats:
-    return np.cumprod(np.arange(1.0, n + 1))
+    return np.cumprod(np.arange(1.0, n + 1)).astype(np.float64)
 
 
 def _outermost(values: Complexes) -> np.ndarray:

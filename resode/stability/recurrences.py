@@ -8,6 +8,8 @@ rounding. Near 0, where |R|² − 1 is too small for values, the first terms of 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -166,4 +168,5 @@ def _companion(tableau: ButcherTableau) -> Floats:
             left[j - 1, j] += 1
         else:  # d_s = −(p_0 + Σ w_j d_j) / w_s
             left[j - 1] -= np.array([1.0, *weights[:-1]]) / weights[-1]
-    return np.linalg.solve(right, left)
+    matrix: Any = np.linalg.solve(right, left)
+    return matrix

@@ -24,7 +24,6 @@ from resode.analysis.depth.watching import Recorder, Sum, Value, value_of, watch
 from resode.blocks import ODEBlock, ResidualStack
 from resode.calls import ModuleCall, call, mapped, matching, tensors_in
 from resode.jacobian.places import Place
-from resode.tableaus import METHODS
 
 _SOLVING = (ResidualStack, ODEBlock)
 _READS = re.compile(  # the state as it is: the next layer, or a head
@@ -152,7 +151,7 @@ def _refuse_adaptive(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if not isinstance(module, _SOLVING):
             continue
-        if METHODS[module.solver].adaptive and (isinstance(module, ResidualStack) or module.n_steps is None):
+        if module.tableau.adaptive and (isinstance(module, ResidualStack) or module.n_steps is None):
             instead = "n_steps=" if isinstance(module, ODEBlock) else "stack.solver = 'rk4'"
             raise ValueError(
                 f"{module.solver} takes steps of its own in {name or 'the model'}, so its blocks are no "

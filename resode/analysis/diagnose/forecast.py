@@ -21,7 +21,7 @@ from resode.blocks import ResidualStack
 from resode.blocks.solving import block_name, named_stacks, other_solver
 from resode.calls import call, hooked
 from resode.modes import evaluating
-from resode.tableaus import METHODS, get_tableau
+from resode.tableaus import get_tableau
 
 INPUTS = 64
 """Inputs that are looked at, the first ones."""
@@ -93,7 +93,7 @@ def forecast(model: nn.Module, x: Any, solver: str, substeps: int = 1) -> Foreca
         with hooked(stacks, after=kept):
             before = prediction(call(model, some)).double()
         worst, defect = "", 0.0
-        with other_solver(model, solver, 1 if METHODS[solver].adaptive else substeps):
+        with other_solver(model, solver, 1 if get_tableau(solver).adaptive else substeps):
             after = prediction(call(model, some)).double()
             for block, differs in _defects(stacks, paths):
                 if differs > defect or not math.isfinite(differs):

@@ -32,7 +32,6 @@ from resode.calls import call, mapped, tensors_in
 from resode.jacobian.places import Place
 from resode.jacobian.products import JacobianProducts, rows
 from resode.solve import SolverError
-from resode.tableaus import METHODS
 
 NAN = math.nan
 
@@ -508,22 +507,19 @@ def _precise(model: nn.Module, watcher: _Watcher) -> Iterator[nn.Module]:
                 torch.backends.cudnn.flags(enabled=False)
             )  # whose cells have no gradients here
         for name, module in chosen.named_modules():
-            if not isinstance(module, _SOLVING) or not METHODS.get(module.solver, _FIXED).adaptive:
+            if not isinstance(module, _SOLVING) or not module.tableau.adaptive:
                 continue
             if isinstance(module, ODEBlock) and module.n_steps is not None:
                 continue
             calls = watcher.evaluations.get(name, [6])
             steps = max(1, min(8, math.ceil(max(calls) / 12)))
             if isinstance(module, ResidualStack):
-                stack.callback(_put, module, solver=module.solver, substeps=module.substeps)
+                stack.callback(_put, module, solver=module.tableau, substeps=module.substeps)
                 _put(module, solver="rk4", substeps=steps)
             else:
-                stack.callback(_put, module, solver=module.solver, n_steps=None)
+                stack.callback(_put, module, solver=module.tableau, n_steps=None)
                 _put(module, n_steps=steps, solver="rk4")
         yield chosen
-
-
-_FIXED = METHODS["euler"]
 
 
 def _put(module: Any, **values: Any) -> None:

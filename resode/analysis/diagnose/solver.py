@@ -22,7 +22,6 @@ from resode.blocks import ODEBlock, ResidualStack
 from resode.blocks.solving import block_name
 from resode.calls import call, hooked
 from resode.solve import SolverError
-from resode.tableaus import METHODS, get_tableau
 
 _SAMPLES = 2
 _FINER = 8
@@ -57,14 +56,11 @@ def solver_findings(model: nn.Module, x: Any, m: Measures) -> list[Finding]:
     found: list[tuple[float, Finding]] = []
     for name, state in states.items():
         module, state = solving[name], state[:_SAMPLES]
-        if isinstance(module, ResidualStack) and not METHODS.get(module.solver, _EULER).adaptive:
+        if isinstance(module, ResidualStack) and not module.tableau.adaptive:
             found += _oversteps(name, module, state)
         elif (stiff := _stiff(name, module, state, m)) is not None:
             found.append(stiff)
     return [f for _, f in sorted(found, key=lambda pair: -pair[0])][:3]
-
-
-_EULER = METHODS["euler"]
 
 
 def _oversteps(name: str, stack: ResidualStack, x: Tensor) -> list[tuple[float, Finding]]:
@@ -104,7 +100,7 @@ def _overstep(name: str, stack: ResidualStack, i: int, x: Tensor, gain: float, f
     eigenvalue = fastest_mode(stack.field(i), x)
     if not eigenvalue < 0:
         return _plain_overstep(block, stack.solver, h, gain, finer, stack.substeps)
-    limit = float(max_stable_step(eigenvalues=torch.tensor([eigenvalue]).double(), solver=stack.solver))
+    limit = float(max_stable_step(eigenvalues=torch.tensor([eigenvalue]).double(), solver=stack.tableau))
     times = max(2, math.ceil(h / limit)) if limit > 0 else _FINER
     numbers = {"eigenvalue": eigenvalue, "limit": limit, "step": h, "gain": gain, "finer": finer}
     return Finding(
@@ -171,7 +167,7 @@ def _stiff(name: str, module: Any, x: Tensor, m: Measures) -> tuple[float, Findi
     block = (
         block_name(name, module, index) if isinstance(module, ResidualStack) else name
     ) or "whole network"
-    tableau = get_tableau(module.solver)
+    tableau = module.tableau
     evaluations = max(calls)
     steps = evaluations / max(1, len(tableau.b) - 1)
     held = eigenvalue < 0 and (failed or steps * 6 > -eigenvalue * span / 4)

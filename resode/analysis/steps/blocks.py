@@ -14,6 +14,7 @@ from resode.blocks.solving import named_stacks
 from resode.calls import ModuleCall, recorded, tensors_in, within
 from resode.jacobian.products import full_precision
 from resode.modes import evaluating
+from resode.tableaus import METHODS, ButcherTableau
 
 _BLOCK_CLASS = re.compile(r"block|bottleneck", re.IGNORECASE)
 
@@ -24,17 +25,22 @@ class BlockGroup:
 
     Args:
         name: the stack's, or the first block's, name in the network.
-        solver: its own method; "euler" for a block x + F(x) that is no `ResidualStack`'s.
+        method: its own; Euler's for a block x + F(x) that is no `ResidualStack`'s.
         steps: the length h of a solver step in each block: η over the substeps.
         fields: F of every block; where its η is learned for each channel, or negative, times η or −1.
         states: the states before each block, shape (samples, *state).
     """
 
     name: str
-    solver: str
+    method: ButcherTableau
     steps: list[float]
     fields: list[nn.Module]
     states: list[Tensor]
+
+    @property
+    def solver(self) -> str:
+        """The method's name."""
+        return self.method.name
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -113,7 +119,7 @@ def block_groups(network: nn.Module, images: Tensor, blocks: str | None = None) 
             pairs = [_with_step(stack, i) for i in range(stack.depth)]
             _, path = stack(x, return_path=True)
             fields, steps = [field for field, _ in pairs], [eta / stack.substeps for _, eta in pairs]
-            found.append(BlockGroup(call.name, stack.solver, steps, fields, list(path[:-1])))
+            found.append(BlockGroup(call.name, stack.tableau, steps, fields, list(path[:-1])))
         return found
 
 
@@ -142,7 +148,7 @@ def _blocks_of(network: nn.Module, images: Tensor, pattern: str | None) -> list[
         assert call.x is not None
         _check_arguments(call, len(call.x))
         if not groups or groups[-1].shape != tuple(call.x.shape[1:]):
-            groups.append(BlockGroup(call.name, "euler", [], [], []))
+            groups.append(BlockGroup(call.name, METHODS["euler"], [], [], []))
         groups[-1].steps.append(1.0)
         groups[-1].fields.append(Increment(call))
         groups[-1].states.append(call.x)

@@ -157,11 +157,12 @@ def _values(eigenvalues: Any, x: Tensor | None) -> tuple[Complexes, float]:
         return checked_spectrum(eigenvalues)
     if x is None:
         raise TypeError("a field needs the states x, shape (batch, *state), at which to linearize it.")
-    check_field(eigenvalues, x)
-    found = spectrum(eigenvalues, x, SpectrumOptions(check=False))
+    field: Any = eigenvalues
+    check_field(field, x)
+    found = spectrum(field, x, SpectrumOptions(check=False))
     rows = [_known(found, i) for i in range(len(x))]
     for i in np.flatnonzero(~plain(found.complete)):
-        rows[i] = np.concatenate([rows[i], _unresolved(eigenvalues, x[i : i + 1])])
+        rows[i] = np.concatenate([rows[i], _unresolved(field, x[i : i + 1])])
     return np.concatenate(rows), found.eps
 
 
@@ -209,4 +210,4 @@ def _unresolved(field: Any, x: Tensor) -> Complexes:
     corners.append(complex(-supports[-1], 0.0))
     ends = np.array(corners)
     ends = np.append(0j, ends[np.abs(ends) > _CONE * np.abs(ends).max()])
-    return np.unique((ends[:-1, None] + _EDGE * np.diff(ends)[:, None]).reshape(-1))
+    return np.unique((ends[:-1, None] + _EDGE * np.diff(ends)[:, None]).reshape(-1)).astype(np.complex128)

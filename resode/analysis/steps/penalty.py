@@ -112,7 +112,7 @@ class StepLimitPenalty:
         groups = block_groups(network, images[: self.samples])
         with evaluating(network):
             for group in groups:
-                solver = group.solver if self.tableau is None else None
+                solver = group.method if self.tableau is None else None
                 if group.states[0].dtype not in (torch.float32, torch.float64):
                     raise TypeError(
                         f"weights in {group.states[0].dtype} do not resolve the eigenvalues of a penalty: "

@@ -23,7 +23,7 @@ from resode.jacobian.linearize import check_field
 from resode.jacobian.products import first_jvp
 from resode.modes import evaluating
 from resode.solve import odeint
-from resode.tableaus import ButcherTableau, get_tableau
+from resode.tableaus import ButcherTableau
 
 LARGEST_TREE = 10
 """Vertices of the largest trees: p + order is at most this."""
@@ -50,7 +50,7 @@ class ModifiedField:
 
     def __init__(self, stack: ResidualStack, order: int) -> None:
         self.stack, self.order = stack, order
-        self.tableau = get_tableau(stack.solver)
+        self.tableau = stack.tableau
         self.shared = stack.shared and stack.step_sizes is None and not any(stack.timed)
         self.span = 1.0 if stack.step_sizes is not None else stack.step_size
         self._checked: set[int] = set()
@@ -232,7 +232,7 @@ def modified_field(stack: ResidualStack, order: int = 1) -> ModifiedField:
             f"a modified field is that of a ResidualStack's steps, got {type(stack).__name__}. "
             "resode.convert(model, x) makes stacks of a network's blocks."
         )
-    tableau = get_tableau(stack.solver)
+    tableau = stack.tableau
     if tableau.adaptive:
         raise ValueError(
             f"{tableau.name} chooses its own steps, so no one field has them as its flow: set stack.solver "
@@ -312,7 +312,7 @@ def block_distances(model: nn.Module, x: Tensor) -> tuple[list[BlockDistance], s
     """
     stacks = named_stacks(model)
     for stack in stacks.values():
-        tableau = get_tableau(stack.solver)
+        tableau = stack.tableau
         if tableau.adaptive:
             return [], f"not measured: {tableau.name} follows the flow of F to its tolerance."
         if tableau.order > 4:
