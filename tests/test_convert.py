@@ -377,6 +377,29 @@ def test_the_table():
     )
 
 
+@pytest.mark.parametrize("solver", ["euler", "rk4", "dopri5"])
+def test_blocks_beside_a_stack_of_another_solver(solver):
+    """The stack's own additions are others than Euler's, under which the network is traced."""
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f, self.g = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.stack = resode.ResidualStack([nn.Linear(4, 4) for _ in range(2)], solver=solver)
+
+        def forward(self, x):
+            x = self.stack(x + torch.tanh(self.f(x)))
+            return x + torch.tanh(self.g(x))
+
+    torch.manual_seed(0)
+    model = Mixed().eval()
+    converted = convert(model, X)
+    assert [stack.depth for stack in converted.stacks.values()] == [1, 1]
+    solvers = [m.solver for m in converted.modules() if isinstance(m, resode.ResidualStack)]
+    assert sorted(solvers) == sorted(["euler", "euler", solver])
+    assert torch.equal(converted(X), model(X))
+
+
 # -- refused
 
 

@@ -175,14 +175,14 @@ def _converted(model: nn.Module, x: Any, blocks: Any, joined: bool) -> Converted
     modes = {module: module.training for module in network.modules()}
     with evaluating(network):
         names = matching(network, blocks)
-        fixed = other_solver(network, "euler") if stacks_of(network) else nullcontext()
-        with fixed:  # a solver with steps of its own has no additions to be seen
-            traced = trace(network, x)
         solving = {n: m for n, m in network.named_modules() if isinstance(m, ResidualStack | ODEBlock)}
-        additions = [a for a in traced.additions if within(a.module, names)]
-        additions = [a for a in additions if not within(a.module, solving)]
-        calls = _calls(network, x)
-        cuts, refused = _cuts(network, additions, traced.numbers, calls)
+        # A solver with steps of its own has no additions to be seen; graphs must show those of the trace.
+        with other_solver(network, "euler") if stacks_of(network) else nullcontext():
+            traced = trace(network, x)
+            additions = [a for a in traced.additions if within(a.module, names)]
+            additions = [a for a in additions if not within(a.module, solving)]
+            calls = _calls(network, x)
+            cuts, refused = _cuts(network, additions, traced.numbers, calls)
         refused += [
             Refusal(name, reason.rstrip(".")) for name, reason in traced.refused if within(name, names)
         ]
