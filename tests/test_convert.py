@@ -385,7 +385,7 @@ def test_blocks_beside_a_stack_of_another_solver(solver):
         def __init__(self):
             super().__init__()
             self.f, self.g = nn.Linear(4, 4), nn.Linear(4, 4)
-            self.stack = resode.ResidualStack([nn.Linear(4, 4) for _ in range(2)], solver=solver)
+            self.stack = ResidualStack([nn.Linear(4, 4) for _ in range(2)], solver=solver)
 
         def forward(self, x):
             x = self.stack(x + torch.tanh(self.f(x)))
@@ -395,7 +395,7 @@ def test_blocks_beside_a_stack_of_another_solver(solver):
     model = Mixed().eval()
     converted = convert(model, X)
     assert [stack.depth for stack in converted.stacks.values()] == [1, 1]
-    solvers = [m.solver for m in converted.modules() if isinstance(m, resode.ResidualStack)]
+    solvers = [m.solver for m in converted.modules() if isinstance(m, ResidualStack)]
     assert sorted(solvers) == sorted(["euler", "euler", solver])
     assert torch.equal(converted(X), model(X))
 
