@@ -8,7 +8,7 @@ A figure must be the truth to 1e-6 in float64 and to 1e-3 in float32, a bound mu
 its dense float64 spectrum. Blocks with an eigenvalue within 1e3·τ of the imaginary axis have no sharp limit of
 decaying modes and are counted apart. The command ends with an error where something does not hold.
 
-It takes an hour of one core. `--kept FILE` writes each answer there as it comes and does not ask again for those
+It takes some half an hour of one core. `--kept FILE` writes each answer there as it comes and does not ask again for those
 that are there: a run that was stopped goes on. Ways that form one J to the bit share its eigenvalues.
 """
 
