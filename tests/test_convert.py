@@ -250,6 +250,26 @@ def test_parallel_branches_are_one_field():
     torch.testing.assert_close(converted(ids), model(ids), rtol=1e-5, atol=1e-6)
 
 
+def test_branches_side_by_side_through_layers_that_do_nothing():
+    """y = x + 2f(x), then y − tanh g(x): one block of the field 2f − tanh g, as the trace sees it."""
+
+    class Parallel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f, self.g, self.same = nn.Linear(4, 4), nn.Linear(4, 4), nn.Identity()
+
+        def forward(self, x):
+            y = self.same(x + 2 * self.f(x))
+            return self.same(y - torch.tanh(self.g(x)))
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Parallel(), Parallel()), torch.randn(3, 4)
+    converted = convert(model, x)
+    stack = next(iter(converted.stacks.values()))
+    torch.testing.assert_close(stack.field(0)(x), 2 * model[0].f(x) - torch.tanh(model[0].g(x)))
+    torch.testing.assert_close(converted(x), model(x))
+
+
 class Masked(nn.Module):
     """Blocks that are given a mask, and give a pair back, as Hugging Face's do."""
 
@@ -402,6 +422,14 @@ class Choosing(Step):
         return x + self.linear(x) if x.sum() > 0 else x - self.linear(x)
 
 
+class Counting(Step):
+    """A number from a sum of constants, which leaves no trace in a graph."""
+
+    def forward(self, x):
+        ones = torch.ones(2)
+        return x + float((ones + ones).sum()) * self.linear(x)
+
+
 class Forgetful(Step):
     """Not the same in training: no dropout as a module, but another formula."""
 
@@ -448,6 +476,7 @@ REFUSED = {
     ),
     "data": (lambda: nn.Sequential(Choosing()), X, "values of a tensor"),
     "mode": (lambda: nn.Sequential(Forgetful()), X, "other things in training"),
+    "constants": (lambda: nn.Sequential(Counting()), X, "adds constants"),
     "cache": (Cached, X, "given a Cache, which every stage would change"),
     "none": (lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU()), X, "no residual block was found"),
 }

@@ -13,8 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from resode.analysis.depth.lesion import unfused_attention
 from resode.analysis.depth.losses import batch_of
-from resode.analysis.depth.tracing import call
-from resode.analysis.depth.watching import tensors_in
+from resode.calls import call, tensors_in
 from resode.formulas import Cost
 from resode.modes import evaluating
 

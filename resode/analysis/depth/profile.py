@@ -29,8 +29,8 @@ from resode.analysis.depth.losses import (
     prediction,
     sample_losses,
 )
-from resode.analysis.depth.tracing import Addition, Trace, call, trace
-from resode.analysis.depth.watching import tensors_in
+from resode.analysis.depth.tracing import Addition, Trace, trace
+from resode.calls import call, tensors_in
 from resode.checks import check_whole
 from resode.jacobian.lanczos import random_start, singular_values
 from resode.jacobian.products import JacobianProducts, rows

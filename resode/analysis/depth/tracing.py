@@ -8,10 +8,9 @@ gives their tensors, their order, and the module that was running.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,10 +20,10 @@ from torch import Tensor, nn
 from resode.analysis.depth.couplings import Coupling, couplings
 from resode.analysis.depth.graph import ValueGraph
 from resode.analysis.depth.stream_modules import stream_modules
-from resode.analysis.depth.watching import Recorder, Sum, Value, tensors_in, value_of, watching
+from resode.analysis.depth.watching import Recorder, Sum, Value, value_of, watching
 from resode.blocks import ODEBlock, ResidualStack
+from resode.calls import ModuleCall, call, mapped, matching, tensors_in
 from resode.jacobian.places import Place
-from resode.tableaus import METHODS
 
 _SOLVING = (ResidualStack, ODEBlock)
 _READS = re.compile(  # the state as it is: the next layer, or a head
@@ -91,6 +90,7 @@ class Trace:
         refused: additions to a state that are no residual block of it: the module, and why.
         detached: modules that ran, with weights that want gradients and get none from the output.
         outside: modules with weight matrices or kernels that lie within no addition's branch or shortcut.
+        numbers: of all additions of two tensors from each module's first call to the end of its last.
     """
 
     output: Any
@@ -99,6 +99,7 @@ class Trace:
     refused: list[tuple[str, str]] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
     detached: list[str] = field(default_factory=list)
+    numbers: dict[str, range] = field(default_factory=dict)
 
 
 def trace(
@@ -121,15 +122,13 @@ def trace(
     _refuse_adaptive(model)
     inputs: list[Tensor] = []
     given = _with_gradients(x, inputs)
-    names, strict = matching(model, blocks), blocks is not None
-    if streams and not strict:
-        names = set(stream_modules(model))
-    with watching(model, inputs, names, strict=strict) as recorder:
+    names = set(stream_modules(model)) if streams and blocks is None else matching(model, blocks)
+    with watching(model, inputs, names) as recorder:
         output = call(model, given)
     if recorder.overwrote_saved():
         inputs.clear()
         given = _with_gradients(x, inputs)
-        with watching(model, inputs, names, strict=strict, copies=True) as recorder:
+        with watching(model, inputs, names, copies=True) as recorder:
             output = call(model, given)
     for tensor in tensors_in(output):
         recorder.keep(tensor)
@@ -143,14 +142,16 @@ def trace(
     if blocks is not None:
         return Trace(output, inputs, _named(found.module_blocks()))
     additions = _named(found.with_modules(found.additions()))
-    return Trace(output, inputs, additions, found.refused(), found.outside(), found.detached())
+    return Trace(
+        output, inputs, additions, found.refused(), found.outside(), found.detached(), recorder.numbers
+    )
 
 
 def _refuse_adaptive(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if not isinstance(module, _SOLVING):
             continue
-        if METHODS[module.solver].adaptive and (isinstance(module, ResidualStack) or module.n_steps is None):
+        if module.tableau.adaptive and (isinstance(module, ResidualStack) or module.n_steps is None):
             instead = "n_steps=" if isinstance(module, ODEBlock) else "stack.solver = 'rk4'"
             raise ValueError(
                 f"{module.solver} takes steps of its own in {name or 'the model'}, so its blocks are no "
@@ -158,50 +159,19 @@ def _refuse_adaptive(model: nn.Module) -> None:
             )
 
 
-def call(model: nn.Module, x: Any) -> Any:
-    """The model's output for a tensor, a tuple of arguments, or a mapping."""
-    if isinstance(x, Mapping):
-        parameters = inspect.signature(model.forward).parameters
-        return model(**x) if any(name in parameters for name in x) else model(x)
-    return model(*x) if isinstance(x, tuple | list) else model(x)
-
-
 def _with_gradients(x: Any, found: list[Tensor]) -> Any:
     """The same inputs; floating-point ones are copies that gradients come back to."""
-    if isinstance(x, Tensor):
-        if x.is_complex():
-            raise TypeError(f"complex states are not supported: got {x.dtype}. Use real and imaginary parts.")
-        if not x.is_floating_point():
-            return x
+
+    def copied(t: Tensor) -> Tensor:
+        if t.is_complex():
+            raise TypeError(f"complex states are not supported: got {t.dtype}. Use real and imaginary parts.")
+        if not t.is_floating_point():
+            return t
         with torch.inference_mode(False), torch.enable_grad():
-            found.append(x.detach().clone().requires_grad_().clone())
+            found.append(t.detach().clone().requires_grad_().clone())
         return found[-1]
-    if isinstance(x, Mapping):
-        return {name: _with_gradients(item, found) for name, item in x.items()}
-    if isinstance(x, tuple | list):
-        return tuple(_with_gradients(item, found) for item in x)
-    return x
 
-
-def matching(model: nn.Module, blocks: str | Sequence[str] | None) -> set[str] | None:
-    """The names of the modules that patterns (* and ? stand for anything but a dot) name; None for None.
-
-    Raises:
-        ValueError: a pattern that names none; the message lists modules.
-    """
-    if blocks is None:
-        return None
-    patterns = [blocks] if isinstance(blocks, str) else list(blocks)
-    names = [name for name, _ in model.named_modules() if name]
-    found: set[str] = set()
-    for pattern in patterns:
-        expression = re.escape(pattern).replace(r"\*", r"[^.]*").replace(r"\?", "[^.]")
-        matching = {name for name in names if re.fullmatch(expression, name)}
-        if not matching:
-            shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
-            raise ValueError(f"blocks={pattern!r} names no module of the model. Its modules: {shown}.")
-        found |= matching
-    return found
+    return mapped(x, copied)
 
 
 class _Finder:
@@ -434,27 +404,11 @@ class _Finder:
         before, after = tensors(c.before), tensors(c.after)
         at_x = self.graph.place(c.before, before, c.dim)
         at_y = self.graph.place(c.after, after, c.dim)
-        x, y = at_x.join(before), at_y.join(after)
-        records = [record for _, record, _ in c.sums]
-        return Addition(
-            name=records[-1].module,
-            module=records[-1].module,
-            kind="identity",
-            step_size=1.0,
-            factor=1.0,
-            after="",
-            number=records[-1].number,
-            shortcuts={r.number: (r.number, side) for _, r, side in c.sums},
-            x=x,
-            shortcut=x,
-            increment=y - x,
-            y=y,
-            at_x=at_x,
-            at_shortcut=at_x,
-            at_field=None,
-            at_y=at_y,
-            inactive=self._inactive(c.before, c.after),
-        )
+        _, last, _ = c.sums[-1]
+        found = _whole(last.module, last.number, (at_x.join(before), at_x), (at_y.join(after), at_y))
+        found.shortcuts = {r.number: (r.number, side) for _, r, side in c.sums}
+        found.inactive = self._inactive(c.before, c.after)
+        return found
 
     def refused(self) -> list[tuple[str, str]]:
         """Additions of a branch with weights to a state, outside all blocks, that are no blocks, and why."""
@@ -503,7 +457,7 @@ class _Finder:
     def with_modules(self, additions: list[Addition]) -> list[Addition]:
         """The additions, and modules that were asked for and have none of their own, in their order."""
         have = {a.module for a in additions}
-        whole = [m for m in self.module_blocks() if m.module not in have]
+        whole = [m for m in self.module_blocks(strict=False) if m.module not in have]
         if not whole:
             return additions
         for m in whole:
@@ -517,30 +471,42 @@ class _Finder:
         }
         return sorted([*kept, *whole], key=lambda a: last[id(a)])
 
-    def module_blocks(self) -> list[Addition]:
-        """The modules that were asked for, as x + (M(x) − x)."""
-        return [
-            Addition(
-                name=m.name,
-                module=m.name,
-                kind="identity",
-                step_size=1.0,
-                factor=1.0,
-                after="",
-                number=-1 - i,
-                shortcuts={},
-                x=m.x,
-                shortcut=m.x,
-                increment=m.y - m.x,
-                y=m.y,
-                at_x=self.graph.place([m.at_x], [m.x]),
-                at_shortcut=self.graph.place([m.at_x], [m.x]),
-                at_field=None,
-                at_y=self.graph.place([m.at_y], [m.y]),
-                inactive=self._inactive([m.at_x], [m.at_y]) if m.at_y in self.graph.at else [],
-            )
-            for i, m in enumerate(self.recorder.modules)
-        ]
+    def module_blocks(self, *, strict: bool = True) -> list[Addition]:
+        """The modules that were asked for, as x + (M(x) − x); what is no block is refused, or passed over."""
+        calls = [m for m in self.recorder.modules if strict or (m.keeps_shape and m.differentiable)]
+        return [self._module_block(-1 - i, m) for i, m in enumerate(calls)]
+
+    def _module_block(self, number: int, m: ModuleCall) -> Addition:
+        m.check_shape()
+        assert m.x is not None and m.y is not None
+        if not m.differentiable:
+            raise ValueError(f"block {m.name} has no differentiable input and output.")
+        at_x, at_y = self.graph.place([m.at_x], [m.x]), self.graph.place([m.at_y], [m.y])
+        found = _whole(m.name, number, (m.x, at_x), (m.y, at_y))
+        found.inactive = self._inactive([m.at_x], [m.at_y]) if m.at_y in self.graph.at else []
+        return found
+
+
+def _whole(module: str, number: int, x: tuple[Tensor, Place], y: tuple[Tensor, Place]) -> Addition:
+    """A map of the whole state as x + (y − x)."""
+    return Addition(
+        name=module,
+        module=module,
+        kind="identity",
+        step_size=1.0,
+        factor=1.0,
+        after="",
+        number=number,
+        shortcuts={},
+        x=x[0],
+        shortcut=x[0],
+        increment=y[0] - x[0],
+        y=y[0],
+        at_x=x[1],
+        at_shortcut=x[1],
+        at_field=None,
+        at_y=y[1],
+    )
 
 
 def _named(found: list[Addition]) -> list[Addition]:

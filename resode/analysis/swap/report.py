@@ -18,7 +18,7 @@ from resode.blocks import ResidualStack
 from resode.blocks.solving import other_solver, stacks_of
 from resode.blocks.statistics import measure_statistics, put_back, tracked_norms
 from resode.modes import evaluating
-from resode.tableaus import METHODS, get_tableau
+from resode.tableaus import get_tableau
 from resode.tables import plain_table, read_records, records_text, short
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -308,13 +308,13 @@ def swap_report(
     for name in solvers:
         if not get_tableau(name).explicit:
             raise ValueError(f"{name!r} is implicit; a stack takes explicit solvers only.")
-    wanted = [(name, n) for name in solvers for n in ([None] if METHODS[name].adaptive else substeps)]
+    wanted = [(name, n) for name in solvers for n in ([None] if get_tableau(name).adaptive else substeps)]
     came_with = {(stack.solver, stack.substeps) for stack in stacks}
     trained = next(iter(came_with)) if len(came_with) == 1 else None
     swap = _Swap(model, stacks, _reusable(loader), *_calibration(model, loader, recalibrate))
     rows = []
     for name, n in wanted:
-        own = trained is not None and trained == (name, trained[1] if METHODS[name].adaptive else n)
+        own = trained is not None and trained == (name, trained[1] if get_tableau(name).adaptive else n)
         rows.append(swap.row(name, n, own))
     return SwapReport(rows, swap.calibration, *block_distances(model, swap.some))
 
@@ -371,7 +371,7 @@ def _first(batches: Batches, what: str) -> Tensor:
 
 def _one_evaluation(stack: ResidualStack) -> bool:
     """Whether a block call is one evaluation of F."""
-    return len(get_tableau(stack.solver).b) == 1 and stack.substeps == 1
+    return len(stack.tableau.b) == 1 and stack.substeps == 1
 
 
 def _statistics(norms: Iterable[nn.Module]) -> list[dict[str, Tensor]]:
