@@ -447,3 +447,19 @@ def test_a_group_of_blocks_without_shortcuts_is_made_so():
     groups[1][2].factor = None
     first = resode.diagnose(nn.Sequential(*groups, last), x).findings[0]
     assert (first.block, first.cause) == ("1.2", "no-shortcut")
+
+
+def test_an_overflow_that_the_steps_bring_is_laid_to_them():
+    """x' = −300x in rk4's steps of 1: R(−300) = 3.3e8 a block, where the flow decays."""
+    stack = resode.ResidualStack(Scale(-300.0), depth=60, solver="rk4")
+    first = resode.diagnose(nn.Sequential(nn.Linear(8, 8), stack), torch.randn(4, 8)).findings[0]
+    assert (first.block, first.cause) == ("1", "overstep"), str(first)
+
+
+class Scale(nn.Module):
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x):
+        return self.rate * x
