@@ -108,7 +108,7 @@ def drawn(which: str) -> list[tuple[str, str]]:
     random.Random(18).shuffle(pool)
     start = PER_DRAW * DRAWS.index(which)
     random_ones = pool[start : start + PER_DRAW]
-    return [("trained", name) for name in TRAINED[which]] + random_ones
+    return [("trained", name) for name in TRAINED.get(which, [])] + random_ones
 
 
 # ------------------------------------------------------------------------------------------------ networks
