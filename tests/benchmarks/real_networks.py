@@ -85,12 +85,7 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 DRAWS = ("first", "second", "third", "fourth", "fifth")
-TRAINED = {
-    "first": ["lite1", "crepe tiny", "onet"],
-    "second": ["lite2", "crepe full", "rnet"],
-    "third": [],
-    "fourth": [],
-}
+TRAINED = {"first": ["lite1", "crepe tiny", "onet"], "second": ["lite2", "crepe full", "rnet"]}
 
 
 @dataclass
