@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from resode.analysis.diagnose.page import Diagnosis
     from resode.analysis.rest.classify import Classification, classify
     from resode.analysis.rest.fixed_points import FixedPoints, find_fixed_points, find_several_fixed_points
+    from resode.analysis.steps.design import design_method
     from resode.analysis.steps.limit import max_stable_step, step_limit
     from resode.analysis.steps.penalty import StepLimitPenalty
     from resode.analysis.swap.convert import convert
@@ -68,6 +69,7 @@ _LAZY = {
     "resode.analysis.depth.profile": ("DepthProfile", "profile_depth"),
     "resode.analysis.rest.classify": ("Classification", "classify"),
     "resode.analysis.rest.fixed_points": ("FixedPoints", "find_fixed_points", "find_several_fixed_points"),
+    "resode.analysis.steps.design": ("design_method",),
     "resode.analysis.steps.limit": ("max_stable_step", "step_limit"),
     "resode.analysis.steps.penalty": ("StepLimitPenalty",),
     "resode.analysis.swap.proof": ("SwapProof",),
@@ -107,6 +109,7 @@ __all__ = [
     "compare",
     "convert",
     "depth_step",
+    "design_method",
     "diagnose",
     "distance_from_ode",
     "find_fixed_points",

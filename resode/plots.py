@@ -26,7 +26,7 @@ from resode.stability import (
     real_stability_interval,
     stability_function,
 )
-from resode.stability.intervals import ray_polynomials
+from resode.stability.intervals import rays_of_tableau
 from resode.stability.limits import StepLimit, as_counted, checked_spectrum, rounding
 from resode.stability.unstable_rays import Complexes
 from resode.tableaus import ButcherTableau, get_tableau
@@ -162,7 +162,7 @@ def _window(tableaus: list[ButcherTableau], z: Complexes | None) -> tuple[float,
         if not tableau.explicit:
             corners += [-5 + 5j, 6 + 5j]
             continue
-        exits = ray_polynomials(tableau).unstable(angles)[..., 0]  # where a stable interval ends, or inf
+        exits = rays_of_tableau(tableau).unstable(angles)[..., 0]  # where a stable interval ends, or inf
         reach = exits[angles.real < 0, 0].max()
         row, column = np.nonzero(exits <= 1.4 * reach)
         corners += [*(exits[row, column] * angles[row]), -real_stability_interval(tableau)]

@@ -59,6 +59,7 @@ class ButcherTableau:
         recurrence: (μ_j, ν_j, μ̃_j, γ̃_j) for j = 1 … stages of a method whose stages Y_j = x + d_j follow
             d_j = μ_j d_{j−1} + ν_j d_{j−2} + η (μ̃_j f(Y_{j−1}) + γ̃_j f(x)) with d₀ = 0, and x⁺ = Y_stages;
             a step is taken and R evaluated by it, because sums over A cancel where there are many stages.
+        recurrence_weights: w_j for j = 1 … stages where x⁺ = x + Σ w_j d_j instead.
         error_filter: γ of the estimate (I − ηγJ)⁻¹ η Σ b_error_i k_i, which stays bounded on stiff parts of
             the solution, where the sum alone grows with ηJ; None for the sum alone.
 
@@ -91,6 +92,7 @@ class ButcherTableau:
     error_start: Number | None = None
     error_filter: Number | None = None
     recurrence: tuple[tuple[Q, Q, Q, Q], ...] | None = None
+    recurrence_weights: tuple[Q, ...] | None = None
 
     # What a step reads: the non-zero coefficients as floats.
     a_rows: tuple[Row, ...] = field(init=False, repr=False)
@@ -99,6 +101,7 @@ class ButcherTableau:
     dense_rows: tuple[Row, ...] = field(init=False, repr=False)
     stage_times: tuple[float, ...] = field(init=False, repr=False)
     recurrence_rows: tuple[tuple[float, ...], ...] = field(init=False, repr=False)
+    recurrence_sum: tuple[float, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         stages = len(self.b)
@@ -141,6 +144,8 @@ class ButcherTableau:
         object.__setattr__(self, "stage_times", tuple(map(float, self.c)))
         rows = tuple(tuple(map(float, row)) for row in self.recurrence or ())
         object.__setattr__(self, "recurrence_rows", rows)
+        weights = tuple(map(float, self.recurrence_weights or ()))
+        object.__setattr__(self, "recurrence_sum", weights or (0.0,) * (len(rows) - 1) + (1.0,) * bool(rows))
 
     @property
     def adaptive(self) -> bool:
@@ -623,15 +628,28 @@ def stabilised(family: str, stages: int) -> ButcherTableau:
     source = (
         "Sommeijer, Shampine & Verwer (1998)" if family.startswith("rkc") else "Meyer, Balsara & Aslam (2014)"
     )
-    a = _of_recurrence(rows)
+    return of_recurrence(f"{family}_{s}", rows, None, order, source)
+
+
+def of_recurrence(
+    name: str, rows: Sequence[tuple[Q, Q, Q, Q]], weights: Sequence[Q] | None, order: int, source: str
+) -> ButcherTableau:
+    """The method whose steps a recurrence takes; see `ButcherTableau` for its rows and weights."""
+    *a, last = _sums(rows)
+    b = list(last) if weights is None else [0.0] * len(rows)
+    for w, row in zip(weights or (), (*a[1:], last), strict=weights is not None):
+        b = [x + float(w) * y for x, y in zip(b, row, strict=True)]
+    for _ in range(2):  # sums of large terms: what they lost to rounding
+        b[0] += 1.0 - sum(b)
     return ButcherTableau(
-        f"{family}_{s}",
-        a[:-1],
-        a[-1],
-        tuple(map(sum, a[:-1])),
+        name,
+        tuple(a),
+        tuple(b),
+        tuple(map(sum, a)),
         order=order,
         source=source,
         recurrence=tuple(rows),
+        recurrence_weights=None if weights is None else tuple(weights),
     )
 
 
@@ -647,7 +665,7 @@ def _chebyshev(w: Q, s: int) -> tuple[list[Q], list[Q], list[Q]]:
     return list(map(Q, t)), list(map(Q, dt)), list(map(Q, ddt))
 
 
-def _of_recurrence(rows: Sequence[Sequence[Q]]) -> tuple[tuple[float, ...], ...]:
+def _sums(rows: Sequence[Sequence[Q]]) -> list[tuple[float, ...]]:
     """What Y_0 … Y_s of a recurrence are as sums over the stages: the rows of A, then b."""
     s = len(rows)
     a = [[0.0] * s]
@@ -657,7 +675,7 @@ def _of_recurrence(rows: Sequence[Sequence[Q]]) -> tuple[tuple[float, ...], ...]
         new[j] += slope
         new[0] += at_start
         a.append(new)
-    return tuple(map(tuple, a))
+    return list(map(tuple, a))
 
 
 ON_DEMAND = "rkc1_S, rkc2_S, rkl1_S, rkl2_S"

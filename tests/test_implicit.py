@@ -10,6 +10,7 @@ from torch import nn
 import resode
 from resode import METHODS, ODEBlock, ResidualStack, odeint
 from resode.solve.implicit.blocks import stage_blocks
+from resode.solve.implicit.gradient import implicit
 
 DOUBLE = torch.float64
 IMPLICIT = [name for name, t in METHODS.items() if not t.explicit]
@@ -302,6 +303,14 @@ def test_the_graph_does_not_hold_newtons_iterations():
     assert iterations[0] > 1.5 * iterations[1] and saved[0] == saved[1]
 
 
+def test_a_gradient_that_gmres_does_not_find_is_said_to_be_off():
+    """(I − ∂G/∂y)ᵀ a cyclic shift of 600 entries, on which GMRES stands still for 600 products."""
+    y, p = torch.zeros(2, 600, dtype=DOUBLE), torch.zeros(2, 600, dtype=DOUBLE, requires_grad=True)
+    solution = implicit(lambda y, p: y - torch.roll(y, 1, -1) + p, y, p)
+    with pytest.warns(UserWarning, match=r"GMRES left a residual of 1\.0e\+00 .* in 2 of 2 samples"):
+        torch.autograd.grad(solution[:, 0].sum(), p)
+
+
 def test_a_third_derivative_is_refused():
     y0 = times(1.0).requires_grad_()
     y = odeint(lambda t, y: -(y**3), y0, times(0.0, 1.0), method="implicit_euler", n_steps=1)[-1].sum()
@@ -372,6 +381,24 @@ def test_checkpoints_learnt_steps_and_lines_between_weights():
             grads.append(torch.autograd.grad(stack(x).square().sum(), list(stack.parameters())))
         for a, b in zip(*grads, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("gradient", ["autograd", "checkpoint"])
+def test_a_fixed_stack_counts_what_its_implicit_steps_took(gradient):
+    """Each sample its own; of a linear field one Jacobian, one factorisation and a Newton iteration or two a block."""
+    torch.manual_seed(0)
+    field = nn.Linear(6, 6, bias=False).double()
+    stack = ResidualStack(field, depth=5, solver="implicit_euler", step_size=0.1, gradient=gradient)
+    stack(torch.randn(3, 6, dtype=DOUBLE, requires_grad=True))
+    assert stack.stats.n_jacobians.tolist() == stack.stats.n_factorisations.tolist() == [5, 5, 5]
+    assert stack.stats.n_newton.shape == (3,) and (stack.stats.n_newton >= 5).all()
+    assert stack.stats.n_linear.tolist() == [0, 0, 0]
+    stack.per_sample = False
+    stack(torch.randn(3, 6, dtype=DOUBLE))
+    assert stack.stats.n_jacobians == 5 and 5 <= stack.stats.n_newton <= 15
+    stack.solver = "rk4"
+    stack(torch.randn(3, 6, dtype=DOUBLE))
+    assert stack.stats.n_newton == 0
 
 
 def test_a_singular_block_names_its_eigenvalue():

@@ -97,13 +97,26 @@ def chebyshev_tableau(s):
     return ButcherTableau(f"chebyshev{s}", rows[:-1], rows[-1], [sum(r) for r in rows[:-1]], order=1)
 
 
-@pytest.mark.parametrize("s", [5, 9])
+@pytest.mark.parametrize("s", [5, 9, 12])
 def test_small_coefficients_are_not_taken_for_rounding(s):
     """T₉'s last is 2⁸/9¹⁸ = 1.7e-15; with it the interval is 2s² = 162, where |R| = 1 again and again."""
     numerator, _ = stability_coefficients(chebyshev_tableau(s))
     assert len(numerator) == s + 1
     assert float(numerator[-1]) == pytest.approx(2.0 ** (s - 1) / float(s) ** (2 * s), rel=1e-9)
     assert numerator[1] == Q(1)
+
+
+@pytest.mark.parametrize("s", [3, 5, 9, 12])
+def test_touching_the_unit_circle_is_no_exit(s):
+    """|T_s| reaches 1 at s − 1 places within its interval 2s², where rounded coefficients take it above."""
+    tableau = chebyshev_tableau(s)
+    assert resode.real_stability_interval(tableau) == pytest.approx(2 * s**2, rel=1e-9)
+    limits = [resode.max_stable_step(eigenvalues=e, solver=tableau) for e in ([-1.0], [-1.0, -0.5], [-2.0])]
+    assert limits == pytest.approx([2 * s**2, 2 * s**2, s**2], rel=1e-9)
+    # A real excursion stays one: the same stages, the last one 1e-9 too long.
+    b = [*tableau.b[:-1], tableau.b[-1] * (1 + 1e-9)]
+    longer = ButcherTableau("longer", tableau.a, [x / sum(b) for x in b], tableau.c, order=1)
+    assert resode.real_stability_interval(longer) < 2 * s**2 * 0.99
 
 
 def test_a_stack_takes_stabilised_solvers():

@@ -28,7 +28,7 @@ from resode.stability import (
 )
 from resode.stability import limits as limits_module
 from resode.stability.binding import _stable_on
-from resode.stability.intervals import ray_polynomials
+from resode.stability.intervals import rays_of_tableau
 from resode.stability.polynomials import positive_intervals, roots_lie_right
 from resode.stability.unstable_rays import bernstein_matrix
 from resode.tableaus import METHODS, ButcherTableau
@@ -443,7 +443,7 @@ def test_fast_rays_are_the_exact_ones(name):
     lam = rng.normal(size=40) + 1j * rng.normal(size=40)
     lam[:12] = 10.0 ** rng.uniform(-15, -1, 12) * rng.choice([-1, 1], 12) + 1j
     lam[12:20] = rng.choice([-1, 1], 8) + 1j * 10.0 ** rng.uniform(-15, -1, 8)
-    rays = ray_polynomials(METHODS[name])
+    rays = rays_of_tableau(METHODS[name])
     for z, row in zip(lam, rays.unstable(lam), strict=True):
         found = row[np.isfinite(row[:, 0])]
         exact = np.array(rays.unstable_exactly(z)).reshape(-1, 2)
@@ -453,7 +453,7 @@ def test_fast_rays_are_the_exact_ones(name):
 
 def test_a_root_at_a_cell_end_goes_to_the_integers():
     """Where rounding leaves a sign open, the ray is solved exactly: here the exit lies at t = 1/2 of the cells."""
-    rays = ray_polynomials(METHODS["rk4"])
+    rays = rays_of_tableau(METHODS["rk4"])
     lo, hi = 0.55 * math.pi, 0.65 * math.pi  # the exit falls from 2.96 to 2.67 between, through 2.84
     for _ in range(60):
         middle = (lo + hi) / 2
@@ -497,7 +497,7 @@ def test_what_is_left_out_was_proven_stable(name):
     lam = -np.abs(rng.normal(size=400)) + 1j * rng.normal(size=400)
     lam[:250] = -(10.0 ** rng.uniform(-14, -1, 250)) + 1j * rng.uniform(0.1, 1.0, 250)
     lam[250:300] = rng.uniform(0.05, 0.3, 50) + 1j * rng.uniform(0.5, 1.0, 50)
-    rays = ray_polynomials(METHODS[name])
+    rays = rays_of_tableau(METHODS[name])
     starts, stops = np.moveaxis(rays.unstable(lam), -1, 0)
     for stable in ([(0.0, 0.3)], [(0.0, 2.0)], [(0.0, 0.1), (1.6, 3.5)], [(0.5, 0.6), (3.0, math.inf)]):
         proven = _stable_on(rays, stable, lam, np.abs(lam))

@@ -103,6 +103,11 @@ class ODEBlock(nn.Module):
             )
         self._tableau = tableau
 
+    @property
+    def tableau(self) -> ButcherTableau:
+        """The method itself."""
+        return self._tableau
+
     @one_module
     def forward(self, x: Tensor) -> Tensor:
         """The state at t[1], of x's shape (B, *state)."""

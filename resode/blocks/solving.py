@@ -9,6 +9,7 @@ from torch import nn
 
 from resode.blocks.ode_block import ODEBlock
 from resode.blocks.stack import ResidualStack
+from resode.tableaus import ButcherTableau
 
 
 def solving_modules(network: nn.Module) -> list[ResidualStack | ODEBlock]:
@@ -16,17 +17,29 @@ def solving_modules(network: nn.Module) -> list[ResidualStack | ODEBlock]:
     return [module for module in network.modules() if isinstance(module, ResidualStack | ODEBlock)]
 
 
+def named_stacks(network: nn.Module) -> dict[str, ResidualStack]:
+    """The stacks among them, whose solver can be swapped, by their names."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, ResidualStack)}
+
+
 def stacks_of(network: nn.Module) -> list[ResidualStack]:
-    """The stacks among them, whose solver can be swapped."""
-    return [module for module in network.modules() if isinstance(module, ResidualStack)]
+    """The same without names."""
+    return list(named_stacks(network).values())
 
 
-def set_solver(network: nn.Module, solver: str | None = None, substeps: int | None = None) -> None:
+def block_name(name: str, stack: ResidualStack, index: int) -> str:
+    """What a block of the stack of this name is called: its field's name, or the stack's if all share one."""
+    return name if stack.shared else f"{name}.fields.{index}".removeprefix(".")
+
+
+def set_solver(
+    network: nn.Module, solver: str | ButcherTableau | None = None, substeps: int | None = None
+) -> None:
     """Let other solvers advance a network's blocks, with the same weights.
 
     Args:
         network: with at least one `ResidualStack`.
-        solver: a method's name; None leaves it.
+        solver: a method's name, or a tableau; None leaves it.
         substeps: solver steps a block; None leaves them.
 
     Raises:
@@ -52,10 +65,12 @@ def set_solver(network: nn.Module, solver: str | None = None, substeps: int | No
 
 
 @contextmanager
-def other_solver(network: nn.Module, solver: str | None, substeps: int | None = None) -> Iterator[None]:
+def other_solver(
+    network: nn.Module, solver: str | ButcherTableau | None, substeps: int | None = None
+) -> Iterator[None]:
     """Lets another solver advance a network's blocks for a while; then all is as it was, counts too."""
     stacks = stacks_of(network)
-    before = [(stack.solver, stack.substeps, stack.stats, stack.evaluations) for stack in stacks]
+    before = [(stack.tableau, stack.substeps, stack.stats, stack.evaluations) for stack in stacks]
     try:
         set_solver(network, solver, substeps)
         yield

@@ -191,6 +191,11 @@ class ResidualStack(Checked):
         self.evaluations = None
 
     @property
+    def tableau(self) -> ButcherTableau:
+        """The method itself, which its name need not tell of one that was designed or made by hand."""
+        return self._tableau
+
+    @property
     def step_size(self) -> float:
         """η, the depth time of a block; where it is learnt, where it started from, and then not to be set."""
         return self._step_size
@@ -433,13 +438,15 @@ class ResidualStack(Checked):
             """ηF over the fraction s of the block, from 0 to 1."""
             return eta * field(s, y)
 
+        take: ImplicitStep | None = None
         try:
             if not tableau.adaptive:
                 cost.steps += n
                 advance: Callable[..., Tensor] = equal_steps
                 if not tableau.explicit:
                     fractions = fractions or isinstance(eta, Tensor)
-                    advance = steps_by(ImplicitStep(tableau, self.per_sample and x.ndim > 1))
+                    take = ImplicitStep(tableau, self.per_sample and x.ndim > 1)
+                    advance = steps_by(take)
                 g, h = (scaled, 1 / n) if fractions else (field, eta / n if n > 1 else eta)
                 if self.check_finite:
                     y = self._checked_steps(index, g, x, h, advance)
@@ -459,6 +466,8 @@ class ResidualStack(Checked):
             raise
         finally:
             cost.evaluations.append(field.calls)
+            if take is not None:
+                cost.implicit = cost.implicit + take.total
         return y if scale is None or not several else x + scale * (y - x)
 
     def _checked_steps(
@@ -576,6 +585,7 @@ class _Cost:
     def __init__(self, progress: Progress | None = None) -> None:
         self.evaluations: list[int] = []
         self.steps = 0
+        self.implicit: Any = 0  # the four counts of an implicit method in fixed steps, (4, B)
         self.progress = progress
         self.result: Stats | None = None
 
@@ -583,6 +593,13 @@ class _Cost:
         """The statistics of the pass; a later recomputation adds to their nfe_backward."""
         if self.progress is None:
             self.result = Stats(sum(self.evaluations), self.steps, self.steps, 0)
+            if not isinstance(self.implicit, int):
+                counts = torch.from_numpy(self.implicit)
+                names = ("n_jacobians", "n_factorisations", "n_newton", "n_linear")
+                for name, row in zip(
+                    names, counts if counts.shape[1] > 1 else counts[:, 0].tolist(), strict=True
+                ):
+                    setattr(self.result, name, row)
         elif whole:
             self.result = self.progress.stats().item()
         else:

@@ -13,7 +13,7 @@ from resode.checks import did_you_mean, known
 from resode.cli.terminal import command, figures_of, flag, say, separated, store, table
 from resode.cli.train import own_model
 from resode.solve.options import EXPLICIT
-from resode.tableaus import METHODS
+from resode.tableaus import METHODS, MOST_STAGES, ON_DEMAND, get_tableau, on_demand
 from resode.tables import short, short_complex
 
 _Run = Annotated[Path, typer.Argument(help="Run folder or weights file.", metavar="RUN", show_default=False)]
@@ -141,9 +141,15 @@ def _swap_row(row: Any) -> list[str]:
     ]
 
 
+def _is_method(name: str) -> bool:
+    return name in METHODS or on_demand(name) is not None
+
+
 def _methods(names: list[str], valid: tuple[str, ...] = tuple(METHODS)) -> list[str]:
     """The names, all of which must be valid methods."""
     for name in names:
+        if on_demand(name) is not None:
+            continue
         if name in METHODS and name not in valid:
             raise ValueError(
                 f"{name} is an implicit method; a stack takes explicit ones. Valid: {', '.join(valid)}."
@@ -179,11 +185,12 @@ def stability(
     """
     names = what or list(METHODS)
     of_run = {"--blocks": blocks, "--model": model, "--data": data, "--data-dir": data_dir}
-    if len(names) == 1 and names[0] not in METHODS:
+    if len(names) == 1 and not _is_method(names[0]):
         if not Path(names[0]).exists():
             close = did_you_mean(names[0], METHODS)
             raise ValueError(
-                f"{names[0]} is neither a run nor a method.{close} Methods: {', '.join(METHODS)}. "
+                f"{names[0]} is neither a run nor a method.{close} Methods: "
+                f"{', '.join(METHODS)}, {ON_DEMAND}. "
                 f"Runs: {', '.join(_runs()) or 'none here'}."
             )
         return _run_stability(
@@ -196,7 +203,7 @@ def stability(
             data,
             data_dir,
         )
-    places = [name for name in names if name not in METHODS and Path(name).exists()]
+    places = [name for name in names if not _is_method(name) and Path(name).exists()]
     if places:
         raise ValueError(f"one run at a time, and no methods beside it (--solvers): got {', '.join(names)}.")
     methods = _methods(names)
@@ -325,7 +332,7 @@ def _forecasts(network: Any, images: Any, methods: list[str]) -> list[str]:
     from resode.blocks.solving import stacks_of
 
     stacks = stacks_of(network)
-    names = [name for name in methods if stacks and METHODS[name].explicit]
+    names = [name for name in methods if stacks and get_tableau(name).explicit]
     found = {name: forecast(network, images, name) for name in names if name != stacks[0].solver}
     return [f"{name} {f.verdict} accuracy: the logits drift by {f.drift:.3g}" for name, f in found.items()]
 
@@ -346,6 +353,9 @@ def methods() -> None:
         return steps if tableau.explicit else f"implicit, {steps}"
 
     rows = [[m.name, str(m.order), str(m.stages), use(m), m.source] for m in METHODS.values()]
+    for family in ON_DEMAND.split(", "):
+        example = get_tableau(family.replace("S", "2"))
+        rows.append([family, str(example.order), f"S, 2 to {MOST_STAGES}", use(example), example.source])
     wide = not sys.stdout.isatty() or get_terminal_size().columns >= 170
     columns = ["method", "order", "stages", "steps", "source"]
     keep = 5 if wide else 4

@@ -108,12 +108,16 @@ def recurrence_step(
     """As `explicit_step`, in which rounding does not grow with the stages: two of them are held at a time."""
     k = k0 = f(times[0], x) if k0 is None else k0
     before = d = torch.zeros_like(x)
+    total: Tensor | None = None
     for j, (mu, nu, slope, at_start) in enumerate(tableau.recurrence_rows):
         if j:
             k = f(times[j], x + d)
         rise = slope * k + at_start * k0 if at_start else slope * k
         before, d = d, mu * d + nu * before + h * rise
-    return [k0], x + d
+        if (w := tableau.recurrence_sum[j]) != 0:
+            total = w * d if total is None else torch.add(total, d, alpha=w)
+    assert total is not None
+    return [k0], x + total
 
 
 def rk_step(tableau: ButcherTableau, f: Field, t: Time, x: Tensor, h: Time) -> Tensor:

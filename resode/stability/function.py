@@ -7,9 +7,10 @@ floating-point numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ def _coefficients(tableau: ButcherTableau) -> tuple[Fractions, Fractions]:
     if tableau.rational is not None:
         return tableau.rational
     if tableau.recurrence is not None:
-        return _of_recurrence(tableau.recurrence), (Fraction(1),)
+        return _of_recurrence(tableau.recurrence, tableau.recurrence_weights), (Fraction(1),)
     a = [[_fraction(x) for x in row] for row in tableau.a]
     b = [_fraction(x) for x in tableau.b]
     stages = range(len(b))
@@ -70,10 +71,37 @@ def _coefficients(tableau: ButcherTableau) -> tuple[Fractions, Fractions]:
     return _trimmed(divide(numerator, factor)[0]), _trimmed(divide(denominator, factor)[0])
 
 
-def _of_recurrence(rows: Sequence[Sequence[Fraction]]) -> Fractions:
-    """R − 1 = d_s, where d_j = μ d_{j−1} + ν d_{j−2} + z (μ̃ (1 + d_{j−1}) + γ̃), as a polynomial; then R."""
+def rounding_of(tableau: ButcherTableau) -> Callable[[complex], bool] | None:
+    """Whether |R(z)| exceeds 1 by what rounding of an explicit method's coefficients explains; None if exact.
+
+    With the stages Y = (I − zA)⁻¹1 and u = (I − zA)⁻ᵀb, a change δA, δb changes R by z (δbᵀY + z uᵀδA Y).
+    """
+    floats = [x for row in (*tableau.a, tableau.b) for x in row if isinstance(x, float)]
+    simple = all(_fraction(x).denominator <= _DENOMINATOR for x in floats)
+    if simple or not tableau.explicit or tableau.recurrence is not None or tableau.rational is not None:
+        return None
+    a, b = np.array(tableau.a, dtype=float), np.array(tableau.b, dtype=float)
+    one = np.eye(len(b))
+
+    def touches(z: complex) -> bool:
+        y, u = np.linalg.solve(one - z * a, one.sum(0)), np.linalg.solve((one - z * a).T, b)
+        change = abs(z) * (np.abs(b) @ np.abs(y) + abs(z) * (np.abs(u) @ np.abs(a) @ np.abs(y)))
+        return bool(abs(1 + z * (b @ y)) - 1 <= 2 * len(b) * _EPS * change)
+
+    return touches
+
+
+def _of_recurrence(
+    rows: Sequence[Sequence[Fraction]], weights: Sequence[Fraction] | None, most: int | None = None
+) -> Fractions:
+    """R = 1 + Σ w_j d_j, where d_j = μ d_{j−1} + ν d_{j−2} + z (μ̃ (1 + d_{j−1}) + γ̃), as a polynomial.
+
+    Its coefficients up to z^most, or all of them.
+    """
+    weights = (*[Fraction(0)] * (len(rows) - 1), Fraction(1)) if weights is None else weights
     before, d = [Fraction(0)], [Fraction(0)]
-    for mu, nu, slope, at_start in rows:
+    total = [Fraction(1), *[Fraction(0)] * len(rows)]
+    for (mu, nu, slope, at_start), w in zip(rows, weights, strict=True):
         new = [Fraction(0)] * (len(d) + 1)
         for k, c in enumerate(d):
             new[k] += mu * c
@@ -81,16 +109,41 @@ def _of_recurrence(rows: Sequence[Sequence[Fraction]]) -> Fractions:
         for k, c in enumerate(before):
             new[k] += nu * c
         new[1] += slope + at_start
-        before, d = d, new
-    return _trimmed([d[0] + 1, *d[1:]])
+        before, d = d, new if most is None else new[: most + 1]
+        if w:
+            for k, c in enumerate(d):
+                total[k] += w * c
+    return _trimmed(total if most is None else total[: most + 1])
 
 
-def _by_recurrence(rows: Sequence[Sequence[float]], z: Tensor) -> Tensor:
-    """R(z), whose terms in powers of z would cancel where there are many stages."""
-    before = d = torch.zeros_like(z)
-    for mu, nu, slope, at_start in rows:
-        before, d = d, mu * d + nu * before + z * (slope * (1 + d) + at_start)
-    return 1 + d
+def stability_product(tableau: ButcherTableau, product: Callable[[Any], Any], x: Any) -> Any:
+    """R(A)x of an explicit method from products z ↦ Az.
+
+    By the method's recurrence where it has one, because powers of A cancel in many stages.
+
+    Args:
+        tableau: the method.
+        product: A times something like x.
+        x: a number, array or tensor.
+
+    Example:
+        >>> from resode.tableaus import get_tableau
+        >>> round(stability_product(get_tableau("rkl1_3"), lambda x: -12.0 * x, 1.0), 12)
+        -1.0
+    """
+    if tableau.recurrence is None:
+        coefficients = [float(c) for c in stability_coefficients(tableau)[0]]
+        total = coefficients[-1] * x
+        for c in coefficients[-2::-1]:
+            total = c * x + product(total)
+        return total
+    before = d = 0.0 * x
+    total = x
+    for (mu, nu, slope, at_start), w in zip(tableau.recurrence_rows, tableau.recurrence_sum, strict=True):
+        before, d = d, mu * d + nu * before + product(slope * (x + d) + at_start * x)
+        if w:
+            total = total + w * d
+    return total
 
 
 def _fraction(x: Fraction | float) -> Fraction:
@@ -193,7 +246,7 @@ def stability_function(method: str | ButcherTableau, z: Tensor) -> Tensor:
             "Convert with torch.as_tensor(z, dtype=torch.complex128)."
         )
     if tableau.recurrence is not None:
-        return _finite_or_inf(_by_recurrence(tableau.recurrence_rows, z), z)
+        return _finite_or_inf(stability_product(tableau, lambda x: z * x, torch.ones_like(z)), z)
     numerator, denominator = (tuple(map(float, part)) for part in stability_coefficients(tableau))
     if len(denominator) == 1:
         return _finite_or_inf(_horner(numerator, z), z)

@@ -9,10 +9,10 @@ from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
-import torch
 
-from resode.stability.function import stability_coefficients, stability_function
+from resode.stability.function import rounding_of, stability_coefficients
 from resode.stability.polynomials import roots_lie_right
+from resode.stability.recurrences import EXACT_UP_TO, RecurrenceRays
 from resode.stability.unstable_rays import RayPolynomials, complement
 from resode.tableaus import ButcherTableau, get_tableau
 
@@ -20,13 +20,19 @@ Interval = tuple[float, float]
 
 
 @lru_cache(maxsize=256)
-def ray_polynomials(tableau: ButcherTableau, growth: Fraction = Fraction(1)) -> RayPolynomials:
-    """|P|² − G|Q|² along rays, for R = P/Q and the allowed growth G of |R|²; kept once made."""
-    return RayPolynomials(*stability_coefficients(tableau), growth)
+def rays_of_tableau(
+    tableau: ButcherTableau, growth: Fraction = Fraction(1)
+) -> RayPolynomials | RecurrenceRays:
+    """Where |R|² exceeds the allowed growth G along rays, of a method; kept once made."""
+    if tableau.recurrence is not None and len(tableau.b) > EXACT_UP_TO:
+        return RecurrenceRays(tableau, float(growth))
+    return RayPolynomials(*stability_coefficients(tableau), growth, rounding_of(tableau))
 
 
 def stable_intervals(method: str | ButcherTableau, direction: complex = -1.0) -> tuple[Interval, ...]:
     """Every interval of r > 0 with |R(r·direction)| ≤ 1, in order, ends correct to the last digit.
+
+    Of stabilised methods with more than 20 stages to about 1e-12.
 
     The set can be disconnected, and unbounded (inf) for implicit methods. Points and intervals narrower than
     1e-12 of their distance from 0 are left out: no step size in float64 hits them reliably.
@@ -51,7 +57,7 @@ def stable_intervals(method: str | ButcherTableau, direction: complex = -1.0) ->
     modulus = abs(direction)
     if modulus == 0 or not math.isfinite(modulus):
         raise ValueError(f"a direction is a finite complex number other than 0, got {direction}.")
-    unstable = ray_polynomials(tableau).unstable_exactly(direction)
+    unstable = rays_of_tableau(tableau).unstable_exactly(direction)
     return tuple(complement(np.array(unstable).reshape(-1, 2)))
 
 
@@ -68,32 +74,7 @@ def real_stability_interval(method: str | ButcherTableau) -> float:
         >>> real_stability_interval("rk4"), real_stability_interval("radau5")
         (2.785293563405282, inf)
     """
-    tableau = get_tableau(method)
-    if tableau.recurrence is not None:
-        return _exit_of_recurrence(tableau)
-    return _first_exit(stable_intervals(tableau, -1.0))
-
-
-@lru_cache(maxsize=256)
-def _exit_of_recurrence(tableau: ButcherTableau) -> float:
-    """Where |R(−r)| first exceeds 1, for a polynomial whose extrema before are below 1 by some margin.
-
-    By values, to about 1e-12: with 50 stages exact fractions take minutes.
-    """
-    stages = len(tableau.b)
-
-    def excess(r: np.ndarray) -> np.ndarray:
-        z = torch.from_numpy(-np.asarray(r, dtype=np.complex128))
-        return stability_function(tableau, z).abs().numpy() - 1
-
-    # As dense towards the ends as the extrema are; 2s² is the most that any polynomial has.
-    grid = 1.1 * stages**2 * (1 - np.cos(np.linspace(0, np.pi, 40 * stages + 1)[1:]))
-    above = int(np.argmax(excess(grid) > 1e-11))
-    low, high = grid[above - 1], grid[above]
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (low, middle) if excess(np.array([middle]))[0] > 0 else (middle, high)
-    return float(low)
+    return _first_exit(stable_intervals(method, -1.0))
 
 
 def imaginary_stability_interval(method: str | ButcherTableau) -> float:
@@ -152,8 +133,8 @@ def stability_properties(method: str | ButcherTableau) -> StabilityProperties:
         '–'
     """
     tableau = get_tableau(method)
-    numerator, denominator = stability_coefficients(tableau)
-    i_stable = not ray_polynomials(tableau).unstable_exactly(1j)
+    numerator, denominator = ((), ()) if tableau.explicit else stability_coefficients(tableau)
+    i_stable = not tableau.explicit and not rays_of_tableau(tableau).unstable_exactly(1j)
     a_stable = i_stable and roots_lie_right(denominator)
     return StabilityProperties(
         name=tableau.name,

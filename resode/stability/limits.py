@@ -13,8 +13,9 @@ from torch import Tensor
 
 from resode.checks import check_number, check_whole
 from resode.stability.binding import binding
-from resode.stability.intervals import Interval, ray_polynomials
+from resode.stability.intervals import Interval, rays_of_tableau
 from resode.stability.multistep import EXPLICIT_ADAMS, AdamsRays
+from resode.stability.recurrences import RecurrenceRays
 from resode.stability.unstable_rays import Complexes, RayPolynomials, complement
 from resode.tableaus import ButcherTableau, get_tableau
 
@@ -251,7 +252,7 @@ def eigenvalue_step_limit(
     tau = np.broadcast_to(tau, values.shape).reshape(given.shape)
     growing = given.real > tau
     lam = as_counted(given, tau)
-    if n <= _MANY or isinstance(rays, AdamsRays):
+    if n <= _MANY or not isinstance(rays, RayPolynomials):
         exits, intervals = exits_and_intervals(rays, lam)
     else:
         parts = [_exits_of_many(rays, *row) for row in zip(lam, growing, strict=True)]
@@ -313,7 +314,7 @@ def as_counted(values: Complexes, tau: np.ndarray | float) -> Complexes:
     return counted
 
 
-Rays = RayPolynomials | AdamsRays
+Rays = RayPolynomials | RecurrenceRays | AdamsRays
 """Where along rays h·λ a method is unstable."""
 
 
@@ -322,7 +323,7 @@ def rays_of(method: str | ButcherTableau, growth: tuple[int, float] | None = Non
     allowed = allowed_growth(growth)
     if method == EXPLICIT_ADAMS:
         return AdamsRays(math.sqrt(allowed))
-    return ray_polynomials(get_tableau(method), allowed)
+    return rays_of_tableau(get_tableau(method), allowed)
 
 
 def name_of(method: str | ButcherTableau) -> str:

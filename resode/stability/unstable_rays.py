@@ -17,7 +17,7 @@ Source:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import cached_property
 
@@ -33,6 +33,7 @@ Indices = NDArray[np.intp]
 UNIT = 2.0**-53  # largest relative error of one rounding
 _LEVELS = 40  # halvings before a ray is handed to the integers
 NEAR = 0.25  # |cos θ| below which a ray is near the imaginary axis
+_TOUCH = 1e-3  # relative width up to which an interval may be one where |R| touches 1
 _SLIVER = 1e-12  # relative width below which a gap between unstable intervals is rounding
 
 
@@ -43,11 +44,19 @@ class RayPolynomials:
         numerator: P of R = P/Q, lowest degree first, exact.
         denominator: Q, which has no root in common with P.
         growth: G, exact, at least 1.
+        touches: whether |R(z)| exceeds 1 by no more than rounding of the method's coefficients explains;
+            such an interval, where R touches the unit circle from within, is left out. None for exact
+            coefficients.
     """
 
     def __init__(
-        self, numerator: Sequence[Fraction], denominator: Sequence[Fraction], growth: Fraction = Fraction(1)
+        self,
+        numerator: Sequence[Fraction],
+        denominator: Sequence[Fraction],
+        growth: Fraction = Fraction(1),
+        touches: Callable[[complex], bool] | None = None,
     ):
+        self.touches = touches
         self.parts = ((Fraction(1), tuple(numerator)), (-growth, tuple(denominator)))
         size = max(len(numerator), len(denominator))
         table = [[Fraction(0)] * size for _ in range(2 * size - 1)]  # A_nm
@@ -65,7 +74,7 @@ class RayPolynomials:
         """Where g > 0 along h·direction, h > 0, for the two float64 numbers exactly as they stand."""
         re, im = Fraction(direction.real), Fraction(direction.imag)
         square = re * re + im * im
-        return positive_intervals(
+        intervals = positive_intervals(
             [
                 sum(
                     (
@@ -78,6 +87,13 @@ class RayPolynomials:
                 for n, row in enumerate(self.powers)
             ]
         )
+        return [pair for pair in intervals if not self._is_touch(direction, *pair)]
+
+    def _is_touch(self, direction: complex, start: float, stop: float) -> bool:
+        """Whether an interval along h·direction, narrow and off 0, is there by rounding."""
+        if self.touches is None or start == 0 or not stop - start <= _TOUCH * start:
+            return False
+        return self.touches((start + stop) / 2 * direction)
 
     @cached_property
     def axes(self) -> dict[str, Floats]:
@@ -112,6 +128,12 @@ class RayPolynomials:
         for index, intervals in done:
             result[index] = np.inf
             result[index, : intervals.shape[1]] = intervals
+        if self.touches is not None:
+            for i, row in enumerate(result):
+                unit = eigenvalues[i] / modulus[i]
+                gone = [bool(np.isfinite(a)) and self._is_touch(unit, a, b) for a, b in row]
+                row[gone] = np.inf
+                row[:] = row[np.argsort(row[:, 0], kind="stable")]
         with np.errstate(over="ignore"):
             return result / modulus[:, None, None]
 

@@ -19,6 +19,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from resode.analysis.swap.proof import SwapProof
@@ -110,6 +111,7 @@ class TrainingLoop:
         self.held_out = held_out
         self.folder = folder
         self.about = about
+        self.settings: dict[str, Any] = {}  # as config.yaml has them
         self.progress = progress
         self.solving = solving_modules(task.network)
         self.average = (
@@ -170,6 +172,16 @@ class TrainingLoop:
             self.network.load_state_dict(self.kept.state_dict())
         finally:
             self.progress.close()
+
+    def close(self) -> None:
+        """Let go of the connections between processes; the network stays.
+
+        torch 2.13's reducer ends with Python's lock held: where that is the end of the group's thread too,
+        which waits for the lock, the process never ends. So it goes first, while the group is held.
+        """
+        for module in self.module.modules():
+            if isinstance(module, DistributedDataParallel):
+                del module.reducer, module.logger
 
     def _updates(self, asked: list[int]) -> None:
         """The updates of an epoch, from where it stands."""
@@ -419,6 +431,7 @@ class TrainingLoop:
         }
         state = {
             **self.about,
+            "settings": {name: value for name, value in self.settings.items() if name != "record"},
             "epoch": self.epoch,
             "index": self.index,
             "seconds": self.seconds,

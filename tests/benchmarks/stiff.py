@@ -1,75 +1,207 @@
-"""Stiff problems: error, steps and evaluations of implicit methods beside scipy's Radau and BDF.
+"""Stiff problems: error, steps and evaluations of implicit methods beside scipy's Radau and BDF and diffrax's Kvaerno5.
 
-python -m tests.benchmarks.stiff [--tolerance 1e-6]
+python -m tests.benchmarks.stiff [long|detest|brusselator|robertsons] [--tolerance 1e-6] [--only D,E] [--diffrax PYTHON]
+
+Errors are those at the end and at nine times between, over atol + rtol |y*|, at worst over times and entries; y* by
+scipy's Radau at a ten-thousandth of the tolerance. Steps are attempted ones (scipy's: accepted), evaluations count one
+for a Jacobian (scipy's: none; diffrax does not count them).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.integrate import solve_ivp
 
 import resode
+from tests.benchmarks.stiff_problems import (
+    DETEST,
+    ROBERTSON,
+    VAN_DER_POL,
+    StiffProblem,
+    brusselator,
+    brusselator_start,
+    robertson_of,
+    robertson_rates,
+)
+
+PROBLEMS = {p.name: p for p in (ROBERTSON, VAN_DER_POL)}
+HEAD = "| problem | method | tolerance | error / tolerance | steps | evaluations | s |"
+PEER = Path(__file__).with_name("stiff_peer.py")
 
 
-def robertson(t, y):
-    """Three reactions with rates from 0.04 to 3e7."""
-    a, b, c = y.unbind(-1)
-    slow, fast, back = 0.04 * a, 3e7 * b * b, 1e4 * b * c
-    return torch.stack([back - slow, slow - fast - back, fast], -1)
+def rows(
+    problem: StiffProblem, rtol: float, methods=("kvaerno5", "radau5"), others=("Radau", "BDF"), peer=None
+):
+    """(method, error over tolerance, steps, evaluations, seconds) of every solver."""
+    atol, span, start = problem.ratio * rtol, (0.0, problem.end), np.array(problem.start)
+    t = np.linspace(0, problem.end, 11)
+    fine = max(1e-4 * rtol, 1e-11)
+    exact = solve_ivp(problem.array_field, span, start, "Radau", t, rtol=fine, atol=fine * problem.ratio).y.T
 
+    def error(y: np.ndarray) -> float:
+        return float((np.abs(y - exact) / (atol + rtol * np.abs(exact)))[1:].max())
 
-def van_der_pol(t, y):
-    """Relaxation oscillations, μ = 1000."""
-    x, v = y.unbind(-1)
-    return torch.stack([v, 1000 * (1 - x * x) * v - x], -1)
-
-
-PROBLEMS = {
-    "Robertson to 1e11": (robertson, [1.0, 0.0, 0.0], 1e11, 1e-4),
-    "van der Pol to 2000": (van_der_pol, [2.0, 0.0], 2000.0, 1.0),
-}
-"""Name: field, start, end, and atol over rtol."""
-
-
-def rows(name: str, rtol: float, methods=("kvaerno5", "radau5"), others=("Radau", "BDF")) -> list[tuple]:
-    """(method, relative error, steps, evaluations, seconds) of every solver, against Radau at 1e-11."""
-    field, start, end, ratio = PROBLEMS[name]
-    atol = ratio * rtol
-
-    def plain(t, y):
-        return field(t, torch.from_numpy(y)).numpy()
-
-    exact = solve_ivp(plain, (0, end), start, "Radau", rtol=1e-11, atol=1e-11 * ratio).y[:, -1]
     made = []
     for method in methods:
         begin = time.perf_counter()
         with torch.no_grad():
-            y, stats = resode.odeint(field, torch.tensor(start).double(), torch.tensor([0.0, end]).double(),
-                                     method=method, rtol=rtol, atol=atol, return_stats=True)  # fmt: skip
-        made.append((method, y[-1].numpy(), stats.n_steps, stats.nfe, time.perf_counter() - begin))
+            y, stats = resode.odeint(problem.field, torch.from_numpy(start), torch.from_numpy(t), method=method, rtol=rtol,
+                                     atol=atol, return_stats=True)  # fmt: skip
+        made.append((method, error(y.numpy()), stats.n_steps, stats.nfe, time.perf_counter() - begin))
     for method in others:
         begin = time.perf_counter()
-        s = solve_ivp(plain, (0, end), start, method, rtol=rtol, atol=atol)
-        made.append((f"scipy {method}", s.y[:, -1], len(s.t) - 1, s.nfev, time.perf_counter() - begin))
-    return [(m, float(np.abs((y - exact) / exact).max()), *rest) for m, y, *rest in made]
+        s = solve_ivp(problem.array_field, span, start, method, t, rtol=rtol, atol=atol)
+        steps = len(solve_ivp(problem.array_field, span, start, method, rtol=rtol, atol=atol).t) - 1
+        made.append((f"scipy {method}", error(s.y.T), steps, s.nfev, (time.perf_counter() - begin) / 2))
+    if peer:
+        found = json.loads(_peer(peer, problem.name, rtol, atol))
+        made.append(("diffrax Kvaerno5", error(np.array(found["y"])), found["steps"], "–", found["seconds"]))
+    return made
+
+
+def _peer(python: str, *arguments) -> str:
+    """What the peer's script prints in an environment of its own."""
+    command = [python, str(PEER), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+
+
+def brusselator_rows(rtol: float, n: int = 64, end: float = 1.0) -> Iterator[tuple]:
+    """As `rows`, for 2 n² states: Newton's systems by GMRES here, sparse factors in scipy."""
+    start, t = brusselator_start(n), torch.tensor([0.0, end], dtype=torch.float64)
+
+    def plain(t, y):
+        return brusselator(t, torch.from_numpy(y), n).numpy()
+
+    settings = dict(jac_sparsity=_sparsity(n), t_eval=[end])
+    begin = time.perf_counter()
+    exact = solve_ivp(plain, (0, end), start.numpy(), "BDF", rtol=1e-10, atol=1e-10, **settings).y[:, -1]
+    del begin
+
+    def error(y):
+        return float((np.abs(y - exact) / (rtol + rtol * np.abs(exact))).max())
+
+    for method in ("kvaerno5", "kvaerno3", "trbdf2", "radau5"):
+        begin = time.perf_counter()
+        with torch.no_grad():
+            y, stats = resode.odeint(lambda t, y: brusselator(t, y, n), start, t, method=method, rtol=rtol, atol=rtol,
+                                     return_stats=True)  # fmt: skip
+        seconds = time.perf_counter() - begin
+        yield (
+            f"{method} ({stats.n_linear:,} products)",
+            error(y[-1].numpy()),
+            stats.n_steps,
+            stats.nfe,
+            seconds,
+        )
+    for method in ("Radau", "BDF"):
+        begin = time.perf_counter()
+        s = solve_ivp(
+            plain,
+            (0, end),
+            start.numpy(),
+            method,
+            rtol=rtol,
+            atol=rtol,
+            jac_sparsity=settings["jac_sparsity"],
+        )
+        yield f"scipy {method}", error(s.y[:, -1]), len(s.t) - 1, s.nfev, time.perf_counter() - begin
+
+
+def robertsons(rtol: float, peer: str | None = None) -> Iterator[tuple]:
+    """256 Robertson systems with rates of their own to t = 40, in one call; scipy's Radau one by one.
+
+    The error is the median over the systems of the largest over their entries, over the tolerance.
+    """
+    rates, atol, end = robertson_rates(), 1e-4 * rtol, 40.0
+    k, start = torch.from_numpy(rates).T, torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+
+    def field(t, y):
+        return torch.stack(robertson_of(k, *y.unbind(-1)), -1)
+
+    def one_by_one(rtol, atol):
+        return [
+            solve_ivp(lambda t, y, r=r: np.array(robertson_of(r, *y)), (0, end), start.numpy(), "Radau", rtol=rtol, atol=atol)
+            for r in rates
+        ]  # fmt: skip
+
+    exact = np.array([s.y[:, -1] for s in one_by_one(1e-10, 1e-14)])
+
+    def error(y):
+        return float(np.median((np.abs(y - exact) / (atol + rtol * np.abs(exact))).max(1)))
+
+    y0, t = start.expand(len(rates), 3).clone(), torch.tensor([0.0, end], dtype=torch.float64)
+    begin = time.perf_counter()
+    found = one_by_one(rtol, atol)
+    seconds = time.perf_counter() - begin
+    steps = int(np.mean([len(s.t) - 1 for s in found]))
+    yield (
+        "scipy Radau",
+        error(np.array([s.y[:, -1] for s in found])),
+        steps,
+        sum(s.nfev for s in found),
+        seconds,
+    )
+    for method in ("radau5", "kvaerno5"):
+        times = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            with torch.no_grad():
+                y, stats = resode.odeint(field, y0, t, method=method, rtol=rtol, atol=atol, per_sample=True,
+                                         return_stats=True)  # fmt: skip
+            times.append(time.perf_counter() - begin)
+        steps = int(stats.n_steps.double().mean())
+        yield method, error(y[-1].numpy()), steps, int(stats.nfe.sum()), sorted(times)[1]
+    if peer:
+        got = json.loads(_peer(peer, "robertsons", rtol, atol))
+        yield "diffrax Kvaerno5", error(np.array(got["y"])), int(got["steps"]), "–", got["seconds"]
+
+
+def _sparsity(n: int):
+    """Which states of the Brusselator's each depends on."""
+    from scipy.sparse import bmat, eye, kron
+
+    ring = eye(n, format="lil")
+    for i in range(n):
+        ring[i, (i + 1) % n] = ring[i, i - 1] = 1
+    around = kron(ring, eye(n)) + kron(eye(n), ring)
+    return bmat([[around, eye(n * n)], [eye(n * n), around]], format="csc")
 
 
 def main() -> None:
-    """Prints a table."""
+    """Prints a table, each line when it is there."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--tolerance", type=float, default=1e-6)
-    tolerance = parser.parse_args().tolerance
-    print(
-        "| problem | method | relative error | steps | evaluations | s |\n| --- | --- | --- | --- | --- | --- |"
+    parser.add_argument(
+        "what", nargs="?", choices=("long", "detest", "brusselator", "robertsons"), default="long"
     )
-    for name in PROBLEMS:
-        for method, error, steps, nfe, seconds in rows(name, tolerance):
-            print(f"| {name} | {method} | {error:.1e} | {steps:,} | {nfe:,} | {seconds:.2f} |")
+    parser.add_argument("--tolerance", type=float, default=1e-6)
+    parser.add_argument("--diffrax", metavar="PYTHON", help="an interpreter that has diffrax")
+    parser.add_argument("--only", default="", help="of DETEST: the classes, as A,B")
+    given = parser.parse_args()
+    print(HEAD + "\n|" + " --- |" * 7, flush=True)
+    if given.what == "brusselator":
+        found = ((f"Brusselator {64}²", row) for row in brusselator_rows(given.tolerance))
+    elif given.what == "robertsons":
+        found = (("256 Robertsons", row) for row in robertsons(given.tolerance, given.diffrax))
+    else:
+        chosen = [p for p in DETEST if not given.only or p.name[0] in given.only.split(",")]
+        problems = chosen if given.what == "detest" else PROBLEMS.values()
+        found = ((p.name, row) for p in problems for row in rows(p, given.tolerance, peer=given.diffrax))
+    for name, (method, error, steps, nfe, seconds) in found:
+        counts = " | ".join(n if isinstance(n, str) else f"{n:,}" for n in (steps, nfe))
+        print(
+            f"| {name} | {method} | {given.tolerance:g} | {error:.2g} | {counts} | {seconds:.2f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -42,8 +42,8 @@ def block_spectrum(
     """
     result = BlockSpectrum()
     stack = model.get_submodule(a.module)
-    own = stack.solver if isinstance(stack, ResidualStack) else "euler"
-    tableau = get_tableau(own) if tableau is None else tableau
+    own = stack.tableau if isinstance(stack, ResidualStack) else get_tableau("euler")
+    tableau = own if tableau is None else tableau
     result.values["solver"] = tableau.name
     sizes = rows(a.x, batch).shape[1], rows(a.y, batch).shape[1]
     increment = (

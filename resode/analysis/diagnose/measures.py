@@ -26,12 +26,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from resode.analysis.depth.gradients import split_gradient
 from resode.analysis.depth.losses import LossFunction, batch_of, part, parts, prediction, sample_losses
-from resode.analysis.depth.tracing import Addition, Trace, call, tensors_in, trace
+from resode.analysis.depth.tracing import Addition, Trace, trace
 from resode.blocks import ODEBlock, ResidualStack
+from resode.calls import call, mapped, tensors_in
 from resode.jacobian.places import Place
 from resode.jacobian.products import JacobianProducts, rows
 from resode.solve import SolverError
-from resode.tableaus import METHODS
 
 NAN = math.nan
 
@@ -507,22 +507,19 @@ def _precise(model: nn.Module, watcher: _Watcher) -> Iterator[nn.Module]:
                 torch.backends.cudnn.flags(enabled=False)
             )  # whose cells have no gradients here
         for name, module in chosen.named_modules():
-            if not isinstance(module, _SOLVING) or not METHODS.get(module.solver, _FIXED).adaptive:
+            if not isinstance(module, _SOLVING) or not module.tableau.adaptive:
                 continue
             if isinstance(module, ODEBlock) and module.n_steps is not None:
                 continue
             calls = watcher.evaluations.get(name, [6])
             steps = max(1, min(8, math.ceil(max(calls) / 12)))
             if isinstance(module, ResidualStack):
-                stack.callback(_put, module, solver=module.solver, substeps=module.substeps)
+                stack.callback(_put, module, solver=module.tableau, substeps=module.substeps)
                 _put(module, solver="rk4", substeps=steps)
             else:
-                stack.callback(_put, module, solver=module.solver, n_steps=None)
+                stack.callback(_put, module, solver=module.tableau, n_steps=None)
                 _put(module, n_steps=steps, solver="rk4")
         yield chosen
-
-
-_FIXED = METHODS["euler"]
 
 
 def _put(module: Any, **values: Any) -> None:
@@ -533,11 +530,7 @@ def _put(module: Any, **values: Any) -> None:
 def _floating(x: Any, model: nn.Module) -> Any:
     """Inputs of less than 32 bits as the model's own floating-point type."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    if isinstance(x, Tensor):
-        return x.to(dtype) if x.is_floating_point() and x.element_size() < 4 else x
-    if isinstance(x, dict):
-        return {name: _floating(value, model) for name, value in x.items()}
-    return tuple(_floating(value, model) for value in x) if isinstance(x, tuple | list) else x
+    return mapped(x, lambda t: t.to(dtype) if t.is_floating_point() and t.element_size() < 4 else t)
 
 
 def _measure_blocks(

@@ -11,6 +11,7 @@ from resode.jacobian.linearize import Field
 from resode.jacobian.outer import MEMORY
 from resode.jacobian.products import JacobianProducts, full_precision
 from resode.stability import stability_coefficients
+from resode.stability.function import stability_product
 from resode.stability.limits import StepLimit, plain
 from resode.stability.spectra import Spectrum
 from resode.stability.unstable_rays import Floats
@@ -82,6 +83,8 @@ def contraction_steps_of(
 
 def _first_exits(products: JacobianProducts, tableau: ButcherTableau, u: Tensor, below: Floats) -> Floats:
     """The first h ≤ `below` beyond which ‖R(hJ)u‖ > ‖u‖, from the powers J^k u."""
+    if tableau.recurrence is not None:
+        return _halved(products, tableau, u, below)
     coefficients = np.array([float(c) for c in stability_coefficients(tableau)[0]])
     powers = [u]
     for _ in coefficients[1:]:
@@ -104,13 +107,20 @@ def _first_exits(products: JacobianProducts, tableau: ButcherTableau, u: Tensor,
     return found
 
 
+def _halved(products: JacobianProducts, tableau: ButcherTableau, u: Tensor, below: Floats) -> Floats:
+    """As `_first_exits`, by halving: of several crossings any one."""
+    low, high, size = np.zeros_like(below), below.copy(), u.norm(dim=1)
+    for _ in range(24):
+        middle = (low + high) / 2
+        at = torch.as_tensor(middle, device=u.device)[:, None]
+        above = (apply(products.jvp, tableau, at, u).norm(dim=1) > size * (1 + 1e-6)).cpu().numpy()
+        low, high = np.where(above, low, middle), np.where(above, middle, high)
+    return low
+
+
 def apply(product: Operator, tableau: ButcherTableau, eta: Tensor, v: Tensor) -> Tensor:
-    """R(ηA)v (rows, n) for an explicit method, by Horner's rule; η (rows, 1), v real or complex."""
+    """R(ηA)v (rows, n) for an explicit method; η (rows, 1), v real or complex."""
     if v.is_complex():
         return torch.complex(apply(product, tableau, eta, v.real), apply(product, tableau, eta, v.imag))
-    coefficients = [float(c) for c in stability_coefficients(tableau)[0]]
     eta = eta.to(v.dtype)
-    total = coefficients[-1] * v
-    for c in coefficients[-2::-1]:
-        total = c * v + eta * product(total)
-    return total
+    return stability_product(tableau, lambda x: eta * product(x), v)

@@ -18,10 +18,14 @@ from resode.checks import check_number, check_whole
 from resode.jacobian.matrices import Matrices, checked_matrices, spectral_norms
 from resode.jacobian.spectrum import matrix_spectrum
 from resode.stability import stability_coefficients, stability_properties
+from resode.stability.function import stability_product
 from resode.stability.limits import like, plain
+from resode.stability.recurrences import EXACT_UP_TO
 from resode.stability.spectra import limits
 from resode.stability.unstable_rays import Floats, bernstein_matrix
 from resode.tableaus import ButcherTableau, get_tableau
+
+_FAR = 1e8  # times 1/‖J‖: more than the contraction limit of any method with a thousand stages
 
 
 def logarithmic_norm(jacobian: Any) -> Any:
@@ -114,6 +118,8 @@ def _contraction(
     adjoint = unit.conj().T
     if stability_properties(tableau).a_stable or np.linalg.norm(unit @ adjoint - adjoint @ unit) <= slack:
         return spectral
+    if tableau.recurrence is not None and len(tableau.b) > EXACT_UP_TO:
+        return _contraction_by_values(unit, tableau, slack, min(spectral * norm, _FAR)) / norm
     matrices = _defect(unit, tableau)
     start, width = 0.0, 1.0
     while start < 1e12:
@@ -121,6 +127,30 @@ def _contraction(
         if found is not None:
             return min(found / norm, spectral) if found > 1e3 * slack else 0.0
         start, width = start + width, 2 * width
+    return spectral
+
+
+def _contraction_by_values(
+    jacobian: Matrices, tableau: ButcherTableau, slack: float, spectral: float
+) -> float:
+    """The first h at which ‖R(hJ)‖₂ exceeds 1: between looks as dense as R's extrema, then by halving."""
+    one = np.eye(len(jacobian), dtype=jacobian.dtype)
+    allowed = 1 + len(tableau.b) * slack
+
+    def grows(h: float) -> bool:
+        return bool(
+            np.linalg.norm(stability_product(tableau, lambda x: h * (jacobian @ x), one), 2) > allowed
+        )
+
+    looks = 4 * len(tableau.b)
+    low = 0.0
+    for high in spectral * (1 - np.cos(np.linspace(0, np.pi, looks + 1)[1:])) / 2:
+        if grows(high):
+            for _ in range(40):
+                middle = (low + high) / 2
+                low, high = (low, middle) if grows(middle) else (middle, high)
+            return float(low)
+        low = high
     return spectral
 
 
@@ -263,6 +293,8 @@ def transient_growth(
 def _step_matrix(z: Matrices, tableau: ButcherTableau) -> Matrices:
     """R at matrices (…, n, n)."""
     one = np.broadcast_to(np.eye(z.shape[-1], dtype=z.dtype), z.shape)
+    if tableau.explicit:
+        return stability_product(tableau, lambda x: z @ x, one)
     parts = []
     for part in stability_coefficients(tableau):
         value = float(part[-1]) * one
@@ -270,9 +302,7 @@ def _step_matrix(z: Matrices, tableau: ButcherTableau) -> Matrices:
             value = value @ z + float(c) * one
         parts.append(value)
     try:
-        return (
-            parts[0] if len(stability_coefficients(tableau)[1]) == 1 else np.linalg.solve(parts[1], parts[0])
-        )
+        return np.linalg.solve(parts[1], parts[0])
     except np.linalg.LinAlgError:
         raise ValueError(
             f"{tableau.name}'s R has a pole at an eigenvalue of ηJ: the stages cannot be solved at this step "

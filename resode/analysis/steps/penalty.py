@@ -11,7 +11,7 @@ from resode.jacobian.krylov import KrylovSchur
 from resode.jacobian.linearize import Field
 from resode.jacobian.products import JacobianProducts, full_precision
 from resode.modes import evaluating
-from resode.stability import stability_coefficients
+from resode.stability.function import stability_product
 from resode.tableaus import ButcherTableau, explicit_tableau
 
 _CONDITION = 20.0  # of an eigenvalue, beyond which its gradient is scaled down
@@ -112,7 +112,7 @@ class StepLimitPenalty:
         groups = block_groups(network, images[: self.samples])
         with evaluating(network):
             for group in groups:
-                solver = group.solver if self.tableau is None else None
+                solver = group.method if self.tableau is None else None
                 if group.states[0].dtype not in (torch.float32, torch.float64):
                     raise TypeError(
                         f"weights in {group.states[0].dtype} do not resolve the eigenvalues of a penalty: "
@@ -137,9 +137,7 @@ class StepLimitPenalty:
         return q.transpose(1, 2).to(x.dtype)
 
     def _excess(self, tableau: ButcherTableau, z: Tensor, size: Tensor) -> Tensor:
-        r = torch.zeros_like(z)
-        for c in stability_coefficients(tableau)[0][::-1]:
-            r = r * z + float(c)
+        r = stability_product(tableau, lambda x: z * x, torch.ones_like(z))
         amplification = (r.real**2 + r.imag**2 + 1e-24).sqrt()
         return torch.relu(amplification - 1 + self.margin * size - 1e-9)
 

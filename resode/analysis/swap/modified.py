@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -15,16 +14,16 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from resode.analysis.diagnose.forecast import block_name
 from resode.analysis.swap.bseries import Tree, modified_coefficient, symmetry, trees
 from resode.blocks import ResidualStack
-from resode.blocks.solving import other_solver
+from resode.blocks.solving import block_name, named_stacks, other_solver
+from resode.calls import hooked
 from resode.checks import check_whole, warn_user
 from resode.jacobian.linearize import check_field
 from resode.jacobian.products import first_jvp
 from resode.modes import evaluating
 from resode.solve import odeint
-from resode.tableaus import ButcherTableau, get_tableau
+from resode.tableaus import ButcherTableau
 
 LARGEST_TREE = 10
 """Vertices of the largest trees: p + order is at most this."""
@@ -51,7 +50,7 @@ class ModifiedField:
 
     def __init__(self, stack: ResidualStack, order: int) -> None:
         self.stack, self.order = stack, order
-        self.tableau = get_tableau(stack.solver)
+        self.tableau = stack.tableau
         self.shared = stack.shared and stack.step_sizes is None and not any(stack.timed)
         self.span = 1.0 if stack.step_sizes is not None else stack.step_size
         self._checked: set[int] = set()
@@ -233,7 +232,7 @@ def modified_field(stack: ResidualStack, order: int = 1) -> ModifiedField:
             f"a modified field is that of a ResidualStack's steps, got {type(stack).__name__}. "
             "resode.convert(model, x) makes stacks of a network's blocks."
         )
-    tableau = get_tableau(stack.solver)
+    tableau = stack.tableau
     if tableau.adaptive:
         raise ValueError(
             f"{tableau.name} chooses its own steps, so no one field has them as its flow: set stack.solver "
@@ -311,26 +310,21 @@ def block_distances(model: nn.Module, x: Tensor) -> tuple[list[BlockDistance], s
         are none (an adaptive solver, a method of an order above 4, whose first correction has hundreds of
         terms, or an F that cannot be differentiated so often).
     """
-    stacks = {name: m for name, m in model.named_modules() if isinstance(m, ResidualStack)}
+    stacks = named_stacks(model)
     for stack in stacks.values():
-        tableau = get_tableau(stack.solver)
+        tableau = stack.tableau
         if tableau.adaptive:
             return [], f"not measured: {tableau.name} follows the flow of F to its tolerance."
         if tableau.order > 4:
             return [], f"not measured: {tableau.name} is of order {tableau.order}, above 4."
     met: dict[str, Tensor] = {}
 
-    def hook(name: str) -> Callable[..., None]:
-        def kept(stack: ResidualStack, args: tuple[Tensor, ...]) -> None:
-            met.setdefault(name, args[0].detach())  # of several calls the first
-
-        return kept
+    def keep(name: str, args: tuple[Tensor, ...], kwargs: Any) -> None:
+        met.setdefault(name, args[0].detach())  # of several calls the first
 
     found, bent = [], set[str]()
     with evaluating(model), other_solver(model, None), warnings.catch_warnings():  # counts are put back
-        with ExitStack() as hooks, torch.no_grad():
-            for name, stack in stacks.items():
-                hooks.callback(stack.register_forward_pre_hook(hook(name)).remove)
+        with hooked(stacks, before=keep), torch.no_grad():
             model(x)
         warnings.simplefilter("ignore", UserWarning)  # kinks are said once, of all blocks
         for name, state in met.items():
