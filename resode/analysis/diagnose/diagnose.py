@@ -98,7 +98,7 @@ def diagnose(
     with evaluating(model):
         m = measure(model, x, target, loss_fn, blocks, seed)
         found = findings(m)
-        if m.non_finite is None:
+        if m.non_finite is None or "reach" in m.non_finite[1]:  # an overflow, which a step may have brought
             found = _with_solver(found, solver_findings(model, some, m))
         finite = m.non_finite is None and m.solver_error is None
         swap = _forecasts(model, x, solvers) if finite else {}

@@ -60,7 +60,8 @@ def solver_findings(model: nn.Module, x: Any, m: Measures) -> list[Finding]:
             found += _oversteps(name, module, state)
         elif (stiff := _stiff(name, module, state, m)) is not None:
             found.append(stiff)
-    return [f for _, f in sorted(found, key=lambda pair: -pair[0])][:3]
+    ordered = sorted(found, key=lambda pair: -pair[0])
+    return list({f.block: f for _, f in reversed(ordered)}.values())[::-1][:3]  # a shared block once
 
 
 def _oversteps(name: str, stack: ResidualStack, x: Tensor) -> list[tuple[float, Finding]]:
@@ -106,8 +107,10 @@ def _overstep(name: str, stack: ResidualStack, i: int, x: Tensor, gain: float, f
     return Finding(
         block,
         "overstep",
-        f"A step of {h:.4g} with {stack.solver} amplifies a perturbation {gain:.3g} times, and finer steps "
-        f"{finer:.3g}: its mode λ = {eigenvalue:.4g} decays, and allows steps up to {limit:.4g}.",
+        f"A step of {h:.4g} with {stack.solver} amplifies a perturbation "
+        f"{f'{gain:.3g} times' if gain < math.inf else 'beyond what numbers hold'}"
+        f"{f', and finer steps {finer:.3g}' if finer < gain else ''}: its mode λ = {eigenvalue:.4g} decays, "
+        f"and allows steps up to {limit:.4g}.",
         f"Take {times * stack.substeps} substeps, or a step_size of {0.9 * limit * stack.substeps:.3g}, or a "
         "method with a larger stability region.",
         numbers | {"substeps": float(times * stack.substeps)},
