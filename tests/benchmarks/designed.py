@@ -63,8 +63,8 @@ def rows(stiffness: float, depth: int, tableaus: Sequence[str]):
         )
     for name, method_of in kinds.items():
         found = None
-        for n in range(1, 9):  # of more and shorter steps with fewer stages each
-            s = 2
+        for n in range(1, 8):  # of more and shorter steps with fewer stages each
+            s = max(2, int((np.abs(values).max() / (2 * n)) ** 0.5))  # 2 s² is the most that any holds
             while max_stable_step(eigenvalues=values, solver=(method := method_of(s))) < 1 / n:
                 s += 1
             error = distance(method, n)
