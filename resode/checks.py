@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import sys
 import warnings
 from collections.abc import Iterable
@@ -122,3 +123,19 @@ def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
     while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_THE_USER:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level if frame is not None else 2)
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out: Python's, or one of torch's many.
+
+    Example:
+        >>> lacks_memory(RuntimeError("could not create a primitive"))  # all that oneDNN says
+        True
+    """
+    return isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)) is not None
+
+
+_NO_MEMORY = re.compile(
+    r"out of memory|not enough memory|can't allocate memory|could not create a (primitive|memory)"
+)
+"""In the errors of torch's CPU allocator, of oneDNN and of CUDA."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -35,16 +36,49 @@ def short_complex(value: complex, digits: int = 4) -> str:
     return short(value.real, digits) + (f" ± {abs(value.imag):.{digits}g}i" if value.imag else "")
 
 
+def printable(text: str) -> str:
+    r"""Text as a terminal may have it: characters that steer one are written out.
+
+    Names of classes and files are others' words, and an escape sequence in them could clear the screen, set
+    its title or hide what follows.
+
+    Example:
+        >>> print(printable("cat\x1b[2J"))
+        cat\x1b[2J
+    """
+    return "".join(
+        char if char in "\n\t" or unicodedata.category(char) not in _STEERING else ascii(char)[1:-1]
+        for char in text
+    )
+
+
+_STEERING = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Unicode's categories of control and format characters (text direction too), halves, and separators."""
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""What spreadsheets take for the start of a formula; see OWASP's "CSV injection"."""
+
+
 def _cell(value: Any) -> Any:
     if isinstance(value, tuple):
         return "x".join(map(str, value))
+    if isinstance(value, str) and value.startswith(_FORMULA) and not _is_number(value):
+        return "'" + value
     return "" if value is None else value
+
+
+def _is_number(text: str) -> bool:
+    try:
+        complex(text)
+    except ValueError:
+        return False
+    return True
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     r"""A table as comma-separated values, numbers to the last digit; what is None stays empty.
 
-    Shapes are written 3x8x8.
+    Shapes are written 3x8x8; text that a spreadsheet would take for a formula gets an apostrophe before it.
 
     Example:
         >>> csv_text(["step", "limit"], [[1, 0.5], [2, None]])
@@ -52,7 +86,7 @@ def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(columns)
+    table.writerow(map(_cell, columns))
     table.writerows([_cell(value) for value in row] for row in rows)
     return text.getvalue()
 
@@ -110,6 +144,8 @@ def _value(text: str, hint: Any) -> Any:
     if not text and NoneType in kinds:
         return None
     kind = kinds[0]
+    if kind is str and text.startswith(tuple("'" + start for start in _FORMULA)):
+        return text[1:]
     return {"True": True, "False": False}[text] if kind is bool else kind(text)
 
 

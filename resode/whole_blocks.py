@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from resode.calls import hooked
 from resode.checks import warn_user
 
 _ADDS = ("add", "__add__", "__radd__", "add_", "__iadd__", "sub", "__sub__", "sub_", "__isub__", "subtract")
@@ -82,24 +83,17 @@ def called(field: Callable[[Tensor], Any], x: Tensor) -> Any:
 def warned(fields: Iterable[nn.Module]) -> Iterator[None]:
     """Within it the fields' calls are looked at, and the first that looks like a whole block is warned of."""
     found: list[str] = []
-    watch, hooks = _Watch(), []
+    watch, blocks = _Watch(), dict(enumerate(fields))
 
-    def before(module: nn.Module, args: Any) -> None:
+    def before(i: int, args: Any, kwargs: Any) -> None:
         watch.start(args[-1] if args else None)  # of (t, x) the state
 
-    for i, module in enumerate(fields):
+    def after(i: int, args: Any, kwargs: Any, y: Any) -> None:
+        if watch.whole(y):
+            found.append(f"block {i}, {type(blocks[i]).__name__},")
 
-        def after(module: nn.Module, args: Any, y: Any, i: int = i) -> None:
-            if watch.whole(y):
-                found.append(f"block {i}, {type(module).__name__},")
-
-        hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-    try:
-        with watch:
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with hooked(blocks, before, after), watch:
+        yield
     if found:
         _warn(
             found[0],

@@ -277,7 +277,15 @@ def test_a_network_of_ones_own(tmp_path, monkeypatch):
     refused = resode("swap", "run", "--model", "mynets:small")
     assert refused.exit_code == 2 and "ResidualStack" in refused.output
     config = resode("train", "--config", "run/config.yaml")
-    assert config.exit_code == 2 and "Pass it with --model" in config.output
+    assert config.exit_code == 2 and "pass --model mynets:small" in config.output
+    for record in ("", "record: {own_model: false}\n"):
+        Path("other.yaml").write_text("model: touching:file\nmodel_options: {path: touched}\n" + record)
+        Path("touching.py").write_text("from pathlib import Path\nPath('touched').touch()\n")
+        given = resode("train", "--config", "other.yaml")
+        assert given.exit_code == 2 and "a file of settings runs none" in given.output
+        assert not Path("touched").exists() and "touching" not in sys.modules
+    command = Path("run/config.yaml").read_text().splitlines()[0]
+    assert "run/config.yaml --model MODULE:FUNCTION` repeats" in command
 
 
 def test_evaluate_prints_the_accuracy_of_the_summary(run):

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Iterator
 from dataclasses import asdict
 from math import sqrt
 from pathlib import Path
+from random import Random
 
 import pytest
 from typer.testing import CliRunner
 
 from resode.cli import app
+from resode.tables import read_csv
 from resode.training.compare import compare
-from resode.training.files import DamagedFile
-from resode.training.folder import FORMAT, NoSuchRun, RunFolder
+from resode.training.files import DamagedFile, SettingsError
+from resode.training.folder import FORMAT, Checkpoint, NoSuchRun, RunFolder
 from resode.training.recipe import make_recipe
 
 
@@ -208,5 +211,47 @@ def test_bad_input_is_named(tmp_path):
     for old, new in (("lr: 0.1", "lr: -1"), ("model: odenet20", "modell: odenet20")):
         assert old in text
         (run / "config.yaml").write_text(text.replace(old, new))
+        with pytest.raises(SettingsError, match=r"config.yaml was changed after the run wrote it"):
+            compare([run])
+        older = re.sub(r"\n  checksum: \w+", "", text.replace(old, new))  # of a resode that wrote none
+        (run / "config.yaml").write_text(older)
         with pytest.raises(DamagedFile, match=r"does not hold a run's settings"):
             compare([run])
+
+
+def _damaged(content: bytes, random: Random) -> Iterator[bytes]:
+    """Cut short at random, with one bit flipped, and empty."""
+    for _ in range(12):
+        yield content[: random.randrange(len(content))]
+        place, bit = random.randrange(len(content)), 1 << random.randrange(8)
+        yield content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :]
+    yield b""
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("name", ["metrics.csv", "config.yaml", "summary.json"])
+def test_damaged_files_are_never_other_figures(tmp_path, name, finished):
+    """Named and left out, or, where a bit was flipped in a comment or an unused word, the same figures."""
+    other, whole = write_run(tmp_path / "other", [0.3] * 4), write_run(tmp_path / "run", [0.5, 0.4, 0.2, 0.1])
+    if not finished:
+        folder = RunFolder.open(whole)
+        rows = [{key: float(v) for key, v in row.items()} for row in read_csv(whole / "metrics.csv")[1]]
+        settings = {key: value for key, value in folder.read_config().items() if key != "record"}
+        folder.write_metrics(rows)
+        folder.write_checkpoint(Checkpoint({}, {"rows": rows, "settings": settings}))
+        (whole / "summary.json").unlink()
+    before = compare([other, whole])
+    if not (whole / name).exists():
+        return
+    content = (whole / name).read_bytes()
+    for damaged in _damaged(content, Random(5)):
+        (whole / name).write_bytes(damaged)
+        found = compare([other, whole])
+        if found.rows != before.rows:
+            assert found.rows == compare([other]).rows and found.notes[0].startswith("A run is left out: ")
+            assert str(whole) in found.notes[0]
+            result = resode("compare", whole)
+            assert result.exit_code in (1, 2) and "error: " in result.output, result.output
+        assert found.rows != before.rows or name != "metrics.csv", damaged
+    (whole / name).write_bytes(content)
+    assert compare([other, whole]) == before

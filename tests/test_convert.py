@@ -8,9 +8,10 @@ from foreign_networks import GPT, Bottleneck, HFResNet
 from torch import nn
 from torch.nn import functional as f
 
-import resode
-from resode import convert, swap_report
+from resode import ODEBlock, ResidualStack, convert, swap_report
 from resode.blocks.frozen import StochasticDepth
+from resode.fields import Autonomous
+from resode.networks import build
 
 
 class PreActBlock(nn.Module):
@@ -249,6 +250,26 @@ def test_parallel_branches_are_one_field():
     torch.testing.assert_close(converted(ids), model(ids), rtol=1e-5, atol=1e-6)
 
 
+def test_branches_side_by_side_through_layers_that_do_nothing():
+    """y = x + 2f(x), then y − tanh g(x): one block of the field 2f − tanh g, as the trace sees it."""
+
+    class Parallel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f, self.g, self.same = nn.Linear(4, 4), nn.Linear(4, 4), nn.Identity()
+
+        def forward(self, x):
+            y = self.same(x + 2 * self.f(x))
+            return self.same(y - torch.tanh(self.g(x)))
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Parallel(), Parallel()), torch.randn(3, 4)
+    converted = convert(model, x)
+    stack = next(iter(converted.stacks.values()))
+    torch.testing.assert_close(stack.field(0)(x), 2 * model[0].f(x) - torch.tanh(model[0].g(x)))
+    torch.testing.assert_close(converted(x), model(x))
+
+
 class Masked(nn.Module):
     """Blocks that are given a mask, and give a pair back, as Hugging Face's do."""
 
@@ -401,6 +422,14 @@ class Choosing(Step):
         return x + self.linear(x) if x.sum() > 0 else x - self.linear(x)
 
 
+class Counting(Step):
+    """A number from a sum of constants, which leaves no trace in a graph."""
+
+    def forward(self, x):
+        ones = torch.ones(2)
+        return x + float((ones + ones).sum()) * self.linear(x)
+
+
 class Forgetful(Step):
     """Not the same in training: no dropout as a module, but another formula."""
 
@@ -447,6 +476,7 @@ REFUSED = {
     ),
     "data": (lambda: nn.Sequential(Choosing()), X, "values of a tensor"),
     "mode": (lambda: nn.Sequential(Forgetful()), X, "other things in training"),
+    "constants": (lambda: nn.Sequential(Counting()), X, "adds constants"),
     "cache": (Cached, X, "given a Cache, which every stage would change"),
     "none": (lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU()), X, "no residual block was found"),
 }
@@ -457,6 +487,39 @@ def test_refused_with_the_reason_and_the_way_out(name):
     make, x, reason = REFUSED[name]
     with pytest.raises(ValueError, match=f"(?s){reason}.*blocks="):
         convert(make().eval(), x)
+
+
+SOLVED = {
+    "converted": (lambda: convert(nn.Sequential(Step(), Step()).eval(), X), X, r"stack \(2 blocks, euler\)"),
+    "built": (
+        lambda: build("odenet14", in_channels=1, solver="dopri5"),
+        torch.randn(2, 1, 8, 8),
+        r"layer1.0 \(2 blocks, dopri5\), layer2.1 \(1 block, dopri5\).*2 left as they are .*projection|size",
+    ),
+    "refined": (
+        lambda: ResidualStack([nn.Linear(4, 4), nn.Linear(4, 4)]).refine(3),
+        X,
+        r"the network itself \(6 blocks, euler\)",
+    ),
+    "an ODE block": (
+        lambda: nn.Sequential(ODEBlock(Autonomous(nn.Linear(4, 4)), solver="rk4", n_steps=2)),
+        X,
+        r"0 \(an ODE block\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SOLVED)
+def test_blocks_that_a_solver_advances_already_are_named(name):
+    """Not "no residual block was found", nor x + (M(x) − x) of a solve M where blocks= names a stack."""
+    make, x, places = SOLVED[name]
+    model = make().eval()
+    with pytest.raises(ValueError, match=f"(?s)nothing is left to convert.*already, in .*{places}"):
+        convert(model, x)
+    stack = next(n for n, m in model.named_modules() if isinstance(m, ResidualStack | ODEBlock))
+    if stack:
+        with pytest.raises(ValueError, match="nothing is left to convert"):
+            convert(model, x, blocks=stack)
 
 
 def test_a_single_activation_after_the_last_block_is_the_networks():
@@ -508,9 +571,6 @@ def test_arguments():
         convert(lambda x: x, X)
     with pytest.raises(ValueError, match="solver must be one of"):
         convert(nn.Sequential(Step()), X, solver="rk5")
-    stack = resode.ResidualStack([nn.Linear(4, 4) for _ in range(2)])
-    with pytest.raises(ValueError, match="no residual block was found"):
-        convert(nn.Sequential(stack), X)
 
 
 def test_a_call_of_another_form_is_refused():

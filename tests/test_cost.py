@@ -24,6 +24,7 @@ from resode.fields import (
 from resode.formulas import Cost, cost_of
 from resode.networks import NETWORKS, build
 from resode.shortcuts import (
+    RUN_SHORTCUTS,
     HighwayShortcut,
     InputGatedShortcut,
     PadShortcut,
@@ -69,6 +70,10 @@ EVERY_NETWORK = [
     ("preact20", {"shortcut": "input_gated"}),
     ("preact20", {"shortcut": "D"}),
     ("preact164", {"shortcut": "C", "squeeze_excitation": True}),
+    *(("preact20", {"shortcut": kind}) for kind in RUN_SHORTCUTS),
+    ("resnet32", {"shortcut": "hyper_dynamic", "streams": 3, "width": 5}),
+    ("resnet18", {"shortcut": "hyper_manifold", "width": 8}),
+    ("resnetv2_50", {"shortcut": "coupling", "width": 8}),
     ("odenet20", {"shortcut": "D", "solver": "rk4", "substeps": 2, "learn_step": True}),
     ("odenet20", {"weights": "linear", "solver": "midpoint", "gradient": "checkpoint"}),
     ("residual_mlp5", {"hidden": 7, "solver": "kutta3", "learn_step": "channel"}),
@@ -230,3 +235,23 @@ def test_fused_attention_and_several_inputs():
     q, k = torch.zeros(2, 4, 50, 8), torch.zeros(2, 4, 20, 8)
     assert count(Fused(), (q, k)).macs == 2 * 4 * 50 * 20 * 8
     assert count(nn.LSTM(32, 16), torch.zeros(50, 2, 32)).macs == 153_600  # the batch is dimension 1
+
+
+class Token(nn.Module):
+    """A class token, expanded to the batch, goes through a module as cait's does."""
+
+    def __init__(self):
+        super().__init__()
+        self.token, self.linear = nn.Parameter(torch.zeros(1, 3)), nn.Linear(3, 5)
+        self.token.requires_grad_(True)
+        self.linear.bias.requires_grad_(False)
+
+    def forward(self, x):
+        return self.linear(self.token.expand(len(x), -1)) + self.linear(x)
+
+
+def test_a_parameter_may_be_a_modules_input():
+    """Two products of 15 a sample; which parameters learn is left as it was."""
+    model = Token()
+    assert count(model, torch.zeros(2, 3)).macs == 30
+    assert [p.requires_grad for p in model.parameters()] == [True, True, False]

@@ -1,6 +1,7 @@
 """`resode.diagnose`: silence for healthy networks, the right place and cause for broken ones."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -9,10 +10,10 @@ from torch import nn
 
 import resode
 from resode.analysis.diagnose import measures
-from resode.analysis.diagnose.findings import CAUSES, WHOLE
+from resode.analysis.diagnose.findings import CAUSES, WHOLE, findings
 from resode.networks import build
 from tests.clinic import faults
-from tests.clinic.networks import HEALTHY, Residual, data, healthy, mlp, residual_mlps
+from tests.clinic.networks import HEALTHY, LN, Reader, Residual, data, healthy, mlp, residual_mlps
 from tests.clinic.treatments import repaired
 
 QUICK = [name for name, spec in HEALTHY.items() if spec.updates == 0 and name not in faults.LONG]
@@ -246,3 +247,203 @@ def test_large_states_are_probed_with_fewer_samples(monkeypatch):
     found = measures.measure(model, x, None, None, None, 0)
     assert (found.samples, found.probed) == (12, 1)
     assert [b.gain > 0 for b in found.blocks] == 4 * [True]
+
+
+def test_a_diagnosis_of_a_healthy_network_is_five_lines_on_a_terminal():
+    assert (
+        len(resode.diagnose(healthy("pre-norm mlp 8"), data("digits").look()[0]).page(80).splitlines()) == 5
+    )
+
+
+def test_branches_behind_a_norm_do_not_depend_on_the_size_of_the_state():
+    """F(cx) = F(x) makes Jx = 0, so x and Jᵀu are orthogonal; for a linear F their cosine is as 1/√n."""
+    linear, normed = residual_mlps(6, act=nn.Identity), residual_mlps(6, LN)
+    x = torch.randn(8, 1, 8, 8)
+    free = [b.radial for b in measures.measure(normed.eval(), x, None, None, None, 0).blocks]
+    bound = [b.radial for b in measures.measure(linear.eval(), x, None, None, None, 0).blocks]
+    assert max(free) < 0.02
+    assert min(bound) > 0.3
+
+
+def test_a_small_state_behind_a_norm_is_no_strong_block():
+    """J is as 1/‖x‖ there: at small inputs the first block has several times the gain of the others."""
+    torch.manual_seed(0)
+    model = residual_mlps(5, LN).eval()
+    model.stem[1].bias.data.zero_()
+    x = data("digits").look()[0]
+    gains = [r.branch_gain for r in resode.diagnose(model, 0.1 * x).rows]
+    assert gains[0] > 5 * sorted(gains)[2]
+    assert resode.diagnose(model, 0.1 * x).ok
+
+
+def test_the_gradient_through_time_of_a_linear_recurrence():
+    """hₜ = W hₜ₋₁ + U xₜ with W = cQ passes on c a step, seven times; relu keeps positive states."""
+    for c, found in ((1.0, None), (4.0, "explosion")):
+        model = Reader(nonlinearity="relu")
+        with torch.no_grad():
+            for p in model.rnn.parameters():
+                p.fill_(0.0)
+            model.rnn.weight_hh_l0.copy_(c * torch.eye(32))
+            model.rnn.weight_ih_l0.copy_(torch.eye(32, 8))
+        x = torch.rand(4, 1, 8, 8) + 0.1
+        [r] = measures.measure(model, x, None, None, None, 0).recurrences
+        assert (r.name, r.kind, r.steps) == ("rnn", "RNN", 8)
+        assert r.ratio == pytest.approx(c**7, rel=1e-4)
+        causes = [f.cause for f in resode.diagnose(model, x).findings]
+        assert causes == ([found] if found else [])
+
+
+def test_what_is_forgotten_through_time_is_said_and_no_alarm():
+    model = Reader(nonlinearity="tanh")
+    model.rnn.weight_hh_l0.data.mul_(1e-3)
+    found = resode.diagnose(model, torch.randn(4, 1, 8, 8))
+    assert found.ok
+    assert "at the first of 8 time steps" in str(found).replace("\n         ", " ")
+
+
+class Experts(nn.Module):
+    """Of four experts the first choice."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(32, 4)
+        self.experts = nn.ModuleList([mlp() for _ in range(4)])
+
+    def forward(self, x):
+        weight, choice = self.router(x).softmax(-1).max(-1)
+        y = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            if (chosen := choice == i).any():
+                y[chosen] = weight[chosen, None] * expert(x[chosen])
+        return x + y
+
+
+def test_an_expert_that_no_sample_reaches_is_told_without_an_alarm():
+    torch.manual_seed(0)
+    block = Experts()
+    block.router.weight.data.mul_(0.1)
+    block.router.bias.data.copy_(torch.tensor([0.0, 0.0, -100.0, 0.0]))
+    found = resode.diagnose(nn.Sequential(nn.Flatten(), nn.Linear(64, 32), block), torch.randn(64, 1, 8, 8))
+    assert found.ok
+    assert any("2.experts.2" in note and "2.experts.1" not in note for note in found.notes)
+
+
+def test_of_two_towers_the_one_that_leads_to_the_last_block_is_looked_at():
+    class Towers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = residual_mlps(3), residual_mlps(3)
+
+        def forward(self, x, y):
+            return self.a(x) + self.b(y)
+
+    torch.manual_seed(0)
+    found = resode.diagnose(Towers(), tuple(torch.randn(2, 4, 1, 8, 8)))
+    assert found.ok, str(found)
+    assert found.whole.gain > 1
+
+
+def test_adapters_that_start_at_zero_are_not_idle():
+    class Adapted(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer, self.a, self.b = layer, nn.Linear(32, 4), nn.Linear(4, 32)
+            nn.init.zeros_(self.b.weight)
+            nn.init.zeros_(self.b.bias)
+
+        def forward(self, x):
+            return self.layer(x) + self.b(self.a(x))
+
+    torch.manual_seed(0)
+    model = residual_mlps(6, LN)
+    for block in (model.blocks[1], model.blocks[4]):
+        block.branch[2] = Adapted(block.branch[2])
+    assert resode.diagnose(model, torch.randn(8, 1, 8, 8)).ok
+
+
+def test_bad_data_is_named_and_no_layer_is():
+    model = residual_mlps(4)
+    x = torch.randn(4, 1, 8, 8)
+    x[1, 0, 2, 3] = math.nan
+    first = resode.diagnose(model, x).findings[0]
+    assert (first.block, first.cause) == (WHOLE, "non-finite") and "in the inputs" in first.text
+    target = torch.full((4, 10), math.inf)
+    assert "in the targets" in resode.diagnose(model, torch.randn(4, 1, 8, 8), target).findings[0].text
+
+
+def test_an_overflow_in_single_precision_says_what_was_reached():
+    model = residual_mlps(4)
+    for block in model.blocks:
+        block.branch[2].weight.data.mul_(1e20)
+    first = resode.diagnose(model, torch.randn(4, 1, 8, 8)).findings[0]
+    assert first.cause == "non-finite" and "reach" in first.text and "exploded before" in first.advice
+
+
+def test_frozen_embeddings_hide_no_block():
+    class Reading(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(9, 32).requires_grad_(False)
+            self.blocks = nn.Sequential(*[Residual(mlp(), LN(32)) for _ in range(3)])
+
+        def forward(self, input_ids, **options):
+            return dataclasses.make_dataclass("Out", ["logits"])(self.blocks(self.embed(input_ids)))
+
+    model = Reading()
+    found = resode.diagnose(model, {"input_ids": torch.randint(9, (4, 5))})
+    assert len(found.rows) == 3
+    assert not model.embed.weight.requires_grad
+
+
+def test_inputs_that_are_no_batch_are_refused_with_what_to_do():
+    model, x = residual_mlps(2), torch.randn(4, 1, 8, 8)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), 2)
+    with pytest.raises(TypeError, match="must be one batch"):
+        resode.diagnose(model, loader)
+    with pytest.raises(TypeError, match="complex"):
+        resode.diagnose(model, x.to(torch.complex64))
+    with pytest.raises(TypeError, match="a pair of inputs and targets as two arguments"):
+        resode.diagnose(model, (x, torch.zeros(4)))
+    with pytest.raises(ValueError, match="got str"):
+        resode.diagnose(model, "x")
+    with pytest.raises(ValueError, match="not its loss"):
+        resode.diagnose(nn.Sequential(model, MeanOfAll()), x)
+    with pytest.raises(ValueError, match="meta device"):
+        resode.diagnose(residual_mlps(2).to("meta"), x)
+    assert set(resode.diagnose(nn.Linear(2, 2), torch.zeros(2, 2), solvers="rk4").swap) == set()
+
+
+class MeanOfAll(nn.Module):
+    def forward(self, x):
+        return x.mean()
+
+
+def test_weights_made_in_inference_mode_are_looked_at():
+    with torch.inference_mode():
+        model = residual_mlps(3)
+    assert len(resode.diagnose(model, torch.randn(4, 1, 8, 8)).rows) == 3
+
+
+def test_a_depth_explodes_where_its_state_grows_or_by_far():
+    """Behind norms the state stays and the gradient grows by a fifth a layer, which training bears."""
+    m = measures.measure(residual_mlps(5).eval(), torch.randn(8, 1, 8, 8), None, None, None, 0)
+    for sigma, growth, explodes in (
+        (8e3, 2.0, False),
+        (8e3, 100.0, True),
+        (1e6, 2.0, True),
+        (10.0, 2e3, True),
+    ):
+        m.whole_sigma, m.state_growth = sigma, growth
+        assert [f.cause for f in findings(m)] == (["explosion"] if explodes else [])
+
+
+def test_a_group_of_blocks_without_shortcuts_is_made_so():
+    """The last group of some networks has none; one block without among others of its list is a fault."""
+    torch.manual_seed(0)
+    groups = [nn.Sequential(*[Residual(mlp(last=0.5)) for _ in range(3)]) for _ in range(3)]
+    last = nn.Sequential(Residual(mlp(), factor=None))
+    x = torch.randn(8, 32)
+    assert resode.diagnose(nn.Sequential(*groups, last), x).ok
+    groups[1][2].factor = None
+    first = resode.diagnose(nn.Sequential(*groups, last), x).findings[0]
+    assert (first.block, first.cause) == ("1.2", "no-shortcut")

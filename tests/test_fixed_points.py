@@ -495,6 +495,8 @@ def test_train_mode_and_changed_shapes_are_refused():
         find_fixed_points(nn.Linear(3, 2), torch.randn(4, 3))
     with pytest.raises(ValueError, match="together"):
         classify(logistic, torch.ones(1, 1), solver="rk4")
+    with pytest.raises(ValueError, match=r"batch"):
+        find_several_fixed_points(logistic, torch.tensor(1.0))
     with pytest.raises(ValueError, match="max_points"):
         find_several_fixed_points(logistic, torch.ones(1, 1), max_points=0)
 

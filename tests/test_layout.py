@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "tables": {"checks"},
     "modes": set(),
     "symbols": set(),
+    "calls": set(),
     "whole_blocks": {"checks"},
     "tableaus": set(),
     "formulas": set(),
@@ -31,7 +32,7 @@ MAY_IMPORT = {
     "training": {"networks", "analysis", "blocks", "solve", "jacobian", "stability", "tableaus", "plots"},
     "__main__": {"cli"},
 }
-EVERYWHERE = {"checks", "tables", "modes", "symbols", "whole_blocks"}  # import nothing of resode but checks
+EVERYWHERE = {"calls", "checks", "tables", "modes", "symbols", "whole_blocks"}  # import none but each other
 ON_TOP = {"cli", "__init__"}  # may import everything
 LAZY = {"analysis": {"plots"}}  # inside a function only: a result's .plot()
 QUESTIONS = ["steps", "depth", "rest", "diagnose", "swap"]  # of analysis; each may import those before it

@@ -637,6 +637,8 @@ def test_families_know_their_nearest_depths():
         ("resnet20", {"stochastic_depth": "0.1"}, "at least 0 and below 1, got '0.1'"),
         ("resnet20", {"squeeze_excitation": "no"}, "must be True or False: got 'no'"),
         ("highway19", {"dropout": -0.5}, "dropout must be at least 0"),
+        ("highway19", {"gate_bias": "tanh"}, "bias must be a number, got 'tanh'"),
+        ("highway19", {"gate_bias": float("nan")}, "bias must be finite"),
         ("resnet20", {"num_classes": 0}, "num_classes must be"),
         ("resnet20", {"in_channels": 2.0}, "in_channels must be"),
         ("resnet20", {"width": "16"}, "width must be"),

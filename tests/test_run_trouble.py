@@ -23,7 +23,7 @@ from resode.training.compare import compare
 from resode.training.data.datasets import load_data
 from resode.training.divergence import why_diverged
 from resode.training.evaluate import evaluate, load, read_weights
-from resode.training.files import DamagedFile, RunError, pack, unpack
+from resode.training.files import DamagedFile, RunError, SettingsError, pack, unpack
 from resode.training.folder import FolderTaken, RunFolder
 from resode.training.run import train
 
@@ -204,6 +204,32 @@ def test_sixty_blocks_without_norm_are_told_of_their_depth(tmp_path):
     train(network(60**-0.5), "digits", "smoke", run_dir=tmp_path / "again", progress=False, lr=0.02)
 
 
+def test_networks_without_a_solver_are_diagnosed_when_they_diverge(tmp_path):
+    """Sixty blocks x + W₂ relu(W₁x); the folder, which has no weights, says that its run diverged."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 32), *[Doubling() for _ in range(60)], nn.Linear(32, 10)
+    )
+    with pytest.raises(RunError, match="60 blocks amplify a perturbation") as error:
+        train(network, "digits", "smoke", run_dir=tmp_path / "run", progress=False, lr=0.02)
+    assert "tenth" not in str(error.value)
+    with pytest.raises(RunError, match="it diverged in its first epoch"):
+        read_weights(tmp_path / "run")
+
+
+class Doubling(nn.Module):
+    """Doubles the second moment of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+        nn.init.kaiming_normal_(self.first.weight, nonlinearity="relu")
+        nn.init.kaiming_normal_(self.second.weight, nonlinearity="linear")
+
+    def forward(self, x):
+        return x + self.second(torch.relu(self.first(x)))
+
+
 # Files of other times, other data, and full disks
 
 
@@ -308,8 +334,13 @@ def test_what_a_killed_process_was_writing_is_cleared(tmp_path):
         ("metrics.csv", "epoch,test_accuracy\n1,0.5\n", None, "no column train_accuracy"),
         ("metrics.csv", "\udcff", None, "no sound table"),
         ("summary.json", "[1]", None, "it holds a list"),
-        ("config.yaml", "format: 1\nmodel: odenet8\n", "no model_options, no data", "KeyError: 'record'"),
-        ("config.yaml", "CONFIGlrr: 3\n", "unknown lrr", None),
+        (
+            "config.yaml",
+            "format: 1\nmodel: odenet8\n",
+            "model_options was {'width': 2} and is absent",
+            "data was digits",
+        ),
+        ("config.yaml", "CONFIGlrr: 3\n", "lrr was absent and is 3", None),
     ],
 )
 def test_changed_files_are_named_and_those_written_again_heal(tmp_path, name, text, resumed, message):
@@ -320,7 +351,7 @@ def test_changed_files_are_named_and_those_written_again_heal(tmp_path, name, te
     was = file.read_text()
     file.write_text(text.replace("CONFIG", was), errors="surrogateescape")
     if message is not None:
-        with pytest.raises(DamagedFile, match=message):
+        with pytest.raises(DamagedFile if resumed is None else SettingsError, match=message):
             compare([tmp_path / "run"])
     if resumed is not None:
         with pytest.raises(RunError, match=resumed):
@@ -328,3 +359,28 @@ def test_changed_files_are_named_and_those_written_again_heal(tmp_path, name, te
     else:
         train(resume=tmp_path / "run", progress=False)
         assert compare([tmp_path / "run"]).rows[0].epoch == 1
+
+
+def test_a_resumed_run_keeps_its_settings(tmp_path):
+    """An edited rate or seed is refused, with the stored and the found value; comments and order are free."""
+    options = {"model_options": {"width": 2}, "updates": 1, "progress": False}
+    train("odenet8", "digits", "smoke", run_dir=tmp_path / "run", lr=0.1, **options)
+    file = tmp_path / "run" / "config.yaml"
+    was = file.read_text()
+    for old, new, told in (
+        ("lr: 0.1\n", "lr: 0.9\n", "lr was 0.1 and is 0.9"),
+        ("seed: 0\n", "seed: 7\n", "seed was 0 and is 7"),
+        ("width: 2", "width: 4", "model_options was {'width': 2} and is {'width': 4}"),
+        ("train_images: 1437", "train_images: 1438", "its checksum differs"),
+    ):
+        assert old in was
+        file.write_text(was.replace(old, new))
+        with pytest.raises(SettingsError, match=re.escape(told)) as error:
+            train(resume=tmp_path / "run", progress=False)
+        assert error.value.exit_code == 2
+        file.write_text(re.sub(r"\n  checksum: \w+", "", was.replace(old, new)))  # its checksum removed too
+        if "checksum" not in told:
+            with pytest.raises(SettingsError, match=re.escape(told)):
+                train(resume=tmp_path / "run", progress=False)
+    file.write_text("# mine\n" + was.replace("lr: 0.1\n", "lr: 0.10\n"))
+    train(resume=tmp_path / "run", progress=False)

@@ -132,6 +132,7 @@ def _worker(folder):
         wrapped = DistributedDataParallel(model)
         wrapped(x[rank::2]).square().mean().backward()
         torch.save([p.grad for p in model.parameters()], folder / f"{rank}-{index}.pt")
+        del wrapped  # before the group: see `TrainingLoop.close`
     dist.barrier()  # else the faster process closes the connection that the other still uses
     dist.destroy_process_group()
 

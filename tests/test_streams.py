@@ -384,3 +384,47 @@ def test_the_depth_profile_sees_a_block_of_streams_as_one(kind):
     rows = profile_depth(network, torch.randn(4, 3, 6), spectra=0).rows
     assert [row.name for row in rows] == ["0", "1", "2"] and {row.shape for row in rows} == {(3, 6)}
     assert {row.kind for row in rows} == {"projection"} and max(row.split_error for row in rows) < 1e-4
+
+
+def dense_increment(block, state):
+    """∂(M(x) − x)/∂x of one folded or plain state, (n, n)."""
+    matrix = torch.autograd.functional.jacobian(lambda z: block(z) - z, state)
+    return matrix.reshape(state.numel(), state.numel())
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "folded"])
+def test_a_profile_has_a_row_for_every_block_of_streams(kind):
+    """Behind a layer that makes the state, in any number of dimensions, folded into the batch or dynamic.
+
+    Eigenvalues of M(x) − x and σ of M' are the dense ones of all streams together: with streams folded into
+    the batch, those of one stream alone would be another matrix's.
+    """
+    n = 3
+    if kind == "folded":
+        blocks = [disturbed(Folded(n, 6)) for _ in range(2)]
+        spread, x = (lambda z: z.repeat_interleave(n, 0)), torch.randn(1, 5, 6, dtype=torch.float64)
+    else:
+        blocks = [disturbed(HyperConnection(nn.Conv2d(6, 6, 1), n, **KINDS[kind])) for _ in range(2)]
+        spread, x = (lambda z: to_streams(z, n)), torch.randn(1, 6, 2, 3, dtype=torch.float64)
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(x.shape[-1], x.shape[-1])
+            self.blocks = nn.Sequential(*blocks)
+
+        def forward(self, z):
+            return self.blocks(spread(self.first(z)))
+
+    network = Network().double().eval()
+    rows = profile_depth(network, x, spectra=1, lesions=False).rows
+    assert [row.name for row in rows] == ["blocks.0", "blocks.1"]
+    state = spread(network.first(x)).detach()
+    for row, block in zip(rows, network.blocks, strict=True):
+        jac = dense_increment(block, state)
+        eigenvalues = torch.linalg.eigvals(jac)
+        assert row.rightmost.real == pytest.approx(eigenvalues.real.max().item(), abs=1e-8)
+        assert row.leftmost.real == pytest.approx(eigenvalues.real.min().item(), abs=1e-8)
+        sigma = torch.linalg.svdvals(jac + torch.eye(len(jac), dtype=jac.dtype))
+        assert row.sigma_max == pytest.approx(sigma[0].item(), abs=1e-8)
+        state = block(state).detach()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,8 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from resode.analysis.depth.lesion import unfused_attention
 from resode.analysis.depth.losses import batch_of
-from resode.analysis.depth.tracing import call
-from resode.analysis.depth.watching import tensors_in
+from resode.calls import call, tensors_in
 from resode.formulas import Cost
 from resode.modes import evaluating
 
@@ -51,11 +52,29 @@ def count(model: nn.Module, x: Any) -> Cost:
     late = getattr(model, "batch_first", True) is False and first.ndim == 3
     batch = first.shape[1] if late else batch_of(x)
     counter = FlopCounterMode(display=False, custom_mapping=_RECURRENT)
-    with evaluating(model), torch.no_grad(), unfused_attention(), counter:  # what is fused counts nothing
+    # what is fused counts nothing
+    with evaluating(model), torch.no_grad(), unfused_attention(), _without_gradients(model), counter:
         y = next(tensors_in(call(model, x)))
     parameters = sum(p.numel() for p in model.parameters())
     shape = (*y.shape[:1], *y.shape[2:]) if late else y.shape[1:]
     return Cost(parameters, round(counter.get_total_flops() / 2 / batch), tuple(shape))
+
+
+@contextmanager
+def _without_gradients(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient meanwhile.
+
+    torch's counter watches modules' inputs that do, and fails at a view of a parameter, such as a class
+    token's `expand`, where no graph is kept.
+    """
+    asking = [p for p in model.parameters() if p.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
 
 
 def _recurrent(x: Any, *weights: Any) -> int:

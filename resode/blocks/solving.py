@@ -17,9 +17,19 @@ def solving_modules(network: nn.Module) -> list[ResidualStack | ODEBlock]:
     return [module for module in network.modules() if isinstance(module, ResidualStack | ODEBlock)]
 
 
+def named_stacks(network: nn.Module) -> dict[str, ResidualStack]:
+    """The stacks among them, whose solver can be swapped, by their names."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, ResidualStack)}
+
+
 def stacks_of(network: nn.Module) -> list[ResidualStack]:
-    """The stacks among them, whose solver can be swapped."""
-    return [module for module in network.modules() if isinstance(module, ResidualStack)]
+    """The same without names."""
+    return list(named_stacks(network).values())
+
+
+def block_name(name: str, stack: ResidualStack, index: int) -> str:
+    """What a block of the stack of this name is called: its field's name, or the stack's if all share one."""
+    return name if stack.shared else f"{name}.fields.{index}".removeprefix(".")
 
 
 def set_solver(

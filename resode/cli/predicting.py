@@ -10,6 +10,7 @@ import typer
 
 from resode.cli.terminal import command, fits, flag, say, table
 from resode.cli.train import own_model
+from resode.tables import printable
 
 
 @command(
@@ -41,9 +42,10 @@ def predict(
 
     found = predict_classes(run, images, top=top, resize=resize, model=own_model(model), device=device)
     if as_csv or not sys.stdout.isatty():
-        sys.stdout.write(found.to_csv())
+        text = found.to_csv()  # into a pipe as it is
+        sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
         for note in found.notes:
-            typer.echo(note, err=True)
+            typer.echo(printable(note), err=True)
         return
     ranks = [text for rank in range(1, top + 1) for text in (f"{rank}.", "%")]
     wide = [

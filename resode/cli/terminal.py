@@ -17,7 +17,8 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from resode.checks import did_you_mean
+from resode.checks import did_you_mean, lacks_memory
+from resode.tables import printable
 
 TRAIN_EXTRA = ("lightning", "sklearn", "PIL", "safetensors", "yaml")
 """What the extra `train` installs, besides what the command itself is made of."""
@@ -37,7 +38,7 @@ def console() -> Console:
 
 def say(text: str = "", style: str | None = None) -> None:
     """Print a line; in a terminal it is folded at words."""
-    console().print(Text(text, style=style or ""), soft_wrap=not sys.stdout.isatty())
+    console().print(Text(printable(text), style=style or ""), soft_wrap=not sys.stdout.isatty())
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: Sequence[str] = ()) -> None:
@@ -45,6 +46,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: Seque
 
     The first column, and those that hold words and may be folded, are flush left, the others flush right.
     """
+    rows = [[printable(cell).replace("\n", " ") for cell in row] for row in rows]
     target = console()
     roomy = fits(columns, rows)
     needed = [_widest(row[number] for row in rows) for number in range(len(columns))]
@@ -120,7 +122,7 @@ def store(folder: Path, name: str, found: Any, *, figure: bool = True) -> None:
 def complain(message: str) -> None:
     """Print an error to standard error, folded at words in a terminal."""
     errors = Console(stderr=True, highlight=False)
-    errors.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=not errors.is_terminal)
+    errors.print(Text.assemble(("error: ", "bold red"), printable(message)), soft_wrap=not errors.is_terminal)
 
 
 class Commands(TyperGroup):
@@ -200,6 +202,13 @@ def report(error: Exception) -> int:
         return 2
     if isinstance(error, OSError):
         complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.")
+        return 1
+    if lacks_memory(error):
+        complain(
+            "there is not enough memory for this. Take smaller batches (--batch-size), fewer images "
+            "(--limit), --option gradient=checkpoint in training, or a smaller network. "
+            f"({type(error).__name__}: {error})"
+        )
         return 1
     complain(f"{type(error).__name__}: {error} (--debug shows where.)")
     return 1

@@ -136,6 +136,11 @@ def _read(config: Path, flags: dict[str, Any]) -> dict[str, Any]:
         elif not isinstance(stored[name], kind):
             wanted = "true or false" if kind is bool else "text"
             raise ValueError(f"{config}: {name} must be {wanted}, got {stored[name]!r}.")
+    if ":" in stored.get("model", "") and "model" not in flags:
+        raise ValueError(
+            f"{config} names code to run, {stored['model']}, and a file of settings runs none: if you trust "
+            f"it, pass --model {stored['model']}."
+        )
     if record:
         recipe = stored.pop("recipe", None)  # where the run started from; every setting stands beside it
         if recipe in RECIPES:
@@ -143,10 +148,6 @@ def _read(config: Path, flags: dict[str, Any]) -> dict[str, Any]:
         if "recipe" in flags:
             raise ValueError(
                 f"--recipe changes nothing beside {config}, which has every setting. Leave it out."
-            )
-        if record.get("own_model") and "model" not in flags:
-            raise ValueError(
-                f"{config} is of a network of your own, {stored['model']}. Pass it with --model."
             )
         if record.get("own_data"):
             raise ValueError(f"{config} is of a data set of your own. Train on it with resode.train.")

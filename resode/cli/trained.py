@@ -114,7 +114,8 @@ def swap(
     if any(row.as_trained for row in result.rows):
         say("* as trained")
     say(f"\n{' '.join(result.causes().split())}")
-    say(f"\nforecast: of the accuracy, from {INPUTS} images and no label.")
+    which = "recalibrated accuracy (resode diagnose foretells it as it is)" if normed else "accuracy"
+    say(f"\nforecast: of the {which}, from {INPUTS} images and no label.")
     say("steps: of the solver in a block; a method with error control takes its own.")
     say("drift: how far the logits moved, relative to their size, from those of the trained solver.")
     say(f"\n{result.about_distances()}")

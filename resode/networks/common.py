@@ -13,7 +13,7 @@ from torch.fx import Proxy
 from torch.utils.checkpoint import checkpoint
 
 from resode.blocks.frozen import FrozenStatistics, StochasticDepth, checkpoints, moving_norms, probability
-from resode.checks import one_of
+from resode.checks import check_whole, one_of
 from resode.fields import (
     ACTIVATIONS,
     NORMS,
@@ -23,7 +23,7 @@ from resode.fields import (
     make_norm,
 )
 from resode.formulas import Cost, cost_of
-from resode.shortcuts import SHORTCUTS, make_shortcut
+from resode.shortcuts import RUN_SHORTCUTS, SHORTCUTS, make_shortcut
 from resode.symbols import one_node
 
 
@@ -32,7 +32,8 @@ class Style:
     """What all blocks of a network have in common.
 
     Args:
-        shortcut: a kind of `resode.shortcuts.make_shortcut`, or "none" for a plain network.
+        shortcut: a kind of `resode.shortcuts.make_shortcut`, or "none" for a plain network; or of
+            `resode.shortcuts.make_run`, which joins a group's blocks of one shape (others pad, as in "A").
         norm: "batch", "group" or "none".
         activation: a name in `resode.fields.ACTIVATIONS`.
         zero_init_last: start every F at 0: the last norm (post-activation) or the last convolution
@@ -40,6 +41,7 @@ class Style:
         stochastic_depth: probability to drop the last block's F in training, falling linearly to
             the first one's.
         squeeze_excitation: gate the channels at the end of every F.
+        streams: of a "hyper…" shortcut; None for 4.
         stem: "small" (3×3), "imagenet" (7×7 of stride 2, then max pooling) or "deep" (three 3×3, the first of
             stride 2, with norms and σ between them, then max pooling).
         gradient: "autograd", or "checkpoint" to keep a few states only and compute every block once more
@@ -52,11 +54,19 @@ class Style:
     zero_init_last: bool | None = None
     stochastic_depth: float = 0.0
     squeeze_excitation: bool = False
+    streams: int | None = None
     stem: str = "small"
     gradient: str = "autograd"
 
     def __post_init__(self) -> None:
-        one_of("shortcut", self.shortcut, (*SHORTCUTS, "none"))
+        one_of("shortcut", self.shortcut, (*SHORTCUTS, *RUN_SHORTCUTS, "none"))
+        if self.streams is not None:
+            check_whole("streams", self.streams, 1)
+            if not self.shortcut.startswith("hyper"):
+                raise ValueError(
+                    f"streams are of a 'hyper…' shortcut, and {self.shortcut!r} has none: leave streams out, "
+                    f"or choose one of {', '.join(repr(k) for k in RUN_SHORTCUTS if k.startswith('hyper'))}."
+                )
         one_of("norm", self.norm, NORMS)
         one_of("activation", self.activation, ACTIVATIONS)
         one_of("stem", self.stem, ("small", "imagenet", "deep"))
@@ -84,7 +94,8 @@ class Style:
         if self.shortcut == "none":
             return nn.Identity()
         norm = None if bare or self.norm == "none" else partial(make_norm, self.norm)
-        return make_shortcut(self.shortcut, in_channels, out_channels, stride, norm=norm)
+        kind = "A" if self.shortcut in RUN_SHORTCUTS else self.shortcut
+        return make_shortcut(kind, in_channels, out_channels, stride, norm=norm)
 
     def make_se(self, channels: int) -> nn.Module:
         """Squeeze-excitation, if asked for."""

@@ -189,7 +189,7 @@ def _plain_mlp(name: str, depth: int) -> Network:
     return _network(name, "the residual perceptron without its shortcuts", PlainMLP, depth)
 
 
-_ABOUT_SHORTCUTS = ("shortcut", "zero_init_last", "stochastic_depth")
+_ABOUT_SHORTCUTS = ("shortcut", "streams", "zero_init_last", "stochastic_depth")
 
 
 def _every(period: int, offset: int) -> Callable[[int], bool]:

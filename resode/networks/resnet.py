@@ -28,7 +28,13 @@ from resode.networks.common import (
     make_stem,
     probability,
 )
-from resode.shortcuts import SHORTCUTS, HighwayShortcut, ProjectionShortcut
+from resode.shortcuts import (
+    RUN_SHORTCUTS,
+    SHORTCUTS,
+    HighwayShortcut,
+    ProjectionShortcut,
+    make_run,
+)
 
 # Blocks. Images (B, C_in, H, W) become (B, expansion·channels, H/stride, W/stride).
 from resode.state_dicts import Checked
@@ -230,6 +236,22 @@ class PreActBottleneck(nn.Module):
 Block = BasicBlock | Bottleneck | PreActBlock | PreActBottleneck
 
 
+class Branch(nn.Module):
+    """F alone of a block, for a run of blocks that does not add it to x; shape of x."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        """F(x)."""
+        return self.block.branches(x)[1]
+
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters and multiply-adds for samples of this shape, by formula."""
+        return cost_of(self.block, shape)
+
+
 class HighwayLayer(nn.Module):
     """A 3×3 convolution F = σ(norm(conv(x))) mixed with the state: T ⊙ F + (1 − T) ⊙ x."""
 
@@ -344,7 +366,7 @@ class PreActResNet(Checked):
         if style.shortcut == "none":
             raise ValueError(
                 "a pre-activation network is a sum over its shortcuts and cannot do without: choose "
-                f"{', '.join(map(repr, SHORTCUTS))}, or a plain network."
+                f"{', '.join(map(repr, (*SHORTCUTS, *RUN_SHORTCUTS)))}, or a plain network."
             )
         block = PreActBottleneck if bottleneck else PreActBlock
         drops = style.drops(3 * n)
@@ -455,10 +477,32 @@ def group_of(
     style: Style,
     drops: Iterator[nn.Module],
 ) -> nn.Sequential:
-    """`count` blocks, of which the first changes channels and resolution."""
-    first = block(in_channels, channels, stride, style, next(drops))
-    rest = [block(expansion * channels, channels, 1, style, next(drops)) for _ in range(count - 1)]
-    return nn.Sequential(first, *rest)
+    """`count` blocks, of which the first changes channels and resolution.
+
+    With a shortcut of `make_run` those that keep the shape are one run.
+    """
+    state = expansion * channels
+    if style.shortcut not in RUN_SHORTCUTS:
+        first = block(in_channels, channels, stride, style, next(drops))
+        rest = [block(state, channels, 1, style, next(drops)) for _ in range(count - 1)]
+        return nn.Sequential(first, *rest)
+    changes = in_channels != state or stride != 1
+    first = [block(in_channels, channels, stride, style, next(drops))] if changes else []
+    if count == len(first):
+        return nn.Sequential(*first)
+    parts = 2 if style.shortcut == "coupling" else 1  # of the state, each with a branch of its own
+    if state % (parts * expansion):
+        raise ValueError(f"a coupling cuts the channels in halves: take an even width, got {channels}.")
+    width = channels // parts
+    branches = [
+        Branch(block(expansion * width, width, 1, style, drop))  # pyright: ignore[reportArgumentType]
+        for drop in [next(drops) for _ in range(count - len(first))]
+        for _ in range(parts)
+    ]
+    rectified = isinstance(branches[0].block, BasicBlock | Bottleneck)
+    after = make_activation(style.activation) if rectified else None
+    run = make_run(style.shortcut, branches, state, streams=style.streams or 4, after=after)
+    return nn.Sequential(*first, *run)
 
 
 def _zero(norm: nn.Module, conv: nn.Conv2d) -> None:

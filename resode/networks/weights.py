@@ -91,7 +91,14 @@ def read_weights(path: str | Path) -> dict[str, Any]:
     foreign = next((kind for mark, kind in _NOT_READ.items() if start.startswith(mark)), None)
     if start[:2] == b"PK" and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
+            members = archive.infolist()
+        names = [member.filename for member in members]
+        unpacked, most = sum(member.file_size for member in members), _RATIO * path.stat().st_size
+        if unpacked > most:
+            raise ValueError(
+                f"{path} would take {unpacked:,} bytes, more than {_RATIO} times its own size ({most:,}), "
+                "and torch stores weights unpacked. Nothing was read; get the file from a source you trust."
+            )
         if names and all(name.endswith(".npy") for name in names):
             foreign = "a NumPy archive"
         elif any(name.endswith("/constants.pkl") for name in names):
@@ -134,6 +141,9 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is no sound safetensors file: {error}.") from error
 
+
+_RATIO = 4
+"""Bytes at most that a zip file's members may have together, for each of its own; torch.save makes 1."""
 
 _NOT_READ = {b"\x89HDF": "an HDF5 file (Keras)", b"\x93NUMPY": "a NumPy array", b"GGUF": "a GGUF file"}
 """Files of weights that are not read, by the bytes they start with."""

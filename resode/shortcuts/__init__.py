@@ -2,7 +2,8 @@ r"""Shortcuts S: how the state passes a block, y = S(x) + F(x).
 
 Where a block keeps its state's shape the shortcut is the identity, and the block an Euler step.
 Where channels or resolution change S must change them too (`blocks`). A state may also be several streams
-that are mixed (`streams`), or two halves that add to each other and can be undone (`reversible`).
+that are mixed (`streams`), or two halves that add to each other and can be undone (`reversible`); `runs`
+makes a row of equal blocks of any of them.
 """
 
 from resode.shortcuts.blocks import (
@@ -16,6 +17,7 @@ from resode.shortcuts.blocks import (
 )
 from resode.shortcuts.doubly_stochastic import doubly_stochastic
 from resode.shortcuts.reversible import AdditiveCoupling, MomentumStack, NotInvertible, invertible_depth
+from resode.shortcuts.runs import RUN_SHORTCUTS, FromStreams, ToStreams, make_run
 from resode.shortcuts.streams import (
     AttentionResidual,
     HyperConnection,
@@ -25,9 +27,11 @@ from resode.shortcuts.streams import (
 )
 
 __all__ = [
+    "RUN_SHORTCUTS",
     "SHORTCUTS",
     "AdditiveCoupling",
     "AttentionResidual",
+    "FromStreams",
     "GatedShortcut",
     "HighwayShortcut",
     "HyperConnection",
@@ -37,9 +41,11 @@ __all__ = [
     "NotInvertible",
     "PadShortcut",
     "ProjectionShortcut",
+    "ToStreams",
     "doubly_stochastic",
     "from_streams",
     "invertible_depth",
+    "make_run",
     "make_shortcut",
     "to_streams",
 ]

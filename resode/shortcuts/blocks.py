@@ -279,7 +279,7 @@ class HighwayShortcut(nn.Module):
             transform = nn.Conv2d(size, size, kernel_size, padding=kernel_size // 2)
         if not transform.weight.is_meta:
             nn.init.xavier_uniform_(transform.weight)
-        nn.init.constant_(cast(Tensor, transform.bias), bias)
+        nn.init.constant_(cast(Tensor, transform.bias), check_number("bias", bias))
         self.transform = transform
 
     def gate(self, x: Tensor) -> Tensor:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from resode.symbols import one_node
+
 TOLERANCE = 1e-6
 """How far a row or column sum may be from 1."""
 
 _SWEEPS, _STEPS, _DAMPING = 10, 60, 1e-13
 
 
+@one_node
 def doubly_stochastic(logits: Tensor) -> Tensor:
     r"""The doubly stochastic matrix diag(e^f) exp(M) diag(e^g) of logits M.
 
@@ -57,12 +60,13 @@ def _scalings(logits: Tensor) -> tuple[Tensor, Tensor]:
     for _ in range(_SWEEPS):
         g = -torch.logsumexp(logits + f[..., :, None], -2)
         f = -torch.logsumexp(logits + g[..., None, :], -1)
+    seen = not (torch.compiler.is_compiling() or logits.is_meta)  # else a fixed number of steps
     for _ in range(_STEPS):
-        if not torch.compiler.is_compiling() and _error(logits, f, g) <= TOLERANCE / 2:
+        if seen and _error(logits, f, g) <= TOLERANCE / 2:
             return f, g
         f, g = _step(logits, f, g)
         f = -torch.logsumexp(logits + g[..., None, :], -1)
-    if not torch.compiler.is_compiling():
+    if seen:
         error = _error(logits, f, g)
         if not error <= TOLERANCE:
             raise ArithmeticError(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from resode.checks import check_number
 from resode.formulas import Cost, Shape, cost_of
+from resode.symbols import one_node
 
 
 class NotInvertible(ArithmeticError):
@@ -91,10 +92,9 @@ class AdditiveCoupling(_Reversible):
         self.f, self.g, self.dim = f, g, dim
 
     def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if x.shape[self.dim] % 2:
-            raise ValueError(f"a coupling cuts dimension {self.dim} in halves: got x {tuple(x.shape)}.")
-        a, b = x.chunk(2, self.dim)
-        return a, b
+        _check_even(x, self.dim)
+        halves = x.chunk(2, self.dim)
+        return halves[0], halves[1]
 
     def forward(self, x: Tensor) -> Tensor:
         """The state after, shape of x."""
@@ -120,6 +120,12 @@ class AdditiveCoupling(_Reversible):
         half[dim] //= 2
         parts = [cost_of(part, tuple(half)) for part in (self.f, self.g)]
         return Cost(0, 0, shape).beside(*parts)
+
+
+@one_node
+def _check_even(x: Tensor, dim: int) -> None:
+    if x.shape[dim] % 2:
+        raise ValueError(f"a coupling cuts dimension {dim} in halves: got x {tuple(x.shape)}.")
 
 
 def invertible_depth(gamma: float, dtype: torch.dtype = torch.float32, tol: float = 1e-3) -> float:

@@ -8,6 +8,7 @@ The residual block is n = 1 with A = h = β = 1. Over many blocks the state with
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -113,7 +114,7 @@ class HyperConnection(nn.Module):
         self.branch, self.streams, self.dynamic, self.manifold = branch, n, bool(dynamic), bool(manifold)
         check_whole("read", read)
         if self.manifold:
-            start = torch.full((n,), -torch.log(torch.tensor(n - 1.0)).item() if n > 1 else 8.0)
+            start = torch.full((n,), -math.log(n - 1) if n > 1 else 8.0)
             self.read = nn.Parameter(start)  # σ(read) = 1/n
             self.mix = nn.Parameter(8.0 * torch.eye(n))  # e⁻⁸ = 3e-4 beside the diagonal
             self.write = nn.Parameter(torch.zeros(n))  # 2σ(0) = 1
@@ -210,6 +211,25 @@ def _written(mix: Tensor, x: Tensor, write: Tensor, residual: Tensor) -> Tensor:
     return mixed + weights * residual[:, None]
 
 
+@one_node
+def _check_features(x: Tensor, features: int) -> None:
+    if x.ndim < 2 or x.shape[1] != features:
+        raise ValueError(
+            f"this network takes states (batch, {features}, …): got x {tuple(x.shape)}. "
+            "Build it with features= those of dimension 1."
+        )
+
+
+@one_node
+def _attended(values: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ_i α_i v_i and α, (B, l + 1), of values (B, l + 1, features, …)."""
+    seen = values.flatten(3).mean(3) if values.ndim > 3 else values
+    seen = seen * torch.rsqrt(seen.square().mean(-1, keepdim=True) + 1e-6)
+    row = torch.softmax((seen @ query.to(values.dtype)[:, None])[..., 0], 1)
+    read = (row[:, None] @ values.flatten(2)).reshape(values.shape[0], *values.shape[2:])
+    return read, row
+
+
 class AttentionResidual(nn.Module):
     r"""Branches that read a learnt average of all that was before them.
 
@@ -248,19 +268,12 @@ class AttentionResidual(nn.Module):
         self.query = nn.Parameter(torch.zeros(len(self.branches) + 1, features))
 
     def _pass(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        if x.ndim < 2 or x.shape[1] != self.features:
-            raise ValueError(
-                f"this network takes states (batch, {self.features}, …): got x {tuple(x.shape)}. "
-                "Build it with features= those of dimension 1."
-            )
+        _check_features(x, self.features)
         values, rows, read = [x], [], x
-        for number, query in enumerate(self.query.to(x.dtype)):
-            stack = torch.stack(values, 1)  # (B, l + 1, features, …)
-            seen = stack.flatten(3).mean(3) if stack.ndim > 3 else stack
-            seen = seen * torch.rsqrt(seen.square().mean(-1, keepdim=True) + 1e-6)
-            row = torch.softmax((seen @ query[:, None])[..., 0], 1)  # (B, l + 1)
-            rows.append(row)
-            read = (row[:, None] @ stack.flatten(2)).reshape(x.shape)
+        for number in range(len(self.branches) + 1):
+            attended = _attended(torch.stack(values, 1), self.query[number])
+            read = attended[0]
+            rows.append(attended[1])
             if number < len(self.branches):
                 values.append(self.branches[number](read))
         return read, rows

@@ -76,7 +76,7 @@ def explain(
     fastest = complex(eigenvalues[eigenvalues.real.argmax()])
     growth = fastest.real * max(step, min(left, 1e3 * step))
     if math.isfinite(stable) and stable > 0 and step > 0.3 * stable and left > 10 * stable:
-        binding = _binding(eigenvalues, tableau, stable)
+        binding = _binding(eigenvalues, tableau)
         text = f"stiff: λ ≈ {number(binding)}; {tableau.name} needs steps below {number(stable)}"
         return "stiff", text, binding
     if growth > 3 and fastest.real * left > 30:
@@ -86,14 +86,14 @@ def explain(
         )
         return "growing", text, fastest
     if math.isfinite(stable) and stable > 0:
-        binding = _binding(eigenvalues, tableau, stable)
+        binding = _binding(eigenvalues, tableau)
         text = f"not stiff: λ ≈ {number(binding)} allows {tableau.name} steps up to {number(stable)}"
         return "smooth", text, binding
     return "smooth", "not stiff: no eigenvalue of the field limits the steps", None
 
 
-def _binding(eigenvalues: Tensor, tableau: ButcherTableau, stable: float) -> complex:
-    """The decaying eigenvalue that leaves the stability region at `stable`."""
+def _binding(eigenvalues: Tensor, tableau: ButcherTableau) -> complex:
+    """The decaying eigenvalue that leaves the stability region first."""
     from resode.stability import eigenvalue_step_limit
 
     decaying = eigenvalues[eigenvalues.real <= 0]

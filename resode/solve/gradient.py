@@ -16,7 +16,7 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,8 +31,20 @@ from resode.solve.native import solve
 from resode.solve.options import SolveSettings
 from resode.solve.result import SolverError, Stats
 from resode.solve.step import as_stage
+from resode.tableaus import ButcherTableau
 
 GRADIENTS = ("autograd", "checkpoint", "adjoint")
+
+
+@dataclass(frozen=True)
+class WayBack:
+    """What `odeint_adjoint` is told of the solve back in time; None for what the way forward does."""
+
+    rtol: float | None = None
+    atol: float | None = None
+    method: str | ButcherTableau | None = None
+    options: dict[str, Any] | None = None
+    params: Iterable[Tensor] | None = None
 
 
 @dataclass

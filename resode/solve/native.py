@@ -145,9 +145,9 @@ def _fixed(
     callback = None if callbacks is None else callbacks.step
     grid = settings.grid()
     steps = {"step_size": settings.step_size, "n_steps": settings.n_steps}
-    again = Recomputation(counted) if settings.checkpoint else None
-    if again is not None and len(t) > 1:
-        again.check(within_dtype(t, y0, settings.per_sample), y0)
+    recomputation = Recomputation(counted) if settings.checkpoint else None
+    if recomputation is not None and len(t) > 1:
+        recomputation.check(within_dtype(t, y0, settings.per_sample), y0)
     perturb = bool(settings.options.get("perturb", False))
     take = step_rule(tableau, settings.per_sample)
     low, high = (-math.inf, math.inf) if tableau.looks_ahead else _ends(t)
@@ -159,9 +159,9 @@ def _fixed(
     else:
         given, advance = _advance(counted, y0, t, settings)
         if isinstance(take, ImplicitStep):
-            given, advance = field, steps_by(take, anew=again is not None)
-        if again is not None:
-            advance = checkpointed_steps(again, advance)
+            given, advance = field, steps_by(take, anew=recomputation is not None)
+        if recomputation is not None:
+            advance = checkpointed_steps(recomputation, advance)
         path, n = (own_steps if t.ndim > 1 else fixed_solve)(tableau, given, y0, t, **steps, advance=advance)
         if settings.compile_for is not None and isinstance(n, int):
             counted.calls += n * (tableau.b_row[-1][0] + 1)  # they were not counted on the way
@@ -177,7 +177,7 @@ def _fixed(
     if settings.per_sample:
         counts = [torch.from_numpy(np.full(len(y0), c, np.int64)).to(y0.device) for c in counts]
     stats = stats_of(counts)
-    return result if again is None else again.finish(result, stats), stats
+    return result if recomputation is None else recomputation.finish(result, stats), stats
 
 
 def stats_of(counts: Sequence[Any]) -> Stats:
@@ -308,12 +308,12 @@ def _adaptive(
     distinct = times_asked[np.append(True, changes)]
     path, state, progress = States(len(distinct), start), start, None
     path.append(start)
-    again = Recomputation(counted) if settings.checkpoint else None
-    if again is not None and len(t) > 1:
-        again.check(at(t[0]), y0)
+    recomputation = Recomputation(counted) if settings.checkpoint else None
+    if recomputation is not None and len(t) > 1:
+        recomputation.check(at(t[0]), y0)
     for times, asked, f in segments(field, distinct, settings, real):
-        if again is not None:
-            later, progress = checkpointed_solve(tableau, again, f, state, times, control, progress)
+        if recomputation is not None:
+            later, progress = checkpointed_solve(tableau, recomputation, f, state, times, control, progress)
         elif settings.compile_for is not None:
             key = settings.compile_for
             later, progress = compiled_solve(tableau, counted, state, times, control, progress, key)
@@ -336,7 +336,7 @@ def _adaptive(
         stats = progress.stats()
     if not settings.per_sample:
         stats = replace(stats.item(), nfe=counted.calls)
-    return result if again is None else again.finish(result, stats), stats
+    return result if recomputation is None else recomputation.finish(result, stats), stats
 
 
 def zero_with_gradient(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,7 @@ from resode.checks import one_of, warn_user
 from resode.solve.compiled import COMPILED_OPTIONS, key_of
 from resode.solve.control import MAX_STEPS
 from resode.solve.events import combined, solve_to_event, with_event_gradient
-from resode.solve.gradient import GRADIENTS, Adjoint, adjoint_params
+from resode.solve.gradient import GRADIENTS, Adjoint, WayBack, adjoint_params
 from resode.solve.host import is_transformed
 from resode.solve.native import solve
 from resode.solve.options import SolveSettings, resolve_method
@@ -126,7 +126,7 @@ def odeint(
         tensor([0, 0, 0])
     """
     one_of("gradient", gradient, GRADIENTS)
-    adjoint = {} if gradient == "adjoint" else None
+    adjoint = WayBack() if gradient == "adjoint" else None
     settings = SolveSettings(
         method=resolve_method(method),
         rtol=rtol,
@@ -217,8 +217,7 @@ def odeint_adjoint(
         >>> field.weight.grad  # d e^w / dw at w = −1
         tensor([[0.3679]])
     """
-    adjoint = dict(rtol=adjoint_rtol, atol=adjoint_atol, method=adjoint_method, options=adjoint_options,
-                   params=adjoint_params)  # fmt: skip
+    adjoint = WayBack(adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, adjoint_params)
     settings = SolveSettings(
         method=resolve_method(method),
         rtol=rtol,
@@ -317,7 +316,7 @@ def _odeint(
     settings: SolveSettings,
     event_fn: Callable[..., Any] | None,
     args: Sequence[Any],
-    adjoint: dict[str, Any] | None,
+    adjoint: WayBack | None,
     *,
     compile: bool = False,
     return_stats: bool,
@@ -348,7 +347,7 @@ def _odeint(
     if adjoint is None:
         params, state = (), _reached_by(func, state)
     else:
-        params = adjoint_params(func, adjoint.get("params"), args)
+        params = adjoint_params(func, adjoint.params, args)
     callbacks = callbacks_of(func, settings, "", split)
     if checkpoint:
         _check_checkpoint(settings, event_fn)
@@ -447,20 +446,21 @@ def _norm_on_tuples(settings: SolveSettings, split: Callable[[Tensor], Any]) -> 
 def _way_back(
     settings: SolveSettings,
     tableau: ButcherTableau | str,
-    options: dict[str, Any] | None,
-    adjoint: dict[str, Any],
+    options: dict[str, Any],
+    adjoint: WayBack,
     split: Callable[[Tensor], Any] | None,
 ) -> SolveSettings:
     """How the adjoint equation is solved: as the forward one where nothing else is said."""
-    given, method = adjoint.get("options"), adjoint.get("method")
-    method = tableau if method is None else resolve_method(method)
+    given, method = adjoint.options, tableau
+    if adjoint.method is not None:
+        method = resolve_method(adjoint.method)
     if given is None:
         if method is not tableau and options:
             raise ValueError(
                 "with an adjoint_method of its own, adjoint_options must be given too: "
                 "options hold for method only."
             )
-        given = {name: value for name, value in (options or {}).items() if name != "norm"}
+        given = {name: value for name, value in options.items() if name != "norm"}
     given = dict(given)
     norm = given.get("norm")
     if norm is not None and norm != "seminorm" and not callable(norm):
@@ -471,7 +471,7 @@ def _way_back(
         )
     pair = []
     for name in ("rtol", "atol"):
-        value = adjoint.get(name)
+        value = getattr(adjoint, name)
         value = getattr(settings, name) if value is None else float(value)
         pair.append(float(value.min()) if isinstance(value, Tensor) else value)
     back = replace(

@@ -36,6 +36,7 @@ ACCEPTED = 4.0
 """Times the accuracy that is sought: an error up to which a figure counts as found."""
 
 _FIRST_ORDER = 1e-2  # relative change up to which first-order perturbation is relied on
+_ZERO = 0.1  # of the accuracy sought, in units of 1/‖J‖: a step that is as good as none
 _NEAR = 48  # eigenvalues, from the nearest exit on, that are moved by their errors
 _AROUND = np.exp(0.25j * np.pi * np.arange(8))
 
@@ -125,9 +126,10 @@ class FirstExits:
     def _beside_the_axis(self) -> np.ndarray:
         """Which eigenvalues counted as on the imaginary axis may allow more than the step 0; bool (B, m).
 
-        Re λ = −τ/2 allows Euler τ/|λ|², and 0 would be no upper bound. It is as good as 0 where one of them
-        surely allows no more than `rtol`/‖J‖. Elsewhere the exit of each becomes the largest step that its
-        error allows, or none where it may as well grow.
+        Re λ = −τ/2 allows Euler τ/|λ|², and 0 would be no upper bound. The limit is as good as 0 where one of
+        them cannot be told from the axis, by its error, and surely allows no more than a tenth of `rtol`/‖J‖.
+        Elsewhere the exit of each becomes the largest step that its error allows, or none where it may as
+        well grow.
         """
         s, beside = self.spectrum, np.zeros(self.exits.shape, dtype=bool)
         row, place = np.nonzero((self.counted != 0) & (self.counted.real == 0) & (self.exits == 0))
@@ -135,8 +137,9 @@ class FirstExits:
         latest = np.asarray(np.minimum(value.real, 0) - error + 1j * value.imag, np.complex128)
         allowed = first_exits(self.rays, latest)
         least = np.full(len(self.lines), np.inf)
-        np.minimum.at(least, row, allowed)
-        unsure = least[row] * s.scale[row] > s.rtol
+        on_axis = np.abs(value.real) <= error + rounding(s.n, 2.0**-52) * s.scale[row]
+        np.minimum.at(least, row[on_axis], allowed[on_axis])
+        unsure = least[row] * s.scale[row] > _ZERO * s.rtol
         beside[row[unsure], place[unsure]] = True
         self.exits[beside] = np.inf
         decays = unsure & (value.real + error < 0)

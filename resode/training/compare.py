@@ -10,7 +10,7 @@ from typing import Any
 
 from resode.networks import NETWORKS
 from resode.tables import csv_text
-from resode.training.files import DamagedFile
+from resode.training.files import DamagedFile, RunError
 from resode.training.folder import RunFolder
 from resode.training.recipe import SETTINGS, Recipe
 
@@ -95,8 +95,8 @@ class Comparison:
 
     Args:
         rows: one a configuration, in the order in which they were first given.
-        notes: what a reader of the table must know: runs that have not finished, the same seed twice,
-            different devices.
+        notes: what a reader of the table must know: runs that have not finished, or are left out because
+            their files are no longer what a run writes; the same seed twice, different devices.
     """
 
     rows: tuple[Configuration, ...]
@@ -144,7 +144,7 @@ def compare(runs: Iterable[str | Path]) -> Comparison:
     Raises:
         ValueError: no runs, or one of them twice.
         NoSuchRun: one is no run folder.
-        DamagedFile: the files of one are no longer what a run writes.
+        RunError: no run's files are what a run writes; where some are not, they are left out and noted.
 
     Example:
         >>> import tempfile
@@ -170,28 +170,40 @@ def compare(runs: Iterable[str | Path]) -> Comparison:
     found: dict[tuple[Any, ...], list[ComparedRun]] = {}
     settings: dict[tuple[Any, ...], dict[str, Any]] = {}
     sizes: dict[tuple[Any, ...], int | None] = {}
+    left_out: list[RunError] = []
     for path in paths:
         folder = RunFolder.open(path)
-        config = folder.read_config()
         try:
-            of_run = _settings(config)
-            run = _run(folder, config, of_run)
-        except (KeyError, TypeError, ValueError) as error:
-            raise DamagedFile(
-                f"{path / 'config.yaml'} does not hold a run's settings ({type(error).__name__}: {error}). "
-                "Leave this run out."
-            ) from error
+            of_run, run, parameters = _read(folder)
+        except RunError as error:
+            left_out.append(error)
+            continue
         key = tuple(sorted((name, repr(value)) for name, value in of_run.items() if name != "recipe"))
         found.setdefault(key, []).append(run)
         settings.setdefault(key, of_run)
-        summary = folder.read_summary() or {}  # a refined network ends with more than it began with
-        sizes[key] = summary.get("parameters") or sizes.get(key) or config["record"].get("parameters")
+        sizes[key] = parameters or sizes.get(key)
+    if not found:
+        raise left_out[0]
     names = _names(list(settings.values()))
     rows = [
         _configuration(name, members, sizes[key])
         for name, (key, members) in zip(names, found.items(), strict=True)
     ]
-    return Comparison(tuple(rows), tuple(_notes(rows)))
+    return Comparison(tuple(rows), (*(f"A run is left out: {error}" for error in left_out), *_notes(rows)))
+
+
+def _read(folder: RunFolder) -> tuple[dict[str, Any], ComparedRun, int | None]:
+    """What makes a run's configuration, the run, and the network's parameters at its end, or so far."""
+    config = folder.read_config()
+    summary = folder.read_summary() or {}  # a refined network ends with more than it began with
+    try:
+        of_run = _settings(config)
+        run = _run(folder, config, of_run)
+        return of_run, run, summary.get("parameters") or config["record"].get("parameters")
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedFile(
+            f"{folder.path / 'config.yaml'} does not hold a run's settings ({type(error).__name__}: {error})."
+        ) from error
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ def load(run: str | Path, *, model: Model | None = None, device: str = "cpu") ->
     """
     tensors, about = read_weights(Path(run))
     options = about.get("options", {})
+    named = model is None
     if model is None:
         if "model" not in about:
             raise RunError(f"{run} does not say which network it belongs to. Pass its name as model.")
@@ -80,8 +82,11 @@ def load(run: str | Path, *, model: Model | None = None, device: str = "cpu") ->
         model = str(about["model"])
     elif not isinstance(model, str):
         options = about.get("options", {}) if about.get("own") else {}
+    times = about.get("refined", 0)
+    if about:
+        _check_size(run, tensors, str(model) if named else None, options, times)
     network = make_network(model, options)
-    if times := about.get("refined", 0):
+    if times:
         refine(network, times)
     try:
         if about:
@@ -91,6 +96,39 @@ def load(run: str | Path, *, model: Model | None = None, device: str = "cpu") ->
     except RuntimeError as error:
         raise RunError(f"the weights in {run} do not fit {model_name(model)}: {error}.") from error
     return network.to(choose_device(device)).eval()
+
+
+def _check_size(
+    run: str | Path, tensors: Mapping[str, Tensor], model: str | None, options: Any, refined: Any
+) -> None:
+    """A RunError where a file's header asks for a network that its tensors cannot fill.
+
+    It is made without memory first, and only if its depth and its widths can be those of the tensors.
+    """
+    blocks, entries = len(tensors), sum(value.numel() for value in tensors.values())
+    problem = None
+    if not isinstance(options, dict) or type(refined) is not int or refined < 0:
+        problem = f"options {options!r} and refined {refined!r} are none"
+    elif blocks < 2**refined if refined < 64 else True:
+        problem = f"refined {refined} times, a stack has at least 2^{refined} tensors"
+    elif wide := [f"{n} {v}" for n, v in options.items() if isinstance(v, int) and abs(v) > max(entries, 64)]:
+        problem = f"{', '.join(wide)} {'is' if len(wide) == 1 else 'are'} more"
+    elif model is not None:
+        deep = [
+            number for number in map(int, re.findall(r"\d{1,18}", model)) if number > 10 * max(blocks, 64)
+        ]
+        if deep:
+            problem = f"a {model} has more"
+        else:
+            with torch.device("meta"):
+                needed = sum(value.numel() for value in make_network(model, options).state_dict().values())
+            if needed > 2 * entries:
+                problem = f"its header asks for {needed:,}"
+    if problem:
+        raise RunError(
+            f"{run} does not hold the network that it names: it has {blocks:,} tensors, {entries:,} numbers "
+            f"in all, and {problem}. It was changed, or is of another program."
+        )
 
 
 def evaluate(
@@ -262,6 +300,11 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """A state_dict and what it belongs to, from a run folder, a checkpoint or a weights file."""
     if path.is_dir():
         folder = RunFolder.open(path)
+        if not folder.weights.exists() and folder.diverged.exists():
+            raise RunError(
+                f"{path} has no weights: it diverged in its first epoch. The state that failed is in "
+                f"{folder.diverged}; start anew with another recipe or network in another folder."
+            )
         if not folder.weights.exists():
             raise RunError(
                 f"{path} has no weights yet: its first epoch did not end. Go on with --resume {path}."

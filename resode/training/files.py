@@ -22,6 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+MAX_DEPTH = 32
+"""How deep a YAML file of settings may be nested; a run's own is 2 deep."""
+
 
 class RunError(RuntimeError):
     """A run folder cannot be used, or a run could not go on."""
@@ -88,18 +91,42 @@ def unpack(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         DamagedFile: it is cut short, was changed, or is no safetensors file.
     """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise DamagedFile(f"{path} is no sound safetensors file: {error}.") from error
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        metadata = file.metadata() or {}
     text = metadata.get("resode")
     if text is None:
         return tensors, {}
     if metadata.get("sha256") != _checksum(tensors, text):
         raise DamagedFile(f"{path} does not match its checksum: it was changed after it was written.")
-    return tensors, json.loads(text)
+    return tensors, read_json(text, path)
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """What `unpack` gives beside the tensors, without reading or checking them.
+
+    Raises:
+        DamagedFile: there is none, or it is no safetensors file.
+    """
+    with _opened(path) as file:
+        return read_json((file.metadata() or {}).get("resode", "{}"), path)
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DamagedFile(f"{path} is no sound safetensors file: {error}.") from error
+
+
+def read_json(text: str, path: str | Path) -> Any:
+    """What a text in a file says; a DamagedFile where it is no JSON, or nested beyond Python's own bound."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # nested beyond what Python's stack holds
+        raise DamagedFile(f"{path} is no sound JSON file: {error}.") from error
 
 
 class _Loader(yaml.SafeLoader):
@@ -119,7 +146,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         SettingsError: there is no such file, it is no YAML, or it holds something else than settings.
     """
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+        text = Path(path).read_text(encoding="utf-8")
+        depth = 0
+        for event in yaml.parse(text, Loader=_Loader):  # one after the other, before anything is built
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH or isinstance(event, yaml.AliasEvent):
+                what = "an alias (*name)" if depth <= MAX_DEPTH else "more"
+                raise SettingsError(
+                    f"{path} holds {what}, and settings are nested at most {MAX_DEPTH} deep and written out."
+                )
+        content = yaml.load(text, Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"settings could not be read from {path}: {error}.") from error
     except yaml.YAMLError as error:

@@ -14,6 +14,7 @@ The files themselves are read and written by `resode.training.files`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -29,7 +30,18 @@ import yaml
 from torch import Tensor
 
 from resode.tables import csv_text, read_csv
-from resode.training.files import DamagedFile, RunError, pack, read_yaml, unpack, unusable, write_atomically
+from resode.training.files import (
+    DamagedFile,
+    RunError,
+    SettingsError,
+    pack,
+    read_header,
+    read_json,
+    read_yaml,
+    unpack,
+    unusable,
+    write_atomically,
+)
 
 try:
     import fcntl
@@ -212,52 +224,126 @@ class RunFolder:
             raise unusable(self.path, error) from error
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Store the resolved settings."""
-        text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
-        self.write(
-            "config.yaml", f"# `resode train --config {self.path / 'config.yaml'}` repeats this run.\n{text}"
+        """Store the resolved settings, and a checksum over them in their record."""
+        record = {name: value for name, value in config["record"].items() if name != "checksum"}
+        config = {**config, "record": record}
+        text = yaml.safe_dump(
+            {**config, "record": {**record, "checksum": _digest(config)}}, sort_keys=False, allow_unicode=True
         )
+        own = " --model MODULE:FUNCTION" if record.get("own_model") else ""
+        command = f"resode train --config {self.path / 'config.yaml'}{own}"
+        self.write("config.yaml", f"# `{command}` repeats this run.\n{text}")
 
     def read_config(self) -> dict[str, Any]:
-        """The stored settings."""
-        config = read_yaml(self.path / "config.yaml")
-        check_format(self.path / "config.yaml", config.get("format"))
+        """The stored settings.
+
+        Raises:
+            SettingsError: they are not those that the run wrote; the message names what was changed.
+        """
+        path = self.path / "config.yaml"
+        config = read_yaml(path)
+        check_format(path, config.get("format"))
+        record = config.get("record")
+        checksum = record.pop("checksum", None) if isinstance(record, dict) else None
+        if checksum is not None and checksum == _digest(config):
+            return config
+        stored = self._last_state().get("settings") or {}
+        names = [name for name in {**stored, **config} if name != "record"]
+        changed = [
+            f"{name} was {stored.get(name, 'absent')} and is {config.get(name, 'absent')}"
+            for name in names
+            if stored and stored.get(name) != config.get(name)
+        ]
+        if changed or checksum is not None:  # a run of an older resode has neither
+            what = ", ".join(changed) or "its checksum differs"
+            raise SettingsError(
+                f"{path} was changed after the run wrote it: {what}. A run keeps the settings it was started "
+                "with: put back what it wrote, or start a new run with these (--config)."
+            )
         return config
+
+    def _last_state(self) -> Mapping[str, Any]:
+        """What the newest checkpoint says, its tensors aside; empty where there is none to read."""
+        for name in ("last", "previous"):
+            with suppress(DamagedFile):
+                return read_header(self.path / "checkpoints" / f"{name}.safetensors")
+        return {}
 
     def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Store one row an epoch; a figure that was not measured stays empty."""
-        columns = list(dict.fromkeys(chain(*rows)))
-        self.write("metrics.csv", csv_text(columns, ([row.get(name) for name in columns] for row in rows)))
+        self.write("metrics.csv", _metrics_text(rows))
 
     def read_metrics(self) -> dict[str, list[float]]:
-        """The stored columns; an empty cell is NaN."""
+        """The stored columns; an empty cell is NaN.
+
+        Raises:
+            DamagedFile: it is no table of numbers, or not the one that the run wrote, as its summary or
+                last checkpoint knows it.
+        """
+        path = self.path / "metrics.csv"
         try:
-            columns, rows = read_csv(self.path / "metrics.csv")
+            columns, rows = read_csv(path)
             if rows and (missing := [name for name in _MEASURED if name not in columns]):
                 raise ValueError(f"it has no column {', '.join(missing)}")
+            self._check_metrics(path.read_text(encoding="utf-8"))
             return {name: [float(row[name] or "nan") for row in rows] for name in (columns if rows else [])}
         except ValueError as error:
             raise DamagedFile(
                 f"{self.path / 'metrics.csv'} is no sound table of numbers: {error}."
             ) from error
 
+    def _check_metrics(self, text: str) -> None:
+        """A ValueError where metrics.csv holds other rows than the rest of the folder says."""
+        summary, checksums = self._summary()
+        if summary is not None:
+            if checksums.get("metrics.csv") not in (None, _digest(text)):
+                raise ValueError(
+                    "its rows are not those of the finished run: summary.json knows another checksum"
+                )
+            return
+        known = _metrics_text(self._last_state().get("rows", []))
+        if not text.startswith(known):  # the row of the epoch that is just ending may follow
+            raise ValueError(
+                f"its rows are not those of the last checkpoint, which has {known.count(chr(10)) - 1}"
+            )
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Store the run's figures; one that is not finite, which JSON has no number for, as null."""
+        """Store the run's figures, and checksums over them and metrics.csv.
+
+        A figure that is not finite, which JSON has no number for, is stored as null.
+        """
         plain = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in summary.items()
         }
+        checksums = {"summary.json": _digest(plain)}
+        metrics = self.path / "metrics.csv"
+        if metrics.exists():
+            checksums["metrics.csv"] = _digest(metrics.read_text(encoding="utf-8"))
+        plain["checksums"] = checksums
         self.write("summary.json", json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
     def read_summary(self) -> dict[str, Any] | None:
         """The run's figures, or None while it has not finished."""
+        return self._summary()[0]
+
+    def _summary(self) -> tuple[dict[str, Any] | None, dict[str, str]]:
+        """The figures, and the checksums beside them."""
         path = self.path / "summary.json"
+        if not path.exists():
+            return None, {}
         try:
-            summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-            if not isinstance(summary, dict | None):
+            summary = read_json(path.read_text(encoding="utf-8"), path)
+            if not isinstance(summary, dict):
                 raise ValueError(f"it holds a {type(summary).__name__}")
-            return summary
-        except ValueError as error:
+            checksums = summary.pop("checksums", {})
+            if not isinstance(checksums, dict) or checksums.get("summary.json") not in (
+                None,
+                _digest(summary),
+            ):
+                raise ValueError("its figures were changed after the run wrote them")
+            return summary, checksums or {}
+        except (ValueError, TypeError) as error:
             raise DamagedFile(f"{path} is no sound JSON file: {error}.") from error
 
     def write_weights(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -293,6 +379,16 @@ class RunFolder:
         if damaged is not None:
             raise RunError(f"no sound checkpoint is left to go on from: {damaged} Train again.")
         return None, None
+
+
+def _digest(content: Any) -> str:
+    """SHA-256 of plain values, their order in mappings aside."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _metrics_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns = list(dict.fromkeys(chain(*rows)))
+    return csv_text(columns, ([row.get(name) for name in columns] for row in rows)) if rows else ""
 
 
 def _unfinished(path: Path) -> bool:

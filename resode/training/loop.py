@@ -19,6 +19,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from resode.analysis.swap.proof import SwapProof
@@ -110,6 +111,7 @@ class TrainingLoop:
         self.held_out = held_out
         self.folder = folder
         self.about = about
+        self.settings: dict[str, Any] = {}  # as config.yaml has them
         self.progress = progress
         self.solving = solving_modules(task.network)
         self.average = (
@@ -171,6 +173,16 @@ class TrainingLoop:
         finally:
             self.progress.close()
 
+    def close(self) -> None:
+        """Let go of the connections between processes; the network stays.
+
+        torch 2.13's reducer ends with Python's lock held: where that is the end of the group's thread too,
+        which waits for the lock, the process never ends. So it goes first, while the group is held.
+        """
+        for module in self.module.modules():
+            if isinstance(module, DistributedDataParallel):
+                del module.reducer, module.logger
+
     def _updates(self, asked: list[int]) -> None:
         """The updates of an epoch, from where it stands."""
         due = sum(epoch <= self.epoch + 1 for epoch in self.recipe.refine_at) - self.about.get("refined", 0)
@@ -180,8 +192,7 @@ class TrainingLoop:
             self.progress.say(f"refined to {blocks} blocks of {1 / 2 ** self.about['refined']:g} of the step")
         self.batches.set_epoch(self.epoch)
         self.module.train()
-        if self.solving:
-            self._good = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
+        self._good = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
         done_before, seconds_before = self.index, self.epoch_seconds
         begun = looked = time.perf_counter()
         for batch in islice(self.batches, self.index, self.steps):
@@ -420,6 +431,7 @@ class TrainingLoop:
         }
         state = {
             **self.about,
+            "settings": {name: value for name, value in self.settings.items() if name != "record"},
             "epoch": self.epoch,
             "index": self.index,
             "seconds": self.seconds,

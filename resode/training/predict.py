@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import zipfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -118,6 +120,7 @@ def predict(
         raise RunError(
             f"{run} does not say what images it was trained on ({', '.join(missing)}). Take a run's folder."
         )
+    _check_shape(run, about["shape"])
     classes = about["classes"]
     if not 1 <= top <= len(classes):
         raise ValueError(f"top must be 1 to {len(classes)}, the network's number of classes; got {top}.")
@@ -144,6 +147,25 @@ def predict(
     changes = Counter(change for image in found for change in image.changes)
     notes = [f"{'1 image was' if n == 1 else f'{n:,} images were'} {what}." for what, n in changes.items()]
     return Predictions(tuple(rows), tuple(notes))
+
+
+MAX_IMAGES = 100_000
+"""In one file; the largest test sets have half as many."""
+
+MAX_BYTES = 2 << 30
+"""Of an array's pixels."""
+
+MAX_PIXELS = 1 << 24
+"""Numbers in one image that a network may ask for, 4096 x 4096 grey ones."""
+
+
+def _check_shape(run: str | Path, shape: Any) -> None:
+    whole = isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)
+    if not whole or math.prod(shape) > MAX_PIXELS:
+        raise RunError(
+            f"{run} names images of shape {shape!r}, and that must be three whole numbers (C, H, W) with at "
+            f"most {MAX_PIXELS:,} values. The file was changed, or is of another program."
+        )
 
 
 def _read(images: Any, wanted: _Wanted) -> list[_Image]:
@@ -178,19 +200,37 @@ def _of_file(file: Path, wanted: _Wanted) -> list[_Image]:
 def _load(file: Path) -> np.ndarray:
     """The array of an .npy file, or the only one (or the one called images) of an .npz file."""
     try:
-        content = np.load(file, allow_pickle=False)
-        if isinstance(content, np.ndarray):
-            return content
-        with content:
+        if not zipfile.is_zipfile(file):
+            with file.open("rb") as stream:
+                _check_header(file, stream)
+            return np.load(file, allow_pickle=False)
+        with zipfile.ZipFile(file) as archive, np.load(file, allow_pickle=False) as content:
             names = content.files
             chosen = names if len(names) == 1 else [name for name in names if name == "images"]
             if chosen:
+                with archive.open(f"{chosen[0]}.npy") as stream:
+                    _check_header(file, stream)
                 return content[chosen[0]]
+    except DataError:
+        raise
     except Exception as error:  # zipfile, zlib and numpy raise many kinds
         raise DataError(f"{file} could not be read as an array: {type(error).__name__}: {error}.") from error
     raise DataError(
         f"{file} must hold one array, or one called images: it holds {', '.join(names) or 'nothing'}."
     )
+
+
+def _check_header(file: Path, stream: IO[bytes]) -> None:
+    """A DataError where an array is larger than any set of images, before memory is taken for it."""
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, kind = read(stream)
+    number, size = (shape[0] if len(shape) > 3 else 1), math.prod(shape) * kind.itemsize
+    if number > MAX_IMAGES or size > MAX_BYTES:
+        raise DataError(
+            f"{file} declares {number:,} images and {size:,} bytes: at most {MAX_IMAGES:,} images and "
+            f"{MAX_BYTES >> 20:,} MiB are read at once. Split it into several files."
+        )
 
 
 def _of_array(source: str, array: np.ndarray, wanted: _Wanted) -> list[_Image]:

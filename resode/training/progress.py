@@ -11,6 +11,8 @@ import rich.progress
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
+from resode.tables import printable
+
 _COLUMNS = "{epoch:>7}{loss:>8}{train:>9}{test:>8}{lr:>9}{rate:>10}{seconds:>9}"  # 60 wide
 
 
@@ -28,6 +30,7 @@ class Progress:
         """Print a line."""
         if not self.show:
             return
+        text = printable(text)
         if self.console.is_terminal:
             self.console.print(text, style=style, markup=False)  # folded at words
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from resode.blocks.solving import other_solver, solving_modules
+from resode.checks import lacks_memory
 from resode.modes import evaluating, own_random_state
 from resode.solve import SolverError
 from resode.tableaus import get_tableau
@@ -235,23 +236,24 @@ def _train(asked: _Request) -> Run:
             restore_norms = _synchronised(job.network, job.recipe, asked.device, processes)
         if processes.rank:  # its own dropout; the weights are the first one's
             torch.manual_seed(job.recipe.seed + processes.rank)
-        loop = _loop(job)
-        progress = loop.progress
-        for line in _heading(job):
-            progress.say(line)
-        if asked.resumed:
-            _take_up(job, loop)
-        else:
-            config = make_config(asked.plan, job.recipe, data, job.network, asked.device)
-            config["record"] |= {"penalty": _penalty_name(asked.penalty), "processes": processes.size}
-            processes.from_first(lambda: folder.write_config(config))
-        progress.heading()
-        for row in loop.rows:
-            progress.epoch(row)
-        try:
-            loop.run()
-        finally:
-            restore_norms()
+        with closing(_loop(job)) as loop:
+            progress = loop.progress
+            for line in _heading(job):
+                progress.say(line)
+            if asked.resumed:
+                _take_up(job, loop)
+            else:
+                config = make_config(asked.plan, job.recipe, data, job.network, asked.device)
+                config["record"] |= {"penalty": _penalty_name(asked.penalty), "processes": processes.size}
+                processes.from_first(lambda: folder.write_config(config))
+            loop.settings = processes.from_first(folder.read_config)
+            progress.heading()
+            for row in loop.rows:
+                progress.epoch(row)
+            try:
+                loop.run()
+            finally:
+                restore_norms()
         job.network.eval()
         summary, metrics = processes.from_first(lambda: _finish(job, loop.rows, progress))
     return Run(folder.path, job.network, job.recipe, summary, metrics)
@@ -447,9 +449,11 @@ def _check_output(network: nn.Module, data: ImageData, device: torch.device) -> 
     try:
         with evaluating(network), torch.no_grad():
             logits = network(images)
-    except (SolverError, torch.OutOfMemoryError):
+    except SolverError:
         raise
     except (RuntimeError, ValueError, TypeError) as error:
+        if lacks_memory(error):
+            raise
         raise ValueError(
             f"a classifier of {data.title} takes float32 images {tuple(images.shape)}, and this network "
             f"fails with them: {type(error).__name__}: {error}"

@@ -98,14 +98,14 @@ def fit() -> None:
     for name, spec in HEALTHY.items():
         if not held_out(name):
             m = _measured(healthy(name), spec.task)
-            for measure_of, (_, value) in MEASURES.items():
+            for measure_of, (*_, value) in MEASURES.items():
                 healthy_values[measure_of].append(value(m))
     for b in broken():
-        wanted = [name for name, (cause, _) in MEASURES.items() if cause == b.cause]
+        wanted = [n for n, (cause, word, _) in MEASURES.items() if cause == b.cause and word in b.name]
         if wanted and not held_out(b.origin or b.name) and not output_change(b) < ENOUGH:
             m = _measured(b.model, b.task)
             for name in wanted:
-                broken_values[name].append(MEASURES[name][1](m))
+                broken_values[name].append(MEASURES[name][-1](m))
     print(f"{'measure':<16}{'healthy, most':>15}{'broken, 5 %':>15}{'between':>12}")
     for name in MEASURES:
         most = max((v for v in healthy_values[name] if v == v), default=math.nan)
@@ -148,15 +148,19 @@ def _relative(m: Measures) -> list[float]:
     return found
 
 
-MEASURES: dict[str, tuple[str, Callable[[Measures], float]]] = {
-    "strong": ("strong-block", lambda m: max(_relative(m), default=math.nan)),
-    "1/idle": ("idle", lambda m: 1 / max(min(_relative(m), default=math.nan), 1e-30)),
-    "variance": ("norm-statistics", lambda m: max((n.variance_ratio for n in m.norms), default=math.nan)),
-    "whole": ("explosion", lambda m: m.whole_sigma),
-    "1/whole": ("vanishing", lambda m: 1 / m.whole_sigma if m.whole_sigma > 0 else math.nan),
-    "1/collapse": ("collapse", lambda m: m.spread[0] / max(m.spread[1], 1e-12)),
+MEASURES: dict[str, tuple[str, str, Callable[[Measures], float]]] = {
+    "strong": ("strong-block", "branch", lambda m: max(_relative(m), default=math.nan)),
+    "1/idle": ("idle", "branch ×", lambda m: 1 / max(min(_relative(m), default=math.nan), 1e-30)),
+    "variance": (
+        "norm-statistics",
+        "variance ×",
+        lambda m: max((n.variance_ratio for n in m.norms), default=math.nan),
+    ),
+    "whole": ("explosion", "", lambda m: m.whole_sigma),
+    "1/whole": ("vanishing", "", lambda m: 1 / m.whole_sigma if m.whole_sigma > 0 else math.nan),
+    "1/collapse": ("collapse", "constant stem,", lambda m: m.spread[0] / max(m.spread[1], 1e-12)),
 }
-"""By threshold: the cause that it tells, and what is compared with it."""
+"""By threshold: the cause that it tells, a word in the names of the faults that it tells, what is compared."""
 
 
 def first_named(b: Broken) -> tuple[str, str]:

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import resode
-from resode.analysis.depth.tracing import call
-from resode.analysis.depth.watching import tensors_in
+from resode.calls import call, tensors_in
 
 COLUMNS = (
     "network",

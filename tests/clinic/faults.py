@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import types
@@ -15,12 +16,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from resode import ODEBlock, SolverError
 from resode.fields import MLPField
 from resode.fields.conv import ConvField
+from resode.networks.perceptron import PlainMLP
 from resode.networks.resnet import BasicBlock, PreActBlock
 from tests.clinic.networks import (
     HEALTHY,
     LN,
     Chain,
+    Dense,
+    Gated,
     Loop,
+    Reader,
     Recurrent,
     Residual,
     data,
@@ -324,6 +329,36 @@ def dead_layer(model, rng):
     return name
 
 
+@torch.no_grad()
+def heavy_layer(model, rng):
+    """One layer ×100 in a network without shortcuts, neither its last one nor one before a norm."""
+    shortcuts = any(isinstance(m, Gated | ODEBlock) for m in model.modules())
+    if blocks_of(model) or shortcuts or not isinstance(model, Chain | PlainMLP | nn.Sequential | Dense):
+        return None
+    leaves = [(n, m) for n, m in model.named_modules() if not list(m.children())]
+    layers = [
+        (n, m)
+        for (n, m), (_, after) in itertools.pairwise(leaves)
+        if isinstance(m, nn.Linear | nn.Conv2d) and "Norm" not in type(after).__name__
+    ]
+    if len(layers) < 3:
+        return None
+    name, layer = rng.choice(layers)
+    layer.weight.mul_(100)
+    return name
+
+
+@torch.no_grad()
+def head_bias(model, rng):
+    """A bias that drowns the logits."""
+    heads = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == 10]
+    if not heads:
+        return None
+    name, head = heads[-1]
+    head.bias.normal_(std=1e5, generator=torch.Generator().manual_seed(rng.randrange(1000)))
+    return name
+
+
 LOCAL: dict[str, tuple[tuple[str, ...], Fault]] = {
     "branch ×15": (("strong-block",), strong),
     "branch ×40": (("strong-block",), lambda m, r: strong(m, r, 40.0)),
@@ -345,11 +380,20 @@ LOCAL: dict[str, tuple[tuple[str, ...], Fault]] = {
     "subtracted branch of a ResNet": (("subtracted-branch",), subtracted_resnet),
     "dead ReLU": (("dead", "idle"), dead),
     "dead layer": (("dead", "collapse"), dead_layer),
+    "weights ×100": (("strong-block",), heavy_layer),
+    "head's bias ×1e5": (("collapse",), head_bias),
 }
 
 
 PLAIN = ("plain", "resode plain", "converted")
-EVERYWHERE = ("running variance ×1e-5", "batch norm never updated", "nan weight", "dead layer")
+EVERYWHERE = (
+    "running variance ×1e-5",
+    "batch norm never updated",
+    "nan weight",
+    "dead layer",
+    "weights ×100",
+    "head's bias ×1e5",
+)
 FILLING = ("branch of noise", "weights ×1e-7 behind a bias")
 """They fill a branch, which is no fault where all others are 0."""
 
@@ -440,6 +484,7 @@ BUILT: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "minus in a loop": (_odd(lambda x, f: x - f), "branches.3", "subtracted-branch"),
     "equal weights": (_alike, WHOLE, "collapse"),
     "recurrent, explodes": (lambda: Recurrent(40, 1.0, 6.0, torch.relu, False), WHOLE, "explosion"),
+    "nn.RNN explodes": (lambda: Reader(3.0, times=4), "rnn", "explosion"),
     "recurrent, vanishes": (lambda: Recurrent(40, 1.0, 0.3, torch.tanh, False), WHOLE, "vanishing"),
     "200 mild blocks": (lambda: residual_mlps(200, last=0.25), WHOLE, "explosion"),
     "stiff block of a stack": (_damped("dopri5", 3, 0.5, 4000.0, 1), "1.fields.1", "stiff"),

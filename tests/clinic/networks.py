@@ -190,6 +190,23 @@ class Recurrent(nn.Module):
         return self.out(h)
 
 
+class Reader(nn.Module):
+    """Rows of the picture, so many times over, through torch's own recurrent layer."""
+
+    def __init__(self, gain=None, cell=None, nonlinearity="relu", times=1):
+        super().__init__()
+        self.times = times
+        self.rnn = (
+            cell(8, WIDTH, batch_first=True) if cell else nn.RNN(8, WIDTH, 1, nonlinearity, batch_first=True)
+        )
+        if gain is not None:
+            nn.init.orthogonal_(self.rnn.weight_hh_l0, gain)
+        self.out = nn.Linear(WIDTH, 10)
+
+    def forward(self, x):
+        return self.out(self.rnn(x.squeeze(1).repeat(1, self.times, 1))[0][:, -1])
+
+
 class UNet(nn.Module):
     """Two resolutions, joined by concatenation."""
 
@@ -416,6 +433,9 @@ HEALTHY: dict[str, Healthy] = {
     "loop 6": Healthy(lambda: Loop(6)),
     "recurrent 16": Healthy(lambda: Recurrent(16), 200),
     "recurrent 16, no shortcut": Healthy(lambda: Recurrent(16, shortcut=False), 200),
+    "nn.RNN, orthogonal": Healthy(lambda: Reader(1.0, times=4), 150),
+    "lstm": Healthy(lambda: Reader(cell=nn.LSTM, times=4), 200, 5e-3),
+    "gru fresh": Healthy(lambda: Reader(cell=nn.GRU, times=4), 0),
     "u-net": Healthy(UNet, 150),
     "student's": Healthy(student, 150),
     "gan generator": Healthy(generator, 0),

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from resode import Finding, ODEBlock, ResidualStack
-from tests.clinic.faults import Broken, Log, RootAtZero, Times, tail
-from tests.clinic.networks import HEALTHY, Chain, Residual, accuracy, data, healthy, settle, train
+from tests.clinic.faults import WHOLE, Broken, Log, RootAtZero, Times, tail
+from tests.clinic.networks import HEALTHY, Chain, Loop, Residual, accuracy, data, healthy, settle, train
 
 UPDATES = 150
 """Of training after a treatment."""
@@ -52,7 +52,17 @@ def _non_finite(model: nn.Module, f: Finding) -> None:
             m.least = 1e-3
 
 
+def _plain_loop(model: nn.Module) -> bool:
+    """x + F(x) in every turn of a loop, where it was something else in one."""
+    odd = isinstance(model, Loop) and model.odd is not None
+    if isinstance(model, Loop):
+        model.odd = None
+    return odd
+
+
 def _shortcut(model: nn.Module, f: Finding) -> None:
+    if _plain_loop(model):
+        return
     block = model.get_submodule(f.block)
     usual = f.evidence.get("usual", 1.0)
     if isinstance(block, Residual):
@@ -66,6 +76,8 @@ def _shortcut(model: nn.Module, f: Finding) -> None:
 
 
 def _sign(model: nn.Module, f: Finding) -> None:
+    if _plain_loop(model):
+        return
     block = model.get_submodule(f.block)
     if isinstance(block, Residual):
         block.sign = 1
@@ -81,6 +93,8 @@ def _alive(model: nn.Module, f: Finding) -> None:
 
 
 def _last_anew(model: nn.Module, f: Finding) -> None:
+    if "detach" in f.advice and _plain_loop(model):
+        return
     for layer in tail(model.get_submodule(f.block)):
         _anew(layer)
 
@@ -93,7 +107,10 @@ def _weaker(model: nn.Module, f: Finding) -> None:
 
 
 def _deep(model: nn.Module, f: Finding) -> None:
-    """Branches times 1/√L; shortcuts where there are none."""
+    """Branches times 1/√L; shortcuts where there are none; orthogonal weights through time."""
+    if isinstance(layer := model.get_submodule(f.block) if f.block != WHOLE else None, nn.RNNBase):
+        nn.init.orthogonal_(layer.weight_hh_l0)
+        return
     blocks = [m for m in model.modules() if isinstance(m, Residual)]
     for m in blocks:
         m.scale = len(blocks) ** -0.5
@@ -115,7 +132,9 @@ def _vanishing(model: nn.Module, f: Finding) -> None:
 
 def _collapse(model: nn.Module, f: Finding) -> None:
     named = re.match(r"Initialise (\S+) anew", f.advice)
-    if named:
+    if f.block != WHOLE:
+        model.get_submodule(f.block).bias.data.zero_()
+    elif named:
         _anew(model.get_submodule(named[1]))
     else:
         _vanishing(model, f)

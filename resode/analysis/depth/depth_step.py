@@ -13,8 +13,9 @@ from torch.autograd.graph import GradientEdge
 from resode.analysis.depth.lesion import branch_factors, scaling
 from resode.analysis.depth.losses import batch_of
 from resode.analysis.depth.sums import ScaledBranches
-from resode.analysis.depth.tracing import Addition, call, trace
+from resode.analysis.depth.tracing import Addition, trace
 from resode.blocks import ResidualStack
+from resode.calls import call, mapped
 from resode.checks import check_number
 from resode.jacobian.lanczos import random_start, singular_values
 from resode.jacobian.places import Place
@@ -111,7 +112,7 @@ def _of_model(model: nn.Module, x: Any) -> Callable[[float], float]:
     def size(eta: float) -> float:
         mode = _Ends(additions, eta)
         with torch.inference_mode(False), torch.enable_grad(), scaling(mode):
-            call(model, mode.given(x))
+            call(model, mapped(x, mode.seen))  # the state may be an input
         if mode.start is None or mode.end is None:
             raise ValueError(
                 "the state before the first block is made anew in each pass: is the model random?"
@@ -133,26 +134,19 @@ class _Ends(ScaledBranches):
         self.start: Tensor | None = None
         self.end: Tensor | None = None
 
-    def given(self, x: Any) -> Any:
-        """The inputs, of which the state may be one."""
-        if isinstance(x, Tensor):
-            return self._seen(x)
-        if isinstance(x, tuple | list):
-            return tuple(self.given(item) for item in x)
-        return {name: self.given(item) for name, item in x.items()} if isinstance(x, dict) else x
-
     def addition(self, number: int, name: str, func: Any, args: Any, kwargs: Any, operands: Any) -> Any:
         """The addition, with its branch scaled."""
-        result = self._seen(super().addition(number, name, func, args, kwargs, operands))
+        result = self.seen(super().addition(number, name, func, args, kwargs, operands))
         if number == self.last:
             self.end = result
         return result
 
     def other(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         """Any other operation."""
-        return self._seen(super().other(name, func, args, kwargs))
+        return self.seen(super().other(name, func, args, kwargs))
 
-    def _seen(self, value: Any) -> Any:
+    def seen(self, value: Any) -> Any:
+        """The value, or a start for gradients in its place where it is the first state."""
         same = self.start is None and isinstance(value, Tensor) and value.shape == self.first.shape
         if not same or not value.is_floating_point() or not torch.equal(value.detach(), self.first):
             return value

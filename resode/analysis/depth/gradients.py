@@ -18,6 +18,7 @@ from resode.analysis.depth.losses import LossFunction, sample_losses
 from resode.analysis.depth.tracing import Addition
 from resode.blocks import ResidualStack
 from resode.blocks.frozen import FrozenStatistics, moving_norms
+from resode.calls import hooked
 from resode.jacobian.krylov import KrylovSchur
 from resode.jacobian.lanczos import random_start, singular_values
 from resode.jacobian.linearize import Field, check_field
@@ -58,16 +59,13 @@ def loss_gradient_norms(
         tensor([80., 40.])
     """
     seen: list[list[Tensor]] = [[] for _ in blocks]
-    hooks = [
-        block.register_forward_pre_hook(_keeping(kept)) for block, kept in zip(blocks, seen, strict=True)
-    ]
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            given = x.detach().clone().requires_grad_() if isinstance(x, Tensor) else x
-            output = model(given)
-    finally:
-        for hook in hooks:
-            hook.remove()
+
+    def keep(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen[number].append(args[0])
+
+    with hooked(dict(enumerate(blocks)), before=keep), torch.inference_mode(False), torch.enable_grad():
+        given = x.detach().clone().requires_grad_() if isinstance(x, Tensor) else x
+        output = model(given)
     used = [len(kept) for kept in seen]
     if used != [1] * len(blocks):
         odd = next(i for i, n in enumerate(used) if n != 1)
@@ -78,13 +76,6 @@ def loss_gradient_norms(
     losses = sample_losses(output, target, loss_fn, batch)
     found = torch.autograd.grad(losses.sum(), [kept[0] for kept in seen])
     return torch.stack([rows(g, batch).norm(dim=1) for g in found])
-
-
-def _keeping(kept: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        kept.append(args[0])
-
-    return hook
 
 
 def block_products(a: Addition, batch: int) -> JacobianProducts:

@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from resode.analysis.depth.losses import LossFunction, batch_of, parts, prediction, sample_losses
 from resode.analysis.depth.sums import ScaledBranches
-from resode.analysis.depth.tracing import Addition, call, trace
-from resode.analysis.depth.watching import tensors_in
+from resode.analysis.depth.tracing import Addition, trace
+from resode.calls import call, tensors_in
 
 Edits = Sequence[tuple[Addition, float]]
 """Blocks, and what their ηF is multiplied by."""

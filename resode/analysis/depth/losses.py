@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as f
 
-from resode.analysis.depth.watching import tensors_in
+from resode.calls import mapped, tensors_in
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -22,19 +22,16 @@ def batch_of(x: Any) -> int:
     """
     first = next(tensors_in(x), None)
     if first is None or not first.ndim or not len(first):
-        raise ValueError("x must hold at least one tensor of shape (batch, …) with at least one sample.")
+        raise ValueError(
+            "x must hold at least one tensor of shape (batch, …) with at least one sample: got "
+            f"{type(x).__name__}."
+        )
     return len(first)
 
 
 def part(x: Any, start: int, stop: int, batch: int) -> Any:
     """Samples start to stop of every tensor that has the batch as dimension 0."""
-    if isinstance(x, Tensor):
-        return x[start:stop] if x.ndim and len(x) == batch else x
-    if isinstance(x, Mapping):
-        return {name: part(item, start, stop, batch) for name, item in x.items()}
-    if isinstance(x, tuple | list):
-        return tuple(part(item, start, stop, batch) for item in x)
-    return x
+    return mapped(x, lambda t: t[start:stop] if t.ndim and len(t) == batch else t)
 
 
 def is_loader(x: Any) -> bool:
@@ -61,17 +58,9 @@ def batches(x: Any, target: Any, device: torch.device | None) -> Iterator[tuple[
             some, wanted = (*batch, None)[:2]
         else:
             some, wanted = batch, None
-        yield _moved(some, device), _moved(wanted, device)
+        yield mapped(some, lambda t: t.to(device)), mapped(wanted, lambda t: t.to(device))
     if empty:
         raise ValueError("the loader gave no batches; it must hold at least one, (x, target).")
-
-
-def _moved(x: Any, device: torch.device | None) -> Any:
-    if isinstance(x, Tensor):
-        return x.to(device)
-    if isinstance(x, Mapping):
-        return {name: _moved(item, device) for name, item in x.items()}
-    return tuple(_moved(item, device) for item in x) if isinstance(x, tuple | list) else x
 
 
 def parts(x: Any, target: Any, size: int) -> Iterator[tuple[Any, Any, int]]:
@@ -84,8 +73,9 @@ def parts(x: Any, target: Any, size: int) -> Iterator[tuple[Any, Any, int]]:
 
 def prediction(output: Any) -> Tensor:
     """The tensor that a loss acts on: `logits` where the output has them, else its first tensor."""
-    if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):
-        return output["logits"]
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
     first = next(tensors_in(output), None)
     if first is None:
         raise TypeError(f"the model's output holds no tensor: got {type(output).__name__}.")

@@ -29,8 +29,8 @@ from resode.analysis.depth.losses import (
     prediction,
     sample_losses,
 )
-from resode.analysis.depth.tracing import Addition, Trace, call, trace
-from resode.analysis.depth.watching import tensors_in
+from resode.analysis.depth.tracing import Addition, Trace, trace
+from resode.calls import call, tensors_in
 from resode.checks import check_whole
 from resode.jacobian.lanczos import random_start, singular_values
 from resode.jacobian.products import JacobianProducts, rows
@@ -297,7 +297,7 @@ def profile_depth(
                 progress(f"{sum(p.samples for p in pieces)} samples")
         _check_random(model, part(first, 0, min(2, batch), batch))
         if spectra > 0:
-            traced = trace(model, part(first, 0, count, batch), blocks)
+            traced = trace(model, part(first, 0, count, batch), blocks, streams=True)
             seen: Counter[str] = Counter()  # additions of each module
             for number, a in enumerate(traced.additions, 1):
                 progress(f"spectrum of block {number} of {len(traced.additions)}, {a.name}")
@@ -410,7 +410,7 @@ def _profile_part(
     lesions: bool,
 ) -> _Part:
     """The profile of a few samples, without the spectra."""
-    traced = trace(model, x, blocks)
+    traced = trace(model, x, blocks, streams=True)
     additions = traced.additions
     _check_finite(model, traced)
     if not additions:

@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from resode.analysis.depth.losses import batch_of
-from resode.analysis.depth.tracing import call, matching
+from resode.analysis.depth.stream_modules import count_and_branch
+from resode.calls import ModuleCall, call, hooked, is_floating, matching, recorded, tensors_in
 from resode.modes import evaluating
 from resode.tables import csv_text, plain_table, short
 
-_COUNTS = ("streams", "num_residual_streams", "num_streams", "n_streams")
-_BRANCHES = ("branch", "block", "fn", "layer", "sublayer", "f")
 _EXACT = 1e-3  # of a mixture, relative; float32 blocks whose streams are nearly alike leave 1e-4
 _APART = 1e-3  # streams closer to one another than this are moved by as much
 
@@ -127,51 +127,34 @@ def stream_mixing(
         ('0', '1', '2')
     """
     found = _blocks(model, blocks, streams, branch)
-    seen: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.setdefault(name, (args, kwargs))
-
-        return hook
-
-    handles = [module.register_forward_pre_hook(keep(name), with_kwargs=True) for name, module, _, _ in found]
-    batch = batch_of(x)
     with evaluating(model), torch.no_grad():
-        try:
+        with recorded({name: module for name, (module, _, _) in found.items()}) as calls:
             call(model, x)
-        finally:
-            for handle in handles:
-                handle.remove()
-        # in the order of the calls
-        order = {name: number for number, name in enumerate(seen)}
-        found = sorted((f for f in found if f[0] in order), key=lambda f: order[f[0]])
-        results = [
-            _mixing_of(name, module, child, seen[name], batch, count) for name, module, child, count in found
-        ]
-    return StreamProfile(
-        tuple(name for name, *_ in found), tuple(a for a, _ in results), tuple(r for _, r in results)
-    )
+        first = {made.name: made for made in reversed(calls)}  # of several calls
+        order = [made.name for made in calls if first[made.name] is made]
+        results = [_mixing_of(first[name], *found[name][1:], batch_of(x)) for name in order]
+    return StreamProfile(tuple(order), tuple(a for a, _ in results), tuple(r for _, r in results))
 
 
 def _blocks(
     model: nn.Module, blocks: str | Sequence[str] | None, streams: int | None, branch: str | None
-) -> list[tuple[str, nn.Module, str, int]]:
-    """Name, module, name of its branch and number of streams of every block."""
+) -> dict[str, tuple[nn.Module, str, int]]:
+    """Of every block by its name: the module, the name of its branch and the number of streams."""
     named = matching(model, blocks)
-    found = []
+    found = {}
     for name, module in model.named_modules():
         if named is not None and name not in named:
             continue
-        counts = [getattr(module, key) for key in _COUNTS if type(getattr(module, key, None)) is int]
-        count = streams if streams is not None else counts[0] if counts else None
-        children = dict(module.named_children())
-        child = next((key for key in ((branch,) if branch else _BRANCHES) if key in children), None)
+        count, child = count_and_branch(module, streams, branch)
         if named is not None and (count is None or child is None):
             lacks = "number of streams: give streams=" if count is None else "branch: name it, branch="
             raise ValueError(f"{name or 'the model'} tells no {lacks}.")
-        if count is not None and child is not None and (named is not None or counts):
-            found.append((name, module, child, count))
+        if (
+            count is not None
+            and child is not None
+            and (named is not None or count_and_branch(module)[0] is not None)
+        ):
+            found[name] = module, child, count
     if not found:
         raise ValueError(
             "no block with streams was found: none of the model's modules has a number of streams and a "
@@ -180,20 +163,12 @@ def _blocks(
     return found
 
 
-def _mixing_of(
-    name: str,
-    module: nn.Module,
-    child: str,
-    called: tuple[tuple[Any, ...], dict[str, Any]],
-    batch: int,
-    n: int,
-) -> tuple[Tensor, float]:
+def _mixing_of(made: ModuleCall, child: str, n: int, batch: int) -> tuple[Tensor, float]:
     """A at every position, and its residue."""
-    args, kwargs = called
-    state = next((a for a in args if isinstance(a, Tensor)), None)
+    name, state = made.name, made.state
     if state is None:
-        raise ValueError(f"{name} takes no tensor in place, so its streams cannot be seen.")
-    silent = copy.deepcopy(module).double()
+        raise ValueError(f"{name} takes no tensor, so its streams cannot be seen.")
+    silent = copy.deepcopy(made.module).double()
     getattr(silent, child).register_forward_hook(lambda m, a, output: _zeros(output))
     wide = state.double()
     spread = _spread(wide, n, batch)
@@ -201,13 +176,11 @@ def _mixing_of(
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(wide.shape, generator=generator, dtype=torch.float64).to(wide)
         wide = wide + spread * wide.std() * noise
-    given = tuple(
-        wide if a is state else a.double() if isinstance(a, Tensor) and a.is_floating_point() else a
-        for a in args
+    args, kwargs = pytree.tree_map(
+        lambda a: wide if a is state else a.double() if is_floating(a) else a, (made.args, made.kwargs)
     )
-    out = silent(*given, **kwargs)
-    out = out[0] if isinstance(out, tuple | list) else out
-    if not isinstance(out, Tensor) or out.shape != wide.shape:
+    out = next(tensors_in(silent(*args, **kwargs)), None)
+    if out is None or out.shape != wide.shape:
         raise ValueError(
             f"{name} does not keep its state's shape {tuple(state.shape)}, so it mixes no streams."
         )
@@ -328,32 +301,23 @@ def depth_attention(
     named = matching(model, readers)
     found: list[tuple[str, Tensor, float]] = []
 
-    def look(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            tensors = [a for a in args if isinstance(a, Tensor)]
-            if len(tensors) != 1 or not isinstance(output, Tensor):
-                return
-            read = _read_of(tensors[0].double(), output.double())
-            if read is not None:
-                found.append((name, *read))
-            elif named is not None:
-                raise ValueError(
-                    f"{name} gives no weighted mean of a stack: it is no reader of earlier layers."
-                )
+    def look(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if len(tensors) != 1 or not isinstance(output, Tensor):
+            return
+        read = _read_of(tensors[0].double(), output.double())
+        if read is not None:
+            found.append((name, *read))
+        elif named is not None:
+            raise ValueError(f"{name} gives no weighted mean of a stack: it is no reader of earlier layers.")
 
-        return hook
-
-    handles = [
-        module.register_forward_hook(look(name))
+    modules = {
+        name: module
         for name, module in model.named_modules()
         if (name in named if named is not None else not list(module.children()) or name)
-    ]
-    with evaluating(model), torch.no_grad():
-        try:
-            call(model, x)
-        finally:
-            for handle in handles:
-                handle.remove()
+    }
+    with evaluating(model), torch.no_grad(), hooked(modules, after=look):
+        call(model, x)
     if not found:
         raise ValueError(
             "no module of the model reads a weighted mean of a stack of earlier outputs. Name one: readers=."

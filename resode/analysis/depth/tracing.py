@@ -8,10 +8,9 @@ gives their tensors, their order, and the module that was running.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +19,10 @@ from torch import Tensor, nn
 
 from resode.analysis.depth.couplings import Coupling, couplings
 from resode.analysis.depth.graph import ValueGraph
-from resode.analysis.depth.watching import Recorder, Sum, Value, tensors_in, value_of, watching
+from resode.analysis.depth.stream_modules import stream_modules
+from resode.analysis.depth.watching import Recorder, Sum, Value, value_of, watching
 from resode.blocks import ODEBlock, ResidualStack
+from resode.calls import ModuleCall, call, mapped, matching, tensors_in
 from resode.jacobian.places import Place
 
 _SOLVING = (ResidualStack, ODEBlock)
@@ -89,6 +90,7 @@ class Trace:
         refused: additions to a state that are no residual block of it: the module, and why.
         detached: modules that ran, with weights that want gradients and get none from the output.
         outside: modules with weight matrices or kernels that lie within no addition's branch or shortcut.
+        numbers: of all additions of two tensors from each module's first call to the end of its last.
     """
 
     output: Any
@@ -97,9 +99,12 @@ class Trace:
     refused: list[tuple[str, str]] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
     detached: list[str] = field(default_factory=list)
+    numbers: dict[str, range] = field(default_factory=dict)
 
 
-def trace(model: nn.Module, x: Any, blocks: str | Sequence[str] | None = None) -> Trace:
+def trace(
+    model: nn.Module, x: Any, blocks: str | Sequence[str] | None = None, *, streams: bool = False
+) -> Trace:
     """Run the model once and find its residual additions.
 
     Args:
@@ -108,6 +113,7 @@ def trace(model: nn.Module, x: Any, blocks: str | Sequence[str] | None = None) -
             as one argument where forward has no parameters of these names).
         blocks: patterns of module names (* and ? stand for anything): take these modules' M(x) as
             x + (M(x) − x) instead of tracing additions.
+        streams: take modules that mix the streams of a state likewise, where no addition of theirs is found.
 
     Raises:
         ValueError: nothing in the output depends on a floating-point input or an embedding; `blocks` names
@@ -116,7 +122,7 @@ def trace(model: nn.Module, x: Any, blocks: str | Sequence[str] | None = None) -
     _refuse_adaptive(model)
     inputs: list[Tensor] = []
     given = _with_gradients(x, inputs)
-    names = matching(model, blocks)
+    names = set(stream_modules(model)) if streams and blocks is None else matching(model, blocks)
     with watching(model, inputs, names) as recorder:
         output = call(model, given)
     if recorder.overwrote_saved():
@@ -135,8 +141,10 @@ def trace(model: nn.Module, x: Any, blocks: str | Sequence[str] | None = None) -
     found = _Finder(ValueGraph(outputs, recorder))
     if blocks is not None:
         return Trace(output, inputs, _named(found.module_blocks()))
-    additions = _named(found.additions())
-    return Trace(output, inputs, additions, found.refused(), found.outside(), found.detached())
+    additions = _named(found.with_modules(found.additions()))
+    return Trace(
+        output, inputs, additions, found.refused(), found.outside(), found.detached(), recorder.numbers
+    )
 
 
 def _refuse_adaptive(model: nn.Module) -> None:
@@ -151,50 +159,19 @@ def _refuse_adaptive(model: nn.Module) -> None:
             )
 
 
-def call(model: nn.Module, x: Any) -> Any:
-    """The model's output for a tensor, a tuple of arguments, or a mapping."""
-    if isinstance(x, Mapping):
-        parameters = inspect.signature(model.forward).parameters
-        return model(**x) if any(name in parameters for name in x) else model(x)
-    return model(*x) if isinstance(x, tuple | list) else model(x)
-
-
 def _with_gradients(x: Any, found: list[Tensor]) -> Any:
     """The same inputs; floating-point ones are copies that gradients come back to."""
-    if isinstance(x, Tensor):
-        if x.is_complex():
-            raise TypeError(f"complex states are not supported: got {x.dtype}. Use real and imaginary parts.")
-        if not x.is_floating_point():
-            return x
+
+    def copied(t: Tensor) -> Tensor:
+        if t.is_complex():
+            raise TypeError(f"complex states are not supported: got {t.dtype}. Use real and imaginary parts.")
+        if not t.is_floating_point():
+            return t
         with torch.inference_mode(False), torch.enable_grad():
-            found.append(x.detach().clone().requires_grad_().clone())
+            found.append(t.detach().clone().requires_grad_().clone())
         return found[-1]
-    if isinstance(x, Mapping):
-        return {name: _with_gradients(item, found) for name, item in x.items()}
-    if isinstance(x, tuple | list):
-        return tuple(_with_gradients(item, found) for item in x)
-    return x
 
-
-def matching(model: nn.Module, blocks: str | Sequence[str] | None) -> set[str] | None:
-    """The names of the modules that patterns (* and ? stand for anything but a dot) name; None for None.
-
-    Raises:
-        ValueError: a pattern that names none; the message lists modules.
-    """
-    if blocks is None:
-        return None
-    patterns = [blocks] if isinstance(blocks, str) else list(blocks)
-    names = [name for name, _ in model.named_modules() if name]
-    found: set[str] = set()
-    for pattern in patterns:
-        expression = re.escape(pattern).replace(r"\*", r"[^.]*").replace(r"\?", "[^.]")
-        matching = {name for name in names if re.fullmatch(expression, name)}
-        if not matching:
-            shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
-            raise ValueError(f"blocks={pattern!r} names no module of the model. Its modules: {shown}.")
-        found |= matching
-    return found
+    return mapped(x, copied)
 
 
 class _Finder:
@@ -217,6 +194,8 @@ class _Finder:
                 continue
             fork = self.graph.fork(value)
             addition = None if fork is None else self._addition(value, record, fork, found)
+            if addition is None and fork is not None and (state := self._unfolded(fork, record)) is not None:
+                addition = self._addition(value, record, state, found)
             if addition is None and (state := self._joined(value)) is not None:
                 addition = self._addition(value, record, state, found)
             if addition is not None:
@@ -231,6 +210,18 @@ class _Finder:
             self.inside |= self.graph.between(starts, ends)
             self.ends |= {*starts, *ends}
         return sorted(result, key=lambda a: a.number)
+
+    def _unfolded(self, fork: Value, record: Sum) -> Value | None:
+        """The state of the sum's shape that a fork is a view of, as of flattened features."""
+        seen, start = self.recorder.values, fork
+        while seen[fork].shape != record.result.shape:
+            before = self.graph.before(fork)
+            if len(before) != 1 or before[0] not in seen or self.graph.weight(fork):
+                return None
+            if seen[before[0]].numel() != seen[fork].numel():
+                return None
+            [fork] = before
+        return None if fork == start else fork
 
     def _joined(self, value: Value) -> Value | None:
         """The addend that the other one is computed from, though nothing dominates the addition.
@@ -413,27 +404,11 @@ class _Finder:
         before, after = tensors(c.before), tensors(c.after)
         at_x = self.graph.place(c.before, before, c.dim)
         at_y = self.graph.place(c.after, after, c.dim)
-        x, y = at_x.join(before), at_y.join(after)
-        records = [record for _, record, _ in c.sums]
-        return Addition(
-            name=records[-1].module,
-            module=records[-1].module,
-            kind="identity",
-            step_size=1.0,
-            factor=1.0,
-            after="",
-            number=records[-1].number,
-            shortcuts={r.number: (r.number, side) for _, r, side in c.sums},
-            x=x,
-            shortcut=x,
-            increment=y - x,
-            y=y,
-            at_x=at_x,
-            at_shortcut=at_x,
-            at_field=None,
-            at_y=at_y,
-            inactive=self._inactive(c.before, c.after),
-        )
+        _, last, _ = c.sums[-1]
+        found = _whole(last.module, last.number, (at_x.join(before), at_x), (at_y.join(after), at_y))
+        found.shortcuts = {r.number: (r.number, side) for _, r, side in c.sums}
+        found.inactive = self._inactive(c.before, c.after)
+        return found
 
     def refused(self) -> list[tuple[str, str]]:
         """Additions of a branch with weights to a state, outside all blocks, that are no blocks, and why."""
@@ -479,30 +454,59 @@ class _Finder:
             and not any(id(p) in used for p in own)
         ]
 
-    def module_blocks(self) -> list[Addition]:
-        """The modules that were asked for, as x + (M(x) − x)."""
-        return [
-            Addition(
-                name=m.name,
-                module=m.name,
-                kind="identity",
-                step_size=1.0,
-                factor=1.0,
-                after="",
-                number=-1 - i,
-                shortcuts={},
-                x=m.x,
-                shortcut=m.x,
-                increment=m.y - m.x,
-                y=m.y,
-                at_x=self.graph.place([m.at_x], [m.x]),
-                at_shortcut=self.graph.place([m.at_x], [m.x]),
-                at_field=None,
-                at_y=self.graph.place([m.at_y], [m.y]),
-                inactive=self._inactive([m.at_x], [m.at_y]) if m.at_y in self.graph.at else [],
-            )
-            for i, m in enumerate(self.recorder.modules)
-        ]
+    def with_modules(self, additions: list[Addition]) -> list[Addition]:
+        """The additions, and modules that were asked for and have none of their own, in their order."""
+        have = {a.module for a in additions}
+        whole = [m for m in self.module_blocks(strict=False) if m.module not in have]
+        if not whole:
+            return additions
+        for m in whole:
+            starts, ends = ([(e.node, e.output_nr) for e in at.edges] for at in (m.at_x, m.at_y))
+            self.inside |= self.graph.between(starts, ends)
+        within = tuple(f"{m.module}." for m in whole)
+        kept = [a for a in additions if not a.module.startswith(within)]
+        last = {
+            id(a): max(self.graph.at.get((e.node, e.output_nr), 0) for e in a.at_y.edges)
+            for a in [*kept, *whole]
+        }
+        return sorted([*kept, *whole], key=lambda a: last[id(a)])
+
+    def module_blocks(self, *, strict: bool = True) -> list[Addition]:
+        """The modules that were asked for, as x + (M(x) − x); what is no block is refused, or passed over."""
+        calls = [m for m in self.recorder.modules if strict or (m.keeps_shape and m.differentiable)]
+        return [self._module_block(-1 - i, m) for i, m in enumerate(calls)]
+
+    def _module_block(self, number: int, m: ModuleCall) -> Addition:
+        m.check_shape()
+        assert m.x is not None and m.y is not None
+        if not m.differentiable:
+            raise ValueError(f"block {m.name} has no differentiable input and output.")
+        at_x, at_y = self.graph.place([m.at_x], [m.x]), self.graph.place([m.at_y], [m.y])
+        found = _whole(m.name, number, (m.x, at_x), (m.y, at_y))
+        found.inactive = self._inactive([m.at_x], [m.at_y]) if m.at_y in self.graph.at else []
+        return found
+
+
+def _whole(module: str, number: int, x: tuple[Tensor, Place], y: tuple[Tensor, Place]) -> Addition:
+    """A map of the whole state as x + (y − x)."""
+    return Addition(
+        name=module,
+        module=module,
+        kind="identity",
+        step_size=1.0,
+        factor=1.0,
+        after="",
+        number=number,
+        shortcuts={},
+        x=x[0],
+        shortcut=x[0],
+        increment=y[0] - x[0],
+        y=y[0],
+        at_x=x[1],
+        at_shortcut=x[1],
+        at_field=None,
+        at_y=y[1],
+    )
 
 
 def _named(found: list[Addition]) -> list[Addition]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from resode.analysis.depth.sums import IN_PLACE, WatchesAdditions, signed_alpha
+from resode.calls import ModuleCall, hooked, recorded, tensors_in
 
 Value = tuple[Any, int]
 """A tensor's place in autograd's graph: the node that made it, and which of the node's outputs it is."""
@@ -24,18 +25,6 @@ _SPLITS = ("chunk", "split", "split_with_sizes", "tensor_split")
 _DEAD_ZONE = re.compile(
     r"^_?(relu6?_?|threshold_?|hardtanh_?|hardswish_?|softshrink|hardshrink|clamp(_min)?_?)$"
 )
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and mappings (Hugging Face's outputs are mappings)."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from tensors_in(item)
 
 
 def value_of(tensor: Tensor) -> Value:
@@ -55,17 +44,6 @@ class Sum:
     result: Tensor
 
 
-@dataclass(eq=False)
-class ModuleCall:
-    """What went into a module and what came out, with their places."""
-
-    name: str
-    x: Tensor
-    y: Tensor
-    at_x: Value
-    at_y: Value
-
-
 class Recorder(WatchesAdditions):
     """Keeps what a forward pass did.
 
@@ -81,6 +59,7 @@ class Recorder(WatchesAdditions):
         inactive: results of an activation with a dead zone, with the share of units at exactly 0.
         roots: where gradients end: the inputs, and embeddings.
         modules: calls of the modules that were asked for.
+        numbers: of the additions of two tensors from each module's first call to the end of its last.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -88,6 +67,7 @@ class Recorder(WatchesAdditions):
         self.model = model
         self.running: list[tuple[str, int]] = [("", 0)]
         self.calls = 0
+        self.numbers: dict[str, range] = {}
         self.sums: dict[Value, Sum] = {}
         self.sources: dict[Value, list[Value]] = {}
         self.values: dict[Value, Tensor] = {}
@@ -100,41 +80,16 @@ class Recorder(WatchesAdditions):
         self.views: dict[Any, Tensor] = {}
         self.saved: list[tuple[Tensor, int]] = []
 
-    def attach(self, blocks: set[str] | None) -> list[Any]:
-        """Follow the model's modules; returns the hooks, to be removed."""
-        hooks = []
-        for name, module in self.model.named_modules():
-            hooks.append(module.register_forward_pre_hook(self._entering(name)))
-            hooks.append(module.register_forward_hook(self._leaving, always_call=True))
-            if blocks is not None and name in blocks:
-                hooks.append(module.register_forward_hook(self._block(name), with_kwargs=True))
-        return hooks
+    def enter(self, name: str, *called: Any) -> None:
+        """A module is called."""
+        self.calls += 1
+        self.running.append((name, self.calls))
+        self.numbers.setdefault(name, range(self.count, self.count))
 
-    def _entering(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            self.calls += 1
-            self.running.append((name, self.calls))
-
-        return hook
-
-    def _leaving(self, module: nn.Module, args: Any, output: Any) -> None:
+    def leave(self, name: str, *called: Any) -> None:
+        """It is done."""
         self.running.pop()
-
-    def _block(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            x = next(iter(tensors_in((args, kwargs))), None)
-            y = next(iter(tensors_in(output)), None)
-            if x is None or y is None or x.grad_fn is None or y.grad_fn is None:
-                raise ValueError(f"block {name} has no differentiable input and output.")
-            if x.shape != y.shape:
-                raise ValueError(
-                    f"a block of blocks= must keep the state's shape: {name} maps {tuple(x.shape)} to "
-                    f"{tuple(y.shape)}. Leave it out of the pattern."
-                )
-            copies = x.detach().clone(), y.detach().clone()
-            self.modules.append(ModuleCall(name, *copies, value_of(x), value_of(y)))
-
-        return hook
+        self.numbers[name] = range(self.numbers[name].start, self.count)
 
     def overwrote_saved(self) -> bool:
         """Whether something that gradients need was overwritten; the list ends here."""
@@ -296,23 +251,25 @@ def _copy(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def watching(
-    model: nn.Module, inputs: Sequence[Tensor], blocks: set[str] | None, *, copies: bool = False
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    blocks: set[str] | None,
+    *,
+    copies: bool = False,
 ) -> Iterator[Recorder]:
     """Watch what the model does within it; `copies` keeps what gradients need from being overwritten."""
     recorder = Recorder(model)
     saving = saved_tensors_hooks(_copy if copies else _noting(recorder.saved), lambda t: t)
     for tensor in inputs:
         recorder.start(tensor)
-    hooks = recorder.attach(blocks)
-    try:
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            sdpa_kernel(SDPBackend.MATH),  # the fused kernels have no second derivative
-            saving,
-            recorder,
-        ):
-            yield recorder
-    finally:
-        for hook in hooks:
-            hook.remove()
+    modules = dict(model.named_modules())
+    with (
+        hooked(modules, recorder.enter, recorder.leave, always=True),
+        recorded({name: modules[name] for name in blocks or ()}, copies=True) as recorder.modules,
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        sdpa_kernel(SDPBackend.MATH),  # the fused kernels have no second derivative
+        saving,
+        recorder,
+    ):
+        yield recorder

@@ -2,6 +2,7 @@ r"""Why does a network diverge, learn nothing or break under another solver, and
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Sequence
@@ -13,7 +14,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from resode.analysis.curvature import max_learning_rate
-from resode.analysis.depth.losses import LossFunction, batch_of, part, sample_losses
+from resode.analysis.depth.losses import LossFunction, batch_of, is_loader, part, sample_losses
+from resode.analysis.depth.tracing import tensors_in
 from resode.analysis.diagnose.findings import THRESHOLDS, WHOLE, Finding, block_scores, findings
 from resode.analysis.diagnose.forecast import Forecast, forecast
 from resode.analysis.diagnose.measures import SAMPLES, Measures, measure
@@ -34,7 +36,7 @@ def diagnose(
     *,
     loss_fn: LossFunction | None = None,
     lr: float | None = None,
-    solvers: Sequence[str] = ("rk4",),
+    solvers: str | Sequence[str] = ("rk4",),
     blocks: str | Sequence[str] | None = None,
     seed: int = 0,
 ) -> Diagnosis:
@@ -53,7 +55,7 @@ def diagnose(
         target: for the loss: classes, or numbers of the output's shape. Without it ½‖output‖² is taken.
         loss_fn: another loss, `loss_fn(output, target)`, a mean over samples or one number a sample.
         lr: the learning rate of plain gradient descent or SGD that is to be judged, with `target`.
-        solvers: methods that a `ResidualStack` may be swapped to, for the forecast.
+        solvers: a method, or several, that a `ResidualStack` may be swapped to, for the forecast.
         blocks: names of modules to take as blocks instead of tracing, as in `resode.profile_depth`.
         seed: of the random perturbations.
 
@@ -81,11 +83,15 @@ def diagnose(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     if lr is not None and (isinstance(lr, bool) or not isinstance(lr, int | float) or not lr > 0):
         raise ValueError(f"lr must be a positive number, got {lr!r}.")
+    solvers = [solvers] if isinstance(solvers, str) else list(solvers)
     for name in solvers:
         get_tableau(name)
-    model = getattr(model, "_orig_mod", model)  # of torch.compile, which no mode sees into
+    model = _within(model)
+    _check_inputs(x)
     samples = batch_of(x)
-    notes = ["The model was in training mode; it was looked at in evaluation mode."] if model.training else []
+    training = "The model was" if model.training else "Parts of the model were"
+    modes = any(module.training for module in model.modules())
+    notes = [f"{training} in training mode; it was looked at in evaluation mode."] if modes else []
     if samples == 1:
         notes.append("One sample alone: how much the samples differ is unknown.")
     some = part(x, 0, min(SAMPLES, samples), samples)
@@ -99,7 +105,8 @@ def diagnose(
     training = None
     if lr is not None and target is not None and finite:
         training = _training(model, some, part(target, 0, min(SAMPLES, samples), samples), loss_fn, float(lr))
-        if training.ratio > THRESHOLDS.learning_rate:
+        explained = any(f.cause in ("explosion", "overstep", "strong-block") for f in found)
+        if training.ratio > THRESHOLDS.learning_rate and not explained:  # which bring the limit down
             found.append(too_fast(training))
     return Diagnosis(
         findings=found,
@@ -112,6 +119,30 @@ def diagnose(
         layers=len(m.layers),
         notes=tuple(notes + m.notes),
     )
+
+
+def _within(model: nn.Module) -> nn.Module:
+    """The model that can be looked into: what was compiled, and weights that take gradients."""
+    model = getattr(model, "_orig_mod", model)  # of torch.compile, which no mode sees into
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("a scripted model cannot be looked into: pass the module that it was scripted from.")
+    weights = [*model.parameters(), *model.buffers()]
+    if any(w.is_meta for w in weights):
+        raise ValueError("the model's weights are on the meta device and hold no values: load them first.")
+    if any(w.is_inference() for w in weights):
+        with torch.inference_mode(False):
+            return copy.deepcopy(model)
+    return model
+
+
+def _check_inputs(x: Any) -> None:
+    if is_loader(x):
+        raise TypeError(
+            "x must be one batch, a tensor, a tuple of arguments or a mapping of keywords: got "
+            f"{type(x).__name__}. Of a loader's batch pass the inputs as x and the targets as target."
+        )
+    if any(t.is_complex() for t in tensors_in(x)):
+        raise TypeError("complex inputs are not supported: give real and imaginary parts.")
 
 
 def _with_solver(found: list[Finding], solver: list[Finding]) -> list[Finding]:

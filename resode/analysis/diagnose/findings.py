@@ -7,6 +7,7 @@ clinic of healthy and broken networks and is reported on the other: `python -m t
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import statistics
@@ -37,7 +38,7 @@ CAUSES = (
 )
 """In this order where one place shows several: the earlier explains the later."""
 
-CONSEQUENCES = ("norm-statistics", "dead", "strong-block")
+CONSEQUENCES = ("norm-statistics", "dead", "strong-block", "collapse")
 """Causes that another fault before them in the forward pass may bring about."""
 
 
@@ -83,8 +84,15 @@ class Thresholds:
         alone: branch gain in networks with too few blocks for a median.
         whole: largest singular value of the whole depth; its inverse is the least.
         state_growth: ‖x_L‖/‖x_0‖.
+        grows: ‖x_L‖/‖x_0‖ that goes with `whole`: behind norms the state stays, and at the start of a network
+            with batch norm the gradient grows by a fifth a layer, which training bears.
+        normed: largest singular value of the whole depth where the state does not grow so.
         gradient_ratio: first over last layer's gradient in networks without shortcuts, and its inverse.
         collapse: how different the samples still are, relative to the inputs.
+        heavy: weights relative to the median of all layers, in networks without shortcuts.
+        heavy_gain: output over input, in size, that goes with it.
+        through_time: gradient at the first time step over that at the last.
+        surprised: loss over that of equal logits, from which logits that are alike are wrong.
         learning_rate: lr over its limit.
     """
 
@@ -102,8 +110,14 @@ class Thresholds:
     alone: float = 30.0
     whole: float = 1e3
     state_growth: float = 1e3
+    grows: float = 30.0
+    normed: float = 1e5
     gradient_ratio: float = 1e4
     collapse: float = 1e-3
+    heavy: float = 12.0
+    heavy_gain: float = 6.0
+    through_time: float = 1e3
+    surprised: float = 10.0
     learning_rate: float = 10.0
 
 
@@ -111,6 +125,7 @@ THRESHOLDS = Thresholds()
 
 FEWEST = 4  # blocks from which a median tells what is usual
 _NORMED = 0.02  # median deviation of log ‖F‖ of siblings up to which a norm sets it
+_FREE = 0.1  # how little a branch depends on ‖x‖ behind a norm
 
 
 def findings(m: Measures, thresholds: Thresholds = THRESHOLDS) -> list[Finding]:
@@ -119,6 +134,7 @@ def findings(m: Measures, thresholds: Thresholds = THRESHOLDS) -> list[Finding]:
         return [_non_finite(m.non_finite)]
     t = thresholds
     local = [*_norm_statistics(m, t), *_shortcuts(m, t), *_dead(m, t), *_idle(m, t), *_strong(m, t)]
+    local += [*_heavy(m, t), *_through_time(m, t), *_flat_head(m, t), *_switched_off(m, t)]
     return first_causes(m, local) or _whole(m, t)
 
 
@@ -143,6 +159,15 @@ def _non_finite(place: tuple[str, str]) -> Finding:
     block, what = place
     if what.startswith("the weights"):
         advice = "Load weights of before, or initialise this module anew and train on."
+    elif "reach" in what:
+        advice = (
+            "It overflows, because the state or the weights had exploded before: look at a checkpoint of "
+            "before, or at fresh weights."
+        )
+    elif what in ("the inputs", "the targets"):
+        advice = (
+            "Look for NaN and infinity in the data, and for a division by a deviation of 0 in their making."
+        )
     elif what.startswith("the gradient"):
         advice = (
             "Look right after it for a function whose derivative is infinite at 0 (sqrt, norm, log, "
@@ -263,7 +288,9 @@ def _without_shortcut(m: Measures) -> list[Finding]:
     found = []
     for members in classes.values():
         usual, times = Counter(n for _, n in members).most_common(1)[0]
-        odd = [name for name, n in members if n < usual]
+        # A group of blocks without shortcuts is made so, as the last one of some networks.
+        whole = {_container(name) for name, n in members if n >= usual}
+        odd = [name for name, n in members if n < usual and _container(name) in whole]
         if len(members) >= 3 and times > 0.5 * len(members) and 0 < len(odd) <= max(1, 0.25 * len(members)):
             found += [
                 _no_shortcut(name, "It has no shortcut, and its siblings have one", 1.0) for name in odd
@@ -271,19 +298,26 @@ def _without_shortcut(m: Measures) -> list[Finding]:
     return found
 
 
+def _container(name: str) -> str:
+    """The list that a block is in: its name up to its last number."""
+    parts = name.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[-1]]) if numbers else ""
+
+
 def _dead(m: Measures, t: Thresholds) -> list[Finding]:
     off = sum(b.ratio == 0 for b in m.blocks) > 0.5 * len(m.blocks)  # branches that start at 0 are not dead
     shares = [(b.name, b.dead) for b in m.blocks if b.dead > t.dead and not (off and b.ratio == 0)]
     within = tuple(f"{b.name}." for b in m.blocks)
-    shares += [
-        (name, share) for name, share in m.dead_layers if share > t.dead and not name.startswith(within)
-    ]
+    outside = [d for d in m.dead_layers if d.share > t.dead and not d.name.startswith(within)]
+    shares += [(d.layer, d.share) for d in outside]
     return [
         Finding(
             name,
             "dead",
             f"{_percent(share)} of the units behind an activation are 0 at all inputs, and get no gradient.",
-            "Set the bias of the layer before it to 0, or initialise that layer anew, and train on.",
+            "Set the bias of the layer before the activation to 0, or initialise that layer anew, and train "
+            "on.",
             {"share": share},
         )
         for name, share in shares[:5]
@@ -321,13 +355,39 @@ def odd_weights(m: Measures) -> dict[str, list[tuple[WeightMeasures, float]]]:
     return found
 
 
+def _switched_off(m: Measures, t: Thresholds) -> list[Finding]:
+    """Layers of a network without shortcuts whose weights are nothing beside those at the same place."""
+    places: dict[str, list[WeightMeasures]] = {}
+    for w in m.weights:
+        places.setdefault(re.sub(r"\d+", "*", w.name), []).append(w)
+    last = m.layers[-1].name if m.layers else ""
+    found = []
+    for layers in places.values() if not m.blocks else ():
+        usual = statistics.median(w.size for w in layers)
+        found += [
+            Finding(
+                w.name,
+                "idle",
+                f"Its weights are {w.size / usual:.2g} times those of its siblings: it passes nothing on "
+                "that depends on its input.",
+                "Initialise it anew and train on.",
+                {"weights": w.size / usual},
+            )
+            for w in layers
+            if len(layers) >= FEWEST and w.size < t.idle * usual and w.name != last
+        ]
+    return found
+
+
 def _idle(m: Measures, t: Thresholds) -> list[Finding]:
     found = []
     weights = odd_weights(m)
     for b in m.blocks:
         usual = usual_branch_gain(m, b)
         small = min(weights.get(b.name, []), key=lambda pair: pair[1], default=None)
-        if usual > 0 and b.branch_gain < t.idle * usual:
+        alike = [c for c in m.blocks if c.sibling == b.sibling and c.branch_gain < t.idle * min(usual, 1.0)]
+        adapters = len(alike) > 1 and 2 * len(alike) > sum(c.sibling == b.sibling for c in m.blocks)
+        if usual > 0 and b in alike and not adapters:  # which start at 0, all of their kind
             text = f"Its branch passes on {b.branch_gain:.2g} of a perturbation, the median {usual:.2g}"
         elif small is not None and small[1] < t.idle:
             text = f"The weights of {small[0].name} are {small[1]:.2g} times those of its siblings"
@@ -352,19 +412,43 @@ def _detached(m: Measures) -> list[Finding]:
     def place(name: str) -> str:
         return re.sub(r"\d+", "*", name)
 
+    still = _without_gradient(m)
     times = Counter(place(name) for name in m.order)
-    cut = Counter(place(name) for name in m.detached)
+    cut = Counter(place(name) for name in {*m.detached, *still})
     odd = [n for n in m.detached if times[place(n)] >= FEWEST and cut[place(n)] <= 0.25 * times[place(n)]]
     blocks = dict.fromkeys(_numbered(name) for name in odd)
+    layers = [n for n in still if times[place(n)] >= FEWEST and cut[place(n)] <= 0.25 * times[place(n)]]
+    blocks |= dict.fromkeys(_common(layers, _numbered(name)) for name in layers if name not in m.detached)
     return [
         Finding(
             name,
             "idle",
             "No gradient reaches its weights, and it reaches those of its siblings.",
-            "Look for detach(), no_grad() or .data on its way to the output, and train on without it.",
+            "Look for detach(), no_grad() or .data on its way to the output, or for a gate that is 0 (the "
+            "router's weights of an expert: initialise them anew), and train on without it.",
         )
         for name in blocks
     ]
+
+
+def _without_gradient(m: Measures) -> list[str]:
+    """Layers whose output's gradient is 0, after one that has a gradient: depth does that the other way."""
+    most: dict[str, float] = {}
+    for layer in m.layers:
+        most[layer.name] = max(most.get(layer.name, 0.0), layer.gradient)
+    found, before = [], 0.0
+    for name, gradient in most.items():
+        if before > 0 and gradient == 0:
+            found.append(name)
+        before = max(before, gradient)
+    return found
+
+
+def _common(names: Sequence[str], block: str) -> str:
+    """The innermost module that holds all of these that lie in a block."""
+    parts = [n.split(".") for n in names if n.startswith(f"{block}.")]
+    shared = [p[0] for p in itertools.takewhile(lambda p: len(set(p)) == 1, zip(*parts, strict=False))]
+    return ".".join(shared) or block
 
 
 def _numbered(name: str) -> str:
@@ -376,7 +460,13 @@ def _numbered(name: str) -> str:
 def _strong(m: Measures, t: Thresholds) -> list[Finding]:
     """The strongest block: after it the medians are no longer the network's own."""
     weights = odd_weights(m)
-    scores = [(b, strength(m, b, t, weights)) for b in m.blocks if math.isfinite(b.branch_gain)]
+    calls = Counter(b.name for b in m.blocks)
+    alone = {n for n, k in calls.items() if 2 * k > len(m.blocks) >= FEWEST}  # called again and again
+    scores = [
+        (b, strength(m, b, t, weights))
+        for b in m.blocks
+        if math.isfinite(b.branch_gain) and b.name not in alone
+    ]
     most = max((score for _, score in scores), default=0.0)
     if not most > 1:
         return []
@@ -399,6 +489,69 @@ def _strong(m: Measures, t: Thresholds) -> list[Finding]:
             f"at least {b.sigma:.3g}.{which}",
             f"Multiply its branch by {scale:.2g} (its last layer's weights) and train on.",
             {"branch_gain": b.branch_gain, "usual": usual, "sigma": b.sigma, "scale": scale},
+        )
+    ]
+
+
+def _heavy(m: Measures, t: Thresholds) -> list[Finding]:
+    """A layer of a network without shortcuts, its last one apart, which an output's unit may scale."""
+    sizes = {w.name: w.size for w in m.weights}
+    layers = list(dict.fromkeys(layer.name for layer in m.layers if layer.name in sizes))
+    if m.blocks or len(layers) < 3:
+        return []
+    usual = statistics.median(sizes.values())
+    gains = {layer.name: layer.gain for layer in m.layers}
+    odd = [
+        n
+        for n in layers[:-1]
+        if sizes[n] > t.heavy * max(usual, 1.0) and gains[n] > t.heavy_gain  # 1 keeps a unit's variance
+    ]
+    if not odd:
+        return []
+    times = sizes[odd[0]] / usual
+    return [
+        Finding(
+            odd[0],
+            "strong-block",
+            f"Its weights are {times:.3g} times the median of all layers, and its output is "
+            f"{gains[odd[0]]:.3g} times as large as its input.",
+            f"Multiply its weights by {1 / times:.2g} and train on.",
+            {"weights": times, "gain": gains[odd[0]], "scale": 1 / times},
+        )
+    ]
+
+
+def _through_time(m: Measures, t: Thresholds) -> list[Finding]:
+    return [
+        Finding(
+            r.name,
+            "explosion",
+            f"The gradient of its last output is {r.ratio:.2g} times as large at the first of {r.steps} time "
+            f"steps as at the last.",
+            "Start its recurrent weights orthogonal (nn.init.orthogonal_(layer.weight_hh_l0)), clip the "
+            "gradient's norm, and train on.",
+            {"gradient_ratio": r.ratio, "steps": float(r.steps)},
+        )
+        for r in m.recurrences
+        if r.ratio > t.through_time
+    ]
+
+
+def _flat_head(m: Measures, t: Thresholds) -> list[Finding]:
+    """Logits that are alike for all inputs, and wrong: a head whose bias drowns what its weights say."""
+    before, last, after = m.spread
+    before = last if m.blocks else m.layers[-2].spread if len(m.layers) > 1 else before
+    wrong = m.classes > 1 and m.loss > t.surprised * math.log(m.classes)
+    if not (m.layers and after < t.collapse * before and wrong):
+        return []
+    return [
+        Finding(
+            m.layers[-1].name,
+            "collapse",
+            f"The logits differ by {after:.2g} of their size from input to input, and what it reads by "
+            f"{before:.2g}; the loss is {m.loss:.3g}, and {math.log(m.classes):.3g} where all are equal.",
+            "Set its bias to 0 (or initialise it anew) and train on.",
+            {"spread": after, "spread_before": before, "loss": m.loss},
         )
     ]
 
@@ -429,7 +582,9 @@ def strength(
     sizes = [math.log(c.size) for c in known if c.size > 0]
     spread = statistics.median(abs(s - statistics.median(sizes)) for s in sizes) if sizes else math.inf
     # A norm at the end of each branch makes the sizes equal; ‖F‖/‖x‖ then tells of the state alone.
-    output = (times("size") if spread < _NORMED else max(times("size"), times("ratio"))) / t.strong_output
+    # Behind one at its start a gain is as 1/‖x‖, and the size tells whether the branch is strong.
+    by_size = spread < _NORMED or b.radial < _FREE
+    output = (times("size") if by_size else max(times("size"), times("ratio"))) / t.strong_output
     jump = _jump(known, b) / t.jump
     by_gain = min(times("branch_gain") / t.strong, times("gain") / t.strong_gain, output, jump)
     by_sigma = min(times("sigma") / t.sigma, output, jump)
@@ -523,7 +678,8 @@ def _gain_of_whole(m: Measures, t: Thresholds) -> list[Finding]:
     sigma = m.whole_gain if math.isnan(m.whole_sigma) else m.whole_sigma
     depth = len(m.blocks)
     numbers = {"sigma": sigma, "gain": m.whole_gain, "state_growth": m.state_growth, "blocks": float(depth)}
-    if sigma > t.whole or m.state_growth > t.state_growth:
+    explodes = sigma > (t.whole if m.state_growth > t.grows else t.normed)
+    if explodes or m.state_growth > t.state_growth:
         return [
             Finding(
                 WHOLE,
@@ -531,8 +687,9 @@ def _gain_of_whole(m: Measures, t: Thresholds) -> list[Finding]:
                 f"{depth} blocks amplify a perturbation "
                 f"{'more than 1e38' if sigma == math.inf else f'up to {sigma:.3g}'} times and the state "
                 f"{m.state_growth:.3g} times; no single block stands out.",
-                f"Multiply each branch by 1/√{depth} = {depth**-0.5:.2g} (step_size in a ResidualStack), or "
-                "start its last layer at 0, or take a norm before it. A smaller learning rate does not help.",
+                f"Multiply each branch by 1/√{depth} = {depth**-0.5:.2g} (step_size in a ResidualStack). Its "
+                "last layer started at 0, or a norm before it, helps too, at a smaller learning rate; a "
+                "smaller learning rate alone does not.",
                 numbers,
             )
         ]

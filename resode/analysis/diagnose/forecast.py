@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -18,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from resode.analysis.depth.losses import batch_of, part, prediction
-from resode.analysis.depth.tracing import call
 from resode.blocks import ResidualStack
-from resode.blocks.solving import other_solver
+from resode.blocks.solving import block_name, named_stacks, other_solver
+from resode.calls import call, hooked
 from resode.modes import evaluating
 from resode.tableaus import get_tableau
 
@@ -74,7 +73,7 @@ def forecast(model: nn.Module, x: Any, solver: str, substeps: int = 1) -> Foreca
         'loses'
     """
     get_tableau(solver)
-    stacks = {name: m for name, m in model.named_modules() if isinstance(m, ResidualStack)}
+    stacks = named_stacks(model)
     if not stacks:
         raise ValueError(
             "a solver can be swapped only in a resode.ResidualStack, and this model holds none. "
@@ -82,8 +81,16 @@ def forecast(model: nn.Module, x: Any, solver: str, substeps: int = 1) -> Foreca
         )
     some = part(x, 0, min(INPUTS, batch_of(x)), batch_of(x))
     paths: dict[str, list[Tensor]] = {name: [] for name in stacks}
+
+    def kept(name: str, args: tuple[Tensor, ...], kwargs: Any, output: Any) -> None:
+        stack, states = stacks[name], [args[0].detach().clone()]
+        for index in range(stack.depth):
+            states.append(stack.advance(index, states[-1]).detach())
+        if not paths[name]:  # of a stack that is called several times, the first call
+            paths[name] += states
+
     with evaluating(model), torch.no_grad():
-        with _paths(stacks, paths):
+        with hooked(stacks, after=kept):
             before = prediction(call(model, some)).double()
         worst, defect = "", 0.0
         with other_solver(model, solver, 1 if get_tableau(solver).adaptive else substeps):
@@ -113,29 +120,3 @@ def drift(after: Tensor, before: Tensor) -> float:
 def verdict(drift: float) -> str:
     """What a drift of the logits means for the accuracy."""
     return "keeps" if drift <= KEEPS else "may lose" if drift <= LOSES else "loses"
-
-
-def block_name(name: str, stack: ResidualStack, index: int) -> str:
-    """What a block of the stack of this name is called: its field's name, or the stack's if all share one."""
-    return name if stack.shared else f"{name}.fields.{index}".removeprefix(".")
-
-
-@contextmanager
-def _paths(stacks: dict[str, ResidualStack], paths: dict[str, list[Tensor]]) -> Iterator[None]:
-    """The states before and after every block of every call of the stacks."""
-
-    def hook(name: str) -> Any:
-        def kept(stack: Any, args: Any, output: Any) -> None:
-            x = args[0]
-            states = [x.detach().clone()]
-            for index in range(stack.depth):
-                states.append(stack.advance(index, states[-1]).detach())
-            if not paths[name]:  # of a stack that is called several times, the first call
-                paths[name] += states
-
-        return kept
-
-    with ExitStack() as hooks:
-        for name, stack in stacks.items():
-            hooks.callback(stack.register_forward_hook(hook(name)).remove)
-        yield

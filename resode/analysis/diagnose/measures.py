@@ -26,8 +26,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from resode.analysis.depth.gradients import split_gradient
 from resode.analysis.depth.losses import LossFunction, batch_of, part, parts, prediction, sample_losses
-from resode.analysis.depth.tracing import Addition, Trace, call, tensors_in, trace
+from resode.analysis.depth.tracing import Addition, Trace, trace
 from resode.blocks import ODEBlock, ResidualStack
+from resode.calls import call, mapped, tensors_in
 from resode.jacobian.places import Place
 from resode.jacobian.products import JacobianProducts, rows
 from resode.solve import SolverError
@@ -40,6 +41,7 @@ SAMPLES = 8
 MANY = 300
 """Evaluations of a block from which an adaptive solver is held by stiffness, or by a rough field."""
 
+_HUGE = 1e15  # from which products overflow in float32
 _PROBES = 2
 _ROUNDS = 3  # of the power iteration for a block's largest singular value
 _WHOLE_ROUNDS = 5  # for the whole depth
@@ -83,6 +85,8 @@ class BlockMeasures:
         gain: ‖(S' + ηJ)ᵀu‖ / ‖u‖.
         branch_gain: ‖ηJᵀu‖ / ‖u‖.
         sigma: largest singular value of S' + ηJ, from below, in the worst sample.
+        radial: how much F depends on ‖x‖, √n |cos| of x and Jᵀu: near 1, and near 0 behind a norm, whose J is
+            as 1/‖x‖.
         ratio: ‖ηF(x)‖ / ‖x‖.
         size: ‖ηF(x)‖ / √n.
         growth: ‖y‖ / ‖x‖.
@@ -100,6 +104,7 @@ class BlockMeasures:
     gain: float = NAN
     branch_gain: float = NAN
     sigma: float = NAN
+    radial: float = NAN
     ratio: float = NAN
     size: float = NAN
     growth: float = NAN
@@ -109,13 +114,14 @@ class BlockMeasures:
 
 @dataclass(frozen=True)
 class WeightMeasures:
-    """The weight matrix or kernel of a layer within a block.
+    """The weight matrix or kernel of a layer.
 
     Args:
         name: the layer's.
-        block: the block's.
+        block: the block's, "" outside of all.
         place: the layer's name with numbers in the block's name left open: the same for all siblings.
-        size: root mean square of the weights times the root of the inputs of a unit.
+        size: root mean square of the weights times the root of the inputs of a unit: the gain of an input of
+            independent entries.
     """
 
     name: str
@@ -133,12 +139,46 @@ class LayerMeasures:
         gradient: ‖∂L/∂y‖ at its output.
         size: ‖y‖ / √n at its output.
         spread: how much the samples differ there, ‖y − mean‖ / ‖y‖.
+        gain: that size over its input's.
     """
 
     name: str
     gradient: float
     size: float
     spread: float
+    gain: float
+
+
+@dataclass(frozen=True)
+class RecurrenceMeasures:
+    """One of torch's recurrent layers, whose time steps are no modules.
+
+    Args:
+        name: the module's.
+        kind: its class.
+        steps: of time.
+        ratio: the gradient of the last output at the first time step's input over that at the last one's.
+    """
+
+    name: str
+    kind: str
+    steps: int
+    ratio: float
+
+
+@dataclass(frozen=True)
+class DeadMeasures:
+    """An activation with a dead zone.
+
+    Args:
+        name: the module's.
+        layer: the module with weights before it, itself where none is.
+        share: of its units at 0.
+    """
+
+    name: str
+    layer: str
+    share: float
 
 
 @dataclass
@@ -152,16 +192,19 @@ class Measures:
         norms: its batch norms.
         blocks: its residual additions.
         layers: its weighted layers.
-        weights: the layers within its blocks, without those whose outputs a batch norm divides by their size.
+        weights: its layers, without those whose outputs a norm divides by their size (within a block a batch
+            norm).
+        recurrences: its recurrent layers.
         alike: layers whose units all hold the same weights, not 0.
         detached: modules that ran, and whose weights get no gradient from the outputs.
         siblings: (module, class, additions within it a call, whether it keeps its input's shape).
-        dead_layers: activations outside of blocks: (module, share of units at 0).
+        dead_layers: activations that are modules, each with the layer before it.
         whole_gain: gain of a random perturbation from the first block's x to the last block's y.
         whole_sigma: its largest singular value, from below, in the worst sample.
         state_growth: ‖x_L‖ / ‖x_0‖ in the worst sample.
         spread: how the samples differ, ‖z − mean‖ / ‖z‖: (inputs, last state, outputs).
         loss: mean loss.
+        classes: how many the targets tell apart, 0 where they are no classes.
         evaluations: of F, for each block of each module that solves: {module: [evaluations]}.
         order: modules as they return in the forward pass: {module: place}.
         notes: what could not be measured.
@@ -175,15 +218,17 @@ class Measures:
     blocks: list[BlockMeasures] = field(default_factory=list)
     layers: list[LayerMeasures] = field(default_factory=list)
     weights: list[WeightMeasures] = field(default_factory=list)
+    recurrences: list[RecurrenceMeasures] = field(default_factory=list)
     alike: list[str] = field(default_factory=list)
     detached: list[str] = field(default_factory=list)
     siblings: list[tuple[str, str, float, bool]] = field(default_factory=list)
-    dead_layers: list[tuple[str, float]] = field(default_factory=list)
+    dead_layers: list[DeadMeasures] = field(default_factory=list)
     whole_gain: float = NAN
     whole_sigma: float = NAN
     state_growth: float = NAN
     spread: tuple[float, float, float] = (NAN, NAN, NAN)
     loss: float = NAN
+    classes: int = 0
     evaluations: dict[str, list[int]] = field(default_factory=dict)
     order: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -208,6 +253,8 @@ def measure(
     found.norms, found.dead_layers = watcher.norm_measures(), watcher.dead_shares()
     found.evaluations, found.order = watcher.evaluations, watcher.order
     found.non_finite, found.solver_error = watcher.non_finite, watcher.solver_error
+    if found.non_finite is not None and not _finite(x):
+        found.non_finite = "", "the inputs"
     if found.non_finite is not None or found.solver_error is not None:
         return found
     found.probed = max(1, min(SAMPLES, samples, _ENTRIES // max(1, activations)))
@@ -222,23 +269,31 @@ def measure(
     found.siblings = [
         (name, kind, sum(_within(b.name, name) for b in found.blocks) / watcher.calls[name], keeps)
         for name, (kind, keeps) in watcher.shapes.items()
+        if not any(
+            isinstance(model.get_submodule(n), _SOLVING) for n in _around(name)
+        )  # each calls as it needs
     ]
     found.weights = _weights(model, found, watcher.leaves)
+    if (unrun := _unrun(model, watcher)) is not None:
+        found.notes.append(unrun)
     found.alike = [n for n in dict.fromkeys(watcher.leaves) if _same_units(model.get_submodule(n))]
     return found
 
 
 def _weights(model: nn.Module, found: Measures, leaves: Sequence[str]) -> list[WeightMeasures]:
-    """Sizes of the matrices and kernels within blocks, in the order of the forward pass."""
+    """Sizes of the matrices and kernels, in the order of the forward pass."""
     after = dict(pairwise(leaves))
     measured = []
     for name in dict.fromkeys(leaves):
         module = model.get_submodule(name)
-        block = next((b.name for b in found.blocks if b.name and _within(name, b.name)), None)
-        if block is None or not isinstance(module, _WEIGHTED):
+        if not isinstance(module, _WEIGHTED):
             continue
+        block = next((b.name for b in found.blocks if b.name and _within(name, b.name)), "")
         follows = after.get(name, "")
-        if _within(follows, block) and isinstance(model.get_submodule(follows), _BatchNorm):
+        norm = model.get_submodule(follows) if follows else None
+        if isinstance(norm, _BatchNorm) and block and _within(follows, block):
+            continue
+        if not block and "Norm" in type(norm).__name__ and _owner(name) == _owner(follows):
             continue
         w = module.weight.detach()
         place = re.sub(r"\d+", "*", block) + name[len(block) :] + "×".join(map(str, w.shape[2:]))
@@ -247,11 +302,45 @@ def _weights(model: nn.Module, found: Measures, leaves: Sequence[str]) -> list[W
     return measured
 
 
+def _unrun(model: nn.Module, watcher: _Watcher) -> str | None:
+    """A sentence on modules with weights of a list that no sample reached, as experts that no gate chose."""
+    idle, of = [], 0
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len({type(m) for m in module}) > 1:
+            continue
+        members = [
+            f"{name}.{n}".removeprefix(".")
+            for n, m in module.named_children()
+            if any(True for _ in m.parameters())
+        ]
+        missing = [n for n in members if n not in watcher.order]
+        if len(members) >= 3 and 0 < len(missing) < len(members):
+            idle, of = idle + missing, of + len(members)
+    if not idle:
+        return None
+    more = f" and {len(idle) - 8} more" if len(idle) > 8 else ""
+    return (
+        f"No sample reached {', '.join(idle[:8])}{more}, of {of} modules in the same lists: nothing is known "
+        "of them, and no gradient trains them. An expert that stays so under many samples is dead."
+    )
+
+
 def _same_units(module: nn.Module) -> bool:
     """Whether every unit of a layer has the weights of the first one."""
     if not isinstance(module, _WEIGHTED) or not isinstance(w := module.weight, nn.Parameter) or len(w) < 2:
         return False
     return bool((w != 0).any() and (w == w[:1]).all())
+
+
+def _around(name: str) -> Iterator[str]:
+    """The names of the modules that hold one."""
+    while name:
+        name = _owner(name)
+        yield name
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _within(inner: str, outer: str) -> bool:
@@ -268,6 +357,11 @@ def _bad_weights(model: nn.Module) -> tuple[str, str] | None:
     return None
 
 
+def _finite(data: Any) -> bool:
+    """Whether tensors of data are, but for masks; what a network makes finite of NaN is its own."""
+    return all(bool(t.isfinite().all()) or _masked(t) for t in tensors_in(data) if t.is_floating_point())
+
+
 def _masked(t: Tensor) -> bool:
     """Whether a tensor holds −∞ beside finite numbers alone, as attention masks and masked logits do."""
     return bool(t.isfinite().any()) and not bool((t.isnan() | (t == math.inf)).any())
@@ -281,6 +375,7 @@ class _Watcher:
         self.names = {module: name for name, module in model.named_modules()}
         self.sums: dict[str, list[Tensor]] = {}
         self.dead: dict[str, list[float]] = {}
+        self.before: dict[str, str] = {}
         self.shapes: dict[str, tuple[str, bool]] = {}
         self.evaluations: dict[str, list[int]] = {}
         self.non_finite: tuple[str, str] | None = None
@@ -352,9 +447,13 @@ class _Watcher:
             self.shapes[name] = type(module).__name__, first.shape == y.shape
         if self.non_finite is None and y.is_floating_point() and not bool(y.isfinite().all()):
             if not _masked(y):
-                self.non_finite = name, f"the output of {name or 'the model'}"
+                values = [*tensors_in(args), *module.parameters(recurse=False)]
+                largest = max((float(t.detach().abs().max()) for t in values if t.numel()), default=0.0)
+                reach = f", whose inputs and weights reach {largest:.1g}" if largest > _HUGE else ""
+                self.non_finite = name, f"the output of {name or 'the model'}{reach}"
         if type(module).__name__ in _DEAD_ZONES:
             self.dead.setdefault(name, []).append(float((y == 0).double().mean()))
+            self.before[name] = next((n for n in self.leaves[-2::-1] if self._has_weights(n)), name)
         if isinstance(module, ResidualStack) and module.evaluations is not None:
             self.evaluations[name] = list(module.evaluations)
         elif isinstance(module, ODEBlock) and module.stats is not None:
@@ -381,8 +480,11 @@ class _Watcher:
             )
         return found
 
-    def dead_shares(self) -> list[tuple[str, float]]:
-        return [(name, min(shares)) for name, shares in self.dead.items()]
+    def _has_weights(self, name: str) -> bool:
+        return any(True for _ in self.model.get_submodule(name).parameters(recurse=False))
+
+    def dead_shares(self) -> list[DeadMeasures]:
+        return [DeadMeasures(n, self.before[n], min(shares)) for n, shares in self.dead.items()]
 
 
 _SOLVING = (ResidualStack, ODEBlock)
@@ -396,6 +498,14 @@ def _precise(model: nn.Module, watcher: _Watcher) -> Iterator[nn.Module]:
     low = any(p.is_floating_point() and p.element_size() < 4 for p in model.parameters())
     chosen = copy.deepcopy(model).float() if low else model
     with ExitStack() as stack:
+        for module in chosen.modules():  # through frozen ones nothing could be traced back to token ids
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and not module.weight.requires_grad:
+                stack.callback(module.weight.requires_grad_, False)
+                module.weight.requires_grad_()
+        if any(isinstance(module, nn.RNNBase) for module in chosen.modules()):
+            stack.enter_context(
+                torch.backends.cudnn.flags(enabled=False)
+            )  # whose cells have no gradients here
         for name, module in chosen.named_modules():
             if not isinstance(module, _SOLVING) or not module.tableau.adaptive:
                 continue
@@ -420,34 +530,37 @@ def _put(module: Any, **values: Any) -> None:
 def _floating(x: Any, model: nn.Module) -> Any:
     """Inputs of less than 32 bits as the model's own floating-point type."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    if isinstance(x, Tensor):
-        return x.to(dtype) if x.is_floating_point() and x.element_size() < 4 else x
-    if isinstance(x, dict):
-        return {name: _floating(value, model) for name, value in x.items()}
-    return tuple(_floating(value, model) for value in x) if isinstance(x, tuple | list) else x
+    return mapped(x, lambda t: t.to(dtype) if t.is_floating_point() and t.element_size() < 4 else t)
 
 
 def _measure_blocks(
     found: Measures, model: nn.Module, x: Any, target: Any, loss_fn: Any, blocks: Any, seed: int
 ) -> None:
-    layers: list[tuple[str, Place, Tensor]] = []
-    hooks = [
-        module.register_forward_hook(_keeping(layers, name))
-        for name, module in model.named_modules()
-        if isinstance(module, _WEIGHTED)
-    ]
-    try:
+    layers: list[_Layer] = []
+    recurrent: dict[str, tuple[nn.RNNBase, Tensor]] = {}
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if isinstance(module, (*_WEIGHTED, nn.Embedding)):
+                hooks.callback(module.register_forward_hook(_keeping(layers, name, found.probed)).remove)
+            elif isinstance(module, nn.RNNBase):
+                hooks.callback(module.register_forward_hook(_keeping_sequence(recurrent, name)).remove)
         traced = trace(model, x, blocks)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    found.recurrences = [_recurrence(name, *kept) for name, kept in recurrent.items()]
+    found.notes += [_forgetful(r) for r in found.recurrences if r.ratio < _FORGETS]
     batch = found.probed
+    output = prediction(traced.output)
+    held = output.ndim > 0 and (batch in output.shape[:2] or len(output) % batch == 0)
+    if not held and batch > 1:
+        raise ValueError(
+            f"the model's output must hold the {batch} samples as dimension 0: got shape "
+            f"{tuple(output.shape)}. Give a model that returns its outputs, not its loss."
+        )
     names = block_names(model, traced)
     found.detached = traced.detached
     found.blocks = [
         _static(a, name, _sibling(model, a, name)) for a, name in zip(traced.additions, names, strict=True)
     ]
-    _spreads(found, traced, x, batch)
+    _spreads(found, traced, x, target, loss_fn, batch)
     _gradients(found, traced, layers, target, loss_fn)
     if found.non_finite is not None:
         return
@@ -460,13 +573,57 @@ def _measure_blocks(
         _measure_whole(found, traced, generator)
 
 
-def _keeping(kept: list[tuple[str, Place, Tensor]], name: str) -> Callable[..., None]:
+@dataclass(frozen=True)
+class _Layer:
+    """A call of a weighted layer: its name, its output and that one's place, and the size of its input."""
+
+    name: str
+    place: Place
+    y: Tensor
+    input_size: float
+
+
+def _keeping(kept: list[_Layer], name: str, batch: int) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.grad_fn is not None:
+        positions = isinstance(module, nn.Embedding) and len(output) != batch  # the same for all samples
+        if isinstance(output, Tensor) and output.grad_fn is not None and not positions:
             place = Place((GradientEdge(output.grad_fn, output.output_nr),), (output.shape,))
-            kept.append((name, place, output.detach()))
+            x = next(tensors_in(args), None)
+            kept.append(_Layer(name, place, output.detach(), NAN if x is None else _rms_of(x)))
 
     return hook
+
+
+def _keeping_sequence(kept: dict[str, tuple[nn.RNNBase, Tensor]], name: str) -> Callable[..., None]:
+    def hook(module: nn.RNNBase, args: Any, output: Any) -> None:
+        if args and isinstance(args[0], Tensor) and args[0].ndim == 3:  # and no packed sequence
+            kept[name] = module, args[0].detach()
+
+    return hook
+
+
+def _recurrence(name: str, module: nn.RNNBase, x: Tensor) -> RecurrenceMeasures:
+    """How much of the last output's gradient is left at the first time step, from a state of 0."""
+    dim = 1 if module.batch_first else 0
+    with torch.enable_grad():
+        given = x.clone().requires_grad_()
+        last = module(given)[0].select(dim, -1)[:, : module.hidden_size]  # of two directions the forward one
+        [gradient] = torch.autograd.grad(last, given, torch.ones_like(last))
+    first, own = (float(gradient.select(dim, t).double().norm()) for t in (0, -1))
+    return RecurrenceMeasures(name, type(module).__name__, x.shape[dim], first / own if own > 0 else NAN)
+
+
+def _forgetful(r: RecurrenceMeasures) -> str:
+    """No fault by itself: what the last step needs may be near it."""
+    other = "" if r.kind in ("LSTM", "GRU") else " An LSTM or a GRU, or h + η F(h), remembers longer."
+    return (
+        f"{r.name or 'The model'} ({r.kind}): at the first of {r.steps} time steps the gradient of its last "
+        f"output is {r.ratio:.1g} times that at the last, so what comes first is hardly learnt from.{other}"
+    )
+
+
+def _rms_of(t: Tensor) -> float:
+    return float(t.detach().double().norm()) / max(1, t.numel()) ** 0.5
 
 
 def block_names(model: nn.Module, traced: Trace) -> list[str]:
@@ -492,6 +649,7 @@ def block_names(model: nn.Module, traced: Trace) -> list[str]:
     return names
 
 
+_FORGETS = 1e-10  # ratio of gradients through time
 _OWN = 3  # additions that a block holds itself, as a decoder's layer; with more it is a loop over blocks
 
 
@@ -529,11 +687,19 @@ def _quotient(a: Tensor, b: Tensor) -> float:
     return float(a.norm()) / size if size > 0 else NAN
 
 
-def _spreads(found: Measures, traced: Trace, x: Any, batch: int) -> None:
-    """How different the samples are at the inputs, in the last state and in the output."""
-    first = next((t for t in tensors_in(x) if t.is_floating_point()), None)
+def _spreads(found: Measures, traced: Trace, x: Any, target: Any, loss_fn: Any, batch: int) -> None:
+    """How different the samples are at the inputs, in the last state and in the output.
+
+    Of classes' logits without what all classes share, which no loss sees.
+    """
+    given = list(tensors_in(x))  # token ids where there is nothing else
+    first = next((t for t in given if t.is_floating_point()), given[0])
     last = traced.additions[-1].y if traced.additions else None
     output = prediction(traced.output).detach()
+    if loss_fn is None and isinstance(target, Tensor) and not target.is_floating_point() and output.ndim > 1:
+        dim = -1 if target.shape == output.shape[:-1] else 1
+        found.classes = output.shape[dim]
+        output = output - output.mean(dim, keepdim=True)
     found.spread = tuple(NAN if t is None else spread(t, batch) for t in (first, last, output))  # type: ignore[assignment]
 
 
@@ -544,14 +710,12 @@ def spread(t: Tensor, batch: int) -> float:
     return float((z - z.mean(0)).norm()) / size if len(z) > 1 and size > 0 else NAN
 
 
-def _gradients(
-    found: Measures, traced: Trace, layers: list[tuple[str, Place, Tensor]], target: Any, loss_fn: Any
-) -> None:
+def _gradients(found: Measures, traced: Trace, layers: list[_Layer], target: Any, loss_fn: Any) -> None:
     """One backward pass of the loss: gradients at every block's x and every layer's output."""
     batch = found.probed
     with torch.enable_grad():
         losses = sample_losses(traced.output, target, loss_fn, batch)
-        places = [a.at_x for a in traced.additions] + [place for _, place, _ in layers]
+        places = [a.at_x for a in traced.additions] + [layer.place for layer in layers]
         if not losses.requires_grad or not places:
             return
         gradients = _gradients_at(losses.sum(), places, losses)
@@ -560,15 +724,16 @@ def _gradients(
     for b, norm in zip(found.blocks, norms, strict=False):
         b.gradient = norm
     own = norms[len(found.blocks) :]
-    for (name, _, y), norm in zip(layers, own, strict=True):
-        size = float(y.double().norm()) / y.numel() ** 0.5
-        found.layers.append(LayerMeasures(name, norm, size, spread(y, batch)))
+    for layer, norm in zip(layers, own, strict=True):
+        size = _rms_of(layer.y)
+        gain = size / layer.input_size if layer.input_size > 0 else NAN
+        found.layers.append(LayerMeasures(layer.name, norm, size, spread(layer.y, batch), gain))
     if found.non_finite is not None:
         return
     if not math.isfinite(found.loss):
-        found.non_finite = "", "the loss"
+        found.non_finite = "", "the loss" if _finite(target) else "the targets"
         return
-    names = [b.name for b in found.blocks] + [name for name, _, _ in layers]
+    names = [b.name for b in found.blocks] + [layer.name for layer in layers]
     infinite = [i for i, g in enumerate(gradients) if not bool(g.isfinite().all())]
     if infinite:  # the backward pass goes from the end, so the last layer with a bad gradient is the first
         in_layers = [i for i in infinite if i >= len(found.blocks)]
@@ -592,7 +757,7 @@ def _random(like: Tensor, generator: torch.Generator) -> Tensor:
 def _probe(a: Addition, b: BlockMeasures, batch: int, generator: torch.Generator) -> None:
     """The gains of a block and its largest singular value, from below."""
     products = JacobianProducts.between(a.at_y, a.at_x, a.y, a.x, batch)
-    gains, branches = [], []
+    gains, branches, radial = [], [], []
     u = torch.zeros_like(a.y)
     for _ in range(_PROBES):
         u = _random(a.y, generator)
@@ -600,8 +765,18 @@ def _probe(a: Addition, b: BlockMeasures, batch: int, generator: torch.Generator
         gains.append(_quotient(w, u))
         rest = w - b.shortcut * u if math.isfinite(b.shortcut) else split_gradient(a, u)[1]
         branches.append(_quotient(rest, u))
-    b.gain, b.branch_gain = _rms(gains), _rms(branches)
+        radial.append(_radial(rows(a.x, batch), rows(rest, batch)))
+    b.gain, b.branch_gain, b.radial = _rms(gains), _rms(branches), _rms(radial)
     b.sigma = largest_singular_value(products, u, batch, _ROUNDS)
+
+
+def _radial(x: Tensor, back: Tensor) -> float:
+    """√n |cos| of a state and a gradient at it, root mean square over the samples."""
+    if x.shape != back.shape:
+        return NAN
+    x, back = x.double(), back.double()
+    sizes = (x.norm(dim=1) * back.norm(dim=1)).clamp_min(1e-300)
+    return float(((x * back).sum(1) / sizes).square().mean().sqrt()) * x.shape[1] ** 0.5
 
 
 def _rms(values: Sequence[float]) -> float:
@@ -625,11 +800,17 @@ def largest_singular_value(products: JacobianProducts, u: Tensor, batch: int, ro
 
 
 def _measure_whole(found: Measures, traced: Trace, generator: torch.Generator) -> None:
-    """Gains from the first block's x, and from every other one's, to the last block's y."""
-    first, last = traced.additions[0], traced.additions[-1]
+    """Gains from the first block's x, and from every other one's, to the last block's y.
+
+    First is the first one that leads to the last: of two towers side by side one is looked at.
+    """
+    last = traced.additions[-1]
     u = _random(last.y, generator)
-    [back] = _gradients_at(last.at_y, [first.at_x], u)
-    found.whole_gain = _quotient(back, u)
+    backs = _gradients_at(last.at_y, [a.at_x for a in traced.additions], u)
+    leading = (i for i, back in enumerate(backs) if bool((back != 0).any()))
+    at = next(leading, len(backs) - 1)
+    first = traced.additions[at]
+    found.whole_gain = _quotient(backs[at], u)
     products = JacobianProducts.between(last.at_y, first.at_x, last.y, first.x, found.probed)
     found.whole_sigma = largest_singular_value(products, u, found.probed, _WHOLE_ROUNDS)
     if found.whole_gain == math.inf:  # beyond what the numbers hold

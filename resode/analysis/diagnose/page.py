@@ -177,14 +177,15 @@ class Diagnosis:
             if solver == self.solver:
                 yield f"{solver}: as it is."
                 continue
-            where = f"; most in {f.worst_block}: {short(f.defect)}" if f.worst_block else ""
-            yield f"{solver} {f.verdict} accuracy: drift {short(f.drift)}{where}."
+            where = f"; {f.worst_block} {short(f.defect)}" if f.worst_block else ""
+            yield f"{solver} as it is {f.verdict} accuracy (drift {short(f.drift)}{where})."
 
     def _train_line(self) -> str:
         t = self.training
         if t is None:
-            return "give target= and lr= for the learning rate against its limit."
-        return f"lr {t.lr:.3g} is {short(t.ratio)} of its limit {short(t.limit)} for gradient descent."
+            return "give a target and lr= (--lr) to judge a learning rate."
+        times = "times" if t.ratio >= 1 else "of"
+        return f"lr {t.lr:.3g} is {short(t.ratio)} {times} its limit {short(t.limit)} for gradient descent."
 
     def to_csv(self, path: str | Path) -> None:
         """Write the rows as CSV, under their field names."""

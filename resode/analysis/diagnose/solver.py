@@ -10,17 +10,17 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from resode.analysis.depth.tracing import call
 from resode.analysis.diagnose.findings import Finding
 from resode.analysis.diagnose.measures import MANY, Measures
 from resode.analysis.steps.limit import max_stable_step
 from resode.blocks import ODEBlock, ResidualStack
+from resode.blocks.solving import block_name
+from resode.calls import call, hooked
 from resode.solve import SolverError
 
 _SAMPLES = 2
@@ -44,7 +44,11 @@ def solver_findings(model: nn.Module, x: Any, m: Measures) -> list[Finding]:
     if not solving:
         return []
     states: dict[str, Tensor] = {}
-    with torch.no_grad(), _entries(solving, states):
+
+    def keep(name: str, args: tuple[Tensor, ...], kwargs: Any) -> None:
+        states.setdefault(name, args[0].detach().clone())
+
+    with torch.no_grad(), hooked(solving, before=keep):
         try:
             call(model, x)
         except SolverError:
@@ -57,20 +61,6 @@ def solver_findings(model: nn.Module, x: Any, m: Measures) -> list[Finding]:
         elif (stiff := _stiff(name, module, state, m)) is not None:
             found.append(stiff)
     return [f for _, f in sorted(found, key=lambda pair: -pair[0])][:3]
-
-
-@contextmanager
-def _entries(solving: dict[str, Any], states: dict[str, Tensor]):
-    def kept(name: str) -> Any:
-        def keep(module: nn.Module, args: Any) -> None:
-            states.setdefault(name, args[0].detach().clone())
-
-        return keep
-
-    with ExitStack() as hooks:
-        for name, module in solving.items():
-            hooks.callback(module.register_forward_pre_hook(kept(name)).remove)
-        yield
 
 
 def _oversteps(name: str, stack: ResidualStack, x: Tensor) -> list[tuple[float, Finding]]:
@@ -106,9 +96,7 @@ def _gain(phi: Field, x: Tensor, generator: torch.Generator) -> tuple[Tensor, fl
 
 
 def _overstep(name: str, stack: ResidualStack, i: int, x: Tensor, gain: float, finer: float) -> Finding:
-    block = name if stack.shared else f"{name}.fields.{i}".removeprefix(".")
-    eta = stack.step_size if stack.step_sizes is None else float(stack.step_sizes[i].detach().abs().max())
-    h = eta / stack.substeps
+    block, h = block_name(name, stack, i), _eta(stack, i) / stack.substeps
     eigenvalue = fastest_mode(stack.field(i), x)
     if not eigenvalue < 0:
         return _plain_overstep(block, stack.solver, h, gain, finer, stack.substeps)
@@ -124,6 +112,11 @@ def _overstep(name: str, stack: ResidualStack, i: int, x: Tensor, gain: float, f
         "method with a larger stability region.",
         numbers | {"substeps": float(times * stack.substeps)},
     )
+
+
+def _eta(stack: ResidualStack, i: int) -> float:
+    """The length of a block, the longest where each channel has its own."""
+    return stack.step_size if stack.step_sizes is None else float(stack.step_sizes[i].detach().abs().max())
 
 
 def _plain_overstep(block: str, solver: str, h: float, gain: float, finer: float, now: int) -> Finding:
@@ -171,9 +164,9 @@ def _stiff(name: str, module: Any, x: Tensor, m: Measures) -> tuple[float, Findi
     index = calls.index(max(calls)) if calls else 0
     field, span = _field_of(module, index)
     eigenvalue = fastest_mode(field, x)
-    block = name or "whole network"
-    if isinstance(module, ResidualStack) and not module.shared:
-        block = f"{name}.fields.{index}".removeprefix(".")
+    block = (
+        block_name(name, module, index) if isinstance(module, ResidualStack) else name
+    ) or "whole network"
     tableau = module.tableau
     evaluations = max(calls)
     steps = evaluations / max(1, len(tableau.b) - 1)
@@ -214,12 +207,7 @@ def stiff_advice(stiffness: float) -> str:
 def _field_of(module: Any, index: int) -> tuple[Field, float]:
     """F of a block, of the state alone, and the depth time that it takes."""
     if isinstance(module, ResidualStack):
-        eta = (
-            module.step_size
-            if module.step_sizes is None
-            else float(module.step_sizes[index].detach().abs().max())
-        )
-        return module.field(index), eta
+        return module.field(index), _eta(module, index)
     start, end = module.t
     func = copy.deepcopy(module.func)
     func = func.double() if isinstance(func, nn.Module) else func

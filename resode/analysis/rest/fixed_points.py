@@ -91,7 +91,9 @@ def find_fixed_points(
 
     States of up to 128 entries are solved with their Jacobian, larger ones by GMRES on products with it.
     Where no step along Newton's direction lowers ‖F‖, damped Picard steps x ← x + θF(x), forwards or
-    backwards, lead on. Each sample stops on its own; none depends on the others.
+    backwards, lead on. Each sample moves and stops by its own figures. Only rounding differs between a batch
+    and a sample alone (torch's products and solves of another shape sum in another order), and where Newton's
+    path is chaotic, far from any zero or where J is singular, that can end at another fixed point.
 
     Args:
         field: F, a callable that keeps the state's shape; modules in eval mode, rows not interacting.
@@ -185,6 +187,7 @@ def find_several_fixed_points(
     """
     check_whole("max_points", max_points, 1)
     check_whole("attempts", attempts, 1)
+    _checked(field, x0, tol, max_iter, solver, step_size)
     options: dict[str, Any] = {"tol": tol, "max_iter": max_iter, "solver": solver, "step_size": step_size}
     known, iterations = x0[:0], []
     starts, vain = x0, 0

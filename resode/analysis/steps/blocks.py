@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from resode.blocks import ResidualStack
+from resode.blocks.solving import named_stacks
+from resode.calls import ModuleCall, recorded, tensors_in, within
 from resode.jacobian.products import full_precision
 from resode.modes import evaluating
 from resode.tableaus import METHODS, ButcherTableau
@@ -60,35 +60,16 @@ class BlockGroup:
                     )
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One call of a module: its name, what came in, and what came out."""
-
-    name: str
-    module: nn.Module
-    x: Tensor | None  # a copy of its first argument
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
-    y: Tensor | None
-    entry: tuple[int, int]  # which tensors x and y were, in which version
-    exit: tuple[int, int]
-    kept: tuple[Any, Any]  # those tensors, so that none takes their place
-
-
 class Increment(nn.Module):
     """F(x) = block(x) − x, the field whose Euler step of length 1 is block; of a tuple the first counts."""
 
-    def __init__(
-        self, block: nn.Module, arguments: Sequence[Any] = (), options: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, call: ModuleCall) -> None:
         super().__init__()
-        self.block = block
-        self.arguments, self.options = tuple(arguments), options or {}
+        self.block, self.call = call.module, call
 
     def forward(self, x: Tensor) -> Tensor:
         """block(x) − x."""
-        y = self.block(x, *self.arguments, **self.options)
-        return (y[0] if isinstance(y, tuple) else y) - x
+        return next(tensors_in(self.call.again(x))) - x
 
 
 class Scaled(nn.Module):
@@ -126,15 +107,15 @@ def block_groups(network: nn.Module, images: Tensor, blocks: str | None = None) 
     if not len(images):
         raise ValueError(f"step limits belong to states: give at least one image, got {tuple(images.shape)}.")
     with evaluating(network), torch.no_grad(), full_precision():
-        stacks = {n: m for n, m in network.named_modules() if isinstance(m, ResidualStack)}
+        stacks = named_stacks(network)
         if not stacks or blocks is not None:
             return _blocks_of(network, images, blocks)
         found = []
-        for call in _calls(network, images, stacks):
+        with recorded(stacks, copies=True) as calls:
+            network(images)
+        for call in calls:
             stack, x = call.module, call.x
-            assert isinstance(stack, ResidualStack)
-            if x is None:
-                continue
+            assert isinstance(stack, ResidualStack) and x is not None
             pairs = [_with_step(stack, i) for i in range(stack.depth)]
             _, path = stack(x, return_path=True)
             fields, steps = [field for field, _ in pairs], [eta / stack.substeps for _, eta in pairs]
@@ -160,19 +141,16 @@ def _blocks_of(network: nn.Module, images: Tensor, pattern: str | None) -> list[
         for name, module in network.named_modules()
         if (fnmatchcase(name, pattern) if pattern else _BLOCK_CLASS.search(type(module).__name__)) and name
     }
-    calls = [
-        call
-        for call in _calls(network, images, named)
-        if call.x is not None and call.y is not None and call.y.shape == call.x.shape
-    ]
+    with recorded(named, copies=True) as calls:
+        network(images)
     groups: list[BlockGroup] = []
-    for call in _outermost(calls):
+    for call in _outermost([call for call in calls if call.keeps_shape]):
         assert call.x is not None
         _check_arguments(call, len(call.x))
         if not groups or groups[-1].shape != tuple(call.x.shape[1:]):
             groups.append(BlockGroup(call.name, METHODS["euler"], [], [], []))
         groups[-1].steps.append(1.0)
-        groups[-1].fields.append(Increment(call.module, call.arguments, call.options))
+        groups[-1].fields.append(Increment(call))
         groups[-1].states.append(call.x)
     if groups:
         return groups
@@ -184,77 +162,30 @@ def _blocks_of(network: nn.Module, images: Tensor, pattern: str | None) -> list[
     )
 
 
-def _outermost(calls: list[_Call]) -> list[_Call]:
+def _outermost(calls: list[ModuleCall]) -> list[ModuleCall]:
     """Without the parts of other blocks, and without what only calls blocks one after the other."""
 
-    def within(inner: _Call, outer: _Call) -> bool:
-        return inner.name.startswith(outer.name + ".")
+    def parts(outer: ModuleCall) -> list[ModuleCall]:
+        return [call for call in calls if call.name != outer.name and within(call.name, outer.name)]
 
-    def chains(outer: _Call) -> bool:
-        parts = [call for call in calls if within(call, outer)]
-        reached, before = {outer.entry}, 0
+    def chains(outer: ModuleCall) -> bool:
+        reached, before = {outer.at_x}, 0
         while len(reached) > before:
             before = len(reached)
-            reached |= {part.exit for part in parts if part.entry in reached}
-        return bool(parts) and outer.exit in reached
+            reached |= {part.at_y for part in parts(outer) if part.at_x in reached}
+        return outer.at_y in reached and bool(parts(outer))
 
     blocks = [call for call in calls if not chains(call)]
-    return [call for call in blocks if not any(within(call, other) for other in blocks)]
+    inner = {part.name for outer in blocks for part in parts(outer)}
+    return [call for call in blocks if call.name not in inner]
 
 
-def _check_arguments(call: _Call, samples: int) -> None:
-    for value in (*call.arguments, *call.options.values()):
-        if isinstance(value, Tensor) and value.ndim and len(value) == samples > 1:
+def _check_arguments(call: ModuleCall, samples: int) -> None:
+    leaves, place, _ = call.beside()
+    for i, value in enumerate(leaves):
+        if i != place and isinstance(value, Tensor) and value.ndim and len(value) == samples > 1:
             raise ValueError(
                 f"a block's F depends on its state alone: {call.name} takes a second tensor, of shape "
                 f"{tuple(value.shape)}, for each of the {samples} samples. Look at one sample, or wrap the "
                 "block so that it holds that tensor."
             )
-
-
-def _calls(network: nn.Module, images: Tensor, modules: dict[str, Any]) -> list[_Call]:
-    """Every call of the modules at the images, in the order in which they return."""
-    found: list[_Call] = []
-    names = {module: name for name, module in modules.items()}
-    open_calls: list[tuple[Tensor | None, tuple[int, int]]] = []  # a module may write into what came in
-
-    def first_of(inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        return inputs[0] if inputs else next(iter(options.values()), None)
-
-    def enter(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
-        x = first_of(inputs, options)
-        state = x.detach().clone() if isinstance(x, Tensor) and x.is_floating_point() else None
-        open_calls.append((state, _version(x)))
-
-    def leave(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
-        x, entry = open_calls.pop()
-        others = dict(list(options.items())[0 if inputs else 1 :])
-        y = output[0] if isinstance(output, tuple) else output
-        y = y if isinstance(y, Tensor) else None
-        found.append(
-            _Call(
-                name=names[module],
-                module=module,
-                x=x,
-                arguments=inputs[1:],
-                options=others,
-                y=y,
-                entry=entry,
-                exit=_version(y),
-                kept=(first_of(inputs, options), y),
-            )
-        )
-
-    hooks = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in modules.values()]
-    hooks += [module.register_forward_hook(leave, with_kwargs=True) for module in modules.values()]
-    try:
-        network(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
-
-
-def _version(x: Any) -> tuple[int, int]:
-    """Which tensor it is, as long as it is held, and how often it was written into."""
-    return id(x), x._version if isinstance(x, Tensor) and not x.is_inference() else 0

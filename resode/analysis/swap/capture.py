@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import zip_longest
 from types import NoneType
 from typing import Any
@@ -15,34 +14,15 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
 
+from resode.analysis.depth.lesion import unfused_attention
+from resode.analysis.depth.sums import WatchesAdditions
+from resode.calls import ModuleCall
+
 _PLAIN = (NoneType, bool, int, float, str, torch.dtype, torch.device, torch.Size)
 
 
 class Uncuttable(Exception):
     """Why a module's blocks cannot be taken out of it."""
-
-
-@dataclass(eq=False)
-class Call:
-    """How a module was called, and what it gave back."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Any
-    count: int = 1
-
-    def leaves(self) -> tuple[list[Any], Any]:
-        """The arguments in a row, and how they were nested."""
-        return flat(self.args, self.kwargs)
-
-    def tensors(self) -> list[Tensor]:
-        """The arguments that are tensors, in a row."""
-        return [leaf for leaf in self.leaves()[0] if isinstance(leaf, Tensor)]
-
-
-def flat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
-    """A call's arguments in a row, and how they were nested."""
-    return pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
 
 
 class _Tracer(fx.Tracer):
@@ -52,7 +32,7 @@ class _Tracer(fx.Tracer):
     evaluated. A condition becomes a check in the graph, so that inputs for which it differs are refused.
     """
 
-    def __init__(self, opened: Iterable[nn.Module], call: Call) -> None:
+    def __init__(self, opened: Iterable[nn.Module], call: ModuleCall) -> None:
         super().__init__()
         self.opened, self.call, self.evaluating = set(opened), call, False
 
@@ -142,13 +122,16 @@ def _recorded_factories(tracer: _Tracer) -> Iterator[None]:
 
 
 class _Values(fx.Interpreter):
-    """Runs a graph once and notes shapes and dtypes in it, and which values are None."""
+    """Runs a graph once and notes shapes, dtypes and the additions in it, and which values are None."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module, garbage_collect_values=True)
+        self.additions = WatchesAdditions()
 
     def run_node(self, n: fx.Node) -> Any:
+        before = self.additions.count
         value = super().run_node(n)
+        n.meta["sums"] = range(before, self.additions.count)
         n.meta["seen"] = (value.shape, value.dtype) if isinstance(value, Tensor) else None
         leaves = pytree.tree_leaves(value)
         if (
@@ -173,7 +156,7 @@ def _without_nothings(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def capture(owner: nn.Module, opened: Iterable[nn.Module], call: Call) -> fx.Graph:
+def capture(owner: nn.Module, opened: Iterable[nn.Module], call: ModuleCall) -> fx.Graph:
     """The module's forward; one placeholder for each tensor among the arguments, shapes in the nodes' meta.
 
     Args:
@@ -190,13 +173,14 @@ def capture(owner: nn.Module, opened: Iterable[nn.Module], call: Call) -> fx.Gra
             hint = " (use_cache=False, in x or in model.config)" if "Cache" in kind else ""
             raise Uncuttable(f"it is given a {kind}, which every stage would change: call without it{hint}")
     graph = _with_mode(*[_written(owner, opened, call, training) for training in (False, True)])
-    with torch.no_grad():
-        _Values(fx.GraphModule(owner, graph)).run(*call.tensors())
+    values = _Values(fx.GraphModule(owner, graph))
+    with torch.no_grad(), unfused_attention(), values.additions:  # numbered as in a trace
+        values.run(*call.tensors())
     _without_nothings(graph)
     return graph
 
 
-def _written(owner: nn.Module, opened: Iterable[nn.Module], call: Call, training: bool) -> fx.Graph:
+def _written(owner: nn.Module, opened: Iterable[nn.Module], call: ModuleCall, training: bool) -> fx.Graph:
     modes = [(m, m.training) for m in opened]
     tracer = _Tracer(opened, call)
     try:

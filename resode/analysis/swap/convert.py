@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain, count
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from resode.analysis.depth.tracing import Addition, call, matching, trace
-from resode.analysis.depth.watching import tensors_in
-from resode.analysis.swap.capture import Call, Uncuttable
+from resode.analysis.depth.tracing import Addition, trace
+from resode.analysis.swap.capture import Uncuttable
 from resode.analysis.swap.cutting import Block, Cut, branch, common_factor, cut, replaced
 from resode.analysis.swap.stand_ins import Advance, Branch, HandOver, Rewritten, Whole
 from resode.blocks import ODEBlock, ResidualStack
+from resode.blocks.solving import other_solver, stacks_of
 from resode.blocks.stack import solver_method
+from resode.calls import ModuleCall, call, matching, recorded, tensors_in, within
 from resode.modes import evaluating
 
 _KINDS = {
@@ -117,8 +119,9 @@ def convert(
     Raises:
         TypeError: the model is no nn.Module.
         ValueError: no block can be converted: there is no residual addition, or each is post-activation,
-            gated, shared, or in a forward that cannot be written down; the message says which, and the way
-            out. Or an unknown solver, or `blocks` that name no module, or one that changes the shape.
+            gated, shared, a solver's step already, or in a forward that cannot be written down; the message
+            says which, and the way out. Or an unknown solver, or `blocks` that name no module, or one that
+            changes the shape.
 
     Note:
         Hooks on a module whose forward holds the sum are not called. What the original takes between two
@@ -172,21 +175,26 @@ def _converted(model: nn.Module, x: Any, blocks: Any, joined: bool) -> Converted
     modes = {module: module.training for module in network.modules()}
     with evaluating(network):
         names = matching(network, blocks)
-        traced = trace(network, x)
-        additions = [a for a in traced.additions if _within(a.module, names)]
-        additions = [a for a in additions if not _solving(network, a.module)]
+        fixed = other_solver(network, "euler") if stacks_of(network) else nullcontext()
+        with fixed:  # a solver with steps of its own has no additions to be seen
+            traced = trace(network, x)
+        solving = {n: m for n, m in network.named_modules() if isinstance(m, ResidualStack | ODEBlock)}
+        additions = [a for a in traced.additions if within(a.module, names)]
+        additions = [a for a in additions if not within(a.module, solving)]
         calls = _calls(network, x)
-        cuts, refused = _cuts(network, additions, calls)
+        cuts, refused = _cuts(network, additions, traced.numbers, calls)
         refused += [
-            Refusal(name, reason.rstrip(".")) for name, reason in traced.refused if _within(name, names)
+            Refusal(name, reason.rstrip(".")) for name, reason in traced.refused if within(name, names)
         ]
-        for name in sorted(names or ()):
-            if not any(_within(part.name, [name]) and part.runs for part in cuts):
+        solved = {name for name in names or () if any(_touch(name, other) for other in solving)}
+        for name in sorted(set(names or ()) - solved):
+            if not any(within(part.name, name) and part.runs for part in cuts):
                 cuts.append(_taken_whole(name, network.get_submodule(name), calls))
-                refused = [r for r in refused if not _within(r.name, [name])]
+                refused = [r for r in refused if not within(r.name, name)]
         cuts = [part for part in cuts if part.runs]
         if not cuts:
-            raise ValueError(_nothing(refused))
+            shown = [n for n in solving if names is None or any(_touch(n, name) for name in names)]
+            raise ValueError(_nothing(refused, {name: solving[name] for name in shown}))
         network = _rebuilt(network, cuts, joined)
     result = Converted(network, refused)
     for module in result.modules():
@@ -195,18 +203,30 @@ def _converted(model: nn.Module, x: Any, blocks: Any, joined: bool) -> Converted
     return result
 
 
-def _nothing(refused: list[Refusal]) -> str:
+def _nothing(refused: list[Refusal], solving: Mapping[str, nn.Module]) -> str:
+    whole = "Modules that keep the state's shape can be taken whole, as x + (M(x) − x), with blocks=."
+    if solving:
+        shown = ", ".join(_steps_of(name, module) for name, module in list(solving.items())[:8])
+        more = f" and {len(solving) - 8} more" if len(solving) > 8 else ""
+        done = (
+            f"nothing is left to convert: residual blocks are a solver's steps already, in {shown}{more}. "
+            'Set the solver there (stack.solver = "rk4"), or ask resode.swap_report what that does.'
+        )
+        return "\n".join([done, *_grouped(refused)])
     if not refused:
         return (
             "no residual block was found: no sum of a state x and of a branch F(x) with weights. Name "
             "modules that keep the state's shape with blocks=, to take M(x) as x + (M(x) − x)."
         )
-    return "no residual block can be converted.\n" + "\n".join(
-        [
-            *_grouped(refused),
-            "Modules that keep the state's shape can be taken whole, as x + (M(x) − x), with blocks=.",
-        ]
-    )
+    return "\n".join(["no residual block can be converted.", *_grouped(refused), whole])
+
+
+def _steps_of(name: str, module: nn.Module) -> str:
+    """A stack or an ODE block, in words."""
+    what = "an ODE block"
+    if isinstance(module, ResidualStack):
+        what = f"{module.depth} block{'s' * (module.depth > 1)}, {module.solver}"
+    return f"{name or 'the network itself'} ({what})"
 
 
 def _grouped(refused: list[Refusal]) -> list[str]:
@@ -225,39 +245,27 @@ def _short(name: str, width: int) -> str:
     return name if len(name) <= width else "…" + name[1 - width :]
 
 
-def _within(name: str, names: Iterable[str] | None) -> bool:
-    return names is None or any(name == n or name.startswith(n + ".") for n in names)
+def _touch(one: str, other: str) -> bool:
+    """Whether one of two modules lies in the other."""
+    return within(one, other) or within(other, one)
 
 
-def _solving(network: nn.Module, name: str) -> bool:
-    """Whether a module is, or lies in, a stack or an ODE block already."""
-    atoms = name.split(".") if name else []
-    above = [network.get_submodule(".".join(atoms[:i])) for i in range(len(atoms) + 1)]
-    return any(isinstance(module, ResidualStack | ODEBlock) for module in above)
-
-
-def _calls(network: nn.Module, x: Any) -> dict[nn.Module, Call]:
+def _calls(network: nn.Module, x: Any) -> dict[nn.Module, ModuleCall]:
     """How each module is called in a pass; of several calls the first."""
-    calls: dict[nn.Module, Call] = {}
-
-    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if module in calls:
-            calls[module].count += 1
-        else:
-            calls[module] = Call(args, kwargs, output)
-
-    hooks = [m.register_forward_hook(hook, with_kwargs=True) for m in network.modules()]
-    try:
-        with torch.no_grad():
-            call(network, x)
-    finally:
-        for handle in hooks:
-            handle.remove()
-    return calls
+    first: dict[nn.Module, ModuleCall] = {}
+    with torch.no_grad(), recorded(dict(network.named_modules())) as calls:
+        call(network, x)
+    for made in calls:
+        if first.setdefault(made.module, made) is not made:
+            first[made.module].count += 1
+    return first
 
 
 def _cuts(
-    network: nn.Module, additions: Sequence[Addition], calls: Mapping[nn.Module, Call]
+    network: nn.Module,
+    additions: Sequence[Addition],
+    numbers: Mapping[str, range],
+    calls: Mapping[nn.Module, ModuleCall],
 ) -> tuple[list[Cut], list[Refusal]]:
     """The modules whose forward holds blocks, cut, in the order of the pass; and what is refused."""
     refused = [
@@ -266,20 +274,20 @@ def _cuts(
         if a.kind != "identity" or not a.keeps_shape
     ]
     wanted = [a for a in additions if a.kind == "identity" and a.keeps_shape]
-    pending: dict[str, set[str]] = {}
+    pending: dict[str, list[Addition]] = {}
     for a in wanted:
-        pending.setdefault(a.module, set()).add(a.module)
+        pending.setdefault(a.module, []).append(a)
     cuts: list[Cut] = []
     while pending:
         name = max(pending, key=lambda n: n.count(".") + bool(n))  # the deepest
-        modules = pending.pop(name)
+        own = pending.pop(name)
         try:
-            part = _best(network, name, modules, sum(a.module in modules for a in wanted), calls)
+            part = _best(network, name, own, numbers, calls)
         except Uncuttable as error:
-            refused += [Refusal(m, str(error)) for m in sorted(modules)]
+            refused += [Refusal(m, str(error)) for m in sorted({a.module for a in own})]
             continue
         if part.name != name:  # the state comes in further up, where other blocks may be
-            pending.setdefault(part.name, set()).update(modules)
+            pending[part.name] = sorted([*pending.get(part.name, []), *own], key=lambda a: a.number)
             continue
         refused += [Refusal(name, reason) for reason in part.refused]
         cuts.append(part)
@@ -288,13 +296,17 @@ def _cuts(
 
 
 def _best(
-    network: nn.Module, name: str, modules: set[str], count: int, calls: Mapping[nn.Module, Call]
+    network: nn.Module,
+    name: str,
+    additions: Sequence[Addition],
+    numbers: Mapping[str, range],
+    calls: Mapping[nn.Module, ModuleCall],
 ) -> Cut:
-    """The lowest module at or above `name` in which all `count` blocks are found, else the most of them."""
-    opened = {network.get_submodule(above) for module in modules for above in _path(name, module)}
-    part = cut(name, network.get_submodule(name), opened, calls)
+    """The lowest module at or above `name` in which all the blocks are found, else the most of them."""
+    opened = {network.get_submodule(above) for a in additions for above in _path(name, a.module)}
+    part = cut(name, network.get_submodule(name), opened, calls, (additions, numbers[name]))
     found = sum(map(len, part.runs)) + len(part.refused)
-    if found >= count:
+    if found >= len(additions):
         return part
     parent = name
     while parent:
@@ -302,7 +314,7 @@ def _best(
         if network.get_submodule(parent) not in calls:  # a list of modules
             continue
         try:
-            higher = _best(network, parent, modules, count, calls)
+            higher = _best(network, parent, additions, numbers, calls)
         except Uncuttable:
             break
         if sum(map(len, higher.runs)) + len(higher.refused) > found:
@@ -319,18 +331,11 @@ def _path(top: str, name: str) -> list[str]:
     return [".".join([*filter(None, [top]), *rest[:i]]) for i in range(len(rest) + 1)]
 
 
-def _taken_whole(name: str, module: nn.Module, calls: Mapping[nn.Module, Call]) -> Cut:
+def _taken_whole(name: str, module: nn.Module, calls: Mapping[nn.Module, ModuleCall]) -> Cut:
     given = calls.get(module)
     if given is None:
         raise ValueError(f"blocks= names {name}, which is not called in a pass.")
-    state = given.args[0] if given.args else None
-    if not isinstance(state, Tensor) or not isinstance(given.output, Tensor):
-        raise ValueError(f"a module of blocks= must take the state first and give a state: {name} does not.")
-    if state.shape != given.output.shape:
-        raise ValueError(
-            f"a block of blocks= must keep the state's shape: {name} maps {tuple(state.shape)} to "
-            f"{tuple(given.output.shape)}. Leave it out of the pattern."
-        )
+    given.check_shape()
     whole = Whole(module).eval()
     try:
         return cut(name, whole, [whole], {**calls, whole: given})

@@ -1,6 +1,7 @@
 r"""A module's graph, cut where it adds x + F(x).
 
-A residual block is a sum y = x + f of which f is computed from x: the nodes on the way from x to f are F's.
+Which sums are residual blocks y = x + f, the trace of a pass has found; additions have the same numbers in
+the graph. The nodes on the way from x to f are F's.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
-from resode.analysis.swap.capture import CHECKS, Call, Uncuttable, capture
+from resode.analysis.depth.tracing import Addition
+from resode.analysis.swap.capture import CHECKS, Uncuttable, capture
+from resode.calls import ModuleCall
 
-_ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
-_SUBTRACT = (operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "sub_")
+_SUM = re.compile(r"^_*i?(?:add|(sub|subtract))_*$")
 _NEUTRAL = re.compile(
     r"^(dropout\w*|identity|droppath|stochasticdepth|view|reshape|permute|transpose|contiguous|clone|to|float|type)$",
     re.I,
@@ -28,7 +29,6 @@ _ACTIVATION = re.compile(
     r"norm|relu|[gscm]elu|^elu|silu|swish|mish|tanh|sigmoid|softplus|softsign|softmax|threshold|clamp|shrink",
     re.I,
 )
-_WEIGHTED = re.compile(r"conv|linear|matmul|mm$|einsum|attention|embedding|bilinear", re.I)
 
 
 SHARED = (
@@ -85,7 +85,7 @@ class Cut:
 
     name: str
     owner: nn.Module
-    call: Call
+    call: ModuleCall
     graph: fx.Graph
     runs: list[list[Block]]
     refused: list[str]
@@ -106,7 +106,7 @@ class Cut:
 
     def state_out(self) -> Tensor | None:
         """The state that it gave back, likewise."""
-        return next((t for t in pytree.tree_leaves(self.call.output) if isinstance(t, Tensor)), None)
+        return self.call.y
 
 
 def _uses(block: Block) -> int:
@@ -114,7 +114,13 @@ def _uses(block: Block) -> int:
     return sum(user in inside for user in block.x.users)
 
 
-def cut(name: str, owner: nn.Module, opened: Iterable[nn.Module], calls: Mapping[nn.Module, Call]) -> Cut:
+def cut(
+    name: str,
+    owner: nn.Module,
+    opened: Iterable[nn.Module],
+    calls: Mapping[nn.Module, ModuleCall],
+    traced: tuple[Sequence[Addition], range] | None = None,
+) -> Cut:
     """The module's forward as a graph, and its residual blocks.
 
     Args:
@@ -122,29 +128,33 @@ def cut(name: str, owner: nn.Module, opened: Iterable[nn.Module], calls: Mapping
         owner: the module, in eval mode.
         opened: the modules within it whose forward is written down too.
         calls: how the network's modules were called.
+        traced: its residual additions, and the numbers of all its additions; None for the last of all.
 
     Raises:
         Uncuttable: it is called more than once, with objects that keep a state, or its forward cannot be
-            written down.
+            written down, or adds constants.
     """
     call = calls[owner]
     if call.count > 1:
         raise Uncuttable(SHARED.format(part=name, count=call.count))
     graph = capture(owner, opened, call)
-    return _in_blocks(name, owner, calls, graph)
-
-
-def _in_blocks(name: str, owner: nn.Module, calls: Mapping[nn.Module, Call], graph: fx.Graph) -> Cut:
-    found: dict[fx.Node, Block] = {}
-    for node in graph.nodes:
-        block = _block(node, owner, found)
-        if block is not None:
-            found[node] = block
+    additions, numbers = ([], range(0)) if traced is None else traced
+    *_, end = graph.nodes
+    if traced is not None and end.meta["sums"].stop != len(numbers):
+        raise Uncuttable("its forward adds constants, which a graph holds as their sum: add them in __init__")
+    sums = {
+        numbers.start + node.meta["sums"].start: node
+        for node in graph.nodes
+        if len(node.meta.get("sums", ())) == 1
+    }
+    wanted = [(*a.shortcuts[a.number], a.number) for a in additions] or [(max(sums), 0, max(sums))]
+    blocks = [_block(sums, first, side, last, owner) for first, side, last in wanted]
+    found = [block for block in blocks if block is not None]
     refused: list[str] = []
     kept: list[Block] = []
-    for block in found.values():
+    for block in found:
         top = not name and not any(POST_ACTIVATION in reason for reason in refused)
-        reason = _shared(block, owner, calls) or _no_step(block, list(found.values()), owner, top)
+        reason = _shared(block, owner, calls) or _no_step(block, found, owner, top)
         if reason:
             refused.append(reason)
         else:
@@ -152,51 +162,48 @@ def _in_blocks(name: str, owner: nn.Module, calls: Mapping[nn.Module, Call], gra
     return Cut(name, owner, calls[owner], graph, _runs(kept), refused)
 
 
-def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
-    """The two nodes that a node adds, and the factor of the second."""
-    if node.op not in ("call_function", "call_method") or len(node.args) < 2:
+def _operands(node: fx.Node | None, owner: nn.Module) -> list[tuple[fx.Node, float]] | None:
+    """The two nodes that an addition's node adds, and their factors; None where it does more."""
+    if node is None or len(node.args) < 2 or not (found := _SUM.match(_called(node, owner))):
         return None
-    adds, subtracts = node.target in _ADD, node.target in _SUBTRACT
     first, second = node.args[:2]
     alpha = node.kwargs.get("alpha", 1)
-    if not (adds or subtracts) or not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
+    if not (isinstance(first, fx.Node) and isinstance(second, fx.Node) and isinstance(alpha, int | float)):
         return None
-    seen = first.meta.get("seen")
-    if seen is None or seen != second.meta.get("seen") or not seen[1].is_floating_point or not seen[0]:
+    if first.meta.get("seen") is None or first.meta["seen"] != second.meta.get("seen"):
         return None
-    if not isinstance(alpha, int | float):
-        return None
-    return first, second, (1.0 if adds else -1.0) * alpha
+    return [(first, 1.0), (second, -alpha if found[1] else alpha)]
 
 
-def _block(node: fx.Node, owner: nn.Module, found: dict[fx.Node, Block]) -> Block | None:
-    operands = _operands(node)
-    if operands is None:
+def _block(sums: Mapping[int, fx.Node], first: int, side: int, last: int, owner: nn.Module) -> Block | None:
+    """The nodes of an addition; None where it is no plain sum, or a branch is not computed from x here.
+
+    Its sums are numbered from `first`, of which x is the operand `side`, to `last`.
+    """
+    node, operands = sums.get(first), _operands(sums.get(first), owner)
+    if node is None or operands is None:
         return None
-    first, second, factor = operands
-    for (x, f), sign in zip(permutations((first, second)), (factor, 1.0), strict=True):
-        if x is second and factor != 1:
-            continue  # F(x) − x is no residual step
-        views = []
-        while x.op == "call_module" and _is_identity(owner.get_submodule(str(x.target))):
-            views.append(x)
-            [x] = x.all_input_nodes
-        block = Block(x, [node], [(f, sign)], views)
-        merged = found.get(x)
-        if merged is not None and list(x.users) == [node] and x not in _before(f):
-            sums, increments = [*merged.sums, node], [*merged.increments, (f, sign)]
-            block = Block(merged.x, sums, increments, [*merged.views, *views])
+    block = Block(operands[side][0], [node], [operands[1 - side]])
+    while _is_identity(block.x, owner):
+        block.views.append(block.x)
+        [block.x] = block.x.all_input_nodes
+    while node is not sums.get(last):  # branches side by side
+        if len(node.users) != 1:
+            return None
+        before, [node] = node, node.users
+        if _is_identity(node, owner):
+            block.views.append(node)
+        elif (operands := _operands(node, owner)) is None:
+            return None
         else:
-            merged = None
-        _fill(block)
-        if block.nodes and f in block.nodes and _has_weights(block.nodes, owner):
-            if merged is not None:
-                del found[x]
-            return block
-    return None
+            block.sums.append(node)
+            block.increments += [pair for pair in operands if pair[0] is not before]
+    _fill(block)
+    return block if all(f in block.nodes for f, _ in block.increments) else None
 
 
-def _is_identity(module: nn.Module) -> bool:
+def _is_identity(node: fx.Node, owner: nn.Module) -> bool:
+    module = owner.get_submodule(str(node.target)) if node.op == "call_module" else None
     return isinstance(module, nn.Identity) or (isinstance(module, nn.Sequential) and not len(module))
 
 
@@ -241,18 +248,6 @@ def _fill(block: Block) -> None:
     block.nodes = [node for node in graph.nodes if node in taken]
 
 
-def _has_weights(nodes: Sequence[fx.Node], owner: nn.Module) -> bool:
-    for node in nodes:
-        if node.op == "call_module":
-            if next(owner.get_submodule(str(node.target)).parameters(), None) is not None:
-                return True
-        elif node.op == "get_attr" and node.target != "training":
-            return True
-        elif node.op != "placeholder" and _WEIGHTED.search(_called(node, owner)):
-            return True
-    return False
-
-
 def _called(node: fx.Node, owner: nn.Module) -> str:
     """What a node does, in a word."""
     if node.op == "call_module":
@@ -260,7 +255,7 @@ def _called(node: fx.Node, owner: nn.Module) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
-def _shared(block: Block, owner: nn.Module, calls: Mapping[nn.Module, Call]) -> str:
+def _shared(block: Block, owner: nn.Module, calls: Mapping[nn.Module, ModuleCall]) -> str:
     """Why other blocks' weights are this one's, or ''."""
     targets = [str(node.target) for node in block.nodes if node.op == "call_module"]
     for target in dict.fromkeys(targets):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -15,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from resode.analysis.diagnose.forecast import block_name
 from resode.analysis.swap.bseries import Tree, modified_coefficient, symmetry, trees
 from resode.blocks import ResidualStack
-from resode.blocks.solving import other_solver
+from resode.blocks.solving import block_name, named_stacks, other_solver
+from resode.calls import hooked
 from resode.checks import check_whole, warn_user
 from resode.jacobian.linearize import check_field
 from resode.jacobian.products import first_jvp
@@ -311,7 +310,7 @@ def block_distances(model: nn.Module, x: Tensor) -> tuple[list[BlockDistance], s
         are none (an adaptive solver, a method of an order above 4, whose first correction has hundreds of
         terms, or an F that cannot be differentiated so often).
     """
-    stacks = {name: m for name, m in model.named_modules() if isinstance(m, ResidualStack)}
+    stacks = named_stacks(model)
     for stack in stacks.values():
         tableau = stack.tableau
         if tableau.adaptive:
@@ -320,17 +319,12 @@ def block_distances(model: nn.Module, x: Tensor) -> tuple[list[BlockDistance], s
             return [], f"not measured: {tableau.name} is of order {tableau.order}, above 4."
     met: dict[str, Tensor] = {}
 
-    def hook(name: str) -> Callable[..., None]:
-        def kept(stack: ResidualStack, args: tuple[Tensor, ...]) -> None:
-            met.setdefault(name, args[0].detach())  # of several calls the first
-
-        return kept
+    def keep(name: str, args: tuple[Tensor, ...], kwargs: Any) -> None:
+        met.setdefault(name, args[0].detach())  # of several calls the first
 
     found, bent = [], set[str]()
     with evaluating(model), other_solver(model, None), warnings.catch_warnings():  # counts are put back
-        with ExitStack() as hooks, torch.no_grad():
-            for name, stack in stacks.items():
-                hooks.callback(stack.register_forward_pre_hook(hook(name)).remove)
+        with hooked(stacks, before=keep), torch.no_grad():
             model(x)
         warnings.simplefilter("ignore", UserWarning)  # kinks are said once, of all blocks
         for name, state in met.items():

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resode.analysis.swap.capture import Call, flat
 from resode.blocks import ResidualStack
+from resode.calls import ModuleCall, flat
 
 
 class Whole(nn.Module):
@@ -81,7 +81,7 @@ class Advance(HandOver):
 class Rewritten(nn.Module):
     """A module whose forward was written anew, called as it was."""
 
-    def __init__(self, name: str, owner: nn.Module, call: Call, graph: nn.Module) -> None:
+    def __init__(self, name: str, owner: nn.Module, call: ModuleCall, graph: nn.Module) -> None:
         super().__init__()
         own = {k: v for k, v in vars(owner).items() if k not in self.__dict__ and not k.startswith("_")}
         self.__dict__.update(own)  # what others read of it
