@@ -162,7 +162,8 @@ def test_version():
 
 def test_methods_lists_all():
     rows = columns(resode("methods").output)
-    assert [row[0] for row in rows[1:]] == list(METHODS)
+    assert [row[0] for row in rows[1:]] == [*METHODS, "rkc1_S", "rkc2_S", "rkl1_S", "rkl2_S"]
+    assert rows[-1][:4] == ["rkl2_S", "2", "S, 2 to 1000", "fixed steps"]
     assert rows[1 + list(METHODS).index("dopri5")][:4] == ["dopri5", "5", "7", "adaptive"]
     assert rows[1 + list(METHODS).index("gauss4")][3] == "implicit, fixed steps"
 
@@ -181,6 +182,7 @@ def test_stability_of_methods(tmp_path):
         ["rk4", "4", "4", "2.785", "2.828", "–"],
         ["radau5", "5", "3", "∞", "∞", "A, L, I"],
     ]
+    assert columns(resode("stability", "rkl2_30").output)[1] == ["rkl2_30", "2", "30", "464", "0", "–"]
     assert (tmp_path / "regions.png").stat().st_size > 10_000
 
 

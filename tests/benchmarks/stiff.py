@@ -119,7 +119,8 @@ def brusselator_rows(rtol: float, n: int = 64, end: float = 1.0) -> Iterator[tup
 def robertsons(rtol: float, peer: str | None = None) -> Iterator[tuple]:
     """256 Robertson systems with rates of their own to t = 40, in one call; scipy's Radau one by one.
 
-    The error is the median over the systems of the largest over their entries, over the tolerance.
+    The error is the median over 16 systems of the largest over their entries, over the tolerance; ours is the median of
+    three calls.
     """
     rates, atol, end = robertson_rates(), 1e-4 * rtol, 40.0
     k, start = torch.from_numpy(rates).T, torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
@@ -127,16 +128,16 @@ def robertsons(rtol: float, peer: str | None = None) -> Iterator[tuple]:
     def field(t, y):
         return torch.stack(robertson_of(k, *y.unbind(-1)), -1)
 
-    def one_by_one(rtol, atol):
+    def one_by_one(rtol, atol, rates=rates):
         return [
             solve_ivp(lambda t, y, r=r: np.array(robertson_of(r, *y)), (0, end), start.numpy(), "Radau", rtol=rtol, atol=atol)
             for r in rates
         ]  # fmt: skip
 
-    exact = np.array([s.y[:, -1] for s in one_by_one(1e-10, 1e-14)])
+    exact = np.array([s.y[:, -1] for s in one_by_one(1e-10, 1e-14, rates[:16])])
 
     def error(y):
-        return float(np.median((np.abs(y - exact) / (atol + rtol * np.abs(exact))).max(1)))
+        return float(np.median((np.abs(y[:16] - exact) / (atol + rtol * np.abs(exact))).max(1)))
 
     y0, t = start.expand(len(rates), 3).clone(), torch.tensor([0.0, end], dtype=torch.float64)
     begin = time.perf_counter()

@@ -59,7 +59,7 @@ def robertsons(problems, rtol: float, atol: float) -> None:
     def field(t, y, args):
         return jnp.stack(problems.robertson_of(args, *y))
 
-    for most in (256, 1024, 4096):
+    for most in (256, 512, 2048, 8192):
 
         @jax.jit
         @jax.vmap
@@ -71,7 +71,10 @@ def robertsons(problems, rtol: float, atol: float) -> None:
             )  # fmt: skip
             return found.ys[-1], found.stats["num_steps"]
 
-        y, steps = jax.block_until_ready(solve(rates))
+        try:
+            y, steps = jax.block_until_ready(solve(rates))
+        except Exception:  # more steps are needed
+            continue
         for _ in range(3):
             begin = time.perf_counter()
             jax.block_until_ready(solve(rates))
