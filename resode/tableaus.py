@@ -147,6 +147,10 @@ class ButcherTableau:
         weights = tuple(map(float, self.recurrence_weights or ()))
         object.__setattr__(self, "recurrence_sum", weights or (0.0,) * (len(rows) - 1) + (1.0,) * bool(rows))
 
+    def __repr__(self) -> str:
+        kind = "explicit" if self.explicit else "implicit"
+        return f"<{self.name}: {kind} Runge-Kutta method of order {self.order}, {self.stages} stages>"
+
     @property
     def adaptive(self) -> bool:
         """Whether the method carries an error estimate that can steer its step."""

@@ -213,7 +213,7 @@ def test_bad_input_is_named(tmp_path):
         (run / "config.yaml").write_text(text.replace(old, new))
         with pytest.raises(SettingsError, match=r"config.yaml was changed after the run wrote it"):
             compare([run])
-        older = re.sub(r"\n  checksum: \w+", "", text.replace(old, new))  # of a resode that wrote none
+        older = re.sub(r"\nchecksum: \w+", "", text.replace(old, new))  # of a resode that wrote none
         (run / "config.yaml").write_text(older)
         with pytest.raises(DamagedFile, match=r"does not hold a run's settings"):
             compare([run])

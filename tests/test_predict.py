@@ -38,7 +38,7 @@ class Colours(nn.Module):
 
 def write_run(path: Path, shape: tuple[int, ...] = (3, 4, 6), sized: bool = True, **about) -> Path:
     folder = RunFolder.create(path)
-    folder.write_config({"format": FORMAT, "record": {}})
+    folder.write_config({"format": FORMAT})
     header = {
         "model": "tests:Colours",
         "own": True,

@@ -34,7 +34,7 @@ def run(tmp_path_factory) -> Path:
     network = build("odenet20", **options)
     folder.write_config(
         {"format": 1, "model": "odenet20", "model_options": options, "data": "digits", "data_dir": None}
-        | {"recipe": "<img src=x onerror=alert(1)>", "record": {}}
+        | {"recipe": "<img src=x onerror=alert(1)>"}
     )
     splits = {f"{s}_{n}": 0.5 for s in ("train", "test") for n in ("loss", "accuracy")}
     others = {"images_per_second": 100.0, "nfe": 7.0, "seconds": 1.0}

@@ -125,6 +125,7 @@ def _read(config: Path, flags: dict[str, Any]) -> dict[str, Any]:
     stored = read_yaml(config)
     if "format" in stored:
         check_format(config, stored.pop("format"))
+        stored.pop("checksum", None)  # a copy of a run's settings may be changed
     record = stored.pop("record", None)
     if not isinstance(record, dict | None):
         raise ValueError(f"{config}: record is what a run stores about itself, got {record!r}. Leave it out.")

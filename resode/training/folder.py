@@ -224,13 +224,15 @@ class RunFolder:
             raise unusable(self.path, error) from error
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Store the resolved settings, and a checksum over them in their record."""
-        record = {name: value for name, value in config["record"].items() if name != "checksum"}
-        config = {**config, "record": record}
-        text = yaml.safe_dump(
-            {**config, "record": {**record, "checksum": _digest(config)}}, sort_keys=False, allow_unicode=True
-        )
-        own = " --model MODULE:FUNCTION" if record.get("own_model") else ""
+        """Store the resolved settings, and a checksum over them."""
+        plain = dict(config)
+        checked = {
+            "format": plain.pop("format"),
+            "checksum": _digest(config),
+            **plain,
+        }  # first: not to be cut off
+        text = yaml.safe_dump(checked, sort_keys=False, allow_unicode=True)
+        own = " --model MODULE:FUNCTION" if config.get("record", {}).get("own_model") else ""
         command = f"resode train --config {self.path / 'config.yaml'}{own}"
         self.write("config.yaml", f"# `{command}` repeats this run.\n{text}")
 
@@ -243,8 +245,7 @@ class RunFolder:
         path = self.path / "config.yaml"
         config = read_yaml(path)
         check_format(path, config.get("format"))
-        record = config.get("record")
-        checksum = record.pop("checksum", None) if isinstance(record, dict) else None
+        checksum = config.pop("checksum", None)
         if checksum is not None and checksum == _digest(config):
             return config
         stored = self._last_state().get("settings") or {}
