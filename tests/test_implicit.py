@@ -486,3 +486,11 @@ def test_the_stiff_benchmark_runs_and_radau5_is_beside_scipys():
 
     ours, theirs = rows(ROBERTSON, 1e-4, methods=("radau5",), others=("Radau",))
     assert ours[1] < 3 * max(theirs[1], 1.0) and ours[2] < 2 * theirs[2]
+
+
+def test_problem_e4_rests_at_its_published_end():
+    """odeToJava's state at t = 1000 is (20, −20, 0, 0) but for a mode e^(−t/100); with the other sign it is no rest."""
+    from tests.benchmarks.stiff_problems import DETEST
+
+    e4 = next(p for p in DETEST if p.name == "E4")
+    assert e4.array_field(0.0, np.array([20.0, -20.0, 0.0, 0.0])) == pytest.approx(0, abs=1e-12)

@@ -5,7 +5,21 @@ Fields take (t, y) with y of shape (n,) in float64; `array_field` is the same fo
 Source:
     Enright, Hull & Lindberg, Comparing numerical methods for stiff systems of O.D.E.s, BIT 15 (1975), classes A to E;
     Enright & Pryce, ACM Trans. Math. Softw. 13 (1987). Hairer & Wanner, Solving Ordinary Differential Equations II,
-    IV.10, for the Brusselator.
+    IV.10, for the Brusselator, without its source term, which acts from t = 1.1.
+
+    Neither article nor Algorithm 648's own text was at hand. The 25 were compared, fact by fact, with three transcriptions:
+    odeToJava (University of Saskatchewan; stiffDETest and its reference solutions), SciMLBenchmarks.jl
+    (NonStiffODE/enright_pryce.jl) and lsoda-java (StiffExamplesTest.java); B1 and E1 also with Torsten's fixtures, E5
+    with Hairer's FE5, A and B with the tables in Petcu's EpODE, the Brusselator with Hairer's driver. Right-hand sides
+    agree with SciML's to rounding at random points (A2 and A4 by reading), starts and ends with odeToJava's files, and
+    solutions at 1e-11 with the end states there to 2e-9 of each entry above 1e-6 (none in B1 and E1, which end near 0);
+    E5 to 6e-8 alone, where Radau and LSODA agree with each other to 1e-11.
+
+    They differ among themselves. E2 ends at 1 (SciML, lsoda-java) or 10 (odeToJava): 1 here. E4 ends at 1000 (odeToJava,
+    SciML) or 500 (lsoda-java): 1000 here. C1's y_3 in y_1' is squared, but cubed in odeToJava, against its own solution.
+    lsoda-java has A1 from 0 to 120, -y_1 for -10 y_1 in B2 to B5 and 40 beta for 4 beta in C2 to C5; Torsten 1e5 for 1e4
+    and an end at 100 in B1, an end at 10 in E1; EpODE 10000 for 1000 in A2 and y_1(0) = 0 in B2 to B5. The initial step
+    of E5 is 5e-5 (odeToJava) or 1e-3 (SciML); no initial step is used here, each solver takes its own.
 """
 
 from __future__ import annotations
@@ -128,8 +142,8 @@ def _e4(t, a, b, c, d, **_):
     half = (a + b + c + d) / 2  # z = Uy, and U is its own inverse
     z = half - a, half - b, half - c, half - d
     g = (
-        -10 * z[0] - 10 * z[1] + (z[0] * z[0] - z[1] * z[1]) / 2,
-        10 * z[0] - 10 * z[1] + z[0] * z[1],
+        10 * z[0] + 10 * z[1] + (z[0] * z[0] - z[1] * z[1]) / 2,  # 8 ± 10i at the start, −10 ± 10i at the end
+        -10 * z[0] + 10 * z[1] + z[0] * z[1],
         -1000 * z[2] + z[2] * z[2],
         -0.01 * z[3] + z[3] * z[3],
     )
