@@ -464,3 +464,24 @@ class Scale(nn.Module):
 
     def forward(self, x):
         return self.rate * x
+
+
+class Squared(nn.Module):
+    """y' = 1000 y² + 1 from y > 0 is infinite before t = 0.001/y."""
+
+    def __init__(self, bounded: bool) -> None:
+        super().__init__()
+        self.bounded = bounded
+
+    def forward(self, t, y):
+        return torch.tanh(1e3 * y * y + 1) if self.bounded else 1e3 * y * y + 1
+
+
+def test_a_field_that_blows_up_is_no_stiff_one():
+    """Its mode grows where the solver gives up; the advice, a bounded field, leaves nothing to be said."""
+    x = torch.rand(8, 2, generator=torch.Generator().manual_seed(0)) + 1
+    found = resode.diagnose(nn.Sequential(resode.ODEBlock(Squared(False), solver="dopri5")), x)
+    (first, *_) = found.findings
+    assert (first.block, first.cause) == ("0", "explosion") and first.evidence["eigenvalue"] > 1e3
+    assert "blow up in finite time" in first.text and "bound the field" in first.advice
+    assert not resode.diagnose(nn.Sequential(resode.ODEBlock(Squared(True), solver="dopri5")), x).findings

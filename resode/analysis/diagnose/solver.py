@@ -178,7 +178,10 @@ def _stiff(name: str, module: Any, x: Tensor, m: Measures) -> tuple[float, Findi
         if not failed:
             return None
         assert m.solver_error is not None
-        text = f"{module.solver} gave up: {m.solver_error[1]}"
+        error = m.solver_error[1]
+        text, mode = f"{module.solver} gave up: {error}", error.eigenvalue
+        if mode is not None and mode.real > 0:  # it blows up in finite time, which no solver can pass
+            return math.inf, Finding(block, "explosion", text, _BOUND, {"eigenvalue": mode.real})
         return math.inf, Finding(block, "stiff", text, _finer_or_looser(module), {})
     return float(evaluations), Finding(
         block,
@@ -189,6 +192,9 @@ def _stiff(name: str, module: Any, x: Tensor, m: Measures) -> tuple[float, Findi
         stiff_advice(-eigenvalue * span),
         {"eigenvalue": eigenvalue, "evaluations": float(evaluations), "span": span},
     )
+
+
+_BOUND = "End the interval before that time, or bound the field, as by a tanh behind its last layer."
 
 
 def _finer_or_looser(module: Any) -> str:
