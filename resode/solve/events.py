@@ -1,4 +1,4 @@
-r"""Solving until an event, and the gradient of its time.
+r"""Solving until an event, and the gradient of its time: one for all, or each sample its own.
 
 An event is a zero of c(t, y), or a time at which a c of booleans flips. Every step is looked at in eighths,
 so that two zeros within a step are seen where an eighth's end lies between them; the first is taken. At the
@@ -6,7 +6,9 @@ event time τ, c(τ, y(τ)) = 0 gives, with ċ = ∂c/∂t + ∂c/∂y · f,
 
     dτ = − dc / ċ,        dy(τ) = dy|_τ fixed + f(τ, y) dτ,
 
-where dc is the change of c at fixed time, through y and through the parameters of c.
+where dc is the change of c at fixed time, through y and through the parameters of c. With per_sample every
+number here is one a sample, (B,), and a sample stays at its event while others go on; the one event of a
+coupled state is the case B = 1.
 
 Source:
     Chen, Amos & Nickel, Learning Neural Event Functions for Ordinary Differential Equations (2021);
@@ -17,8 +19,8 @@ Source:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,14 +29,16 @@ import torch
 from torch import Tensor
 
 from resode.jacobian.products import first_jvp
-from resode.solve.adaptive import Adaptive
+from resode.solve.adaptive import Adaptive, Progress
 from resode.solve.control import Callbacks
 from resode.solve.fixed import Grid, one_step
 from resode.solve.foreign import foreign_methods, stops_at_events
 from resode.solve.host import decided, is_transformed, moves, plain
-from resode.solve.implicit.steps import step_rule
+from resode.solve.implicit.steps import ImplicitStep, step_rule
 from resode.solve.native import (
+    SHARED_TIMES,
     Evaluations,
+    as_column,
     call_torchdiffeq,
     fixed_field,
     segments,
@@ -42,36 +46,57 @@ from resode.solve.native import (
 )
 from resode.solve.options import SolveSettings
 from resode.solve.result import MaxStepsReached, NonFiniteState, Stats
-from resode.solve.step import Field, all_finite
+from resode.solve.step import Field, Time, all_finite
 from resode.tableaus import ButcherTableau
 
 Event = Callable[[Tensor, Any], Any]
-"""c(t, y), one number, of a 0-D t and the state."""
-
+"""c(t, y), one number, of a 0-D t and the state; or (B,), of t of shape (B, 1, …, 1) and a batch."""
 
 PARTS = 8
 """An event's sign is looked at this often within a step."""
 
+_DECIDES = "a solve ends where the event's value says"
 
-def combined(event_fn: Callable[..., Any], t0: Tensor, y0: Any) -> Event:
-    """One number that starts positive and first reaches 0 where some entry of event_fn does.
+
+def from_start(event_fn: Callable[..., Any], t0: Tensor, y0: Any, per_sample: bool) -> Event:
+    """An event that starts positive and first reaches 0 where an entry of event_fn does; one number, or (B,).
 
     It is 0 from the start where an entry is.
 
+    Args:
+        event_fn: of (t, y), a tensor; one number a sample, (B,), where per_sample.
+        t0: the start, 0-D, or with per_sample each sample's own, (B,).
+        y0: the state there.
+        per_sample: whether each sample has its own event.
+
     Raises:
-        TypeError, ValueError: event_fn gives no finite tensor.
+        TypeError, ValueError: event_fn gives something else, or no finite tensor at the start.
     """
+
+    def event(t: Tensor, y: Any) -> Tensor:
+        c = event_fn(t, y)
+        if not isinstance(c, Tensor):
+            raise TypeError(f"event_fn must return a tensor, got {type(c).__name__}.")
+        if per_sample and c.shape != y.shape[:1]:
+            raise ValueError(
+                f"with per_sample=True event_fn must return one number a sample, shape ({len(y)},), got "
+                f"{tuple(c.shape)}. t has shape {tuple(t.shape)} there: t.reshape(-1) goes with y[:, 0]."
+            )
+        return signed(c)
+
     with torch.no_grad():
-        first = event_fn(t0, y0)
-    if not isinstance(first, Tensor):
-        raise TypeError(f"event_fn must return a tensor, got {type(first).__name__}.")
-    if first.numel() == 0 or not torch.isfinite(first).all():
+        first = event(as_column(t0, y0, per_sample), y0)
+    values = np.array(decided(first, _DECIDES), float)
+    if values.size == 0 or not np.isfinite(values).all():
         raise ValueError(
-            f"event_fn must be finite and not empty at t[0]; got {first.tolist()} at t={float(t0):.9g}."
+            f"event_fn must be finite and not empty at t[0]; got {values.tolist()} at "
+            f"t={float(plain(t0).reshape(-1)[0]):.9g}. Give one that is finite at the start."
         )
-    signs = torch.sign(signed(first))
-    signs = torch.where(signs == 0, 1, signs)  # the solve ends there, whatever they are
-    return lambda t, y: torch.min(signed(event_fn(t, y)) * signs)
+    # Where it is 0 the solve ends there, whatever the sign.
+    signs = torch.from_numpy(np.where(values < 0, -1, 1)).to(first.device)
+    if per_sample:
+        return lambda t, y: event(t, y) * signs
+    return lambda t, y: torch.min(event(t, y) * signs)
 
 
 def signed(c: Tensor) -> Tensor:
@@ -85,6 +110,191 @@ def signed(c: Tensor) -> Tensor:
     return 2 * c.to(torch.int8) - 1 if c.dtype == torch.bool else c
 
 
+def numbers(event: Event, time: np.ndarray, y: Tensor, per_sample: bool = False) -> np.ndarray:
+    """The event's values at times (B,), on the host, without gradient, (B,).
+
+    Raises:
+        TypeError, ValueError: it gives something else, or NaN.
+    """
+    with torch.no_grad():
+        c = event(_column(time, y, per_sample), y)
+    if isinstance(c, Tensor):
+        if c.numel() != len(time):
+            raise ValueError(
+                f"an event must return one number, got a tensor of shape {tuple(c.shape)}. Give every "
+                "entry an event of its own; odeint_event takes them together."
+            )
+        c = decided(signed(c), _DECIDES)
+    elif isinstance(c, bool):
+        c = 2 * c - 1
+    try:
+        values = np.array(c, float).reshape(len(time))
+    except (TypeError, ValueError):
+        raise TypeError(f"an event must return one number, or yes or no; got {c!r}.") from None
+    if np.isnan(values).any():
+        i = int(np.isnan(values).argmax())
+        raise ValueError(
+            f"event_fn must return numbers, got NaN at t={float(time[i]):.9g}{_which(i, per_sample)}. "
+            "Keep it defined past the event."
+        )
+    return values
+
+
+def _column(s: np.ndarray, y: Tensor, per_sample: bool) -> Tensor:
+    """Numbers (B,) as a field of y takes its time: 0-D, or (B, 1, …, 1) per sample, in y's real dtype."""
+    s = s if per_sample else s.reshape(())
+    return as_column(torch.from_numpy(np.asarray(s)).to(y.device, y.dtype.to_real()), y, per_sample)
+
+
+def _which(i: int, per_sample: bool) -> str:
+    return f", sample {i}" if per_sample else ""
+
+
+@dataclass
+class Within:
+    """A step of each sample, B = 1 for a coupled state, as the search for events within it needs it.
+
+    Args:
+        begin: where it starts, (B,).
+        end: where it ends, (B,); the start again for a sample that did not take it.
+        x: the state at the start.
+        k0: F there.
+        x_end: the state at the end.
+        exact: the states at times within, (B,), by the solver's own steps or interpolant.
+        per_sample: whether the states are a batch.
+        k1: F at the end, where it is known.
+    """
+
+    begin: np.ndarray
+    end: np.ndarray
+    x: Tensor
+    k0: Tensor
+    x_end: Tensor
+    exact: Callable[[Within, np.ndarray], Tensor]
+    per_sample: bool = False
+    k1: Tensor | None = None
+
+    def __post_init__(self):
+        batch = len(self.begin)
+        self.part = np.zeros(batch, int)  # in which rough states have the event, from 0 on
+        # Times before and after the event, and the exact values there; NaN where not looked for yet.
+        self.around = np.full((4, batch), np.nan)
+
+    def of(self, s: np.ndarray) -> Tensor:
+        """Numbers (B,) as factors of the states."""
+        return _column(s, self.x, self.per_sample)
+
+    def time(self, part: np.ndarray | int) -> np.ndarray:
+        """Where parts of the step end, (B,)."""
+        inner = self.begin + part / PARTS * (self.end - self.begin)
+        return np.where(np.equal(part, PARTS), self.end, inner)
+
+    def state(self, time: np.ndarray) -> Tensor:
+        """The states at times (B,) within; at the steps' ends, those there."""
+        if (at_end := time == self.end).all():
+            return self.x_end
+        inner = self.exact(self, time)
+        return torch.where(self.of(at_end) != 0, self.x_end, inner) if at_end.any() else inner
+
+    @cached_property
+    def states(self) -> list[Tensor]:
+        """The states at the parts' ends, those between by a polynomial through both with their slopes."""
+        with torch.no_grad():
+            h, s = self.of(self.end - self.begin), torch.arange(1, PARTS, dtype=torch.float64) / PARTS
+            if self.k1 is None:
+                rows, known = [1 - s**2, s - s**2, s**2], [self.x, h * self.k0, self.x_end]
+            else:
+                rows = [(1 + 2 * s) * (1 - s) ** 2, s * (1 - s) ** 2, s**2 * (3 - 2 * s), s**3 - s**2]
+                known = [self.x, h * self.k0, self.x_end, h * self.k1]
+            inner = torch.stack(rows, 1).to(self.x) @ torch.stack(known).reshape(len(known), -1)
+            return [self.x, *inner.reshape(-1, *self.x.shape), self.x_end]
+
+    def bracket(self, values: Callable[..., np.ndarray], part: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Around the falls to 0 that rough states have in parts (B,), of the samples marked, as `around`.
+
+        Args:
+            values: of times (B,) and states, (B,).
+            part: from 0 on.
+            mask: (B,).
+        """
+        a, b = part, part + 1
+
+        def at(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            time = self.time(part)
+            return time, values(time, self.state(time))
+
+        (time_b, after), on = at(b), mask
+        while (on := on & (after > 0) & (b < PARTS)).any():
+            a, b = np.where(on, b, a), b + on
+            time_b, after = at(b)
+        (time_a, before), on = at(a), mask
+        while (on := on & (before <= 0) & (a > 0)).any():
+            time_b, after, a = np.where(on, time_a, time_b), np.where(on, before, after), a - on
+            time_a, before = at(a)
+        return np.stack([time_a, time_b, before, after])
+
+    def zeros(self, values: Callable[..., np.ndarray], around: np.ndarray) -> np.ndarray:
+        """The times of zeros within brackets, (B,), to rounding."""
+        return roots(lambda s: values(s, self.state(s)), *around)
+
+    def merged(self, other: Within, mask: np.ndarray) -> Within:
+        """These steps, but another's for the samples marked."""
+        if mask.all():
+            return other
+        marked = self.of(mask) != 0
+        pairs = [(vars(other)[name], vars(self)[name]) for name in ("begin", "end", "x", "k0", "x_end")]
+        begin, end = (np.where(mask, *pair) for pair in pairs[:2])
+        x, k0, x_end = (torch.where(marked, *pair) for pair in pairs[2:])
+        step = Within(begin, end, x, k0, x_end, other.exact, self.per_sample)
+        step.part = np.where(mask, other.part, self.part)
+        step.around = np.where(mask, other.around, self.around)
+        return step
+
+
+class _Search:
+    """The search for the first event of each sample, along the steps of a solve.
+
+    Args:
+        event: positive at the start.
+        running: who has none there, (B,).
+        start: the start, as a step that leads nowhere.
+    """
+
+    def __init__(self, event: Event, running: np.ndarray, start: Within):
+        self.event, self.running, self.found = event, running, start
+        self.progress: Progress | None = None  # of the steps, once they are done
+
+    def values(self, time: np.ndarray, x: Tensor) -> np.ndarray:
+        """The events at times (B,), (B,)."""
+        return numbers(self.event, time, x, self.found.per_sample)
+
+    def see(self, step: Within) -> None:
+        """Notes whose event happens within a step; they no longer run."""
+        taken = self.running & (step.end != step.begin)
+        fired, sure = np.zeros((2, len(taken)), bool)
+        for i, x in enumerate(step.states[1:]):
+            below = taken & (self.values(step.time(i + 1), x) <= 0)
+            step.part = np.where(below & ~fired, i, step.part)
+            fired, sure = fired | below, below & (i == PARTS - 1)  # the end alone is exact
+            if (fired == taken).all():
+                break
+        if (unsure := fired & ~sure).any():
+            step.around = np.where(unsure, step.bracket(self.values, step.part, unsure), np.nan)
+            fired = sure | (unsure & (step.around[2] > 0) & (step.around[3] <= 0))
+        if fired.any():
+            self.found, self.running = self.found.merged(step, fired), self.running & ~fired
+
+    def times(self) -> np.ndarray:
+        """The events' times, (B,), to rounding."""
+        step = self.found
+        within, around = step.begin != step.end, step.around
+        if (unknown := within & np.isnan(around[0])).any():
+            around = np.where(unknown, step.bracket(self.values, step.part, unknown), around)
+        a = np.where(within, around[0], step.begin)
+        b = np.where(within & (around[2] > 0), around[1], a)  # a start that rounding makes 0 is the zero
+        return step.zeros(self.values, np.stack([a, b, *around[2:]]))
+
+
 def solve_to_event(
     func: Callable[..., Any],
     y0: Tensor,
@@ -95,10 +305,12 @@ def solve_to_event(
 ) -> tuple[Tensor, Tensor, Stats]:
     """The event's time (0-D, without gradient), the states at t[0] and there (2, *state), the cost.
 
+    With settings.per_sample each sample has its own event and time, (B,).
+
     Args:
         func: the field of (t, y).
         y0: the state at t[0].
-        t: two times: the start, and one that gives the direction.
+        t: the start and a time that gives the direction, (2,), or each sample's own, (2, B).
         settings: the method and its options.
         event: positive at the start.
         callbacks: told of every step.
@@ -106,14 +318,30 @@ def solve_to_event(
     Raises:
         MaxStepsReached: no event.
     """
-    counted = Evaluations(func)
+    counted, per_sample = Evaluations(func), settings.per_sample
     if isinstance(settings.method, str):
-        time, path = _by_torchdiffeq(counted, y0, t, settings, event, callbacks)
-        return time.detach().to(t.dtype), path, Stats(counted.calls, None, None, None)
-    run = _fixed if settings.fixed else _adaptive
-    time, y, n_steps = run(counted, y0, t, settings.method, settings, event, callbacks)
-    stats = Stats(counted.calls, *n_steps)
-    return torch.tensor(time, dtype=t.dtype, device=t.device), torch.stack([y0, y]), stats
+        return _by_torchdiffeq(counted, y0, t, settings, event, callbacks)
+    if per_sample and (shared := sorted(set(settings.options) & set(SHARED_TIMES))):
+        raise ValueError(f"each sample's own event does not go with the options {shared}, which all share.")
+    batch = len(y0) if per_sample else 1
+    both = np.broadcast_to(np.array(plain(t).tolist()).reshape(2, -1), (2, batch))
+    start, forward = both[0].copy(), 1.0 if (both[1] >= both[0]).all() else -1.0
+    y = y0
+    if moves(t):
+        moved = zero_with_gradient(t[0], y0.dtype.to_real()).to(y0.device)
+        y = y - counted(_column(start, y0, per_sample), y) * as_column(moved, y0, per_sample)
+    at_start = Within(start, start, y, torch.zeros_like(y), y, _step_to(settings.method, counted), per_sample)
+    search = _Search(event, numbers(event, start, y0, per_sample) > 0, at_start)
+    walk = _given if settings.fixed else _controlled
+    for step in walk(settings.method, counted, y, start, forward, settings, callbacks, search):
+        search.see(step)
+    time = search.times()
+    path = torch.stack([y0, search.found.state(time)])
+    zeros = np.zeros(batch, np.int64)
+    stats = (search.progress or Progress(zeros, zeros, zeros + counted.calls, zeros, zeros)).stats()
+    if not per_sample:
+        stats = replace(stats.item(), nfe=counted.calls)
+    return torch.from_numpy(time).to(t.device, t.dtype).reshape(time.shape if per_sample else ()), path, stats
 
 
 def _by_torchdiffeq(
@@ -123,224 +351,122 @@ def _by_torchdiffeq(
     settings: SolveSettings,
     event: Event,
     callbacks: Callbacks | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Stats]:
     if not stops_at_events(str(settings.method)):
         able = [name for name in foreign_methods() if stops_at_events(name)]
         raise ValueError(
             f"{settings.method!r} can't stop at an event; use a method of resode's or {', '.join(able)}."
         )
-    return call_torchdiffeq(counted, y0, t, settings, callbacks, event_fn=event)
+    time, path = call_torchdiffeq(counted, y0, t, settings, callbacks, event_fn=event)
+    return time.detach().to(t.dtype), path, Stats(counted.calls, None, None, None)
 
 
-def _adaptive(
-    counted: Evaluations,
-    y0: Tensor,
-    t: Tensor,
+def _step_to(tableau: ButcherTableau, f: Field) -> Callable[[Within, np.ndarray], Tensor]:
+    """The states at times within steps: the method's own step from the start to them."""
+
+    def exact(step: Within, time: np.ndarray) -> Tensor:
+        size = time - step.begin
+        times = [step.of(step.begin + c * size) for c in tableau.stage_times]
+        h = step.of(size) if step.per_sample else size.item()
+        return step_rule(tableau, step.per_sample)(tableau, f, times, step.x, h, step.k0)[1]
+
+    return exact
+
+
+def _along(grid: Grid, f: Field) -> Callable[[Within, np.ndarray], Tensor]:
+    """The state at a time within a step of a grid: as the grid interpolates."""
+
+    def exact(step: Within, time: np.ndarray) -> Tensor:
+        s, begin, end = (float(a[0]) for a in (time, step.begin, step.end))
+        return grid.between(f, s, begin, step.x, step.k0, end, step.x_end)
+
+    return exact
+
+
+def _controlled(
     tableau: ButcherTableau,
+    counted: Evaluations,
+    y: Tensor,
+    start: np.ndarray,
+    forward: float,
     settings: SolveSettings,
-    event: Event,
     callbacks: Callbacks | None,
-) -> tuple[float, Tensor, tuple[int, int, int]]:
-    control, real = settings.control(y0, callbacks), y0.dtype.to_real()
-    start, forward = float(plain(t)[0]), 1 if t[1] > t[0] else -1
-    y = y0
-    if moves(t):
-        y = y - counted(t[0].detach().to(y0.device, real), y) * zero_with_gradient(t[0], real)
-    if value_of(event, start, y0) <= 0:
-        return start, y, (0, 0, 0)
-    progress = None
-    for times, _, f in segments(counted, np.array([start, forward * math.inf]), settings, real):
-        solve = Adaptive(tableau, f, y, times[0], times[-1], control, progress)
+    search: _Search,
+) -> Iterator[Within]:
+    """Error-controlled steps of the samples that run."""
+    per_sample, control = settings.per_sample, settings.control(y, callbacks)
+    points = np.stack([start, np.where(search.running, forward * math.inf, start)])
+    points = points if per_sample else points[:, 0]
+    for times, _, f in segments(counted, points, settings, y.dtype.to_real()):
+        if not search.running.any():
+            return
+        solve = Adaptive(tableau, f, y, times[0], times[-1], control, search.progress)
         for step in solve.steps():
-            k0, k1 = step.slopes
-            within = Within(step.start.item(), step.end.item(), step.x, k0, step.x_end, k1)
-            at = within.ending(_step_to(tableau, f, within.begin, step.x, k0))
-            if (time := within.first_zero(event, at)) is not None:
-                accepted, rejected = solve.progress.n_accepted.item(), solve.progress.n_rejected.item()
-                return time, at(time), (accepted + rejected, accepted, rejected)
-        y, progress = solve.x, solve.progress
-    raise AssertionError("the last segment has no end")
+            (k0, k1), x_end = step.slopes, step.x_end
+            if per_sample:  # what an attempt that was not taken has led to may be anything
+                took = solve.mask(step.end != step.start)
+                k1, x_end = torch.where(took, k1, 0.0), torch.where(took, x_end, step.x)
+            begin, end = step.start.astype(float), step.end.astype(float)
+            yield Within(begin, end, step.x, k0, x_end, _step_to(tableau, f), per_sample, k1)
+            solve.end = np.where(search.running, solve.end, solve.time)
+        y, search.progress = solve.x, solve.progress
 
 
-def _fixed(
-    counted: Evaluations,
-    y0: Tensor,
-    t: Tensor,
+def _given(
     tableau: ButcherTableau,
+    counted: Evaluations,
+    y: Tensor,
+    start: np.ndarray,
+    forward: float,
     settings: SolveSettings,
-    event: Event,
     callbacks: Callbacks | None,
-) -> tuple[float, Tensor, tuple[int, int, int]]:
+    search: _Search,
+) -> Iterator[Within]:
+    """Steps of a size that is given, of the samples that run."""
     size = settings.step_size if settings.step_size is not None else settings.options.get("step_size")
     if size is None:
         raise ValueError(f"{tableau.name} takes fixed steps: to find an event it needs step_size.")
-    grid: Grid | None = settings.grid()
+    per_sample, grid, h = settings.per_sample, settings.grid(), math.copysign(float(size), forward)
     perturb = bool(settings.options.get("perturb", False))
     callback = None if callbacks is None else callbacks.step
-    begin, direction = plain(t).tolist()
-    start, h = begin, math.copysign(float(size), direction - begin)
-    field = fixed_field(counted, y0, -math.inf, math.inf, False)
-    y, take = y0, step_rule(tableau, False)
-    if moves(t):
-        y = y - field(start, y) * zero_with_gradient(t[0], y0.dtype.to_real())
-    if value_of(event, start, y0) <= 0:
-        return start, y, (0, 0, 0)
-    for n in range(1, settings.max_steps + 1):
-        begin, end = start + (n - 1) * h, start + n * h
-        y1, k0 = one_step(tableau, field, begin, y, h, callback, perturb, take)
-        if not all_finite(y1):
-            raise NonFiniteState(
-                f"the state is infinite or NaN at t={end:.9g}, before an event, with steps of {size:g}: "
-                "take smaller ones, or check the field.",
-                time=end,
-                step_size=float(size),
+    f, take = fixed_field(counted, y, -math.inf, math.inf, per_sample), step_rule(tableau, per_sample)
+    exact = _step_to(tableau, f) if grid is None else _along(grid, f)
+    taken = np.zeros(len(start), np.int64)
+    while search.running.any():
+        i = int(search.running.argmax())
+        begin, who = start + taken * h, f"sample {i}" if per_sample else "they"
+        if taken[i] >= settings.max_steps:
+            raise MaxStepsReached(
+                f"max_steps={settings.max_steps} steps of {abs(h):g} met no event; {who} ended at "
+                f"t={begin[i]:.9g}. Check event_fn's sign and t's direction, take larger steps, or raise "
+                "max_steps.",
+                time=float(begin[i]),
+                step_size=abs(h),
+                sample=i if per_sample else None,
             )
-        within = Within(begin, end, y, k0, y1)
-        at = _along(grid, field, within) if grid else _step_to(tableau, field, begin, y, k0)
-        at = within.ending(at)
-        if (time := within.first_zero(event, at)) is not None:
-            return time, at(time), (n, n, 0)
-        y = y1
-    raise MaxStepsReached(
-        f"max_steps={settings.max_steps} steps of {size:g} met no event; they ended at t={begin + h:.9g}. "
-        "Check event_fn's sign and t's direction, take larger steps, or raise max_steps.",
-        time=begin + h,
-        step_size=float(size),
-    )
-
-
-def between_ends(h: Any, x: Tensor, k0: Tensor, x1: Tensor, k1: Tensor | None) -> list[Tensor]:
-    """The states at the ends of a step's parts, on the polynomial through both ends with their slopes.
-
-    Args:
-        h: the step, signed; a number, or one a sample that broadcasts to x.
-        x: the state at the start.
-        k0: F there.
-        x1: the state at the end.
-        k1: F there, where it is known.
-    """
-    with torch.no_grad():
-        s = torch.arange(1, PARTS, dtype=torch.float64) / PARTS
-        if k1 is None:
-            rows, known = [1 - s**2, s - s**2, s**2], [x, h * k0, x1]
+        taken = taken + search.running
+        end = start + taken * h
+        if per_sample:
+            at: Time = as_column(torch.from_numpy(begin).to(y.device), y, True)  # in the precision of times
+            by: Time = _column(search.running * h, y, True)
         else:
-            rows = [(1 + 2 * s) * (1 - s) ** 2, s * (1 - s) ** 2, s**2 * (3 - 2 * s), s**3 - s**2]
-            known = [x, h * k0, x1, h * k1]
-        inner = torch.stack(rows, 1).to(x) @ torch.stack(known).reshape(len(known), -1)
-        return [x, *inner.reshape(-1, *x.shape), x1]
-
-
-@dataclass
-class Within:
-    """A step, as the search for events within it needs it.
-
-    Args:
-        begin: where it starts.
-        end: where it ends.
-        x: the state at the start.
-        k0: F there.
-        x1: the state at the end.
-        k1: F there, where it is known.
-    """
-
-    begin: float
-    end: float
-    x: Tensor
-    k0: Tensor
-    x1: Tensor
-    k1: Tensor | None = None
-
-    def ending(self, at: Callable[[float], Tensor]) -> Callable[[float], Tensor]:
-        """The states within, `at`, with the step's own at its end."""
-        return lambda time: self.x1 if time == self.end else at(time)
-
-    @cached_property
-    def grid(self) -> list[float]:
-        """The ends of its parts."""
-        size = self.end - self.begin
-        return [*(self.begin + i / PARTS * size for i in range(PARTS)), self.end]
-
-    @cached_property
-    def states(self) -> list[Tensor]:
-        """The states there, roughly between."""
-        return between_ends(self.end - self.begin, self.x, self.k0, self.x1, self.k1)
-
-    def first_zero(self, event: Event, at: Callable[[float], Tensor]) -> float | None:
-        """The first time at which an event, positive at the start, reaches 0; None where it does not.
-
-        Args:
-            event: positive at the start.
-            at: the states within.
-        """
-        for i in range(PARTS):
-            if value_of(event, self.grid[i + 1], self.states[i + 1]) <= 0:
-                if (time := self.zero(event, at, i)) is not None:
-                    return time
-        return None
-
-    def zero(self, event: Event, at: Callable[[float], Tensor], part: int) -> float | None:
-        """Where the event falls to 0, by rough states in a part; None where exact ones have no zero."""
-        a, b = part, part + 1
-
-        def value(time: float) -> float:
-            return value_of(event, time, at(time))
-
-        while (after := value(self.grid[b])) > 0 and b < PARTS:
-            a, b = b, b + 1
-        while (before := value(self.grid[a])) <= 0 and a > 0:
-            a, b, after = a - 1, a, before
-        return root(value, self.grid[a], self.grid[b], before, after) if before > 0 >= after else None
-
-
-def _along(grid: Grid, f: Field, step: Within) -> Callable[[float], Tensor]:
-    """The state at a time within a step of a grid: as the grid interpolates."""
-    return lambda time: grid.between(f, time, step.begin, step.x, step.k0, step.end, step.x1)
-
-
-def _step_to(
-    tableau: ButcherTableau, f: Field, begin: float, x: Tensor, k0: Tensor
-) -> Callable[[float], Tensor]:
-    """The state at a time within a step: the method's own step from the start to it."""
-    take = step_rule(tableau, False)
-
-    def at(time: float) -> Tensor:
-        h = time - begin
-        real = x.dtype.to_real()
-        times = [torch.tensor(begin + c * h, dtype=real, device=x.device) for c in tableau.stage_times]
-        return take(tableau, f, times, x, h, k0)[1]
-
-    return at
-
-
-def value_of(event: Event, time: float, y: Tensor) -> float:
-    """The event's value, without gradient."""
-    with torch.no_grad():
-        c = event(torch.tensor(time, dtype=y.dtype.to_real(), device=y.device), y)
-    if isinstance(c, Tensor):
-        if c.numel() != 1:
-            raise ValueError(
-                f"an event must return one number, got a tensor of shape {tuple(c.shape)}. Give every "
-                "entry an event of its own; odeint_event takes them together."
+            at, by = begin.item(), h
+        x_end, k0 = one_step(tableau, f, at, y, by, callback, perturb, take)
+        if not all_finite(x_end):
+            i = next(i for i, x in enumerate(x_end if per_sample else x_end[None]) if not all_finite(x))
+            raise NonFiniteState(
+                f"the state is infinite or NaN at t={end[i]:.9g}{_which(i, per_sample)}, before an event, "
+                f"with steps of {abs(h):g}: take smaller ones, or check the field.",
+                time=float(end[i]),
+                step_size=abs(h),
+                sample=i if per_sample else None,
             )
-        c = decided(signed(c), "a solve ends where the event's value says")
-        c = c if isinstance(c, int | float) else np.array(c).item()
-    elif isinstance(c, bool):
-        c = 2 * c - 1
-    try:
-        value = float(c)
-    except (TypeError, ValueError):
-        raise TypeError(f"an event must return one number, or yes or no; got {c!r}.") from None
-    if math.isnan(value):
-        raise ValueError(
-            f"event_fn must return numbers, got NaN at t={time:.9g}. Keep it defined past the event."
-        )
-    return value
-
-
-def root(value: Callable[[float], float], a: float, b: float, before: float, after: float) -> float:
-    """A time, to rounding, at which a function that is before > 0 at a and after ≤ 0 at b comes to be ≤ 0."""
-    ends = (np.array([float(s)]) for s in (a, b, before, after))
-    return roots(lambda s: np.array([value(s.item())]), *ends).item()
+        yield Within(begin, end, y, k0, x_end, exact, per_sample)
+        y = x_end
+    zeros, calls, implicit = 0 * taken, taken * (tableau.b_row[-1][0] + 1), None
+    if isinstance(take, ImplicitStep) and taken.any():
+        calls, implicit = take.total_calls + taken, take.total
+    search.progress = Progress(zeros, zeros, calls, taken, zeros, implicit)
 
 
 def roots(

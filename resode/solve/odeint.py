@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from resode.checks import one_of, warn_user
 from resode.solve.compiled import COMPILED_OPTIONS, key_of
 from resode.solve.control import MAX_STEPS
-from resode.solve.events import combined, solve_to_event, with_event_gradient
+from resode.solve.events import from_start, solve_to_event, with_event_gradient
 from resode.solve.gradient import GRADIENTS, Adjoint, WayBack, adjoint_params
 from resode.solve.host import is_transformed
 from resode.solve.native import solve
@@ -31,7 +31,6 @@ from resode.solve.problem import (
     largest_rms,
     leaves_like,
 )
-from resode.solve.sample_events import sample_event, solve_to_own_events
 from resode.tableaus import ButcherTableau
 
 
@@ -293,7 +292,7 @@ def odeint_event(
     leaves, structure = tree_flatten(path)
     last: Any = leaves[0][-1] if isinstance(path, Tensor) else tuple(p[-1] for p in leaves)
     if isinstance(path, Tensor):
-        event = sample_event(event_fn) if per_sample else combined(event_fn, start.detach().to(event_t), y0)
+        event = from_start(event_fn, start.detach().to(event_t), y0, per_sample)
     else:
 
         def on_structure(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -301,7 +300,7 @@ def odeint_event(
 
         given = on_structure(field)
         field = lambda t, parts: tuple(leaves_like(given(t, parts), structure))  # noqa: E731
-        event = combined(on_structure(event_fn), start.detach().to(event_t), tuple(tree_leaves(y0)))
+        event = from_start(on_structure(event_fn), start.detach().to(event_t), tuple(tree_leaves(y0)), False)
     event_t, last = with_event_gradient(field, event, event_t, last, start.expand(event_t.shape))
     ends = (last,) if isinstance(path, Tensor) else last
     leaves = [torch.cat([p[:-1], y[None]]) for p, y in zip(leaves, ends, strict=True)]
@@ -356,8 +355,8 @@ def _odeint(
         settings = replace(settings, compile_for=key_of(func))
     field = (lambda t, y: func(t, y, *args)) if args else func
     event = None
-    if event_fn is not None and not per_sample:
-        event = combined(event_fn, t.detach()[0].to(state.device, state.dtype.to_real()), y0)
+    if event_fn is not None:
+        event = from_start(event_fn, t.detach()[0].to(state.device, state.dtype.to_real()), y0, per_sample)
     if split is not None:
         field = FlatField(field, split)
         settings = _norm_on_tuples(settings, split)
@@ -370,10 +369,8 @@ def _odeint(
             event = on_parts
 
     if adjoint is None:
-        if event_fn is None:
+        if event is None:
             event_t, (path, stats) = None, solve(field, state, t, settings, callbacks)
-        elif event is None:
-            event_t, path, stats = solve_to_own_events(field, state, t, settings, event_fn)
         else:
             event_t, path, stats = solve_to_event(field, state, t, settings, event, callbacks)
     else:
