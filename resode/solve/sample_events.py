@@ -20,13 +20,13 @@ from torch import Tensor
 
 from resode.solve.adaptive import Adaptive
 from resode.solve.dense import Step
-from resode.solve.events import PARTS, Event, between_ends, roots, signed
+from resode.solve.events import ON_VALUES, PARTS, Event, between_ends, roots, signed
 from resode.solve.host import decided, moves, plain
 from resode.solve.implicit.steps import step_rule
 from resode.solve.native import Evaluations, zero_with_gradient
 from resode.solve.options import SolveSettings
 from resode.solve.result import MaxStepsReached, NonFiniteState, Stats
-from resode.solve.step import all_finite
+from resode.solve.step import all_finite, moved_along
 from resode.tableaus import ButcherTableau
 
 
@@ -163,7 +163,7 @@ def numbers(event: Event, time: np.ndarray, x: Tensor) -> np.ndarray:
         ValueError: some are NaN.
     """
     with torch.no_grad():
-        c = np.array(decided(event(column(time, x), x), "a solve ends where the event's value says"), float)
+        c = np.array(decided(event(column(time, x), x), *ON_VALUES), float)
     if np.isnan(c).any():
         i = int(np.isnan(c).nonzero()[0][0])
         raise ValueError(
@@ -200,8 +200,8 @@ def solve_to_own_events(
     start, forward = both[0].copy(), 1.0 if (both[1] >= both[0]).all() else -1.0
     y = y0
     if moves(t):
-        moved = zero_with_gradient(t[0], real).expand(len(y0)).to(y0.device)
-        y = y - counted(column(start, y0), y) * moved.view(-1, *[1] * (y0.ndim - 1))
+        at = column(t[0].expand(len(y0)), y0)
+        y = moved_along(counted, at, y, -zero_with_gradient(at, real))
     event = sample_event(event_fn)
     first = numbers(event, start, y0)
     if not np.isfinite(first).all():
