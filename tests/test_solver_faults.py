@@ -391,6 +391,7 @@ def test_times_are_read_to_their_own_rounding():
     s = solve_ivp(decay, (0, 0.1), torch.ones(1), t_eval=times)
     assert s.y[-1].item() == pytest.approx(math.exp(-0.1), abs=1e-6) and s.t[-1].item() == 0.1
     assert s(times)[-1].item() == pytest.approx(math.exp(-0.1), abs=1e-6)
+    assert solve_ivp(decay, (0, 0.1), torch.ones(1), t_eval=times.numpy()).t[-1].item() == 0.1
     s = solve_ivp(decay, torch.tensor([0.1, 0.7]), torch.ones(1), t_eval=[0.1, 0.7])
     assert s.y[-1].item() == pytest.approx(math.exp(-0.6), abs=1e-6)
     for outside in ([0.0, 0.1 + 1e-9], torch.tensor([0.0, 0.1 + 1e-6])):
@@ -572,10 +573,14 @@ def test_what_the_transforms_do_not_follow_says_so():
 
         with pytest.raises(TypeError, match=f"gradient='{gradient}' has a way back of its own.*'autograd'"):
             grad(end)(ONE)
-    with pytest.raises(TypeError, match="goes by the values of t"):
+    with pytest.raises(TypeError, match=r"goes by the values of t.*shape \(T, B\)"):
         vmap(lambda s: odeint(decay, ONE, torch.stack([0 * s, s]), method="rk4", n_steps=3))(torch.ones(2))
     t = grad(lambda y: odeint_event(decay, y, scalar(0.0), event_fn=lambda t, y: y - 0.5)[0])(ONE)
     assert t.item() == pytest.approx(1, abs=1e-6)  # t = ln(2 y0)
+    with pytest.raises(TypeError, match=r"vmap hides\. Solve the batch in one call.*its own event"):
+        vmap(lambda y: odeint_event(decay, y, scalar(0.0), event_fn=lambda t, y: y - 0.5, **steps("rk4"))[0])(
+            torch.stack([ONE, ONE])
+        )
 
 
 class Field(nn.Module):

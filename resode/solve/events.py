@@ -46,16 +46,19 @@ from resode.solve.native import (
 )
 from resode.solve.options import SolveSettings
 from resode.solve.result import MaxStepsReached, NonFiniteState, Stats
-from resode.solve.step import Field, Time, all_finite
+from resode.solve.step import Field, Time, all_finite, moved_along
 from resode.tableaus import ButcherTableau
 
 Event = Callable[[Tensor, Any], Any]
 """c(t, y), one number, of a 0-D t and the state; or (B,), of t of shape (B, 1, …, 1) and a batch."""
 
+ON_VALUES = (
+    "a solve ends where the event's value says",
+    "Solve the batch in one call: odeint_event with per_sample=True gives each sample its own event.",
+)
+
 PARTS = 8
 """An event's sign is looked at this often within a step."""
-
-_DECIDES = "a solve ends where the event's value says"
 
 
 def from_start(event_fn: Callable[..., Any], t0: Tensor, y0: Any, per_sample: bool) -> Event:
@@ -86,7 +89,7 @@ def from_start(event_fn: Callable[..., Any], t0: Tensor, y0: Any, per_sample: bo
 
     with torch.no_grad():
         first = event(as_column(t0, y0, per_sample), y0)
-    values = np.array(decided(first, _DECIDES), float)
+    values = np.array(decided(first, *ON_VALUES), float)
     if values.size == 0 or not np.isfinite(values).all():
         raise ValueError(
             f"event_fn must be finite and not empty at t[0]; got {values.tolist()} at "
@@ -124,7 +127,7 @@ def numbers(event: Event, time: np.ndarray, y: Tensor, per_sample: bool = False)
                 f"an event must return one number, got a tensor of shape {tuple(c.shape)}. Give every "
                 "entry an event of its own; odeint_event takes them together."
             )
-        c = decided(signed(c), _DECIDES)
+        c = decided(signed(c), *ON_VALUES)
     elif isinstance(c, bool):
         c = 2 * c - 1
     try:
@@ -328,8 +331,9 @@ def solve_to_event(
     start, forward = both[0].copy(), 1.0 if (both[1] >= both[0]).all() else -1.0
     y = y0
     if moves(t):
-        moved = zero_with_gradient(t[0], y0.dtype.to_real()).to(y0.device)
-        y = y - counted(_column(start, y0, per_sample), y) * as_column(moved, y0, per_sample)
+        real = y0.dtype.to_real()
+        at = as_column(t[0].to(y0.device, real), y0, per_sample)
+        y = moved_along(counted, at, y, -zero_with_gradient(at, real))
     at_start = Within(start, start, y, torch.zeros_like(y), y, _step_to(settings.method, counted), per_sample)
     search = _Search(event, numbers(event, start, y0, per_sample) > 0, at_start)
     walk = _given if settings.fixed else _controlled
@@ -550,7 +554,7 @@ class _WithoutGradient(torch.autograd.Function):
 def with_event_gradient(
     func: Callable[..., Any], event: Event, event_t: Tensor, y: Any, start: Tensor
 ) -> tuple[Tensor, Any]:
-    """The event's time and state, as they were, with the gradients of the implicit function.
+    """The event's time and state, as they were, with the implicit function's derivatives to second order.
 
     Args:
         func: the field of (t, y).
@@ -569,6 +573,8 @@ def with_event_gradient(
 
     real = parts[0].dtype.to_real()
     time, began = (s.detach().to(parts[0].device, real) for s in (event_t, start))
+    if not any(map(moves, parts)) and not moves(event(beside(time, parts[0]), y)):
+        return event_t, y  # nobody asks for a gradient, which event_fn need not have
     slope = func(beside(time, parts[0]), y)
     slopes = [d.detach() for d in (slope if isinstance(y, tuple) else (slope,))]
     way = time - began
@@ -589,10 +595,22 @@ def with_event_gradient(
     if still.all():
         return event_t, rebuild(parts)
     at = [p - beside(shift, p) * d for p, d in zip(parts, slopes, strict=True)]
-    change = event(beside(time - shift, parts[0]), rebuild(at))
-    change = torch.where(still, 0.0, (change - change.detach()) / torch.where(still, 1.0, rate))
-    event_t = event_t - change.to(event_t)
-    return event_t, rebuild([p - d * beside(change.to(real), p) for p, d in zip(parts, slopes, strict=True)])
+
+    def moved(time: Tensor, parts: Sequence[Tensor], dt: Tensor) -> Any:
+        """The state dt later, with derivatives to second order in dt: a step of the midpoint rule."""
+        k = slope if isinstance(slope, tuple) else (slope,)
+        half = [p + 0.5 * beside(dt, p) * d for p, d in zip(parts, k, strict=True)]
+        k = func(beside(time + 0.5 * dt, parts[0]), rebuild(half))
+        k = k if isinstance(k, tuple) else (k,)
+        return rebuild([p + beside(dt, p) * d for p, d in zip(parts, k, strict=True)])
+
+    # Newton's method from the event's time, whose steps are 0 and have derivatives: the first is right to
+    # first order in what the solution depends on, the second to second order.
+    dt = torch.zeros_like(time)
+    for state in (lambda dt: rebuild(at), lambda dt: moved(time - shift, at, dt)):
+        change = event(beside(time - shift + dt, parts[0]), state(dt))
+        dt = dt - torch.where(still, 0.0, (change - change.detach()) / torch.where(still, 1.0, rate)).to(dt)
+    return event_t + dt.to(event_t), moved(time, parts, dt)
 
 
 def _rate(
@@ -619,6 +637,13 @@ def _rate(
         value = event(s, rebuild(at))
         if not value.requires_grad:
             return torch.zeros_like(time)
-        rate, *rates = torch.autograd.grad(value.sum(), (s, *at), allow_unused=True, materialize_grads=True)
+        try:
+            rate, *rates = torch.autograd.grad(
+                value.sum(), (s, *at), allow_unused=True, materialize_grads=True
+            )
+        except RuntimeError as error:
+            if "is not implemented" not in str(error):
+                raise
+            return torch.zeros_like(time)  # as heaviside and other jumps, of which torch has no derivative
     along = [(r.conj() * d).real for r, d in zip(rates, slopes, strict=True)]
     return rate.reshape(time.shape) + sum(c.reshape(*time.shape, -1).sum(-1) for c in along)

@@ -24,7 +24,7 @@ from resode.solve.implicit.steps import ImplicitStep, check_implicit, step_rule,
 from resode.solve.options import SolveSettings, tolerances
 from resode.solve.result import NonFiniteState, SolverError, Stats
 from resode.solve.states import States
-from resode.solve.step import Counted, Field, all_finite, as_stage, explicit_step
+from resode.solve.step import Counted, Field, all_finite, as_stage, explicit_step, moved_along
 from resode.stability.multistep import ORDER
 from resode.tableaus import ButcherTableau
 
@@ -302,7 +302,7 @@ def _adaptive(
 
     if moves(t):
         # The steps are held fixed; ∂y/∂t_i = f(t_i, y_i), and moving t_0 moves the start back along f.
-        start = start - field(at(t[0]), start) * moved(t[0])
+        start = moved_along(field, at(t[0]) + moved(t[0]), start, -moved(t[0]))
     times_asked = np.array(plain(t).tolist(), np.float64)
     changes = np.any(times_asked[1:] != times_asked[:-1], axis=tuple(range(1, t.ndim)))
     distinct = times_asked[np.append(True, changes)]
@@ -328,7 +328,7 @@ def _adaptive(
     if len(distinct) < len(t):
         result = result[np.append(0, changes.cumsum()).tolist()]
     if moves(t):
-        result = torch.stack([y + field(at(s), y) * moved(s) for s, y in zip(t, result, strict=True)])
+        result = torch.stack([moved_along(field, at(s), y, moved(s)) for s, y in zip(t, result, strict=True)])
     if progress is None:
         zero = torch.zeros(start.shape[0] if settings.per_sample else 1, dtype=torch.int64)
         stats = Stats(zero + counted.calls, zero, zero, zero)

@@ -70,6 +70,11 @@ def checked_args(args: Any) -> tuple[Any, ...]:
     return tuple(args)
 
 
+OWN_TIMES = (
+    "Solve the batch in one call: t of shape (T, B) with per_sample=True gives each sample its own times."
+)
+
+
 def check_times(t: Any, is_event: bool = False, batch: int | None = None) -> None:
     """Refuses a t that is no monotone, finite, floating vector, or (T, batch) of each sample's own times."""
     if not isinstance(t, Tensor) or not t.is_floating_point():
@@ -90,7 +95,7 @@ def check_times(t: Any, is_event: bool = False, batch: int | None = None) -> Non
         raise ValueError(
             f"with event_fn, t must hold two times, the start and one for the direction; got {len(t)}."
         )
-    times = np.array(decided(t, "the solver goes by the values of t"), np.float64)
+    times = np.array(decided(t, "the solver goes by the values of t", OWN_TIMES), np.float64)
     if not np.isfinite(times).all():
         raise ValueError("t must be finite; it holds an infinity or NaN.")
     steps = np.diff(times, axis=0) if own else np.diff(times)[:, None]
@@ -199,6 +204,11 @@ class FlatField:
             raise ValueError(
                 f"a field must keep the state's shape: got a {type(parts).__name__} of shapes "
                 f"{[tuple(s) for s in self.split.shapes]}, F(x) gave {got}."
+            )
+        if {d.dtype for d in given} != {y.dtype} and not torch.is_autocast_enabled(y.device.type):
+            raise TypeError(  # torch.cat would promote what a single tensor is refused for
+                f"a field must keep the state's dtype: the state is {y.dtype}, F(x) gave "
+                f"{[d.dtype for d in given]}. Convert the field's parameters and constants with .to(x.dtype)."
             )
         return torch.cat([d.reshape(-1) for d in given])
 

@@ -394,8 +394,11 @@ def _span(t_span: Any, endless: bool) -> tuple[float, float]:
 
 
 def as_times(t: Any) -> Tensor:
-    """Times as a tensor without gradient; Python's numbers are float64."""
-    return t.detach() if isinstance(t, Tensor) else torch.as_tensor(np.asarray(t, np.float64))
+    """Times as a tensor without gradient; Python's numbers are float64, numpy's floats what they are."""
+    if isinstance(t, Tensor):
+        return t.detach()
+    given = np.asarray(t)
+    return torch.as_tensor(given if given.dtype in (np.float16, np.float32) else given.astype(np.float64))
 
 
 def inside(t: Tensor, start: float, end: float, coarse: float = 0.0) -> Tensor | None:
