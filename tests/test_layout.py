@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "networks": {"blocks", "fields", "shortcuts", "formulas", "state_dicts"},
     "analysis": {"tableaus", "stability", "jacobian", "solve", "blocks", "formulas"},
     "plots": {"tableaus", "stability"},
+    "explorer": {"tableaus", "stability"},
     "training": {"networks", "analysis", "blocks", "solve", "jacobian", "stability", "tableaus", "plots"},
     "__main__": {"cli"},
 }
