@@ -157,16 +157,17 @@ def test_the_page_fits_every_screen_and_follows_the_keys(tmp_path, width):
     script = f"""
     const frame = document.querySelector('iframe'); frame.width = {width}; wait();
     const e = doc.documentElement;
+    const wide = [...doc.querySelectorAll('section')].filter(s => s.scrollWidth > s.clientWidth).length;
     const key = k => {{ at('plane').dispatchEvent(new page.KeyboardEvent('keydown', {{key: k}})); wait(); }};
     const before = +at('eta-value').value; key('ArrowUp'); const after = +at('eta-value').value;
     const names = []; for (let n = 0; n < 4; n++) {{ key('ArrowRight'); names.push(at('chosen').textContent); }}
     const small = [...doc.querySelectorAll('button,select')].filter(b => b.offsetParent && b.getBoundingClientRect().height < 34).length;
-    done([e.clientWidth, e.scrollWidth, before, after, new Set(names).size, small, doc.title]);"""
+    done([e.clientWidth, e.scrollWidth, before, after, new Set(names).size, small, doc.title, wide]);"""
     page = explorer_page(spectra(3), title=EVIL)
-    inner, scroll, before, after, chosen, small, title = in_page(
+    inner, scroll, before, after, chosen, small, title, wide = in_page(
         page, tmp_path, script, ["--window-size=1700,1000"]
     )
-    assert scroll <= inner <= width
+    assert scroll <= inner <= width and wide == 0
     assert after == pytest.approx(1.02 * before, rel=1e-5) and chosen == 4 and small == 0
     assert title == EVIL, "a title is text"
 

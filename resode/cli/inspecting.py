@@ -212,7 +212,7 @@ def explore(
     elif what is not None or model is not None or weights is not None:
         network, x, _ = _looked_at(what, model, weights, data, data_dir, shape, samples, "cpu")
         spectra, source = _spectra(network, x, names, blocks)
-        title = str(what or model or weights)
+        title = what.name if what is not None else str(model or weights)
     with replacing(output) as path:
         path.write_text(explorer_page(spectra, title=title, source=source, methods=names), encoding="utf-8")
     say(f"page {output}")

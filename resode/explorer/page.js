@@ -407,7 +407,7 @@ function drawAlongAxes() {
   lines.unshift({ x: xs, y: xs.map((x) => (x < 0 ? Math.exp(x) : 1)), colour: css("--flow"), dash: [5, 4] });
   const mode = chosenMode();
   const marks = [];
-  if (mode && (mode.im === 0 || mode.re === 0)) {
+  if (mode && (mode.re === 0 || (mode.im === 0 && mode.re < 0))) {
     const x = mode.im === 0 ? mode.eta * mode.re : Math.abs(mode.eta * mode.im);
     if (Math.abs(x) <= most) marks.push([x, Math.min(2, growth(m, mode.im === 0 ? x : 0, mode.im === 0 ? 0 : x)), css("--ink")]);
   }
@@ -452,7 +452,8 @@ function flowOf(field, mode, dimension, time) {
 
 function drawSeries(seen, flow, eta, field) {
   const end = eta * (seen.length - 1);
-  const edge = 1.3 * Math.max(...flow.map(([v]) => Math.abs(v)), Math.abs(seen[0][0]), 1e-9);
+  const start = Math.abs(seen[0][0]) || 1e-9;
+  const edge = 1.3 * Math.max(start, Math.min(4 * start, Math.max(...flow.map(([v]) => Math.abs(v)))));
   const [low, high] = field.reach || [-edge, edge];
   chart("path", [0, end || 1], [
     { x: flow.map((_, n) => n * end / (flow.length - 1)), y: flow.map(([v]) => v), colour: css("--flow"), dash: [5, 4] },
@@ -461,7 +462,8 @@ function drawSeries(seen, flow, eta, field) {
 }
 
 function drawPlanar(seen, flow, field) {
-  const edge = 1.15 * Math.max(...flow.flat().map(Math.abs), ...seen[0].map(Math.abs));
+  const start = Math.max(...seen[0].map(Math.abs)) || 1e-9;
+  const edge = 1.15 * Math.max(start, Math.min(6 * start, Math.max(...flow.flat().map(Math.abs))));
   const [low, high] = field.reach || [-edge, edge];
   const { clientWidth: w, clientHeight: h } = at("path");
   const wide = (high - low) / 2 * (w / h);

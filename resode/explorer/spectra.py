@@ -54,7 +54,7 @@ def spectra_text(spectra: Iterable[NamedSpectrum]) -> str:
 
 
 def read_spectra(path: str | Path) -> list[NamedSpectrum]:
-    """The eigenvalues of a table of comma-separated values.
+    r"""The eigenvalues of a table of comma-separated values.
 
     Args:
         path: a table with the columns real and imaginary, and block and step where there are several; two
@@ -70,7 +70,7 @@ def read_spectra(path: str | Path) -> list[NamedSpectrum]:
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     _ = Path(folder, "eigenvalues.csv").write_text("real,imaginary\\n-1,2\\n-1,-2\\n")
+        ...     _ = Path(folder, "eigenvalues.csv").write_text("real,imaginary\n-1,2\n-1,-2\n")
         ...     read_spectra(Path(folder, "eigenvalues.csv"))
         [NamedSpectrum(name='eigenvalues', step=1.0, eigenvalues=((-1+2j), (-1-2j)))]
     """
@@ -137,8 +137,8 @@ def _eigenvalues(
     named = [name for name in _PROFILE if f"{name}_real" in head and f"{name}_imag" in head]
     if not named:
         raise ValueError(
-            f"{where.rsplit(' line ', 1)[0]} has the columns {', '.join(head)}: eigenvalues need real and imaginary "
-            "(and block and step where there are several)."
+            f"{where.rsplit(' line ', 1)[0]} has the columns {', '.join(head)}: eigenvalues need "
+            "real and imaginary (and block and step where there are several)."
         )
     values = []
     for name in named:
