@@ -20,7 +20,7 @@ DIRECTIVE = re.compile(r"^\.\. auto(\w+):: (\S+)\n((?:[ \t]+\S.*\n)*)", flags=re
 
 PACKAGES = (
     "resode",
-    *(f"resode.{name}" for name in "analysis blocks fields networks solve stability".split()),
+    *(f"resode.{name}" for name in "analysis blocks explorer fields networks solve stability".split()),
 )
 MODULES = ("resode.plots", "resode.shortcuts")
 TRAINING = "compare data divergence evaluate fit monitor predict processes recipe refining report run"

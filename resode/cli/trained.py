@@ -251,6 +251,7 @@ def _run_stability(
     data_dir: Path | None,
 ) -> None:
     from resode.analysis.steps.block_limits import block_limits
+    from resode.explorer import spectra_of, spectra_text
     from resode.training.evaluate import images_of, load, plain_batches
     from resode.training.files import replacing
 
@@ -308,6 +309,10 @@ def _run_stability(
         with replacing(path) as unfinished:
             plots.group_spectra(groups, methods, unfinished)
         say(f"\nfigure {path}")
+        eigenvalues = path.with_name("eigenvalues.csv")  # what `resode explore` reads
+        with replacing(eigenvalues) as unfinished:
+            unfinished.write_text(spectra_text(spectra_of(groups)), encoding="utf-8")
+        say(f"table  {eigenvalues}")
 
 
 def _verdicts(group: Any, methods: list[str]) -> list[str]:

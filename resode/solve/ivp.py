@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from resode.checks import one_of
+from resode.results import Result
 from resode.solve.control import MAX_STEPS
 from resode.solve.dense import Step, interpolate
 from resode.solve.events import Event, Within, numbers
@@ -24,8 +25,8 @@ from resode.solve.stepping import DenseOutput, Walk, as_times, begin, inside
 from resode.tableaus import ButcherTableau
 
 
-@dataclass
-class Solution:
+@dataclass(repr=False)
+class Solution(Result):
     """What `solve_ivp` gives back.
 
     Args:
@@ -39,6 +40,8 @@ class Solution:
         t_events: for every event the times of its zeros, (E,); None without events.
         y_events: and the states there, (E, *y0.shape).
     """
+
+    _columns = ("t", "y")
 
     t: Tensor
     y: Any

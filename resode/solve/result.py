@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from resode.results import Result
 
-@dataclass
-class Stats:
+
+@dataclass(repr=False)
+class Stats(Result):
     """What a solve cost.
 
     Every entry is an int, or a (B,) int64 tensor when each of B samples has its own step. Steps are

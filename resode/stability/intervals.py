@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from resode.results import Result
 from resode.stability.function import rounding_of, stability_coefficients
 from resode.stability.polynomials import roots_lie_right
 from resode.stability.recurrences import EXACT_UP_TO, RecurrenceRays
@@ -90,7 +91,7 @@ def imaginary_stability_interval(method: str | ButcherTableau) -> float:
 
 
 @dataclass(frozen=True)
-class StabilityProperties:
+class StabilityProperties(Result):
     """What a method's R(z) says of it: a row of the methods' table.
 
     Args:

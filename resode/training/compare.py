@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from resode.networks import NETWORKS
+from resode.results import Result
 from resode.tables import csv_text
 from resode.training.files import DamagedFile, RunError
 from resode.training.folder import RunFolder
@@ -89,8 +90,8 @@ class Configuration:
     nfe: Spread | None = None
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Result):
     """Several configurations side by side.
 
     Args:

@@ -18,6 +18,7 @@ from resode.blocks import ODEBlock, ResidualStack
 from resode.blocks.solving import set_solver, solving_modules
 from resode.checks import check_whole, known, one_of
 from resode.modes import evaluating
+from resode.results import Result
 from resode.training.data import Batches, ImageData, load_data
 from resode.training.data.datasets import DATASETS
 from resode.training.files import RunError, unpack
@@ -30,7 +31,7 @@ EVALUATION_BATCH = 500
 
 
 @dataclass(frozen=True)
-class Score:
+class Score(Result):
     """How a network does on some images.
 
     Args:

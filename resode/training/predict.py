@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from resode.results import Result
 from resode.tables import csv_text
 from resode.training.data import Batches
 from resode.training.data.archives import DataError
@@ -39,8 +40,8 @@ class Prediction:
     probabilities: tuple[float, ...]
 
 
-@dataclass(frozen=True)
-class Predictions:
+@dataclass(frozen=True, repr=False)
+class Predictions(Result):
     """What a network sees in several images.
 
     Args:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from resode.blocks.solving import other_solver, solving_modules
 from resode.checks import lacks_memory
 from resode.modes import evaluating, own_random_state
+from resode.results import Result
 from resode.solve import SolverError
 from resode.tableaus import get_tableau
 from resode.training.data import Batches, ImageData, load_data
@@ -77,8 +78,8 @@ class Summary(TypedDict):
     eval_accuracy: NotRequired[float]
 
 
-@dataclass(frozen=True)
-class Run:
+@dataclass(frozen=True, repr=False)
+class Run(Result):
     """A finished run.
 
     Args:
@@ -94,6 +95,10 @@ class Run:
     recipe: Recipe
     summary: Summary
     metrics: dict[str, list[float]]
+
+    def _table(self) -> dict[str, Any]:
+        """An epoch a row."""
+        return dict(self.metrics)
 
 
 def train(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from resode.analysis.depth.losses import LossFunction, sample_losses
 from resode.jacobian.products import rows
+from resode.results import Result
 
 
 def cosine(a: Tensor, b: Tensor, batch: int) -> Tensor:
@@ -84,8 +85,8 @@ def correction_along(path: Tensor, target: Tensor) -> Tensor:
     return torch.stack([cosine(y - x, t - x, path.shape[1]) for (x, y), t in pairs])
 
 
-@dataclass(frozen=True, eq=False)
-class BoostingAlong:
+@dataclass(frozen=True, eq=False, repr=False)
+class BoostingAlong(Result):
     """What every block of a path does to the prediction z_l = head(x_l).
 
     Args:

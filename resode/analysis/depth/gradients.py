@@ -23,6 +23,7 @@ from resode.jacobian.krylov import KrylovSchur
 from resode.jacobian.lanczos import random_start, singular_values
 from resode.jacobian.linearize import Field, check_field
 from resode.jacobian.products import Combination, JacobianProducts, rows
+from resode.results import Result
 
 
 def loss_gradient_norms(
@@ -104,8 +105,8 @@ def split_gradient(a: Addition, g: Tensor) -> tuple[Tensor, Tensor]:
     return identity, block_products(a, 1).pulled_back(g) - identity
 
 
-@dataclass(frozen=True, eq=False)
-class GradientParts:
+@dataclass(frozen=True, eq=False, repr=False)
+class GradientParts(Result):
     """The gradient at a block's input, by the two ways that it took.
 
     Args:
@@ -225,8 +226,8 @@ def _sum_to(g: Tensor, addend: Tensor) -> Tensor:
     return g if g.shape == addend.shape else g.sum_to_size(addend.shape)
 
 
-@dataclass(frozen=True, eq=False)
-class ProductNorm:
+@dataclass(frozen=True, eq=False, repr=False)
+class ProductNorm(Result):
     r"""The gradient's gain through a whole stack, against what single blocks tell.
 
     Args:
@@ -241,6 +242,8 @@ class ProductNorm:
         radii: ρ(ηJ_l), estimated, shape (batch, L). (1 + ρ)^L bounds the norm for normal J_l only.
         residual: of the norm's singular vectors, relative to it.
     """
+
+    _columns = ("norm", "smallest", "upper", "lower", "plain", "plain_bound")
 
     norm: Tensor
     smallest: Tensor

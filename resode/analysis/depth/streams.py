@@ -22,14 +22,15 @@ from resode.analysis.depth.losses import batch_of
 from resode.analysis.depth.stream_modules import count_and_branch
 from resode.calls import ModuleCall, call, hooked, is_floating, matching, recorded, tensors_in
 from resode.modes import evaluating
+from resode.results import Result
 from resode.tables import csv_text, plain_table, short
 
 _EXACT = 1e-3  # of a mixture, relative; float32 blocks whose streams are nearly alike leave 1e-4
 _APART = 1e-3  # streams closer to one another than this are moved by as much
 
 
-@dataclass(frozen=True, eq=False)
-class StreamProfile:
+@dataclass(frozen=True, eq=False, repr=False)
+class StreamProfile(Result):
     """The mixing of streams, block by block.
 
     Args:
@@ -38,6 +39,8 @@ class StreamProfile:
             averages its streams within itself.
         residue: of each, ‖Y − AX‖/‖Y‖ in the worst position.
     """
+
+    _columns = ("names", "residue")
 
     names: tuple[str, ...]
     mixing: tuple[Tensor, ...] = field(repr=False)
@@ -84,6 +87,9 @@ class StreamProfile:
             strict=True,
         )
         return [[name, a.shape[-1], *numbers] for name, a, *numbers in parts]
+
+    def _headline(self) -> str:
+        return f"{len(self.names)} blocks with several residual streams"
 
     def __str__(self) -> str:
         heads = ["block", "streams", "rows - 1", "columns - 1", "‖product‖", "residue"]
@@ -249,8 +255,8 @@ def _least_squares(x: Tensor, y: Tensor) -> tuple[Tensor, float]:
     return a, left.max().item()
 
 
-@dataclass(frozen=True, eq=False)
-class DepthAttention:
+@dataclass(frozen=True, eq=False, repr=False)
+class DepthAttention(Result):
     """What layers read of all that was before them.
 
     Args:
@@ -259,6 +265,8 @@ class DepthAttention:
             The gain of the direct way from source i to reader j is α_ji.
         residue: of each reader, what is left over of its output, relative, in the worst position.
     """
+
+    _columns = ("names", "residue")
 
     names: tuple[str, ...]
     weights: Tensor

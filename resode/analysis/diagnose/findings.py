@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from resode.analysis.diagnose.measures import BlockMeasures, Measures, NormMeasures, WeightMeasures
+from resode.results import Result
 
 WHOLE = "whole network"
 
@@ -43,7 +44,7 @@ CONSEQUENCES = ("norm-statistics", "dead", "strong-block", "collapse")
 
 
 @dataclass(frozen=True)
-class Finding:
+class Finding(Result):
     """One thing that is wrong.
 
     Args:

@@ -21,6 +21,7 @@ from resode.blocks import ResidualStack
 from resode.blocks.solving import block_name, named_stacks, other_solver
 from resode.calls import call, hooked
 from resode.modes import evaluating
+from resode.results import Result
 from resode.tableaus import get_tableau
 
 INPUTS = 64
@@ -34,7 +35,7 @@ LOSES = 0.45
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Forecast(Result):
     """What the same weights do under another solver.
 
     Args:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from resode.checks import check_number, check_whole
+from resode.results import Result
 from resode.solve.step import rk_step
 from resode.tableaus import ButcherTableau, explicit_tableau
 
 
-@dataclass(frozen=True, eq=False)
-class Bifurcation:
+@dataclass(frozen=True, eq=False, repr=False)
+class Bifurcation(Result):
     """Where orbits settle, by step size.
 
     Args:

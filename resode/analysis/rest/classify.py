@@ -13,6 +13,7 @@ from resode.analysis.rest.fixed_points import SMALL, newton_direction, solver_sl
 from resode.checks import check_number
 from resode.jacobian.linearize import Field, check_field, dense_jacobian
 from resode.jacobian.spectrum import SpectrumOptions, spectrum
+from resode.results import Result
 from resode.stability.function import amplification
 from resode.stability.unstable_rays import Complexes, Floats
 from resode.tableaus import ButcherTableau, get_tableau
@@ -25,8 +26,8 @@ _LEAST = 240  # products with a Jacobian that is not formed: the rightmost eigen
 _SAFETY = 16.0  # times the first-order error: what may make a part of an eigenvalue count as 0
 
 
-@dataclass(frozen=True, eq=False)
-class Classification:
+@dataclass(frozen=True, eq=False, repr=False)
+class Classification(Result):
     """What fixed points are.
 
     Args:

@@ -16,6 +16,7 @@ from resode.analysis.rest.classify import classify
 from resode.analysis.rest.fixed_points import find_fixed_points, find_several_fixed_points
 from resode.checks import check_number, check_whole
 from resode.jacobian.linearize import Field, check_field, dense_jacobian
+from resode.results import Result
 from resode.solve.step import rk_step
 from resode.stability import eigenvalue_step_limit, stability_function
 from resode.tableaus import ButcherTableau, explicit_tableau, get_tableau
@@ -23,8 +24,8 @@ from resode.tableaus import ButcherTableau, explicit_tableau, get_tableau
 _NEAR = 1e-6
 
 
-@dataclass(frozen=True, eq=False)
-class StabilityLoss:
+@dataclass(frozen=True, eq=False, repr=False)
+class StabilityLoss(Result):
     """Where a fixed point or a cycle of a solver's map stops being stable as the step grows.
 
     Args:
@@ -249,8 +250,8 @@ def lyapunov_exponents(
     return torch.where(lost[:, None], torch.nan, total / counted)
 
 
-@dataclass(frozen=True, eq=False)
-class Cobweb:
+@dataclass(frozen=True, eq=False, repr=False)
+class Cobweb(Result):
     """A scalar map, and an orbit of it: `x` and `y` the graph, `orbit` the states, shape (n + 1,)."""
 
     solver: str
@@ -296,8 +297,8 @@ def cobweb(
         return Cobweb(get_tableau(solver).name, step_size, grid[:, 0], step(grid)[:, 0], path)
 
 
-@dataclass(frozen=True, eq=False)
-class PhasePortrait:
+@dataclass(frozen=True, eq=False, repr=False)
+class PhasePortrait(Result):
     """A one- or two-dimensional field on a grid, with its fixed points.
 
     Args:

@@ -17,6 +17,7 @@ import scipy  # whose submodules are loaded when first named
 from resode.checks import check_number, check_whole
 from resode.jacobian.matrices import Matrices, checked_matrices, spectral_norms
 from resode.jacobian.spectrum import matrix_spectrum
+from resode.results import Result
 from resode.stability import stability_coefficients, stability_properties
 from resode.stability.function import stability_product
 from resode.stability.limits import like, plain
@@ -210,8 +211,8 @@ def _below(hermitian: Matrices, slack: float) -> bool:
     return True
 
 
-@dataclass(frozen=True, eq=False)
-class TransientGrowth:
+@dataclass(frozen=True, eq=False, repr=False)
+class TransientGrowth(Result):
     """How powers of one step's matrix grow before they decay.
 
     For a batch, `peak`, `peak_step` and `complete` have the batch's shape and `norms` one more dimension.

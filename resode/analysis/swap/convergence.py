@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from resode.checks import check_whole
+from resode.results import Result
 
 
-@dataclass(frozen=True)
-class DepthConvergence:
+@dataclass(frozen=True, repr=False)
+class DepthConvergence(Result):
     """Errors by depth.
 
     Args:
