@@ -474,11 +474,6 @@ def test_transforms_of_torch_func_are_refused():
         torch.func.grad(value)(times(1.0))
 
 
-def test_compiling_is_without_effect_and_says_so():
-    with pytest.warns(UserWarning, match="radau5, which is implicit"):
-        odeint(lambda t, y: -y, times(1.0), times(0.0, 1.0), method="radau5", compile=True)
-
-
 def test_the_stiff_benchmark_runs_and_radau5_is_beside_scipys():
     """Robertson's problem at 1e-4: an error and a number of steps of the same kind."""
     from tests.benchmarks.stiff import rows

@@ -157,7 +157,7 @@ class _Attempt:
     polynomial: Tensor | None
 
 
-class _NotStuck(Exception):
+class NotStuck(Exception):
     """What was at its smallest step compiled was not so on the host, by a rounding."""
 
 
@@ -194,8 +194,8 @@ def compiled_solve(
     except SolverError:
         raise
     except Exception as error:
-        if not isinstance(error, _NotStuck):
-            _warn_of_eager(error)
+        if not isinstance(error, NotStuck):
+            warn_of_eager(error)
         return adaptive_solve(tableau, f, x, times, control, resume)
     path, calls = _between(solve, passed, outputs, (x, at[0]))
     return [*path, solve.x], replace(solve.progress, nfe=solve.progress.nfe + calls)
@@ -208,12 +208,12 @@ def _attempts(solve: Adaptive, outputs: np.ndarray, key: Any) -> list[_Attempt]:
     device, dtype = x.device, control.dtype
     dense = outputs.shape[-1] > 0
     window = 1 if torch.is_grad_enabled() else WINDOW.get(device.type, 1)
-    run = _compiled(_attempt_of, key, x, tableau, _settings(control), solve.forward, dense, window)
+    run = compiled_for(_attempt_of, key, x, tableau, constants(control), solve.forward, dense, window)
     p = solve.progress
     rows = [solve.time, p.step, *p.errors, np.zeros_like(p.step), p.n_accepted, p.n_rejected]
     state = torch.from_numpy(np.stack(rows).astype(NUMPY[dtype])).to(device)
     end = torch.from_numpy(solve.end).to(device)
-    tolerance = (_tensor(control.rtol, x), _tensor(control.atol, x))
+    tolerance = (as_real(control.rtol, x), as_real(control.atol, x))
     ahead = np.broadcast_to(solve.forward * outputs, (len(solve.time), outputs.shape[-1]))
     ahead = torch.from_numpy(ahead.copy()).to(device)
     calls = tableau.b_row[-1][0] + 1
@@ -241,7 +241,7 @@ def _attempts(solve: Adaptive, outputs: np.ndarray, key: Any) -> list[_Attempt]:
             if stuck or (solve.standstills >= STANDSTILLS).any():
                 _place(solve, was.x, was.k0, was.state, calls)
                 next(solve.steps(), None)  # raises, with the reason
-                raise _NotStuck
+                raise NotStuck
             if failed and window == 1:
                 x, k0 = was.x, was.k0  # so that no infinity enters their graph
         if dense:
@@ -316,12 +316,12 @@ def compiled_steps(key: Any) -> Callable[..., Tensor]:
                     time = torch.as_tensor(begin, dtype=torch.float64, device=x.device)
                     size = torch.as_tensor(h, device=x.device)  # each sample's own in x's dtype, as they come
                     size = size if size.ndim else size.double()
-                    x = _compiled(_steps_of, key, x, tableau, steps)(f, time, x, size)
+                    x = compiled_for(_steps_of, key, x, tableau, steps)(f, time, x, size)
                     done += steps
                     continue
                 except Exception as error:
                     failed = True
-                    _warn_of_eager(error)
+                    warn_of_eager(error)
             x = equal_steps(tableau, f, begin, x, h, n - done)
             done = n
         return x
@@ -340,7 +340,7 @@ def key_of(func: Callable[..., Any]) -> Any:
     return type(func) if code is None else code
 
 
-def _compiled(
+def compiled_for(
     make: Callable[..., Callable[..., Any]], key: Any, x: Tensor, *settings: Any
 ) -> Callable[..., Any]:
     """`make(*settings)`, compiled for states like x, one for each field and each choice of settings."""
@@ -374,7 +374,7 @@ def _hooks(key: Any) -> tuple[int, ...]:
 
 def _guards_of_the_field(guards: Sequence[Any]) -> list[bool]:
     """Which guards to check at a call: not those of our own method and control, which can't change."""
-    return [re.match(r"(tableau|control)(\W|$)", guard.name) is None for guard in guards]
+    return [re.match(r"(tableau|control|rule)(\W|$)", guard.name) is None for guard in guards]
 
 
 def _attempt_of(
@@ -404,16 +404,17 @@ def _steps_of(tableau: ButcherTableau, n: int) -> Callable[..., Any]:
     return run
 
 
-def _settings(control: Control) -> Control:
+def constants(control: Control) -> Control:
     """What is constant in a graph; tolerances are its inputs, the rest plays no part in it."""
     return replace(control, rtol=0.0, atol=0.0, max_steps=1, first_step=None)
 
 
-def _tensor(value: Any, x: Tensor) -> Tensor:
+def as_real(value: Any, x: Tensor) -> Tensor:
     return torch.as_tensor(value, dtype=x.dtype.to_real(), device=x.device)
 
 
-def _warn_of_eager(error: Exception) -> None:
+def warn_of_eager(error: Exception) -> None:
+    """Says that a field is solved without compiling, and why."""
     lines = [line.strip() for line in str(error).split("\n") if line.strip()]
     reason = " ".join(lines[: 2 if len(lines) > 1 and lines[1].startswith("Explanation") else 1])
     warn_user(

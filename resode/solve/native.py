@@ -20,6 +20,7 @@ from resode.solve.diagnosis import explain, number, spectrum
 from resode.solve.fixed import equal_steps, fixed_solve, grid_solve, opened, own_steps, within
 from resode.solve.foreign import foreign_solve
 from resode.solve.host import moves, plain
+from resode.solve.implicit.compiled import compiled_implicit_solve
 from resode.solve.implicit.steps import ImplicitStep, check_implicit, step_rule, steps_by
 from resode.solve.options import SolveSettings, tolerances
 from resode.solve.result import NonFiniteState, SolverError, Stats
@@ -316,7 +317,8 @@ def _adaptive(
             later, progress = checkpointed_solve(tableau, recomputation, f, state, times, control, progress)
         elif settings.compile_for is not None:
             key = settings.compile_for
-            later, progress = compiled_solve(tableau, counted, state, times, control, progress, key)
+            solved = compiled_solve if tableau.explicit else compiled_implicit_solve
+            later, progress = solved(tableau, counted, state, times, control, progress, key)
         else:
             later, progress = adaptive_solve(tableau, f, state, times, control, progress, path)
         state = later.pop()

@@ -418,8 +418,8 @@ def _compiles(settings: SolveSettings, callbacks: Any, event_fn: Any) -> bool:
     """Whether compiled steps can do what is asked; a warning where they can't."""
     known = () if settings.fixed else COMPILED_OPTIONS
     reasons = [f"options[{name!r}]" for name in settings.options if name not in known]
-    if isinstance(settings.method, ButcherTableau) and not settings.method.explicit:
-        reasons.append(f"{settings.method.name}, which is implicit")
+    if isinstance(settings.method, ButcherTableau) and not settings.method.explicit and settings.fixed:
+        reasons.append(f"fixed steps of {settings.method.name}, which is implicit")
     reasons += ["callbacks"] if callbacks is not None else []
     reasons += ["event_fn"] if event_fn is not None else []
     reasons += ["gradient='checkpoint'"] if settings.checkpoint and not settings.fixed else []
