@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import ast
 import functools
+import gc
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import resource
@@ -17,15 +19,18 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
 import pytest
 
-from tests.trust.mutants import PACKAGES, ROOT, STORE, Mutant, sources, statements, test_files
+from tests.trust.mutants import PACKAGES, ROOT, STORE, Mutant, essence, sources, statements, test_files
 
 SLOWEST = 6.0  # seconds: a test that takes longer is none for mutants
+TOLD = os.fdopen(os.dup(1), "w")  # what is printed, also by forks whose own output goes to a file
 MEMORY = 16 << 30  # bytes of address space
 Lines = dict[str, list[int]]
 
@@ -140,18 +145,11 @@ def chosen(mutant: Mutant, charts: dict[str, dict[str, Any]], budget: float) -> 
     A statement that is executed by the import (a table, a default) is everybody's: first come the tests that execute
     other lines of its module, then all.
     """
-    table = statements(ast.parse((ROOT / mutant.module).read_text()))
-    first, last, _ = table.get(mutant.line, (mutant.line, mutant.line, ""))
-    span = set(range(first, last + 1))
-
-    def meets(lines: Lines) -> bool:
-        return not span.isdisjoint(lines.get(mutant.module, ()))
-
     ranked = []
     for place, (name, found) in enumerate(charts.items()):
-        imported, shared = meets(found["import"]), meets(found["shared"])
+        imported, shared = _meets(mutant, found["import"]), _meets(mutant, found["shared"])
         for test, what in found["tests"].items():
-            if meets(what["lines"]) or shared:
+            if shared or _meets(mutant, what["lines"]):
                 ranked.append((0, what["seconds"], place, name, test))
             elif imported:
                 ranked.append((1 + (mutant.module not in what["lines"]), what["seconds"], place, name, test))
@@ -165,16 +163,133 @@ def chosen(mutant: Mutant, charts: dict[str, dict[str, Any]], budget: float) -> 
     return dict(sorted(picked.items(), key=lambda item: (sum(item[1].values()) / len(item[1]), item[0])))
 
 
-def judge(
-    mutant: Mutant, code: str | None, charts: dict[str, dict[str, Any]], budget: float
-) -> dict[str, Any]:
-    """killed (and by which test), timed out, survived, or no test."""
-    tests = chosen(mutant, charts, budget)
-    if not tests:
-        return {"status": "no test"}
-    count, seconds = sum(map(len, tests.values())), sum(sum(times.values()) for times in tests.values())
-    outcome = fork(lambda: _tried(mutant, code, tests), 120 + 20 * seconds)
-    return {"tests": count, "clean": round(seconds, 2), **outcome}
+@functools.cache
+def _statements(module: str) -> dict[int, tuple[int, int, str]]:
+    return statements(ast.parse((ROOT / module).read_text()))
+
+
+def _meets(mutant: Mutant, lines: Lines) -> bool:
+    """Whether the mutated statement is among the lines."""
+    first, last, _ = _statements(mutant.module).get(mutant.line, (mutant.line, mutant.line, ""))
+    return any(first <= line <= last for line in lines.get(mutant.module, ()))
+
+
+def run(package: str, mutants: list[Mutant], budget: float, file: Path) -> None:
+    """Appends a row for each mutant to a file: killed (and by which test), timed out, survived, or no test.
+
+    Where no test file's import executes the mutated statement, one process has imported them all, and each of its
+    forks exchanges the code of the functions; the others import the mutated source.
+    """
+    charts = chart(package) if mutants else {}
+    tests = {mutant.name: chosen(mutant, charts, budget) for mutant in mutants}
+
+    def put(mutant: Mutant, begun: float, outcome: dict[str, Any]) -> None:
+        times = [seconds for chosen in tests[mutant.name].values() for seconds in chosen.values()]
+        row = {"tests": len(times), "clean": round(sum(times), 2), "seconds": round(time.time() - begun, 1)}
+        row = {**asdict(mutant), **row, **outcome}
+        del row["code"]
+        with file.open("a") as out:
+            out.write(json.dumps(row) + "\n")
+        print(mutant.name, row["status"], row["seconds"], "s", row.get("by", "")[:150], file=TOLD, flush=True)
+
+    for mutant in mutants:
+        if not tests[mutant.name]:
+            put(mutant, time.time(), {"status": "no test"})
+    left = [mutant for mutant in mutants if tests[mutant.name]]
+    quick = [mutant for mutant in left if not any(_meets(mutant, c["import"]) for c in charts.values())]
+    files = list(dict.fromkeys(name for mutant in quick for name in tests[mutant.name]))
+    if quick:
+        done = fork(lambda: _served(files, quick, tests, put), 36000)
+        if done.get("status") != "served":
+            raise RuntimeError(str(done))
+        left = [mutant for mutant in left if mutant not in quick or mutant.name in done["refused"]]
+    for mutant in left:
+        begun, wanted = time.time(), tests[mutant.name]
+        limit = 120 + 20 * sum(sum(times.values()) for times in wanted.values())
+        put(mutant, begun, fork(lambda mutant=mutant, wanted=wanted: _tried(mutant, wanted), limit))
+
+
+def _served(files: list[str], mutants: list[Mutant], tests: dict, put: Callable) -> dict[str, Any]:
+    """Imports the test files once, then a fork for each mutant. In a fork."""
+    server = Server(mutants, tests, put)
+    end = pytest.main([*files, *QUIET], plugins=[server])
+    if end != pytest.ExitCode.OK:
+        raise RuntimeError(f"pytest ended with {end!r}")
+    return {"status": "served", "refused": server.refused}
+
+
+class Server:
+    """A plugin of pytest that collects the tests, and runs them for each mutant in a fork."""
+
+    def __init__(self, mutants: list[Mutant], tests: dict, put: Callable) -> None:
+        self.mutants, self.tests, self.put = mutants, tests, put
+        self.refused: list[str] = []
+        self.by = ""
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed and not self.by:
+            self.by = report.nodeid
+
+    def pytest_runtestloop(self, session):
+        items = {item.nodeid: item for item in session.items}
+        live: dict[CodeType, list[FunctionType]] = {}
+        for thing in gc.get_objects():
+            if type(thing) is FunctionType and thing.__code__.co_filename.startswith(str(ROOT / "resode")):
+                live.setdefault(thing.__code__, []).append(thing)
+        gc.freeze()
+        for mutant in self.mutants:
+            begun = time.time()
+            changes = _changes(mutant, live) if mutant.code else []
+            if changes is None:
+                self.refused.append(mutant.name)
+                continue
+            times = {test: s for chosen in self.tests[mutant.name].values() for test, s in chosen.items()}
+            limit = 120 + 20 * sum(times.values())
+            chosen = [(items[test], times[test]) for test in sorted(times, key=times.__getitem__)]
+            self.put(mutant, begun, fork(lambda c=chosen, e=changes: self.tried(c, e), limit))
+        return True
+
+    def tried(self, chosen: list, changes: list[tuple[FunctionType, CodeType]]) -> dict[str, Any]:
+        for function, code in changes:
+            function.__code__ = code
+        _limit_memory()
+        for (item, seconds), following in itertools.zip_longest(chosen, chosen[1:]):
+            signal.setitimer(signal.ITIMER_PROF, 10 + 8 * seconds)
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following and following[0])
+            if self.by:
+                return {"status": "killed", "by": self.by}
+        return {"status": "survived"}
+
+
+def _changes(mutant: Mutant, live: dict[CodeType, list[FunctionType]]) -> list[tuple] | None:
+    """The functions whose code the mutant changes, with their new code; None where that is not all of the change."""
+    path = str(ROOT / mutant.module)
+
+    def parts(code: CodeType) -> list[CodeType]:
+        return [const for const in code.co_consts if isinstance(const, CodeType)]
+
+    def shell(code: CodeType) -> tuple:
+        *first, constants = essence(code)
+        return (*first, [const for const in constants if isinstance(const[0], str)])
+
+    def compare(old: CodeType, new: CodeType) -> list[tuple] | None:
+        if essence(old) == essence(new):
+            return []
+        if old in live and old.co_freevars == new.co_freevars:
+            return [(function, new) for function in live[old]]
+        if len(parts(old)) != len(parts(new)):
+            return None
+        inner = [compare(*pair) for pair in zip(parts(old), parts(new), strict=True)]
+        own = shell(old) == shell(new)  # of a module or a class: its functions alone may differ
+        return [change for found in inner for change in found or ()] if own and None not in inner else None
+
+    sources = ((ROOT / mutant.module).read_text(), mutant.code)
+    return compare(*(compile(source, path, "exec", dont_inherit=True) for source in sources)) or None
+
+
+def _limit_memory() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends this process, also within a long call
 
 
 class Chosen:
@@ -202,13 +317,11 @@ class Chosen:
             self.by = f"{report.nodeid} (import)"
 
 
-def _tried(mutant: Mutant, code: str | None, tests: dict[str, dict[str, float]]) -> dict[str, Any]:
+def _tried(mutant: Mutant, tests: dict[str, dict[str, float]]) -> dict[str, Any]:
     """Runs tests on the mutated source. In a fork."""
-    if code is not None:
-        sys.meta_path.insert(0, Mutated(mutant.module, code))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends this process, also within a long call
-
+    if mutant.code:
+        sys.meta_path.insert(0, Mutated(mutant.module, mutant.code))
+    _limit_memory()
     for name, seconds in tests.items():
         signal.setitimer(signal.ITIMER_PROF, 60)  # to import the test file
         end = pytest.main([name, "-x", *QUIET], plugins=[plugin := Chosen(seconds)])
@@ -246,7 +359,7 @@ def fork(work: Callable[[], dict[str, Any]], limit: float) -> dict[str, Any]:
     """The result of `work` in a fork of this process: killed where the fork dies, timed out where it takes too long."""
     warm_up()
     STORE.mkdir(exist_ok=True)
-    answer, log = STORE / f"answer.{os.getpid()}", STORE / f"output.{os.getpid()}"
+    answer, log = (STORE / f"{name}.{os.getpid()}" for name in ("answer", "output"))
     answer.unlink(missing_ok=True)
     child = os.fork()
     if not child:

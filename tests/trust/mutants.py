@@ -19,15 +19,14 @@ import argparse
 import ast
 import hashlib
 import json
-import random
 import re
 import sys
-import time
 import tomllib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from math import sqrt
 from pathlib import Path
+from types import CodeType
 
 ROOT = Path(__file__).resolve().parents[2]
 STORE = ROOT / ".mutants"
@@ -62,6 +61,7 @@ class Mutant:
     line: int
     before: str
     after: str
+    code: str = ""  # the module's source with the change
 
 
 def sources(package: str) -> list[Path]:
@@ -165,13 +165,30 @@ def mutated(mutant: Mutant) -> str | None:
     return None if same else code
 
 
-def _bytecode(source: str):
-    return compile(source, "module", "exec", dont_inherit=True)
+def essence(code: CodeType) -> tuple:
+    """What the compiler makes of a source, without the places in it; last the constants, with the code in them."""
+    constants = [
+        essence(c) if isinstance(c, CodeType) else (type(c).__name__, repr(c)) for c in code.co_consts
+    ]
+    names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
+    return (code.co_code, code.co_flags, code.co_exceptiontable, *names, tuple(constants))
+
+
+def _bytecode(source: str) -> tuple:
+    return essence(compile(source, "module", "exec", dont_inherit=True))
 
 
 def draw(package: str, count: int, seed: int) -> list[Mutant]:
-    """`count` mutants at different places, each place as likely as any other."""
+    """`count` mutants at different places, each place as likely as any other; kept, as it takes a while."""
+    text = "".join(path.read_text() for path in (*sources(package), Path(__file__)))
+    kept = STORE / f"{package}.{count}.{seed}.{hashlib.sha256(text.encode()).hexdigest()[:12]}.draw.json"
+    if not kept.exists():
+        drawn = _drawn(package, count, seed)
+        kept.write_text(json.dumps([asdict(mutant) for mutant in drawn]))
+    return [Mutant(**row) for row in json.loads(kept.read_text())]
 
+
+def _drawn(package: str, count: int, seed: int) -> list[Mutant]:
     def order(*words: object) -> str:
         return hashlib.sha256("|".join(map(str, (seed, *words))).encode()).hexdigest()
 
@@ -184,8 +201,9 @@ def draw(package: str, count: int, seed: int) -> list[Mutant]:
             code = mutated(mutant)
             if code is not None and (key := (mutant.module, _bytecode(code))) not in seen:
                 seen.add(key)
-                lines = code.splitlines()
-                drawn.append(Mutant(**{**asdict(mutant), "after": lines[mutant.line - 1].strip()}))
+                pairs = zip((ROOT / mutant.module).read_text().splitlines(), code.splitlines(), strict=False)
+                before, after = next((old, new) for old, new in pairs if old != new)
+                drawn.append(replace(mutant, before=before.strip(), after=after.strip(), code=code))
                 break
         if len(drawn) == count:
             break
@@ -257,32 +275,22 @@ def main() -> None:
 
 
 def campaign(package: str, drawn: list[Mutant], options: argparse.Namespace) -> None:
+    """Runs what has no result yet, or is asked for again, and writes each result as it comes."""
     from tests.trust import mutant_runs as runs
 
-    chart = runs.chart(package)
-    results = stored(package)
-    again = ("survived", "no test") if options.retry else ()
-    with (STORE / (f"{package}.control.jsonl" if options.control else f"{package}.jsonl")).open("a") as out:
-        for place, mutant in enumerate(drawn, 1):
-            known = results.get(mutant.name)
-            if options.only and not mutant.name.startswith(options.only):
-                continue
-            if known and known["status"] not in again and not options.only and not options.control:
-                continue
-            if mutant.name in equivalents() and known and not options.only:
-                continue
-            begun = time.time()
-            row = runs.judge(mutant, None if options.control else mutated(mutant), chart, options.budget)
-            row = {**asdict(mutant), **row, "seconds": round(time.time() - begun, 1)}
-            out.write(json.dumps(row) + "\n")
-            out.flush()
-            print(
-                f"{place}/{len(drawn)} {mutant.name} {row['status']} {row['seconds']} s {row.get('by', '')}",
-                flush=True,
-            )
+    known = stored(package)
+    if options.control:  # the original for every mutant: a test that fails has no say
+        todo = [replace(mutant, code="") for mutant in drawn]
+    elif options.only:
+        todo = [mutant for mutant in drawn if mutant.name.startswith(options.only)]
+    else:
+        again = ("survived", "no test") if options.retry else ()
+        todo = [m for m in drawn if m.name not in known or known[m.name]["status"] in again]
+        todo = [m for m in todo if m.name not in known or m.name not in equivalents()]
+    file = STORE / (f"{package}.control.jsonl" if options.control else f"{package}.jsonl")
+    runs.run(package, todo, options.budget, file)
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    random.seed(0)
     main()
