@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test bench docs linkcheck clean
+.PHONY: demo test bench mutants docs linkcheck clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -22,6 +22,13 @@ test: $(STAMP)
 bench: $(STAMP) .bench/.installed
 	PYTHONPATH=.bench/peers $(BIN)/python -m tests.benchmarks.speed --growth --diffrax .bench/diffrax/bin/python \
 	  --json .bench/speed.json --figure .bench/work_precision.png
+
+mutants: .venv/.mutants
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.trust.mutants all --count 200
+
+.venv/.mutants: constraints.txt $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,mutants]'
+	touch $@
 
 docs: .venv/.docs
 	$(BIN)/sphinx-build -W --keep-going docs docs/_build/html
@@ -46,4 +53,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf .venv .bench runs .pytest_cache .ruff_cache build dist docs/_build docs/_generated docs/gallery
+	rm -rf .venv .bench .mutants runs .pytest_cache .ruff_cache build dist docs/_build docs/_generated docs/gallery

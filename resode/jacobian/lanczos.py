@@ -137,11 +137,14 @@ def singular_values(
         betas.append(beta)
         if len(left) >= u.shape[1]:
             break
-    bidiagonal = torch.diag_embed(torch.stack(alphas, 1))
-    if len(betas) > 1:
-        bidiagonal = bidiagonal + torch.diag_embed(torch.stack(betas[:-1], 1), offset=1)
-    vectors, values, _ = torch.linalg.svd(bidiagonal)
-    return values, betas[-1][:, None].abs() * vectors[:, -1].abs()
+    # UᵀA = B (v_1 … v_{k+1})ᵀ with α on B's diagonal and β above it.
+    bidiagonal = torch.nn.functional.pad(torch.diag_embed(torch.stack(alphas, 1)), (0, 1))
+    bidiagonal = bidiagonal + torch.diag_embed(torch.stack(betas, 1), offset=1)[:, :-1]
+    if len(left) == left[0].shape[1]:  # no row of A is left: B has its singular values
+        values = torch.linalg.svdvals(bidiagonal)
+        return values, torch.zeros_like(values)
+    vectors, values, _ = torch.linalg.svd(bidiagonal[..., :-1])
+    return values, betas[-1][:, None] * vectors[:, -1].abs()
 
 
 def _orthogonal(w: Tensor, basis: list[Tensor]) -> tuple[Tensor, Tensor]:
