@@ -165,8 +165,9 @@ def test_companion_loss_by_hand():
     assert torch.equal(logits, model(x))
     y, losses = x, []
     for group, companion in zip(model.layers, model.companions, strict=True):
-        first = group[0](y)
-        losses.append(by_hand(F.linear(first.flatten(1), companion.weight, companion.bias), labels))
+        first = group[0](y).flatten(1)
+        scores = F.linear(first / first.shape[1] ** 0.5, companion.weight, companion.bias)
+        losses.append(by_hand(scores, labels))
         y = group(y)
     assert max(losses) > 2.0
     assert loss.item() == pytest.approx(0.3 * 0.75 * sum(max(0.0, v - 2.0) for v in losses), rel=1e-5)

@@ -5,7 +5,7 @@
     python -m tests.benchmarks.table --out FOLDER --store
 
 One recipe for all: `fast` without its moving average, so that an epoch's figures are those of one network. The networks
-without shortcuts, that were published before batch norm, get one (option norm=batch): at this learning rate they diverge
+without shortcuts, that were published before batch norm, get one (option norm=batch): at this learning rate some of them diverge
 without. A run is a folder FOLDER/NAME-eEPOCHS-sSEED; stopped at any moment, the same command goes on where it was, and finished
 runs are not repeated. After every epoch the training error (clean training images, in evaluation mode) and the test error are
 written to FOLDER/errors.csv. --store puts these into docs/results/ and the table into docs/published-table.md.
