@@ -168,6 +168,22 @@ def test_methods_lists_all():
     assert rows[1 + list(METHODS).index("gauss4")][3] == "implicit, fixed steps"
 
 
+def test_models_prints_a_networks_groups():
+    output = resode("models", "resnet50").output
+    assert re.search(r"layer3\s+14×14\s+1024\s+6\s+7,098,368\s+1,464,336,384", output)
+    assert re.search(r"all\s+1000\s+16\s+25,557,032\s+4,089,184,256", output)
+    output = resode("models", "maxout", "--image-size", "8", "--option", "in_channels=1").output
+    assert "a sample is 1×8×8" in output
+    for arguments, message in (
+        (["models", "resnet21"], "6n + 2"),
+        (["models", "resnet20", "--option", "widht=3"], "Did you mean width"),
+        (["models", "--image-size", "8"], "name it"),
+        (["models", "maxout", "--image-size", "7"], "below 8×8"),
+    ):
+        result = resode(*arguments)
+        assert result.exit_code == 2 and message in " ".join(result.output.split())
+
+
 def test_models_lists_parameters():
     output = resode("models").output
     assert re.search(r"^resnet1202 +19,421,274 ", output, re.MULTILINE)

@@ -88,7 +88,7 @@ def train(
     flags = {name: value for name, value in names.items() if value is not None} | recipe_settings(chosen)
     if download:
         flags["download"] = True
-    settings = _settings(flags, _model_options(option, solver, substeps), config)
+    settings = _settings(flags, model_options(option, solver, substeps), config)
 
     from resode.training.monitor import FILE, StepLimits, TensorBoard
     from resode.training.run import train as train_network
@@ -179,7 +179,9 @@ def own_model(name: str | None) -> Any:
     return found
 
 
-def _model_options(pairs: list[str] | None, solver: str | None, substeps: int | None) -> dict[str, Any]:
+def model_options(
+    pairs: list[str] | None, solver: str | None = None, substeps: int | None = None
+) -> dict[str, Any]:
     """Options of the network, from NAME=VALUE and the flags that have names of their own."""
     options: dict[str, Any] = {}
     for pair in pairs or []:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from resode.blocks.solving import other_solver, solving_modules
 from resode.checks import lacks_memory
 from resode.modes import evaluating, own_random_state
+from resode.networks import find
 from resode.results import Result
 from resode.solve import SolverError
 from resode.tableaus import get_tableau
@@ -271,7 +272,7 @@ def _prepared(asked: _Request, data: ImageData) -> _Job:
     torch.manual_seed(plan.recipe.seed)
     options = dict(plan.options)
     if isinstance(plan.model, str):
-        options = {"in_channels": data.train_images.shape[1], "num_classes": len(data.classes)} | options
+        options = _of_images(plan.model, data) | options
     network = make_network(plan.model, options).to(device)
     recipe = resolve(plan.recipe, data, network, device)
     if recipe.channels_last:
@@ -284,6 +285,15 @@ def _prepared(asked: _Request, data: ImageData) -> _Job:
         )
     training, held_out = _batches(data, recipe, device, asked.processes)
     return _Job(asked, data, network, options, recipe, training, held_out)
+
+
+def _of_images(name: str, data: ImageData) -> dict[str, int]:
+    """The options of a network by name that the images decide."""
+    channels, height, width = data.train_images.shape[1:]
+    options = {"in_channels": channels, "num_classes": len(data.classes)}
+    if "image_size" in find(name).options and height == width:
+        options["image_size"] = height
+    return options
 
 
 def _check_job(job: _Job) -> None:
