@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from resode.training.compare import compare
     from resode.training.evaluate import load
     from resode.training.run import train
+    from resode.training.sweep import sweep
 
 __version__ = "0.1.0"
 
@@ -77,6 +78,7 @@ _LAZY = {
     "resode.training.compare": ("compare",),
     "resode.training.evaluate": ("load",),
     "resode.training.run": ("train",),
+    "resode.training.sweep": ("sweep",),
 }
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 _ROOMS = ("analysis", "fields", "networks", "plots", "shortcuts", "training")
@@ -131,6 +133,7 @@ __all__ = [
     "step_limit",
     "steps",
     "swap_report",
+    "sweep",
     "train",
 ]
 

@@ -31,9 +31,10 @@ from resode.training.evaluate import calibration_batches, load, plain_batches, s
 from resode.training.evaluate import evaluate as evaluate_run
 from resode.training.files import DamagedFile, RunError, pack, read_yaml, unpack, write_atomically
 from resode.training.folder import FolderTaken, NoSuchRun, RunFolder
-from resode.training.loop import Interrupted, interruption
+from resode.training.loop import Interrupted
 from resode.training.monitor import StepLimits
 from resode.training.plan import Plan, choose_device, choose_precision, resolve
+from resode.training.processes import interruption
 from resode.training.recipe import RECIPES, make_recipe
 from resode.training.run import train
 from resode.training.task import ClassificationTask

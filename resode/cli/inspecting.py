@@ -267,6 +267,12 @@ def compare(
 
     folder = _writable(out or Path())
     found = compare_runs(runs)
+    print_comparison(found)
+    store(folder, "compare", found)
+
+
+def print_comparison(found: Any) -> None:
+    """The table of several runs, and what its reader must know."""
     columns = ["configuration", "runs", "epoch", "parameters", "test err %", "train err %"]
     columns += ["seconds", "images/s", "F calls"]
     rows = [
@@ -293,7 +299,6 @@ def compare(
         say()
     for note in found.notes:
         say(note)
-    store(folder, "compare", found)
 
 
 def _spread(value: Any, form: str, times: float = 1, mean: bool = False) -> str:

@@ -88,7 +88,7 @@ def train(
     flags = {name: value for name, value in names.items() if value is not None} | recipe_settings(chosen)
     if download:
         flags["download"] = True
-    settings = _settings(flags, model_options(option, solver, substeps), config)
+    settings = chosen_settings(flags, network_options(option, solver, substeps), config)
 
     from resode.training.monitor import FILE, StepLimits, TensorBoard
     from resode.training.run import train as train_network
@@ -98,9 +98,14 @@ def train(
     train_network(resume=resume, run_dir=run_dir, progress=not quiet, **settings)
 
 
-def _settings(flags: dict[str, Any], options: dict[str, Any], config: Path | None) -> dict[str, Any]:
-    """What `resode.train` is called with: the settings of a file, and the flags over them."""
-    stored = {} if config is None else _read(config, flags)
+def chosen_settings(
+    flags: dict[str, Any], options: dict[str, Any], config: Path | None, *, grid: bool = False
+) -> dict[str, Any]:
+    """What `resode.train` is called with: the settings of a file, and the flags over them.
+
+    A file with a grid may hold what a sweep does besides, and options of the network among its settings.
+    """
+    stored = {} if config is None else _read(config, flags, grid)
     options = stored.pop("model_options", {}) | options
     for given, other in (("epochs", "updates"), ("updates", "epochs")):
         if given in flags:
@@ -117,7 +122,7 @@ _KINDS = {"model": str, "data": str, "data_dir": str, "download": bool, "device"
 _STORED = [*_KINDS, "model_options", "solver", "substeps", *SETTINGS]
 
 
-def _read(config: Path, flags: dict[str, Any]) -> dict[str, Any]:
+def _read(config: Path, flags: dict[str, Any], grid: bool) -> dict[str, Any]:
     """The settings in a file: a few of one's own, or all of a run's config.yaml."""
     from resode.training.files import read_yaml
     from resode.training.folder import check_format
@@ -129,7 +134,7 @@ def _read(config: Path, flags: dict[str, Any]) -> dict[str, Any]:
     record = stored.pop("record", None)
     if not isinstance(record, dict | None):
         raise ValueError(f"{config}: record is what a run stores about itself, got {record!r}. Leave it out.")
-    for name in stored:
+    for name in () if grid else stored:
         known("setting", name, _STORED, f"{config}: ")
     for name, kind in _KINDS.items():
         if stored.get(name) is None:
@@ -179,26 +184,16 @@ def own_model(name: str | None) -> Any:
     return found
 
 
-def model_options(
+def network_options(
     pairs: list[str] | None, solver: str | None = None, substeps: int | None = None
 ) -> dict[str, Any]:
     """Options of the network, from NAME=VALUE and the flags that have names of their own."""
+    from resode.training.sweep.grid import plain_value
+
     options: dict[str, Any] = {}
     for pair in pairs or []:
         name, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"--option takes NAME=VALUE, got {pair!r}. For example --option shortcut=B.")
-        options[name] = _value(value)
+        options[name] = plain_value(value)
     return options | {k: v for k, v in (("solver", solver), ("substeps", substeps)) if v is not None}
-
-
-def _value(text: str) -> Any:
-    """A number, True or False where the text is one, else the text."""
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text

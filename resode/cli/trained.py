@@ -11,7 +11,7 @@ import typer
 
 from resode.checks import did_you_mean, known
 from resode.cli.terminal import command, figures_of, flag, say, separated, store, table
-from resode.cli.train import model_options, own_model
+from resode.cli.train import network_options, own_model
 from resode.solve.options import EXPLICIT
 from resode.tableaus import METHODS, MOST_STAGES, ON_DEMAND, get_tableau, on_demand
 from resode.tables import short, short_complex
@@ -418,7 +418,7 @@ def models(
     from resode.networks import FAMILIES, NETWORKS
 
     if name is not None:
-        return _groups(name, model_options(option), image_size)
+        return _groups(name, network_options(option), image_size)
     if option or image_size is not None:
         raise ValueError("--option and --image-size are of one network: name it, resode models resnet50.")
     rows = [

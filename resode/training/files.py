@@ -129,14 +129,24 @@ def read_json(text: str, path: str | Path) -> Any:
         raise DamagedFile(f"{path} is no sound JSON file: {error}.") from error
 
 
+_INT = "tag:yaml.org,2002:int"
+_PLAIN_INT = re.compile(r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]+|0|[1-9][0-9_]*)$")
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number, as everyone writes it."""
+    """YAML in which 1e-4 is a number, as everyone writes it, and 1:10 is text, not 70 in base 60."""
 
 
 # add_implicit_resolver copies the parent's table first, so SafeLoader stays as it was.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
+
+
+for _first, _kinds in _Loader.yaml_implicit_resolvers.items():
+    _Loader.yaml_implicit_resolvers[_first] = [
+        (tag, _PLAIN_INT if tag == _INT else pattern) for tag, pattern in _kinds
+    ]
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

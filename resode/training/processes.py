@@ -11,6 +11,8 @@ import functools
 import itertools
 import os
 import re
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,6 +40,19 @@ class LostProcess(RunError):
             "another process of this run ended, so this one stops too; the last checkpoint is sound. "
             f"Go on with --resume and as many processes as before, or fewer. ({first})"
         )
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was asked to stop, and has saved where it was.
+
+    Args:
+        message: what was saved, and how to go on.
+        signum: the signal that asked.
+    """
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.signum = signum
 
 
 class FailedElsewhere(RunError):
@@ -284,3 +299,31 @@ def synchronise_norms(network: nn.Module) -> Callable[[], None]:
             setattr(parent, name, child)
 
     return restore
+
+
+@contextmanager
+def interruption(*, insist: bool = True) -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of dying of them; a second one interrupts at once, if it insists.
+
+    torchrun repeats signals by itself, and kills after 30 s. The list that it yields stays empty outside the
+    main thread, where Python sets no handlers.
+    """
+    asked: list[int] = []
+
+    def ask(signum: int, frame: object) -> None:
+        if asked and insist:
+            raise KeyboardInterrupt
+        asked.append(signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    except LostProcess:
+        before[signal.SIGTERM] = signal.SIG_IGN  # torchrun ends the others: they shall first say why
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -308,6 +308,20 @@ def _check_job(job: _Job) -> None:
             callback.check(job.network, next(iter(job.held_out["test"]))[0])
 
 
+def check_plan(plan: Plan, data: ImageData, folder: RunFolder) -> None:
+    """What `train` would refuse before the first update, found on the CPU; nothing is trained or written.
+
+    Raises:
+        ValueError, TypeError: as those of `train`.
+    """
+    cpu = torch.device("cpu")
+    asked = _Request(
+        plan, folder, cpu, Processes(), download=False, resumed=False, show=False, callbacks=(), penalty=None
+    )
+    with own_random_state(cpu):
+        _check_job(_prepared(asked, data))
+
+
 def _loop(job: _Job) -> TrainingLoop:
     """The loop that trains it, before its first update."""
     from resode.training.loop import TrainingLoop, make_fabric  # Lightning takes seconds to import
