@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resode.checks import one_of
+from resode.checks import checked, one_of
 from resode.solve.control import MAX_STEPS
 from resode.solve.dense import Step, interpolate
 from resode.solve.events import Event, Within, value_of
@@ -61,6 +61,7 @@ class Solution:
         return self.sol(t)
 
 
+@checked
 def solve_ivp(
     func: Callable[..., Any],
     t_span: Sequence[float] | Tensor,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from resode.checks import one_of, warn_user
+from resode.checks import checked, one_of, warn_user
 from resode.solve.compiled import COMPILED_OPTIONS, key_of
 from resode.solve.control import MAX_STEPS
 from resode.solve.events import combined, solve_to_event, with_event_gradient
@@ -35,6 +35,7 @@ from resode.solve.sample_events import sample_event, solve_to_own_events
 from resode.tableaus import ButcherTableau
 
 
+@checked
 def odeint(
     func: Callable[..., Any],
     y0: State,
@@ -141,6 +142,7 @@ def odeint(
     return _odeint(func, y0, t, settings, event_fn, args, adjoint, compile=compile, return_stats=return_stats)
 
 
+@checked
 def odeint_adjoint(
     func: Callable[..., Any],
     y0: State,
@@ -231,6 +233,7 @@ def odeint_adjoint(
     return _odeint(func, y0, t, settings, event_fn, args, adjoint, return_stats=return_stats)
 
 
+@checked
 def odeint_event(
     func: Callable[..., Any],
     y0: State,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from resode.checks import checked
 from resode.networks import NETWORKS
 from resode.tables import csv_text
 from resode.training.files import DamagedFile, RunError
@@ -133,6 +134,7 @@ class Comparison:
         return plots.comparison(self, path)
 
 
+@checked
 def compare(runs: Iterable[str | Path]) -> Comparison:
     """Lay runs side by side; those that differ in their seed alone are one configuration.
 

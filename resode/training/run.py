@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from resode.blocks.solving import other_solver, solving_modules
-from resode.checks import lacks_memory
+from resode.checks import checked, lacks_memory
 from resode.modes import evaluating, own_random_state
 from resode.solve import SolverError
 from resode.tableaus import get_tableau
@@ -96,6 +96,7 @@ class Run:
     metrics: dict[str, list[float]]
 
 
+@checked
 def train(
     model: Model | None = None,
     data: str | ImageData | None = None,

@@ -15,6 +15,7 @@ from resode.analysis.depth.losses import LossFunction, batch_of, parts, predicti
 from resode.analysis.depth.sums import ScaledBranches
 from resode.analysis.depth.tracing import Addition, trace
 from resode.calls import call, tensors_in
+from resode.checks import checked
 
 Edits = Sequence[tuple[Addition, float]]
 """Blocks, and what their ηF is multiplied by."""
@@ -105,6 +106,7 @@ class Lesion:
     output_change: float
 
 
+@checked
 def lesion_study(
     model: nn.Module,
     x: Any,
@@ -166,6 +168,7 @@ class StepScan:
     rise: float
 
 
+@checked
 def step_scan(
     model: nn.Module,
     x: Any,
@@ -221,6 +224,7 @@ class Reordering:
     output_change: float
 
 
+@checked
 def reordering_study(
     model: nn.Module,
     x: Any,

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from resode.checks import check_whole
+from resode.checks import check_whole, checked
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class DepthConvergence:
     order: float
 
 
+@checked
 def depth_convergence(
     make: Callable[[int], Callable[[Tensor], Tensor]],
     x: Tensor,
