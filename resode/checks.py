@@ -7,15 +7,140 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial, wraps
+from inspect import Parameter, signature
+from numbers import Number
+from pathlib import Path
+from types import FunctionType, NoneType, UnionType
+from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Between the library and its caller: a module's call, a hook of the way back, a context.
 _NOT_THE_USER = ("resode", "torch", "torchdiffeq", "contextlib", "functools")
 
 
-class WrongNumber(TypeError, ValueError):
-    """An argument that should be a number is something else; to be caught as either of its parents."""
+class WrongType(TypeError, ValueError):
+    """An argument is of another type than its annotation's; to be caught as either of its parents."""
+
+
+class WrongNumber(WrongType):
+    """An argument that should be a number is something else."""
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, with arguments of another type than annotated refused by name, before anything else.
+
+    Numbers are numpy's and one-element tensors too, sequences arrays and tensors; what is in a container, and
+    what an annotation says beyond this, stays the function's own affair. Compiled code is not checked.
+
+    Example:
+        >>> @checked
+        ... def double(x: float) -> float:
+        ...     return 2 * x
+        >>> double([1])
+        Traceback (most recent call last):
+        resode.checks.WrongType: double takes x as a number, got [1] (list).
+    """
+    rules: dict[str, Any] = {}
+    compiling, check = torch.compiler.is_compiling, partial(_check_types, function, rules)
+
+    def call(*arguments, **named):
+        if not compiling():
+            check(arguments, named)
+        return function(*arguments, **named)
+
+    # As if it stood in the function's module: doctest passes over what has other globals.
+    own = FunctionType(call.__code__, function.__globals__, call.__name__, closure=call.__closure__)
+    return wraps(function)(own)  # type: ignore[return-value]
+
+
+def _check_types(
+    function: Any, rules: dict[str, Any], arguments: tuple[Any, ...], named: Mapping[str, Any]
+) -> None:
+    if not rules:  # at the first call, when every module that an annotation names has been imported
+        rules |= {name: (p.kind, _hint(function, p)) for name, p in signature(function).parameters.items()}
+    given = dict(zip((n for n, (kind, _) in rules.items() if kind in _IN_ORDER), arguments, strict=False))
+    for name, value in (given | dict(named)).items():
+        hint = rules[name][1] if name in rules else Any
+        if hint is not Any and not _is_one(value, hint):
+            got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else _short(value)
+            kind = (
+                f" ({value.layout}, {value.device})"
+                if isinstance(value, Tensor)
+                else f" ({type(value).__name__})"
+            )
+            raise WrongType(f"{_called(function)} takes {name} as {_words(hint)}, got {got}{kind}.")
+
+
+_IN_ORDER = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def _hint(function: Any, parameter: Parameter) -> Any:
+    """What an annotation means; Any where it names what is imported for type checkers alone."""
+    kind, hint = parameter.kind, parameter.annotation
+    if kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD) or hint is Parameter.empty:
+        return Any
+    try:
+        return eval(hint, function.__globals__) if isinstance(hint, str) else hint
+    except NameError:
+        return Any
+
+
+def _is_one(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint) or hint
+    if origin in (Union, UnionType):
+        return any(_is_one(value, part) for part in get_args(hint))
+    if origin in (float, int, complex):
+        single = isinstance(value, Tensor) and value.numel() == 1 and _has_values(value)
+        return single or (isinstance(value, Number | np.generic) or hasattr(type(value), "__index__"))
+    if origin is bool:
+        return isinstance(value, bool | np.bool_)
+    if origin is Tensor:
+        return isinstance(value, Tensor) and _has_values(value)
+    if origin in (Sequence, Iterable, list, tuple) or getattr(origin, "__name__", "") == "Iterable":
+        return hasattr(value, "__iter__") and not isinstance(value, str | bytes | Mapping | type)
+    if origin is Callable or getattr(origin, "__name__", "") == "Callable":
+        return callable(value)
+    if not isinstance(origin, type) or getattr(origin, "_is_protocol", False):
+        return True
+    return isinstance(value, origin)
+
+
+def _has_values(x: Tensor) -> bool:
+    return x.layout == torch.strided and x.device.type != "meta"
+
+
+def _words(hint: Any) -> str:
+    if get_origin(hint) in (Union, UnionType):
+        words = dict.fromkeys(map(_words, get_args(hint)))
+        return " or ".join(words)
+    origin = get_origin(hint) or hint
+    return _WORDS.get(origin) or f"a {getattr(origin, '__name__', origin)}"
+
+
+_WORDS: dict[Any, str] = {
+    float: "a number", int: "a whole number", complex: "a number", bool: "True or False", str: "text",
+    Path: "a path", NoneType: "None", Tensor: "a dense tensor with values", nn.Module: "a torch module",
+    Callable: "a function", Sequence: "a sequence", Iterable: "a sequence", Mapping: "a mapping",
+}  # fmt: skip
+
+
+def _called(function: Any) -> str:
+    return str(function.__qualname__).removesuffix(".__init__").rpartition(".")[2]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} ({value.dtype}, {value.layout}, {value.device})"
+    text = repr(value).partition("\n")[0]
+    return f"{text if len(text) <= 60 else text[:57] + '…'} ({type(value).__name__})"
 
 
 def check_whole(name: str, value: Any, least: int | None = None) -> int:

@@ -271,7 +271,9 @@ def test_implicit_results_gradients_and_steps_are_the_eager_ones(traced, method,
         with torch.set_grad_enabled(way == "gradient"):
             y, stats = odeint(field, y0, times, method=method, rtol=tol, atol=tol, per_sample=per_sample,
                               compile=compile, return_stats=True)  # fmt: skip
-        grads = torch.autograd.grad(y.sin().sum(), [y0, times, *field.parameters()]) if y.requires_grad else ()
+        grads = (
+            torch.autograd.grad(y.sin().sum(), [y0, times, *field.parameters()]) if y.requires_grad else ()
+        )
         found.append((y.detach(), grads, torch.as_tensor(stats.n_steps).double()))
     (y, grads, steps), (compiled_y, compiled_grads, compiled_steps) = found
     assert float(((y - compiled_y).abs() / (1 + y.abs())).max()) < 5 * tol

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from resode.checks import check_number, check_whole, warn_user
+from resode.checks import check_number, check_whole, checked, warn_user
 from resode.jacobian.lanczos import largest
 
 Loss = Callable[[Any, Any], Tensor]
@@ -24,6 +24,7 @@ Loss = Callable[[Any, Any], Tensor]
 _BASIS_BYTES = 2**30
 
 
+@checked
 def max_learning_rate(
     model: nn.Module,
     loss_fn: Loss,
@@ -78,6 +79,7 @@ def max_learning_rate(
     return factor / steepest
 
 
+@checked
 def largest_hessian_eigenvalue(
     model: nn.Module,
     loss_fn: Loss,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from resode.checks import check_number
+from resode.checks import check_number, checked
 from resode.symbols import one_module
 
 
@@ -46,6 +46,7 @@ class StochasticDepth(nn.Module):
         tensor([[1., 1.]])
     """
 
+    @checked
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = probability("p", p)

@@ -17,7 +17,7 @@ from resode.blocks.frozen import (
     refuse_low_precision,
 )
 from resode.blocks.stack import solver_method
-from resode.checks import one_of
+from resode.checks import checked, one_of
 from resode.solve.fixed import equal_steps
 from resode.solve.gradient import GRADIENTS
 from resode.solve.odeint import odeint
@@ -63,6 +63,7 @@ class ODEBlock(nn.Module):
         tensor([[0.3679]])
     """
 
+    @checked
     def __init__(
         self,
         func: Callable[[Tensor, Tensor], Tensor],

@@ -29,7 +29,7 @@ from resode.blocks.frozen import (
     refuse_low_precision,
     takes_time,
 )
-from resode.checks import check_whole, one_of
+from resode.checks import check_whole, checked, one_of
 from resode.formulas import Cost, Shape, cost_of
 from resode.solve.adaptive import Progress, adaptive_solve
 from resode.solve.control import Control
@@ -109,6 +109,7 @@ class ResidualStack(Checked):
         (torch.Size([2, 4]), 12)
     """
 
+    @checked
     def __init__(
         self,
         fields: nn.Module | Sequence[nn.Module],

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from resode.checks import checked
 from resode.whole_blocks import called
 
 Field = Callable[[Tensor], Tensor]
@@ -18,6 +19,7 @@ Field = Callable[[Tensor], Tensor]
 _ENTRIES = 2**21  # entries of a replicated state, so that the graph of F over it stays in memory
 
 
+@checked
 def jacobian(field: Field, x: Tensor) -> Tensor:
     r"""Dense Jacobian J_ij = ∂F(x)_i / ∂x_j of every sample, i and j in the order of `x[0].flatten()`.
 

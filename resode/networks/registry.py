@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from resode.checks import did_you_mean, warn_user
+from resode.checks import checked, did_you_mean, warn_user
 from resode.networks.common import IMAGENET, SMALL, Style
 from resode.networks.comparators import DeeplySupervisedNet, FitNet, MaxoutNet, NetworkInNetwork
 from resode.networks.imagenet import IMAGENET_BLOCKS, ImageNetPreActResNet, ImageNetResNet
@@ -317,11 +317,13 @@ Every name of a family is found ("resnet26" too); iteration gives the published 
 """
 
 
+@checked
 def available() -> list[str]:
     """Names of the published networks; `FAMILIES` has the rules for the others."""
     return list(NETWORKS)
 
 
+@checked
 def find(name: str) -> Network:
     """The network called `name`.
 
@@ -348,6 +350,7 @@ def find(name: str) -> Network:
     )
 
 
+@checked
 def build(name: str, **options: Any) -> nn.Module:
     """The network called `name`, freshly initialized.
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from resode.checks import checked
 from resode.networks.names import renamed, unwrapped
 from resode.networks.nearest import nearest
 from resode.state_dicts import WeightsMismatch, mismatch
@@ -23,6 +24,7 @@ from resode.state_dicts import WeightsMismatch, mismatch
 Module = TypeVar("Module", bound=nn.Module)
 
 
+@checked
 def load_weights(model: Module, source: str | Path | Mapping[str, Any]) -> Module:
     """Put weights into a network, strictly: every name must be there, and none too many.
 
@@ -75,6 +77,7 @@ def load_weights(model: Module, source: str | Path | Mapping[str, Any]) -> Modul
     return model
 
 
+@checked
 def read_weights(path: str | Path) -> dict[str, Any]:
     """What a safetensors or torch file holds, on the CPU; told apart by its first bytes.
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resode.checks import one_of
+from resode.checks import checked, one_of
 from resode.results import Result
 from resode.solve.control import MAX_STEPS
 from resode.solve.dense import Step, interpolate
@@ -64,6 +64,7 @@ class Solution(Result):
         return self.sol(t)
 
 
+@checked
 def solve_ivp(
     func: Callable[..., Any],
     t_span: Sequence[float] | Tensor,

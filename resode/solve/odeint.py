@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from resode.checks import one_of, warn_user
+from resode.checks import checked, one_of, warn_user
 from resode.solve.compiled import COMPILED_OPTIONS, key_of
 from resode.solve.control import MAX_STEPS
 from resode.solve.events import from_start, solve_to_event, with_event_gradient
@@ -34,6 +34,7 @@ from resode.solve.problem import (
 from resode.tableaus import ButcherTableau
 
 
+@checked
 def odeint(
     func: Callable[..., Any],
     y0: State,
@@ -140,6 +141,7 @@ def odeint(
     return _odeint(func, y0, t, settings, event_fn, args, adjoint, compile=compile, return_stats=return_stats)
 
 
+@checked
 def odeint_adjoint(
     func: Callable[..., Any],
     y0: State,
@@ -230,6 +232,7 @@ def odeint_adjoint(
     return _odeint(func, y0, t, settings, event_fn, args, adjoint, return_stats=return_stats)
 
 
+@checked
 def odeint_event(
     func: Callable[..., Any],
     y0: State,

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resode.checks import warn_user
+from resode.checks import checked, warn_user
 from resode.solve.adaptive import Adaptive, Progress
 from resode.solve.control import MAX_STEPS
 from resode.solve.dense import Step, interpolate
@@ -311,6 +311,7 @@ class SolverStep:
         return self.sol(t)
 
 
+@checked
 def steps(
     func: Callable[..., Any],
     y0: State,

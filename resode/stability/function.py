@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from resode.checks import checked
 from resode.stability.polynomials import common_factor, divide
 from resode.tableaus import ButcherTableau, get_tableau
 
@@ -186,6 +187,7 @@ def _without_rounding(poly: list[Fraction], size: float) -> list[Fraction]:
     return [c if abs(c) > 64 * _EPS * size**k or k == 0 else Fraction(0) for k, c in enumerate(poly)]
 
 
+@checked
 def stability_coefficients(method: str | ButcherTableau) -> tuple[Fractions, Fractions]:
     r"""R(z) = P(z)/Q(z) as exact fractions.
 
@@ -215,6 +217,7 @@ def stability_coefficients(method: str | ButcherTableau) -> tuple[Fractions, Fra
     return _coefficients(get_tableau(method))
 
 
+@checked
 def stability_function(method: str | ButcherTableau, z: Tensor) -> Tensor:
     r"""Growth factor R(z) of one step on x' = λx, with z = ηλ.
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resode.checks import check_number, check_whole
+from resode.checks import check_number, check_whole, checked
 from resode.results import Result
 from resode.stability.binding import binding
 from resode.stability.intervals import Interval, rays_of_tableau
@@ -214,6 +214,7 @@ def _show(value: Any) -> str:
     return f"{value.real:.6g} {'±' if value.imag > 0 else '-'} {abs(value.imag):.6g}i"
 
 
+@checked
 def eigenvalue_step_limit(
     eigenvalues: Any,
     method: str | ButcherTableau = "euler",

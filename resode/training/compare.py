@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from resode.checks import checked
 from resode.networks import NETWORKS
 from resode.results import Result
 from resode.tables import csv_text
@@ -134,6 +135,7 @@ class Comparison(Result):
         return plots.comparison(self, path)
 
 
+@checked
 def compare(runs: Iterable[str | Path]) -> Comparison:
     """Lay runs side by side; those that differ in their seed alone are one configuration.
 

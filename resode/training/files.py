@@ -31,6 +31,16 @@ class RunError(RuntimeError):
 
     exit_code = 1
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By the message that it has: some kinds make theirs from other arguments."""
+        return _error_again, (type(self), str(self), vars(self))
+
+
+def _error_again(kind: type[RunError], message: str, about: Mapping[str, Any]) -> RunError:
+    error = kind.__new__(kind, message)
+    vars(error).update(about)
+    return error
+
 
 class SettingsError(RunError):
     """A file of settings is missing or holds something else."""

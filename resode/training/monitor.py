@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from resode.analysis.steps.block_limits import BlockLimit, block_limit
 from resode.analysis.steps.blocks import block_groups
-from resode.checks import check_number, check_whole
+from resode.checks import check_number, check_whole, checked
 from resode.jacobian.linearize import check_field
 from resode.jacobian.spectrum import SpectrumOptions, spectrum
 from resode.modes import evaluating, own_random_state
@@ -88,6 +88,7 @@ class StepLimits:
         ('rk4', '')
     """
 
+    @checked
     def __init__(
         self,
         images: Tensor | None = None,
@@ -222,6 +223,7 @@ class TensorBoard:
         ModuleNotFoundError: tensorboard is not installed.
     """
 
+    @checked
     def __init__(self) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from resode.checks import checked
 from resode.results import Result
 from resode.tables import csv_text
 from resode.training.data import Batches
@@ -81,6 +82,7 @@ class _Image:
     changes: tuple[str, ...] = ()
 
 
+@checked
 def predict(
     run: str | Path,
     images: Sequence[str | Path] | np.ndarray | Tensor,

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from resode.checks import checked
 from resode.training.files import RunError
 
 T = TypeVar("T")
@@ -270,6 +271,7 @@ def losing() -> Iterator[None]:
         raise LostProcess(error) from error
 
 
+@checked
 def synchronise_norms(network: nn.Module) -> Callable[[], None]:
     """Let a network's batch norms take their statistics over the batches of all processes.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from resode.blocks.solving import other_solver, solving_modules
-from resode.checks import lacks_memory
+from resode.checks import checked, lacks_memory
 from resode.modes import evaluating, own_random_state
 from resode.networks import find
 from resode.results import Result
@@ -102,6 +102,7 @@ class Run(Result):
         return dict(self.metrics)
 
 
+@checked
 def train(
     model: Model | None = None,
     data: str | ImageData | None = None,

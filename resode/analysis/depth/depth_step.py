@@ -16,7 +16,7 @@ from resode.analysis.depth.sums import ScaledBranches
 from resode.analysis.depth.tracing import Addition, trace
 from resode.blocks import ResidualStack
 from resode.calls import call, mapped
-from resode.checks import check_number
+from resode.checks import check_number, checked
 from resode.jacobian.lanczos import random_start, singular_values
 from resode.jacobian.places import Place
 from resode.jacobian.products import JacobianProducts
@@ -26,6 +26,7 @@ _CHANGE = 0.25  # of log σ between two steps tried: what is narrower than that 
 _RTOL = 1e-4  # of the step that is found
 
 
+@checked
 def depth_step(
     model: nn.Module, x: Any, gain: float = 10.0, *, smallest: float = 1e-9, largest: float = 1e3
 ) -> float:

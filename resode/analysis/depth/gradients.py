@@ -19,6 +19,7 @@ from resode.analysis.depth.tracing import Addition
 from resode.blocks import ResidualStack
 from resode.blocks.frozen import FrozenStatistics, moving_norms
 from resode.calls import hooked
+from resode.checks import checked
 from resode.jacobian.krylov import KrylovSchur
 from resode.jacobian.lanczos import random_start, singular_values
 from resode.jacobian.linearize import Field, check_field
@@ -26,6 +27,7 @@ from resode.jacobian.products import Combination, JacobianProducts, rows
 from resode.results import Result
 
 
+@checked
 def loss_gradient_norms(
     model: nn.Module,
     blocks: Sequence[nn.Module],
@@ -123,6 +125,7 @@ class GradientParts(Result):
         return self.identity + self.residual
 
 
+@checked
 def gradient_parts(
     field: Field, x: Tensor, g: Tensor, *, shortcut: Field | None = None, step_size: float = 1.0
 ) -> GradientParts:
@@ -180,6 +183,7 @@ def _gradient_at(name: str, f: Field, x: Tensor, g: Tensor) -> Tensor:
     return torch.zeros_like(x) if product is None else product
 
 
+@checked
 def shortcut_matrix(shortcut: Field, x: Tensor) -> Tensor:
     r"""A linear shortcut as a matrix: S(x) = S x, found by evaluating it on every unit state.
 
@@ -257,6 +261,7 @@ class ProductNorm(Result):
     residual: Tensor
 
 
+@checked
 def product_norm(
     fields: ResidualStack | Sequence[Field], x: Tensor, *, step_size: float = 1.0, steps: int = 60
 ) -> ProductNorm:

@@ -15,6 +15,7 @@ from resode.analysis.depth.losses import LossFunction, batch_of, parts, predicti
 from resode.analysis.depth.sums import ScaledBranches
 from resode.analysis.depth.tracing import Addition, trace
 from resode.calls import call, tensors_in
+from resode.checks import checked
 from resode.progress import Progress
 from resode.results import Result
 
@@ -107,6 +108,7 @@ class Lesion(Result):
     output_change: float
 
 
+@checked
 def lesion_study(
     model: nn.Module,
     x: Any,
@@ -175,6 +177,7 @@ class StepScan(Result):
     rise: float
 
 
+@checked
 def step_scan(
     model: nn.Module,
     x: Any,
@@ -235,6 +238,7 @@ class Reordering(Result):
     output_change: float
 
 
+@checked
 def reordering_study(
     model: nn.Module,
     x: Any,

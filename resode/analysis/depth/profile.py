@@ -30,7 +30,7 @@ from resode.analysis.depth.losses import (
 )
 from resode.analysis.depth.tracing import Addition, Trace, trace
 from resode.calls import call, tensors_in
-from resode.checks import check_whole
+from resode.checks import check_whole, checked
 from resode.jacobian.lanczos import random_start, singular_values
 from resode.jacobian.products import JacobianProducts, rows
 from resode.jacobian.spectrum import SpectrumOptions, formed
@@ -230,6 +230,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
+@checked
 def profile_depth(
     model: nn.Module,
     x: Any,

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from resode.analysis.depth.losses import batch_of
 from resode.analysis.depth.stream_modules import count_and_branch
 from resode.calls import ModuleCall, call, hooked, is_floating, matching, recorded, tensors_in
+from resode.checks import checked
 from resode.modes import evaluating
 from resode.results import Result
 from resode.tables import csv_text, plain_table, short
@@ -97,6 +98,7 @@ class StreamProfile(Result):
         return "\n".join(plain_table(heads, rows))
 
 
+@checked
 def stream_mixing(
     model: nn.Module,
     x: Any,
@@ -273,6 +275,7 @@ class DepthAttention(Result):
     residue: tuple[float, ...]
 
 
+@checked
 def depth_attention(
     model: nn.Module, x: Any, *, readers: str | Sequence[str] | None = None
 ) -> DepthAttention:
@@ -351,6 +354,7 @@ def _read_of(stack: Tensor, output: Tensor) -> tuple[Tensor, float] | None:
     return None
 
 
+@checked
 def map_limit(step_matrix: Any, eigenvalue: complex = -1.0, *, most: float = 1e6) -> float:
     r"""The first η at which a step map G(ηλ) has an eigenvalue beyond 1, as `StepLimit` means it.
 
@@ -370,7 +374,7 @@ def map_limit(step_matrix: Any, eigenvalue: complex = -1.0, *, most: float = 1e6
     """
 
     def grows(h: float) -> bool:
-        g = step_matrix(h * complex(eigenvalue))
+        g = torch.as_tensor(step_matrix(h * complex(eigenvalue)))
         return torch.linalg.eigvals(g.detach().to(torch.complex128)).abs().max().item() > 1 + 1e-9
 
     low, high = 0.0, 1e-6

@@ -23,6 +23,7 @@ from resode.analysis.diagnose.page import Diagnosis, DiagnosisRow, Training, Who
 from resode.analysis.diagnose.solver import solver_findings
 from resode.blocks import ResidualStack
 from resode.blocks.frozen import FrozenStatistics
+from resode.checks import checked
 from resode.modes import evaluating
 from resode.progress import Progress
 from resode.tableaus import get_tableau
@@ -30,6 +31,7 @@ from resode.tableaus import get_tableau
 _PRODUCTS = 8  # with the loss's Hessian, for the learning rate's limit
 
 
+@checked
 def diagnose(
     model: nn.Module,
     x: Any,

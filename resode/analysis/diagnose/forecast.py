@@ -20,6 +20,7 @@ from resode.analysis.depth.losses import batch_of, part, prediction
 from resode.blocks import ResidualStack
 from resode.blocks.solving import block_name, named_stacks, other_solver
 from resode.calls import call, hooked
+from resode.checks import checked
 from resode.modes import evaluating
 from resode.results import Result
 from resode.tableaus import get_tableau
@@ -51,6 +52,7 @@ class Forecast(Result):
     verdict: str
 
 
+@checked
 def forecast(model: nn.Module, x: Any, solver: str, substeps: int = 1) -> Forecast:
     """What swapping the solver of every `ResidualStack` will do to the outputs.
 

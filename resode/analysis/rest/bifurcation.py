@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resode.checks import check_number, check_whole
+from resode.checks import check_number, check_whole, checked
 from resode.results import Result
 from resode.solve.step import rk_step
 from resode.tableaus import ButcherTableau, explicit_tableau
@@ -64,6 +64,7 @@ class Bifurcation(Result):
         return plots.bifurcation(self, path)
 
 
+@checked
 def bifurcation(
     field: Callable[[Tensor], Tensor],
     step_sizes: Tensor,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from resode.analysis.rest.fixed_points import SMALL, newton_direction, solver_slope
-from resode.checks import check_number
+from resode.checks import check_number, checked
 from resode.jacobian.linearize import Field, check_field, dense_jacobian
 from resode.jacobian.spectrum import SpectrumOptions, spectrum
 from resode.results import Result
@@ -92,6 +92,7 @@ def _rest(dtype: torch.dtype) -> float:
     return 1e-6 if dtype == torch.float64 else 1e-3
 
 
+@checked
 def classify(
     field: Field, x: Tensor, *, solver: str | ButcherTableau | None = None, step_size: float | None = None
 ) -> Classification:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resode.checks import check_number, check_whole, warn_user
+from resode.checks import check_number, check_whole, checked, warn_user
 from resode.jacobian.gmres import gmres
 from resode.jacobian.lanczos import random_start
 from resode.jacobian.linearize import Field, check_field, dense_jacobian
@@ -78,6 +78,7 @@ class FixedPoints(Result):
         return "\n".join([head, *lines])
 
 
+@checked
 def find_fixed_points(
     field: Field,
     x0: Tensor,
@@ -151,6 +152,7 @@ def find_fixed_points(
     )
 
 
+@checked
 def find_several_fixed_points(
     field: Field,
     x0: Tensor,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from resode.analysis.rest.classify import classify
 from resode.analysis.rest.fixed_points import find_fixed_points, find_several_fixed_points
-from resode.checks import check_number, check_whole
+from resode.checks import check_number, check_whole, checked
 from resode.jacobian.linearize import Field, check_field, dense_jacobian
 from resode.results import Result
 from resode.solve.step import rk_step
@@ -49,6 +49,7 @@ def _map(field: Field, tableau: ButcherTableau, h: float) -> Field:
     return lambda x: rk_step(tableau, lambda t, x: field(x), 0.0, x, h)
 
 
+@checked
 def stability_losses(
     field: Field, x0: Tensor, max_step: float, *, solver: str | ButcherTableau = "euler", max_period: int = 4
 ) -> list[StabilityLoss]:
@@ -185,6 +186,7 @@ def _cycle(
     return None
 
 
+@checked
 def lyapunov_exponents(
     field: Field | Sequence[Field],
     x0: Tensor,
@@ -267,6 +269,7 @@ class Cobweb(Result):
         return plots.cobweb(self, path)
 
 
+@checked
 def cobweb(
     field: Field,
     x0: float,
@@ -320,6 +323,7 @@ class PhasePortrait(Result):
         return plots.phase_portrait(self, path)
 
 
+@checked
 def phase_portrait(
     field: Callable[[Tensor], Tensor], *window: tuple[float, float], points: int = 41
 ) -> PhasePortrait:

@@ -10,7 +10,7 @@ import torch
 
 from resode.analysis.steps.contraction import contraction_limits
 from resode.analysis.steps.nonnormal import contraction_steps, logarithmic_norms
-from resode.checks import warn_user
+from resode.checks import checked, warn_user
 from resode.jacobian.linearize import check_field, jacobian
 from resode.jacobian.matrices import DENSE_LIMIT, Matrices, checked_matrices, spectral_norms
 from resode.jacobian.spectrum import SpectrumOptions, matrix_spectrum, spectrum
@@ -24,6 +24,7 @@ from resode.tableaus import ButcherTableau, get_tableau
 BUDGET = SpectrumOptions.budget
 
 
+@checked
 def max_stable_step(
     field_or_jacobian: Any = None,
     x: torch.Tensor | None = None,
@@ -84,6 +85,7 @@ def max_stable_step(
     return limit.step
 
 
+@checked
 def step_limit(
     field_or_jacobian: Any = None,
     x: torch.Tensor | None = None,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import scipy  # whose submodules are loaded when first named
 
-from resode.checks import check_number, check_whole
+from resode.checks import check_number, check_whole, checked
 from resode.jacobian.matrices import Matrices, checked_matrices, spectral_norms
 from resode.jacobian.spectrum import matrix_spectrum
 from resode.results import Result
@@ -29,6 +29,7 @@ from resode.tableaus import ButcherTableau, get_tableau
 _FAR = 1e8  # times 1/‖J‖: more than the contraction limit of any method with a thousand stages
 
 
+@checked
 def logarithmic_norm(jacobian: Any) -> Any:
     r"""μ₂(J) = λ_max((J + J*)/2), the rate at which ‖x‖₂ can grow under x' = Jx.
 
@@ -61,6 +62,7 @@ def logarithmic_norms(values: Matrices) -> Floats:
     return np.asarray(np.linalg.eigvalsh(symmetric)[..., -1], dtype=float)
 
 
+@checked
 def contraction_step(jacobian: Any, method: str | ButcherTableau = "euler") -> Any:
     r"""sup{h : ‖R(sJ)‖₂ ≤ 1 for all 0 ≤ s ≤ h}: up to this step no step enlarges any perturbation.
 
@@ -240,6 +242,7 @@ class TransientGrowth(Result):
         return plots.transient_growth(self, path)
 
 
+@checked
 def transient_growth(
     jacobian: Any, step_size: float, method: str | ButcherTableau = "euler", *, n_steps: int = 100
 ) -> TransientGrowth:

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from resode.checks import check_whole
+from resode.checks import check_whole, checked
 from resode.results import Result
 
 
@@ -33,6 +33,7 @@ class DepthConvergence(Result):
     order: float
 
 
+@checked
 def depth_convergence(
     make: Callable[[int], Callable[[Tensor], Tensor]],
     x: Tensor,

@@ -17,6 +17,7 @@ from resode.analysis.swap.modified import BlockDistance, block_distances
 from resode.blocks import ResidualStack
 from resode.blocks.solving import other_solver, stacks_of
 from resode.blocks.statistics import measure_statistics, put_back, tracked_norms
+from resode.checks import checked
 from resode.modes import evaluating
 from resode.progress import Progress
 from resode.results import Result
@@ -262,6 +263,7 @@ class SwapReport(Result):
         return "\n".join(lines)
 
 
+@checked
 def swap_report(
     model: nn.Module,
     loader: Batches,

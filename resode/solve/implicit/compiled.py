@@ -556,9 +556,7 @@ def _as_step(t: Taken, x: Tensor) -> Step:
     return Step(start, end, t.x.reshape(x.shape), k, t.new_x.reshape(x.shape), k_start=t.k0.reshape(x.shape))
 
 
-def _replayed(
-    solve: Adaptive, taken: list[Taken], x: Tensor, start: np.ndarray
-) -> tuple[list[Step], Tensor]:
+def _replayed(solve: Adaptive, taken: list[Taken], x: Tensor, start: np.ndarray) -> tuple[list[Step], Tensor]:
     """The steps once more, in the order that each sample took them, as functions of x; and the end."""
     tableau, control, f = solve.tableau, solve.control, solve.f
     take = ImplicitStep(tableau, control.per_sample, control)
