@@ -60,14 +60,11 @@ class Progress:
     n_rejected: np.ndarray
     implicit: np.ndarray | None = None  # what implicit steps took, (4, B)
 
-    def stats(self, device: torch.device | str = "cpu") -> Stats:
+    def stats(self) -> Stats:
         """The counts, one entry a sample."""
-        accepted, rejected = torch.from_numpy(self.n_accepted), torch.from_numpy(self.n_rejected)
-        counts = (torch.from_numpy(self.nfe), accepted + rejected, accepted, rejected)
-        nfe, n_steps, n_accepted, n_rejected = (c.to(device) for c in counts)
-        if self.implicit is None:
-            return Stats(nfe, n_steps, n_accepted, n_rejected)
-        return Stats(nfe, n_steps, n_accepted, n_rejected, 0, *torch.from_numpy(self.implicit).to(device))
+        nfe, kept, refused = map(torch.from_numpy, (self.nfe, self.n_accepted, self.n_rejected))
+        implicit = () if self.implicit is None else torch.from_numpy(self.implicit)
+        return Stats(nfe, kept + refused, kept, refused, 0, *implicit)
 
 
 class Adaptive:

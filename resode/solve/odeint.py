@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from resode.checks import checked, one_of, warn_user
 from resode.solve.compiled import COMPILED_OPTIONS, key_of
 from resode.solve.control import MAX_STEPS
-from resode.solve.events import from_start, solve_to_event, with_event_gradient
+from resode.solve.events import from_start, with_event_gradient
 from resode.solve.gradient import GRADIENTS, Adjoint, WayBack, adjoint_params
 from resode.solve.host import is_transformed
 from resode.solve.native import solve
@@ -31,6 +31,7 @@ from resode.solve.problem import (
     largest_rms,
     leaves_like,
 )
+from resode.solve.to_event import solve_to_event
 from resode.tableaus import ButcherTableau
 
 
