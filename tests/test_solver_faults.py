@@ -344,21 +344,41 @@ def test_the_adjoint_reaches_replicas_and_modules_in_args(monkeypatch):
         assert module.linear.weight.grad.item() == pytest.approx(E1, abs=1e-6)
 
 
+HELD = {
+    "module": lambda module: (module, ()),
+    "closure": lambda module: (lambda t, y: module(t, y), ()),
+    "method": lambda module: (module.forward, ()),
+    "args": lambda module: (lambda t, y, m: m(t, y), (module,)),
+}
+
+
+@pytest.mark.parametrize("held", HELD.values(), ids=HELD)
 @pytest.mark.parametrize("kw", [{}, dict(method="rk4", n_steps=20)])
-def test_compiled_steps_see_hooks_that_come_and_go(kw, monkeypatch):
+def test_compiled_steps_see_hooks_that_come_and_go(kw, held, monkeypatch):
+    """Wherever the field keeps the module, and those of all modules too."""
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, fullgraph=True, backend="eager"))
     module = Decay()
+    field, args = held(module)
 
     def end():
         with torch.no_grad():
-            return odeint(module, ONE, SPAN, compile=True, **kw)[-1].item()
+            return odeint(field, ONE, SPAN, args=args, compile=True, **kw)[-1].item()
+
+    def twice(m, i, out):
+        return 2 * out if m is module.linear else None
 
     assert end() == pytest.approx(E1, abs=1e-6)
-    hook = module.linear.register_forward_hook(lambda m, i, out: 2 * out)
-    assert end() == pytest.approx(math.exp(-2), abs=1e-5)
-    hook.remove()
-    assert end() == pytest.approx(E1, abs=1e-6)
+    for register in (
+        module.linear.register_forward_hook,
+        nn.modules.module.register_module_forward_hook,
+    ):
+        hook = register(twice)
+        try:
+            assert end() == pytest.approx(math.exp(-2), abs=1e-5)
+        finally:
+            hook.remove()
+        assert end() == pytest.approx(E1, abs=1e-6)
 
 
 @pytest.mark.parametrize("args", [0, -1, 1.5, torch.tensor(2.0), "no"])

@@ -12,6 +12,7 @@ import types
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -351,8 +352,7 @@ def compiled_for(
         options["cpp_wrapper"] = x.numel() <= SMALL
         if x.ndim and x.shape[-1] < 8:
             options["cpp.simdlen"] = 1
-    # torch.compile does not look whether hooks have come or gone since.
-    settings = (*settings, tuple(options.items()), _hooks(key))
+    settings = (*settings, tuple(options.items()), _global_hooks())
     kept = _KEPT.setdefault(key, {})
     if (make, *settings) not in kept:
         function = make(*settings[:-2])
@@ -360,16 +360,27 @@ def compiled_for(
         own = types.FunctionType(
             function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__
         )
-        kept[make, *settings] = torch.compile(own, fullgraph=True, options=options)
+        kept[make, *settings] = partial(
+            _looking_at_hooks, torch.compile(own, fullgraph=True, options=options)
+        )
     return kept[make, *settings]
 
 
-def _hooks(key: Any) -> tuple[int, ...]:
-    """Which hooks a module and its submodules have; the number of a hook is never given again."""
-    if not isinstance(key, torch.nn.Module):
-        return ()
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return tuple(number for m in key.modules() for kind in kinds for number in getattr(m, kind))
+def _looking_at_hooks(compiled: Callable[..., Any], *args: Any) -> Any:
+    """compiled(*args), seeing hooks of modules that have come or gone since, which torch skips by default."""
+    from torch._dynamo import config as dynamo  # seconds, which only who compiles should spend
+
+    before, dynamo.skip_nnmodule_hook_guards = dynamo.skip_nnmodule_hook_guards, False
+    try:
+        return compiled(*args)
+    finally:
+        dynamo.skip_nnmodule_hook_guards = before
+
+
+def _global_hooks() -> tuple[int, ...]:
+    """Which hooks all modules have, at which no guard looks; a hook's number is never given again."""
+    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    return tuple(n for kind in kinds for n in getattr(torch.nn.modules.module, f"_global_{kind}"))
 
 
 def _guards_of_the_field(guards: Sequence[Any]) -> list[bool]:

@@ -104,7 +104,8 @@ def odeint(
 
     Returns:
         The states at t, shape (T, *y0.shape) (in y0's structure), or (states, Stats). They have
-        gradients for y0, t and what func uses; a module's unused parameters get 0. With event_fn (time,
+        gradients for y0, t (of adaptive steps to second order) and what func uses; a module's unused
+        parameters get 0. With event_fn (time,
         states at t[0] and at that time), the time 0-D and without gradient; see `odeint_event`.
 
     Raises:
@@ -259,7 +260,7 @@ def odeint_event(
 
     Returns:
         The event's time, 0-D or (B,), and the states at t0 and there, (2, *y0.shape) or a tuple of them; both
-        with gradients of the event's time moving. With return_stats also the Stats.
+        with first and second derivatives as the event's time moves. With return_stats also the Stats.
 
     Raises:
         MaxStepsReached: no event.
