@@ -69,7 +69,7 @@ sphinx_gallery_conf = {
 
 # The look
 html_theme = "furo"
-html_title = f"resode {release}"
+html_title = f"resode {release}"  # the version stands in every page's header
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_extra_path = ["_generated/extra"]  # what `setup` writes there lies beside the pages
