@@ -54,4 +54,6 @@ def test_links_between_pages_lead_somewhere(page):
     made = ("gallery/", "_generated")  # by the build
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)
     for place in LINK.findall(text):
-        assert any(part in place for part in made) or (page.parent / place).exists(), f"{page.name} links to {place}"
+        assert any(part in place for part in made) or (page.parent / place).exists(), (
+            f"{page.name} links to {place}"
+        )
