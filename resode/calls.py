@@ -47,7 +47,8 @@ def kind_of(x: Any) -> str:
         return f"{x.dtype}: convert it with x.float()" if not x.is_complex() else str(x.dtype)
     array = hasattr(x, "__array__") or isinstance(x, list | tuple)
     name = f"{'numpy.' if type(x).__module__ == 'numpy' else ''}{type(x).__name__}"
-    of = f" of {x.dtype}" if hasattr(x, "dtype") else ""
+    dtype = getattr(x, "dtype", None)
+    of = "" if dtype is None else f" of {dtype}"
     return f"{name}{of}{': convert it with torch.as_tensor(x)' if array else ''}"
 
 
