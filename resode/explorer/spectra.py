@@ -40,7 +40,7 @@ class NamedSpectrum:
 
 
 def spectra_of(groups: Iterable[Any]) -> list[NamedSpectrum]:
-    """The eigenvalues of every block that `block_limits` looked at."""
+    """The eigenvalues of every block, of the groups that `resode.analysis.steps.block_limits` gives."""
     return [
         NamedSpectrum(f"{group.name} block {number}", step, tuple((scaled / step).tolist()))
         for group in groups
