@@ -9,6 +9,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 os.environ.setdefault("RESODE_FAST", "1")  # the claims at their small size; RESODE_FAST=0 runs them in full
 
 import docstrings  # noqa: E402
+import notebooks  # noqa: E402
 import tables  # noqa: E402
 
 import resode  # noqa: E402
@@ -68,7 +69,7 @@ sphinx_gallery_conf = {
 
 # The look
 html_theme = "furo"
-html_title = f"resode {release}"
+html_title = f"resode {release}"  # the version stands in every page's header
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_extra_path = ["_generated/extra"]  # what `setup` writes there lies beside the pages
@@ -85,10 +86,11 @@ linkcheck_anchors = False
 linkcheck_timeout = 20
 
 
-def explorer():
-    """The explorer of the front page, with a trained network's eigenvalues."""
+def extra():
+    """What lies beside the pages: the explorer of a trained network, the tutorial's notebook."""
     place = ROOT / "docs" / "_generated" / "extra"
     place.mkdir(parents=True, exist_ok=True)
+    notebooks.write(ROOT / "docs" / "tutorial.md", place / "tutorial.ipynb")
     page = explorer_page(
         read_spectra(ROOT / "docs" / "explorer.csv"),
         title="Stability explorer",
@@ -99,7 +101,7 @@ def explorer():
 
 def setup(app):
     """The hooks of this site."""
-    explorer()
+    extra()
     app.connect("autodoc-process-docstring", docstrings.escape, priority=100)  # before napoleon
     app.connect("doctree-read", docstrings.alias)
     app.connect("builder-inited", tables.write, priority=900)  # after the gallery has run

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from resode.training.run import train
     from resode.training.sweep import sweep
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Imported when it is first asked for, so that solving doesn't wait for analyses, figures and training.
 _LAZY = {

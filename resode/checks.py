@@ -211,7 +211,7 @@ def check_number(
 
 def did_you_mean(name: object, valid: Iterable[str]) -> str:
     """' Did you mean x or y?' where a valid name is close, else an empty string."""
-    close = difflib.get_close_matches(str(name), list(valid), n=3, cutoff=0.6)
+    close = difflib.get_close_matches(str(name).lower(), list(valid), n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
 

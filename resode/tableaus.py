@@ -23,6 +23,8 @@ from fractions import Fraction as Q
 from functools import lru_cache
 from math import isqrt, sqrt
 
+from resode.checks import did_you_mean
+
 Number = Q | float
 """A coefficient: an exact fraction, or a float where the method is irrational."""
 
@@ -726,8 +728,8 @@ def get_tableau(method: str | ButcherTableau) -> ButcherTableau:
         )
     if (tableau := METHODS.get(method) or on_demand(method)) is None:
         raise ValueError(
-            f"unknown method {method!r}; the methods are: {', '.join(METHODS)}, and with S stages "
-            f"{ON_DEMAND}."
+            f"unknown method {method!r}.{did_you_mean(method, METHODS)} The methods are: "
+            f"{', '.join(METHODS)}, and with S stages {ON_DEMAND}."
         )
     return tableau
 

@@ -6,6 +6,8 @@ above a block leaves it to the reader.
 """
 
 import ast
+import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -131,3 +133,22 @@ def test_pictures_and_linked_files_are_there(page):
 def test_decisions_stay_short():
     for path in (ROOT / "docs" / "decisions").glob("[0-9]*.md"):
         assert len(path.read_text().splitlines()) <= 20, path.name
+
+
+def test_the_tutorials_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    """The site offers it; its cells are the page's blocks, in a format that Jupyter reads."""
+    spec = importlib.util.spec_from_file_location("notebooks", ROOT / "docs" / "notebooks.py")
+    assert spec is not None and spec.loader is not None
+    notebooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(notebooks)
+    notebooks.write(ROOT / "docs" / "tutorial.md", tmp_path / "tutorial.ipynb")
+    notebook = json.loads((tmp_path / "tutorial.ipynb").read_text())
+    monkeypatch.chdir(tmp_path)
+    names: dict = {"__name__": "__notebook__"}
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert len(code) == len(blocks(ROOT / "docs" / "tutorial.md")) >= 8
+    for cell in code:
+        exec("".join(cell["source"]), names)
+    text = "".join("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "markdown")
+    assert ".md)" not in text and "{raw}" not in text and "```text" not in text
+    assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])

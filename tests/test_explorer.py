@@ -152,6 +152,40 @@ def test_what_a_stepped_field_does_is_what_its_map_does(tmp_path):
 
 
 @in_browser
+def test_a_method_and_eigenvalues_of_ones_own(tmp_path):
+    """Heun's tableau, typed, allows 2/5 for λ = −5; what is no number or no method is refused in words."""
+    script = """
+    const click = i => { at(i).click(); wait(); };
+    const found = {};
+    at('typed').value = '−5, -0.5+3i, -0.5 - 3i, 2i, -i'; click('typed-use');
+    found.names = [...at('limits').tBodies[0].rows].map(r => r.cells[1].textContent);
+    at('typed').value = '-5, -0.1+0.2i'; click('typed-use'); click('own-use');
+    const row = [...at('limits').tBodies[0].rows].at(-1);
+    found.step = +row.dataset.step; found.about = at('about').textContent;
+    for (const b of ['1/2 x', '1/2 1/3', '1/2 1/2 0']) { at('own-b').value = b; click('own-use'); found[b] = at('own-error').textContent; }
+    for (const t of ['abc', '<b>', '']) { at('typed').value = t; click('typed-use'); found['typed ' + t] = at('typed-error').textContent; }
+    at('method').value = 'rk4'; set('method', 'rk4'); click('to-limit'); found.eta = +at('eta-value').value;
+    found.verdict = at('verdict').textContent;
+    done(found);"""
+    found = in_page(explorer_page(), tmp_path, script)
+    assert found["names"] == ["3", "5"]
+    assert found["step"] == pytest.approx(
+        resode.max_stable_step(eigenvalues=[-5, -0.1 + 0.2j], solver="heun2"), rel=1e-7
+    )
+    assert found["about"].startswith("own: order 2, 2 stages, explicit")
+    assert (
+        "Numbers and fractions" in found["1/2 x"]
+        and "sum to 1" in found["1/2 1/3"]
+        and "3 rows" in found["1/2 1/2 0"]
+    )
+    assert "“abc” is no number" in found["typed abc"] and "“<b>”" in found["typed <b>"] and found["typed "]
+    assert found["eta"] == pytest.approx(
+        resode.max_stable_step(eigenvalues=[-5, -0.1 + 0.2j], solver="rk4"), rel=1e-5
+    )
+    assert found["verdict"].startswith("rk4: within the limit")
+
+
+@in_browser
 @pytest.mark.parametrize("width", [360, 768, 1600])
 def test_the_page_fits_every_screen_and_follows_the_keys(tmp_path, width):
     script = f"""

@@ -91,8 +91,15 @@ def largest_hessian_eigenvalue(
 ) -> float:
     """λ_max of the loss's Hessian in the trainable parameters, by Lanczos on Hessian-vector products.
 
-    Arguments and errors as `max_learning_rate`; warns where the residual is above `tol` after `max_iter`
-    products.
+    Errors as `max_learning_rate`; warns where the residual is above `tol` after `max_iter` products.
+
+    Args:
+        model: in the mode in which it is looked at.
+        loss_fn: `loss_fn(model(x), target)`, a number.
+        data: (x, target).
+        batch_size: samples at once; None for all.
+        tol: residual relative to λ_max at which it ends.
+        max_iter: products at most.
 
     Example:
         >>> model = nn.Linear(2, 1, bias=False).double()

@@ -20,7 +20,7 @@ from resode.tableaus import METHODS, ButcherTableau, get_tableau
 EXAMPLE = NamedSpectrum("example", 1.0, (-1.0 + 0j, -0.2 + 1j, -0.2 - 1j))
 """What the page shows where nothing is given."""
 
-_SCRIPTS = ("stability.js", "stepping.js", "page.js")
+_SCRIPTS = ("stability.js", "stepping.js", "page.js", "plane.js", "texts.js", "pictures.js", "controls.js")
 
 
 def explorer_page(

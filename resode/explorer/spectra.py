@@ -40,7 +40,7 @@ class NamedSpectrum:
 
 
 def spectra_of(groups: Iterable[Any]) -> list[NamedSpectrum]:
-    """The eigenvalues of every block that `block_limits` looked at."""
+    """The eigenvalues of every block, of the groups that `resode.analysis.steps.block_limits` gives."""
     return [
         NamedSpectrum(f"{group.name} block {number}", step, tuple((scaled / step).tolist()))
         for group in groups
@@ -49,7 +49,7 @@ def spectra_of(groups: Iterable[Any]) -> list[NamedSpectrum]:
 
 
 def spectra_text(spectra: Iterable[NamedSpectrum]) -> str:
-    """Eigenvalues as a table: block, step, real, imaginary."""
+    """The spectra as a table with the columns block, step, real and imaginary."""
     return csv_text(COLUMNS, ([s.name, s.step, z.real, z.imag] for s in spectra for z in s.eigenvalues))
 
 

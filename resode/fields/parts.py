@@ -70,6 +70,14 @@ def make_conv(
     (norm "none") it is 2 / fan-in, which keeps the state's second moment from layer to layer, and the
     convolution has a bias, zero at first, which a norm would supply.
 
+    Args:
+        in_channels: of the input.
+        out_channels: of the output.
+        size: of the kernel.
+        stride: of the kernel.
+        norm: what follows: "none" or a norm's name.
+        groups: of channels.
+
     Source:
         He et al. (2015), Delving Deep into Rectifiers, arXiv:1502.01852.
     """

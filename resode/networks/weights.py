@@ -81,6 +81,9 @@ def load_weights(model: Module, source: str | Path | Mapping[str, Any]) -> Modul
 def read_weights(path: str | Path) -> dict[str, Any]:
     """What a safetensors or torch file holds, on the CPU; told apart by its first bytes.
 
+    Args:
+        path: of the file.
+
     Raises:
         ValueError, FileNotFoundError, ImportError: as `load_weights`.
     """

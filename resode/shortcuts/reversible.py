@@ -133,6 +133,11 @@ def _check_even(x: Tensor, dim: int) -> None:
 def invertible_depth(gamma: float, dtype: torch.dtype = torch.float32, tol: float = 1e-3) -> float:
     r"""Blocks of momentum γ that can be undone: the L with ε γ⁻ᴸ = tol; 0 for γ = 0, inf for γ = 1.
 
+    Args:
+        gamma: γ, the momentum, from 0 to 1.
+        dtype: of the state, whose rounding is ε.
+        tol: relative error of the recovered state that is allowed.
+
     Example:
         >>> [int(invertible_depth(0.9, dtype)) for dtype in (torch.float32, torch.float64)]
         [85, 276]

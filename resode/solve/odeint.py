@@ -22,6 +22,7 @@ from resode.solve.problem import (
     FlatField,
     State,
     callbacks_of,
+    check_field,
     check_per_sample,
     check_state,
     check_times,
@@ -30,6 +31,7 @@ from resode.solve.problem import (
     flatten,
     largest_rms,
     leaves_like,
+    of_one_dtype,
 )
 from resode.solve.to_event import solve_to_event
 from resode.tableaus import ButcherTableau
@@ -327,6 +329,7 @@ def _odeint(
 ) -> Any:
     """Checks, makes the state one tensor, solves, and gives back what was asked for."""
     args = checked_args(args)
+    check_field(func, args)
     tableau, options, checkpoint = settings.method, settings.options, settings.checkpoint
     if is_transformed() and (checkpoint or adjoint is not None):
         raise TypeError(
@@ -358,7 +361,8 @@ def _odeint(
         settings = replace(settings, checkpoint=torch.is_grad_enabled())
     if compile and _compiles(settings, callbacks, event_fn):
         settings = replace(settings, compile_for=key_of(func))
-    field = (lambda t, y: func(t, y, *args)) if args else func
+    told = of_one_dtype(func, state)
+    field = (lambda t, y: told(t, y, *args)) if args else told
     event = None
     if event_fn is not None:
         event = from_start(event_fn, t.detach()[0].to(state.device, state.dtype.to_real()), y0, per_sample)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resode.checks import check_whole, one_of, warn_user
+from resode.checks import check_whole, did_you_mean, one_of, warn_user
 from resode.solve.control import MAX_STEPS, Callbacks, Control, Tolerance, controller_filter
 from resode.solve.fixed import INTERPOLATIONS, Grid, grid_of_size
 from resode.solve.foreign import foreign_methods, foreign_options
@@ -210,7 +210,8 @@ def resolve_method(method: str | ButcherTableau | None) -> ButcherTableau | str:
     if method in others:
         return str(method)
     raise ValueError(
-        f"unknown method {method!r}; the methods are {', '.join(NATIVE)}, {ON_DEMAND} with S stages, "
+        f"unknown method {method!r}.{did_you_mean(method, [*NATIVE, *others])} "
+        f"The methods are {', '.join(NATIVE)}, {ON_DEMAND} with S stages, "
         f"and through the installed torchdiffeq {', '.join(others)}."
     )
 

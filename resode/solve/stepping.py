@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from resode.checks import checked, warn_user
 from resode.solve.adaptive import Adaptive, Progress
@@ -26,12 +27,14 @@ from resode.solve.problem import (
     FlatField,
     Split,
     State,
+    check_field,
     check_per_sample,
     check_state,
     checked_args,
     flat_tolerance,
     flatten,
     largest_rms,
+    of_one_dtype,
 )
 from resode.solve.result import MaxStepsReached
 from resode.solve.step import Field, all_finite
@@ -270,7 +273,9 @@ def begin(
     if fixed and given:
         raise ValueError(f"{', '.join(given)} steer adaptive steps; these are fixed.")
     extra = checked_args(args)
-    field: Callable[..., Any] = partial(_last, func, extra) if extra else func
+    check_field(func, extra)
+    told = of_one_dtype(func, tree_leaves(y0)[0])
+    field: Callable[..., Any] = partial(_last, told, extra) if extra else told
     state, split = (y0, None) if isinstance(y0, Tensor) else flatten(y0)
     for name in ("rtol", "atol"):
         settings[name] = flat_tolerance(name, settings[name], y0)

@@ -191,6 +191,16 @@ def step_scan(
 ) -> StepScan:
     """The critical step: how far every block's step can be lengthened before the loss gives way.
 
+    Args:
+        model: in eval mode.
+        x: inputs, as in `resode.profile_depth`.
+        target: of the loss.
+        factors: what every step is multiplied by; 1 is always among them.
+        rise: the loss gives way where it exceeds its value at 1 by this share.
+        loss_fn: as in `lesion_study`.
+        batch_size: samples at once.
+        progress: say on a terminal how far it is, after two seconds.
+
     Raises:
         ValueError: the model has no residual block.
 

@@ -281,6 +281,14 @@ def cobweb(
 ) -> Cobweb:
     """The map x ← (one step of size η) of a one-dimensional field, with an orbit, for a cobweb diagram.
 
+    Args:
+        field: F(x) on states (1, 1).
+        x0: where the orbit starts.
+        step_size: η.
+        solver: an explicit method.
+        n_steps: of the orbit.
+        window: the x between which the map is drawn; None for the orbit's own, and some more.
+
     Example:
         >>> web = cobweb(lambda x: x * (1 - x), 0.1, 1.0, n_steps=3)
         >>> [round(float(v), 4) for v in web.orbit]

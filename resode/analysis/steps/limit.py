@@ -106,6 +106,17 @@ def step_limit(
     the contraction limit and the logarithmic norm stand beside the spectral limit, because eigenvalues alone
     do not bound what a non-normal matrix does for a while.
 
+    Args:
+        field_or_jacobian: J (1/time) of shape (n, n) or (…, n, n), or a field F(x) in eval mode, with x.
+        x: states, shape (batch, *state), where a field is given.
+        eigenvalues: the spectrum, shape (n,) or (…, n): alone, or with its matrix.
+        solver: a name in METHODS, or a tableau, or "explicit_adams".
+        k: eigenvalues to hold on to where J is not formed.
+        growth: (N, tol) allows |R|^N ≤ 1 + tol instead of |R| ≤ 1.
+        matrix_free: of a field: True seeks outer eigenvalues by products first, False forms J, None decides.
+        rtol: of a field, matrix-free: relative accuracy of the limit.
+        budget: of a field, matrix-free: products a sample.
+
     Returns:
         StepLimit; for a batch, and for a field, what it holds has the batch's shape.
 
