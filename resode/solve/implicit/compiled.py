@@ -246,7 +246,8 @@ class Rule:
         systems = NewtonSystems(self.modes, s.jacobian, h)
 
         new, z = self._corrected(field, s, systems, time, size, end, tables)
-        measured = [control.measure((row / (atol + rtol * s.x.abs())).reshape(like.shape)) for row in z]
+        scale = atol + rtol * s.x.reshape(like.shape).abs()
+        measured = [control.measure(row.reshape(like.shape) / scale) for row in z]
         norm = (torch.stack(measured).amax(0).reshape(-1) / kappa).to(s.newton.dtype)
         converged, hopeless, rate = judged(norm, before, old_rate, iteration)
         converged, hopeless = active & converged, active & hopeless
@@ -414,7 +415,8 @@ def judged(
 def linearised(field: Callable[[Tensor, Tensor], Tensor], t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """f(t, x) of rows (B, n), and the Jacobians ∂f_i/∂x_j, (n, n, B)."""
     n = x.shape[1]
-    value, pulled_back = vjp(lambda y: field(t, y), x)  # forward mode is not traced where B is left open
+    # Not in forward mode, which is not traced where B is left open.
+    value, pulled_back, *_ = vjp(lambda y: field(t, y), x)
     directions = torch.eye(n, dtype=x.dtype, device=x.device)[:, None].expand(n, *x.shape)
     (rows,) = vmap(pulled_back)(directions)
     return value, rows.permute(0, 2, 1)
@@ -449,24 +451,27 @@ def compiled_implicit_solve(
     """As `compiled_solve`, for implicit methods."""
     at = np.asarray(times, NUMPY[control.dtype])
     outputs = at[1:-1].T
-    asked = torch.is_grad_enabled()
     why = refusal(tableau, x, control.per_sample)
     if why is not None:
         warn_user(f"compile=True has no effect with {why}.")
         return adaptive_solve(tableau, f, x, times, control, resume)
-    with torch.no_grad():
-        solve = Adaptive(tableau, f, x.detach(), at[0], at[-1], control, resume)
-        start = solve.time
-        systems = DenseSystems.at(lambda y: f(solve.as_times(start[None])[0], y.reshape(x.shape)).reshape(y.shape),
-                                  x.detach().reshape(len(start), -1))  # fmt: skip
-        try:
-            taken = _iterations(solve, systems.jacobians, outputs.shape[-1] > 0 or asked, key)
-        except SolverError:
-            raise
-        except Exception as error:
-            if not isinstance(error, NotStuck):
-                warn_of_eager(error)
-            taken = None
+    solve = Adaptive(tableau, f, x.detach(), at[0], at[-1], control, resume)
+    asked = torch.is_grad_enabled() and (x.requires_grad or solve.k0.requires_grad)
+    start = solve.time
+
+    def rows(y: Tensor) -> Tensor:
+        return f(solve.as_times(start[None])[0], y.reshape(x.shape)).reshape(y.shape)
+
+    jacobians = DenseSystems.at(rows, x.detach().reshape(len(start), -1)).jacobians
+    taken = None
+    try:
+        with torch.no_grad():
+            taken = _iterations(solve, jacobians, outputs.shape[-1] > 0 or asked, key)
+    except SolverError:
+        raise
+    except Exception as error:
+        if not isinstance(error, NotStuck):
+            warn_of_eager(error)
     if taken is None:
         return adaptive_solve(tableau, f, x, times, control, resume)
     if asked:
@@ -492,7 +497,7 @@ def _iterations(solve: Adaptive, jacobians: Tensor, record: bool, key: Any) -> l
                       np.zeros_like(p.step)])  # fmt: skip
     newton = torch.full((5, batch), torch.nan, dtype=torch.float64, device=device)
     newton[0], newton[1] = rule.first, 0
-    k0 = solve.k0.reshape(batch, -1)
+    k0 = solve.k0.detach().reshape(batch, -1)
     begun = zeros.clone() if rule.whole else zeros + k0  # one tensor in two places is traced anew
     s = Samples(
         rows, k0, jacobians.permute(1, 2, 0).contiguous(), begun, zeros,
@@ -511,7 +516,7 @@ def _iterations(solve: Adaptive, jacobians: Tensor, record: bool, key: Any) -> l
         s, flags, step = run(f.f, x, s, end, limit, tolerance, tables)
         going, failed, stuck, spent = flags.tolist()
         if failed or stuck or spent:
-            _place(solve, s if spent else before)
+            _place(solve, s if spent else before, p)
             if spent:
                 left = (solve.end - solve.time) * solve.forward > 0
                 counts = solve.progress.n_accepted + solve.progress.n_rejected
@@ -524,7 +529,7 @@ def _iterations(solve: Adaptive, jacobians: Tensor, record: bool, key: Any) -> l
             taken.append(step)
             if len(taken) % RECENT == 0:
                 taken = _kept(taken)
-    _place(solve, s)
+    _place(solve, s, p)
     f.calls += int(s.counts[0].max())
     return _kept(taken)
 
@@ -537,16 +542,16 @@ def _kept(taken: list[Taken]) -> list[Taken]:
     return [t for t, any_ in zip(taken, moved, strict=True) if any_]
 
 
-def _place(solve: Adaptive, s: Samples) -> None:
-    """Puts the solve where compiled iterations have brought it."""
+def _place(solve: Adaptive, s: Samples, begun: Progress) -> None:
+    """Puts the solve where compiled iterations have brought it since it began."""
     time, step, last, older, _, accepted, rejected, _ = s.clock.cpu().numpy()
-    p = solve.progress
     calls, iterations, jacobians = s.counts.cpu().numpy()
     accepted, rejected = accepted.astype(np.int64), rejected.astype(np.int64)
-    first = int(not (p.n_accepted + p.n_rejected).any())
-    implicit = np.stack([jacobians + first, iterations, iterations, 0 * iterations])
+    implicit = np.stack([1 + jacobians, iterations, iterations, 0 * iterations])
     solve.x, solve.k0, solve.time = s.x.reshape(solve.x.shape), s.k0.reshape(solve.x.shape), time
-    solve.progress = Progress(step, np.stack([last, older]), p.nfe + calls, accepted, rejected, implicit)
+    solve.progress = Progress(
+        step, np.stack([last, older]), begun.nfe + 1 + calls, accepted, rejected, implicit
+    )
 
 
 def _as_step(t: Taken, x: Tensor) -> Step:
@@ -556,9 +561,7 @@ def _as_step(t: Taken, x: Tensor) -> Step:
     return Step(start, end, t.x.reshape(x.shape), k, t.new_x.reshape(x.shape), k_start=t.k0.reshape(x.shape))
 
 
-def _replayed(
-    solve: Adaptive, taken: list[Taken], x: Tensor, start: np.ndarray
-) -> tuple[list[Step], Tensor]:
+def _replayed(solve: Adaptive, taken: list[Taken], x: Tensor, start: np.ndarray) -> tuple[list[Step], Tensor]:
     """The steps once more, in the order that each sample took them, as functions of x; and the end."""
     tableau, control, f = solve.tableau, solve.control, solve.f
     take = ImplicitStep(tableau, control.per_sample, control)
