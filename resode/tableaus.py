@@ -577,8 +577,8 @@ _IMPLICIT = [
         ],
         5,
         "Kværnø, BIT 44 (2004), ESDIRK 5/4",
-        # Of order 4, with f as its slope at both ends, and least in what it misses of order 5 (in the mean square
-        # over θ). A cubic through the ends alone errs by ten times the tolerance between them.
+        # Of order 4, with f as its slope at both ends, and least in what it misses of order 5 (in the mean
+        # square over θ). A cubic through the ends errs by ten times the tolerance between them.
         interpolant=(
             (1.0, -2.128901672145751, 1.8041933913971178, -0.5386942074749628),
             (0.0, 0.0, 0.0, 0.0),
