@@ -81,8 +81,9 @@ def memory(depth: int) -> None:
 def cifar(images: int = 256, epochs: int = 12) -> None:
     """That implicit blocks train on CIFAR-10: the loss on a few images, η = 1; 1,024 entries, so Newton's systems go by GMRES."""
     data = load_data("cifar10")
-    x, y = data.train_images[:images].float() / 255 - 0.5, data.train_labels[:images]
     torch.manual_seed(0)
+    chosen = torch.randperm(len(data.train_images))[:images]  # they may lie sorted by class
+    x, y = data.train_images[chosen].float() / 255 - 0.5, data.train_labels[chosen]
 
     fields = [ParabolicField(16, kernel_size=3) for _ in range(3)]
     stack = ResidualStack(fields, solver="implicit_euler", step_size=1.0)

@@ -82,12 +82,12 @@ def robertsons(problems, rtol: float, atol: float) -> None:
             y, steps = jax.block_until_ready(solve(rates))
         except Exception:  # more steps are needed
             continue
-        for _ in range(3):
-            begin = time.perf_counter()
+        for _ in range(8):
+            begin, spent = time.perf_counter(), time.process_time()
             jax.block_until_ready(solve(rates))
-            seconds = time.perf_counter() - begin
+            seconds, spent = time.perf_counter() - begin, time.process_time() - spent
             if best is None or seconds < best["seconds"]:
-                best = {"y": y.tolist(), "steps": float(steps.mean()), "seconds": seconds}
+                best = {"y": y.tolist(), "steps": float(steps.mean()), "seconds": seconds, "processor": spent}
     print(json.dumps(best))
 
 
