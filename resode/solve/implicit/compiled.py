@@ -264,7 +264,7 @@ class Rule:
         # Where no stages were found, the error that asks for a quarter of the step.
         error = torch.where(hopeless, (4 * control.safety) ** self.power, error)
         verdict = decide(torch, tried._replace(active=ended), torch.where(ended, error, 0.0), time, step,
-                         torch.stack(errors), was_rejected > 0, self.power, control)  # fmt: skip
+                         torch.stack(errors), was_rejected > 0, order=self.power, control=control)  # fmt: skip
         keep = verdict.keep
         little = keep & (verdict.step >= tried.size) & (verdict.step <= 1.2 * tried.size) & ~tried.reaches
         next_step = torch.where(little, tried.size, verdict.step)
