@@ -105,7 +105,7 @@ def network_rows(run: str):
     for order in (1, 2):
         kinds[f"designed, order {order}"] = (
             lambda s, order=order: design_method(values, s, order),
-            range(2, 7),
+            range(order + 1, 7),
         )
     for name, (method_of, choices) in kinds.items():
         found = None

@@ -263,8 +263,9 @@ class Rule:
         error = self._error(like, s, systems, h, new_x, k, (rtol, atol)).to(time.dtype)
         # Where no stages were found, the error that asks for a quarter of the step.
         error = torch.where(hopeless, (4 * control.safety) ** self.power, error)
-        verdict = decide(torch, tried._replace(active=ended), torch.where(ended, error, 0.0), time, step,
-                         torch.stack(errors), was_rejected > 0, order=self.power, control=control)  # fmt: skip
+        error, tries = torch.where(ended, error, 0.0), tried._replace(active=ended)
+        verdict = decide(torch, tries, error, time, step, torch.stack(errors), was_rejected > 0,
+                         order=self.power, control=control)  # fmt: skip
         keep = verdict.keep
         little = keep & (verdict.step >= tried.size) & (verdict.step <= 1.2 * tried.size) & ~tried.reaches
         next_step = torch.where(little, tried.size, verdict.step)
