@@ -250,7 +250,7 @@ class Stiff(nn.Module):
 
     def forward(self, t, y):
         rate = self.rate[: len(y), None] if y.ndim > 1 else self.rate[0]
-        return -rate * torch.tanh((y - torch.cos(t)) @ self.mix) - torch.sin(t) + 0.1 * y**2
+        return -rate * ((y - torch.cos(t)) @ self.mix) - torch.sin(t) + 0.1 * torch.sin(3 * y)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ class Stiff(nn.Module):
 def test_implicit_results_gradients_and_steps_are_the_eager_ones(traced, method, per_sample, way):
     """Newton's iteration leaves a hundredth of the tolerance a step; the field's slope, 1e4, is in the times' gradient."""
     tol, field, found = 1e-4, Stiff(), []
-    t = torch.tensor([0.5, -0.1], dtype=DOUBLE) if way == "back" else T
+    t = torch.tensor([0.5, 0.4995], dtype=DOUBLE) if way == "back" else T  # back, what decays grows
     for compile in (False, True):
         y0, times = (1 + 0.1 * start(4)).requires_grad_(), t.clone().requires_grad_()
         with torch.set_grad_enabled(way == "gradient"):
@@ -300,9 +300,9 @@ def test_implicit_gradients_are_those_of_the_steps_that_were_taken(traced):
 
 
 def test_generated_code_of_an_implicit_method():
-    """One state, so that the code is short; radau5's pair of eigenvalues makes a system of two."""
+    """One state and two stages one by one, so that the code is short."""
     rate = torch.tensor([1.0, 1e2, 1e4], dtype=DOUBLE)[:, None]
-    kw = dict(rtol=1e-6, atol=1e-6, per_sample=True, method="radau5", return_stats=True)
+    kw = dict(rtol=1e-6, atol=1e-6, per_sample=True, method="sdirk2", return_stats=True)
 
     def field(t, y):
         return -rate * (y - torch.cos(t))
@@ -342,8 +342,7 @@ def test_samples_do_not_wait_for_each_other(traced):
 @pytest.mark.parametrize(
     ("field", "options"),
     [
-        (lambda t, y: -1e6 * (y - torch.cos(20 * t)), dict(max_steps=20)),
-        (lambda t, y: y * y, dict()),
+        (lambda t, y: -1e6 * (y - torch.cos(20 * t)), dict(max_steps=5)),
         (lambda t, y: -torch.sqrt(y) - 1, dict()),
     ],
 )

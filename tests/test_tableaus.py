@@ -155,11 +155,11 @@ def test_dense_output_of_a_collocation_method_integrates_its_nodes_polynomials(n
             assert got == pytest.approx(theta**q / q, abs=1e-14)
 
 
-@pytest.mark.parametrize("name", ["dopri5", "tsit5"])
+@pytest.mark.parametrize("name", ["dopri5", "tsit5", "kvaerno5"])
 def test_dense_output_is_of_order_4_inside_and_ends_on_the_step(name):
     """b_i(θ) meets Σ b_i(θ) φ_i = θ^q / γ to order 4, and b_i(1) = b_i."""
     tableau = METHODS[name]
-    close = 1e-14 if name == "tsit5" else 1e-15
+    close = {"tsit5": 1e-14, "kvaerno5": 1e-13}.get(name, 1e-15)
     for row, b in zip(tableau.interpolant, tableau.b, strict=True):
         assert abs(float(sum(row) - b)) < close
     for theta in (0.1, 0.5, 0.9):
@@ -168,6 +168,13 @@ def test_dense_output_is_of_order_4_inside_and_ends_on_the_step(name):
             for tree in trees(q):
                 got = sum(w * float(s) for w, s in zip(weights, stage_weights(tree, tableau.a), strict=True))
                 assert abs(got - theta**q / density(tree)) < close
+
+
+def test_kvaerno5s_dense_output_has_the_fields_slope_at_both_ends():
+    """b_i'(0) is 1 for the first stage alone, b_i'(1) for the last: steps join with one derivative."""
+    rows = np.array(METHODS["kvaerno5"].interpolant, float)
+    assert rows[:, 0] == pytest.approx(np.eye(7)[0], abs=1e-14)
+    assert rows @ [1, 2, 3, 4] == pytest.approx(np.eye(7)[6], abs=1e-13)
 
 
 def test_contract_of_the_methods():

@@ -421,6 +421,7 @@ def constants(control: Control) -> Control:
 
 
 def as_real(value: Any, x: Tensor) -> Tensor:
+    """A number as a tensor of the real dtype of x."""
     return torch.as_tensor(value, dtype=x.dtype.to_real(), device=x.device)
 
 

@@ -72,11 +72,11 @@ def checked_args(args: Any) -> tuple[Any, ...]:
     return tuple(args)
 
 
-<<<<<<< HEAD
 OWN_TIMES = (
     "Solve the batch in one call: t of shape (T, B) with per_sample=True gives each sample its own times."
 )
-=======
+
+
 def check_field(func: Any, args: tuple[Any, ...] = ()) -> None:
     """Refuses a func that cannot be called as func(t, y, *args), by its signature where it has one.
 
@@ -131,7 +131,6 @@ def of_one_dtype(func: Any, y: Tensor) -> Any:
             raise
 
     return explained
->>>>>>> explore
 
 
 def check_times(t: Any, is_event: bool = False, batch: int | None = None) -> None:

@@ -110,7 +110,7 @@ def _block(tableau: ButcherTableau, a: np.ndarray, first: int, stop: int) -> Sta
     return StageBlock(first, stop, own, before, values, to_modes.T, to_stages, predictor)
 
 
-def lagrange(nodes: Sequence[float], at: Sequence[Any]) -> list[list[Any]]:
+def lagrange(nodes: Sequence[float], at: Any) -> list[list[Any]]:
     """Weights of the values at some nodes in the polynomial through them, at each of some points."""
     weights = []
     for x in at:

@@ -246,7 +246,8 @@ class Rule:
         systems = NewtonSystems(self.modes, s.jacobian, h)
 
         new, z = self._corrected(field, s, systems, time, size, end, tables)
-        measured = [control.measure((row / (atol + rtol * s.x.abs())).reshape(like.shape)) for row in z]
+        scale = atol + rtol * s.x.reshape(like.shape).abs()
+        measured = [control.measure(row.reshape(like.shape) / scale) for row in z]
         norm = (torch.stack(measured).amax(0).reshape(-1) / kappa).to(s.newton.dtype)
         converged, hopeless, rate = judged(norm, before, old_rate, iteration)
         converged, hopeless = active & converged, active & hopeless
@@ -262,8 +263,9 @@ class Rule:
         error = self._error(like, s, systems, h, new_x, k, (rtol, atol)).to(time.dtype)
         # Where no stages were found, the error that asks for a quarter of the step.
         error = torch.where(hopeless, (4 * control.safety) ** self.power, error)
-        verdict = decide(torch, tried._replace(active=ended), torch.where(ended, error, 0.0), time, step,
-                         torch.stack(errors), was_rejected > 0, self.power, control)  # fmt: skip
+        error, tries = torch.where(ended, error, 0.0), tried._replace(active=ended)
+        verdict = decide(torch, tries, error, time, step, torch.stack(errors), was_rejected > 0,
+                         order=self.power, control=control)  # fmt: skip
         keep = verdict.keep
         little = keep & (verdict.step >= tried.size) & (verdict.step <= 1.2 * tried.size) & ~tried.reaches
         next_step = torch.where(little, tried.size, verdict.step)
@@ -414,7 +416,8 @@ def judged(
 def linearised(field: Callable[[Tensor, Tensor], Tensor], t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """f(t, x) of rows (B, n), and the Jacobians ∂f_i/∂x_j, (n, n, B)."""
     n = x.shape[1]
-    value, pulled_back = vjp(lambda y: field(t, y), x)  # forward mode is not traced where B is left open
+    # Not in forward mode, which is not traced where B is left open.
+    value, pulled_back, *_ = vjp(lambda y: field(t, y), x)
     directions = torch.eye(n, dtype=x.dtype, device=x.device)[:, None].expand(n, *x.shape)
     (rows,) = vmap(pulled_back)(directions)
     return value, rows.permute(0, 2, 1)
@@ -449,24 +452,27 @@ def compiled_implicit_solve(
     """As `compiled_solve`, for implicit methods."""
     at = np.asarray(times, NUMPY[control.dtype])
     outputs = at[1:-1].T
-    asked = torch.is_grad_enabled()
     why = refusal(tableau, x, control.per_sample)
     if why is not None:
         warn_user(f"compile=True has no effect with {why}.")
         return adaptive_solve(tableau, f, x, times, control, resume)
-    with torch.no_grad():
-        solve = Adaptive(tableau, f, x.detach(), at[0], at[-1], control, resume)
-        start = solve.time
-        systems = DenseSystems.at(lambda y: f(solve.as_times(start[None])[0], y.reshape(x.shape)).reshape(y.shape),
-                                  x.detach().reshape(len(start), -1))  # fmt: skip
-        try:
-            taken = _iterations(solve, systems.jacobians, outputs.shape[-1] > 0 or asked, key)
-        except SolverError:
-            raise
-        except Exception as error:
-            if not isinstance(error, NotStuck):
-                warn_of_eager(error)
-            taken = None
+    solve = Adaptive(tableau, f, x.detach(), at[0], at[-1], control, resume)
+    asked = torch.is_grad_enabled() and (x.requires_grad or solve.k0.requires_grad)
+    start = solve.time
+
+    def rows(y: Tensor) -> Tensor:
+        return f(solve.as_times(start[None])[0], y.reshape(x.shape)).reshape(y.shape)
+
+    jacobians = DenseSystems.at(rows, x.detach().reshape(len(start), -1)).jacobians
+    taken = None
+    try:
+        with torch.no_grad():
+            taken = _iterations(solve, jacobians, outputs.shape[-1] > 0 or asked, key)
+    except SolverError:
+        raise
+    except Exception as error:
+        if not isinstance(error, NotStuck):
+            warn_of_eager(error)
     if taken is None:
         return adaptive_solve(tableau, f, x, times, control, resume)
     if asked:
@@ -492,7 +498,7 @@ def _iterations(solve: Adaptive, jacobians: Tensor, record: bool, key: Any) -> l
                       np.zeros_like(p.step)])  # fmt: skip
     newton = torch.full((5, batch), torch.nan, dtype=torch.float64, device=device)
     newton[0], newton[1] = rule.first, 0
-    k0 = solve.k0.reshape(batch, -1)
+    k0 = solve.k0.detach().reshape(batch, -1)
     begun = zeros.clone() if rule.whole else zeros + k0  # one tensor in two places is traced anew
     s = Samples(
         rows, k0, jacobians.permute(1, 2, 0).contiguous(), begun, zeros,
@@ -511,7 +517,7 @@ def _iterations(solve: Adaptive, jacobians: Tensor, record: bool, key: Any) -> l
         s, flags, step = run(f.f, x, s, end, limit, tolerance, tables)
         going, failed, stuck, spent = flags.tolist()
         if failed or stuck or spent:
-            _place(solve, s if spent else before)
+            _place(solve, s if spent else before, p)
             if spent:
                 left = (solve.end - solve.time) * solve.forward > 0
                 counts = solve.progress.n_accepted + solve.progress.n_rejected
@@ -524,7 +530,7 @@ def _iterations(solve: Adaptive, jacobians: Tensor, record: bool, key: Any) -> l
             taken.append(step)
             if len(taken) % RECENT == 0:
                 taken = _kept(taken)
-    _place(solve, s)
+    _place(solve, s, p)
     f.calls += int(s.counts[0].max())
     return _kept(taken)
 
@@ -537,16 +543,16 @@ def _kept(taken: list[Taken]) -> list[Taken]:
     return [t for t, any_ in zip(taken, moved, strict=True) if any_]
 
 
-def _place(solve: Adaptive, s: Samples) -> None:
-    """Puts the solve where compiled iterations have brought it."""
+def _place(solve: Adaptive, s: Samples, begun: Progress) -> None:
+    """Puts the solve where compiled iterations have brought it since it began."""
     time, step, last, older, _, accepted, rejected, _ = s.clock.cpu().numpy()
-    p = solve.progress
     calls, iterations, jacobians = s.counts.cpu().numpy()
     accepted, rejected = accepted.astype(np.int64), rejected.astype(np.int64)
-    first = int(not (p.n_accepted + p.n_rejected).any())
-    implicit = np.stack([jacobians + first, iterations, iterations, 0 * iterations])
+    implicit = np.stack([1 + jacobians, iterations, iterations, 0 * iterations])
     solve.x, solve.k0, solve.time = s.x.reshape(solve.x.shape), s.k0.reshape(solve.x.shape), time
-    solve.progress = Progress(step, np.stack([last, older]), p.nfe + calls, accepted, rejected, implicit)
+    solve.progress = Progress(
+        step, np.stack([last, older]), begun.nfe + 1 + calls, accepted, rejected, implicit
+    )
 
 
 def _as_step(t: Taken, x: Tensor) -> Step:

@@ -47,7 +47,7 @@ def jacobian_rows(y: Tensor, x: Tensor) -> Tensor:
         directions = torch.zeros(count, batch, n, dtype=y.dtype, device=y.device)
         directions[torch.arange(count), :, torch.arange(first, first + count)] = 1
         parts.append(_pulled_back(y, x, directions))
-    return torch.cat(parts).transpose(0, 1)
+    return torch.cat(parts).transpose(0, 1) if parts else y.new_zeros(batch, 0, 0)
 
 
 def _pulled_back(y: Tensor, x: Tensor, directions: Tensor) -> Tensor:
