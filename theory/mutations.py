@@ -1,6 +1,6 @@
 """Break the function that a page rests on, and see the page fail: `python -m theory.mutations [ID …]`.
 
-A page that holds whatever the library computes would prove nothing. Every page has at least one mutation here:
+A page that holds whatever the library computes proves nothing. Every page has at least one mutation here:
 a function of the library, or of `theory.measures`, and what takes its place. The page runs at its small size
 with the broken function and must say that its claim does not hold; that it stops for another reason does not
 count.
@@ -138,9 +138,8 @@ def _linear_error(f: Function) -> Function:
 
     def found(*args: Any, **kwargs: Any) -> Any:
         result = f(*args, **kwargs)
-        return replace(
-            result, order=1.0, errors=[result.errors[0] * result.depths[0] / d for d in result.depths]
-        )
+        depths = result.depths[: len(result.errors)]  # without a reference the last depth has none
+        return replace(result, order=1.0, errors=[result.errors[0] * depths[0] / d for d in depths])
 
     return found
 
@@ -256,6 +255,7 @@ MUTATIONS = [
         "all is read, whatever the features",
         lambda f: lambda *a: 0.95,
     ),
+    Mutation("B13", "resode.training.recipe:Recipe.learning_rate", "1 % too high", scaled(1.01)),
     Mutation("C1", "resode.analysis:depth_convergence", "errors of order one", _linear_error),
     Mutation(
         "C2", "resode.analysis:find_fixed_points", "points 1e-6 off", with_field("points", lambda v: v + 1e-6)
@@ -275,8 +275,8 @@ MUTATIONS = [
     Mutation(
         "C9",
         "resode:modified_field",
-        "one correction fewer",
-        lambda f: lambda stack, order=1: f(stack, max(order - 1, 0)),
+        "one correction, however many are asked for",
+        lambda f: lambda stack, order=1: f(stack, 1),
     ),
     Mutation("C10", "resode.shortcuts:doubly_stochastic", "rows alone that sum to one", _rows_only),
     Mutation("C10", "resode.analysis:map_limit", "1 % too large", scaled(1.01)),
