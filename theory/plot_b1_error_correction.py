@@ -117,10 +117,12 @@ for axis in (left, middle, right):
     axis.axhline(0, color="gray", lw=0.5)
 
 # %%
-# Verdict ------- One line says nothing of networks: that the last cosine is 1 with t = x_L holds whatever
-# the blocks have learnt. It checks the function, and is why the popular form proves nothing. The control's
-# tolerance is three standard errors over its 40 networks; in every block the mean of the six trained ones
-# must lie more than three standard errors of the difference higher.
+# Verdict
+# -------
+# The control's tolerance is three standard errors over its 40 networks; in every block the mean of the six
+# trained ones must lie more than three standard errors of the difference higher. One line says nothing of
+# networks: that the last cosine is 1 with t = x_L holds whatever the blocks have learnt. It checks the
+# function, and is why the popular form proves nothing.
 mean, error = control.mean(), control.mean(1).std() / 40**0.5
 agree("untrained: mean cosine over 40 networks", 0.0, mean, atol=3 * error)
 rise = through[-1] - control.mean(0)
