@@ -64,9 +64,10 @@ def path_of(net):
 target = codes[digits.test_labels]
 
 # %%
-# Prediction ---------- Untrained networks average to 0 in every block; with :math:`t = x_L` the last block
-# has 1. How far training lifts the cosine, no formula says: the claim is that it does, in every block,
-# beyond the networks' spread.
+# Prediction
+# ----------
+# Untrained networks average to 0 in every block; with :math:`t = x_L` the last block has 1. How far training
+# lifts the cosine, no formula says: the claim is that it does, in every block, beyond the networks' spread.
 #
 # Measurement
 # -----------
