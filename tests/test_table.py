@@ -6,6 +6,7 @@ import pytest
 
 from resode.training.loop import Interrupted
 from tests.benchmarks import table
+from theory import degradation
 
 
 @pytest.fixture
@@ -74,3 +75,29 @@ def test_the_curves_are_trained_first_and_then_the_cheapest():
     names = [entry.name for entry in table.queue()]
     assert names[:4] == ["plain20", "plain56", "resnet20", "resnet56"] and names[-1] == "maxout"
     assert "resnet110" not in names and len(names) == len(set(names)) == len(table.TABLE) - 2
+
+
+def test_what_is_stored_is_what_the_page_on_degradation_reads(tmp_path, monkeypatch):
+    """The curves of one seed and the longest budget that all four have ended; other runs are kept apart."""
+    stored, page = tmp_path / "errors.csv", tmp_path / "page.md"
+    monkeypatch.setattr(table, "STORED", stored)
+    monkeypatch.setattr(table, "PAGE", page)
+    monkeypatch.setattr(degradation, "TABLE", tmp_path / "degradation.csv")
+    page.write_text("Before.\n\n<!-- table -->\nold\n<!-- end of the table -->\n\nAfter.\n")
+    out = tmp_path / "runs"
+    for name in table.FIRST:
+        for epochs, done in ((1, 1), (2, 2), (9, 3)):  # nine epochs have not ended
+            about = {"run": f"{name}-e{epochs}-s0", "model": name, "seed": 0, "epochs": epochs}
+            errors = {"train_error": 20.0 + epochs, "test_error": 30.0, "seconds": 1.0}
+            out.mkdir(exist_ok=True)
+            table.write(out / "errors.csv", [{**about, **errors, "epoch": e + 1} for e in range(done)])
+    assert table.main(["--out", str(out), "--store"]) == 0
+    found = degradation.read(degradation.TABLE)
+    assert set(found) == set(table.FIRST) and found["plain56"]["train_error"] == [22.0, 22.0]
+    text = page.read_text()
+    assert text.startswith("Before.") and text.endswith("After.\n") and "old" not in text
+    assert "| `plain20` | 20 | 269,722 |  | 30.00 | 2, 1 |" in text
+
+
+def test_without_stored_curves_nothing_is_read(tmp_path):
+    assert degradation.read(tmp_path / "none.csv") == {}

@@ -14,7 +14,7 @@ from theory import seeds, verdict
 
 CLAIMS = [
     *(f"A{n}" for n in range(1, 10)),
-    *(f"B{n}" for n in range(1, 13)),
+    *(f"B{n}" for n in range(1, 14)),
     *(f"C{n}" for n in range(1, 12)),
 ]
 

@@ -354,6 +354,7 @@ def _groups(name: str, options: dict[str, Any], image_size: int | None) -> None:
     import torch
 
     from resode.checks import check_whole
+    from resode.formulas import cost_of
     from resode.networks import architecture, find
 
     network = find(name)
@@ -382,7 +383,7 @@ def _groups(name: str, options: dict[str, Any], image_size: int | None) -> None:
         ]
 
     rows = [row(group.name, group.blocks, group.cost) for group in groups]
-    total = model.cost(shape)
+    total = cost_of(model, shape)
     rows.append(row("all", sum(group.blocks for group in groups), total))
     say(f"{name}: {network.description}; a sample is {'×'.join(map(str, shape))}.\n")
     table(["group", "output", "channels", "blocks", "parameters", "multiply-adds"], rows)

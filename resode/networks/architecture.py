@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,10 +64,7 @@ def architecture(network: nn.Module, shape: Shape) -> list[Group]:
         elif cost.macs or cost.parameters or cost.shape != tuple(inputs[0].shape[1:]):
             groups.append(Group(name, count_blocks(part), cost))
 
-    hooks = [
-        part.register_forward_pre_hook(lambda module, inputs, name=name: record(name, module, inputs))
-        for name, part in _parts(network)
-    ]
+    hooks = [part.register_forward_pre_hook(partial(record, name)) for name, part in _parts(network)]
     device = next(network.parameters()).device
     try:
         with torch.no_grad(), torch.device(device):

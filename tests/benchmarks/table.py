@@ -29,10 +29,10 @@ from resode.training.data.datasets import load_data
 from resode.training.evaluate import plain_batches, score
 from resode.training.files import RunError, replacing
 from resode.training.run import train
+from theory import degradation
 
 ROOT = Path(__file__).parents[2]
 STORED = ROOT / "docs" / "results" / "cifar10-errors.csv"
-CURVES = ROOT / "docs" / "results" / "degradation.csv"
 PAGE = ROOT / "docs" / "published-table.md"
 COLUMNS = ("run", "model", "seed", "epochs", "epoch", "train_error", "test_error", "seconds")
 NORMED = {"norm": "batch"}
@@ -212,9 +212,9 @@ def store(out: Path) -> int:
     if budgets:
         runs = {f"{name}-e{max(budgets)}-s0" for name in FIRST}
         first = [row for row in rows if row["run"] in runs]
-        with CURVES.open("w", newline="", encoding="utf-8") as stream:
+        with degradation.TABLE.open("w", newline="", encoding="utf-8") as stream:
             table = csv.writer(stream, lineterminator="\n")
-            table.writerow(("model", "epoch", "train_error", "test_error"))
+            table.writerow(degradation.COLUMNS)
             table.writerows((r["model"], r["epoch"], r["train_error"], r["test_error"]) for r in first)
     PAGE.write_text(placed(PAGE.read_text(encoding="utf-8"), lines(rows)), encoding="utf-8")
     print(f"{len(rows)} rows in {STORED}, {len(done)} finished runs")
