@@ -103,12 +103,14 @@ def sweep(
 
 
 def _print(found: Any) -> None:
+    from resode.training.sweep.live import first_sentence
+
     say()
     if found.comparison is not None:
         print_comparison(found.comparison)
         say()
     for run in found.failed:
-        say(f"{run.name} failed: {run.error}", "red")
+        say(f"{run.name} failed: {first_sentence(run.error)}", "red")
     say(str(found))
     if found.comparison is not None:
         say(f"figure {found.path / 'compare.png'}")
