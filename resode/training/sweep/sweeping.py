@@ -74,7 +74,7 @@ class SweptRun:
         name: of its folder within the sweep's.
         values: what it has of each of the grid's keys.
         path: its folder.
-        status: "finished", "failed" or "waiting".
+        status: "finished" or "failed".
         error: why it failed; None where it has not.
         summary: its figures, see `resode.training.run.Summary`; empty where it has not finished.
     """
@@ -94,7 +94,7 @@ class Sweep:
     Args:
         path: their folder.
         runs: one for each point of the grid, in its order; the last key varies fastest.
-        comparison: of the runs that have begun, see `resode.compare`; None where none has.
+        comparison: of the runs that have finished, see `resode.compare`; None where none has.
     """
 
     path: Path
@@ -134,7 +134,7 @@ class Sweep:
         return text
 
     def __str__(self) -> str:
-        counts = {s: sum(run.status == s for run in self.runs) for s in ("finished", "failed", "waiting")}
+        counts = {s: sum(run.status == s for run in self.runs) for s in ("finished", "failed")}
         told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
         return f"sweep of {len(self.runs)} runs in {self.path}: {told}"
 
@@ -533,21 +533,13 @@ def _result(todo: _Todo) -> Sweep:
         summary = None
         if error is None and (path / "config.yaml").exists():
             summary = RunFolder(path).read_summary()
-        status = "failed" if error else "waiting" if summary is None else "finished"
+        status = "failed" if summary is None else "finished"
         runs.append(SweptRun(point.name, point.values, path, status, error, summary or {}))
-    begun = [run.path for run in runs if (run.path / "config.yaml").exists()]
-    found = Sweep(todo.folder, tuple(runs), _compared(begun))
+    finished = [run.path for run in runs if run.summary]
+    found = Sweep(todo.folder, tuple(runs), compare(finished) if finished else None)
     _write(todo.folder / TABLE, found.to_csv())
     if found.comparison is not None:
         _write(todo.folder / "compare.csv", found.comparison.to_csv())
         with replacing(todo.folder / "compare.png") as path:
             found.comparison.plot(path)
     return found
-
-
-def _compared(paths: list[Path]) -> Comparison | None:
-    """The runs side by side; None where there are none, or all are damaged."""
-    try:
-        return compare(paths) if paths else None
-    except RunError:
-        return None
