@@ -122,6 +122,22 @@ def test_ranges_in_a_file_are_ranges(tmp_path):
     assert names(stored)[::17] == ["seed=1,lr=0.1", "seed=9,lr=0.01"]
 
 
+def test_a_file_holds_a_grid_and_settings_and_flags_win(tmp_path, monkeypatch):
+    (tmp_path / "grid.yaml").write_text("grid:\n  seed: 0:2\nepochs: 10\nwidth: 8\nsolver: rk4\n")
+    got = {}
+
+    def instead(folder, grid, **settings):
+        got.update(settings, grid=grid)
+        raise RunError("enough")
+
+    monkeypatch.setattr("resode.training.sweep.sweep", instead)
+    CliRunner().invoke(
+        app, ["sweep", "x", "--config", str(tmp_path / "grid.yaml"), "--epochs", "3", "--jobs", "2"]
+    )
+    assert got["grid"] == {"seed": "0:2"} and got["jobs"] == 2
+    assert (got["epochs"], got["width"], got["model_options"]) == (3, 8, {"solver": "rk4"})
+
+
 def weights(path: Path) -> str:
     """Equal where all the tensors are, to the bit; the file's header has no order of its own."""
     with safe_open(str(path / "weights.safetensors"), framework="pt") as file:
@@ -333,7 +349,7 @@ def test_a_ray_cluster_gets_tasks_and_a_lost_one_is_recorded(tmp_path, monkeypat
         tmp_path / "s", {"seed": [0, 1]}, engine="ray", jobs=1, threads=1, retries=3, progress=False, **SHORT
     )
     assert [run.status for run in found.runs] == ["finished", "failed"]
-    assert found.failed[0].error == "its Ray worker was lost (RayError: the worker died)"
+    assert found.failed[0].error == "its Ray worker was lost: RayError, the worker died"
     assert ray.asked == {"num_cpus": 1, "num_gpus": 0, "max_retries": 3}
     assert (ray.begun["address"], ray.begun["num_cpus"], ray.down) == ("local", 1, True)
     assert not (tmp_path / "s" / ".sweep.ray").exists()
@@ -354,7 +370,10 @@ def test_an_address_that_does_not_answer_is_said_in_time(monkeypatch):
         monkeypatch.setattr(cluster, "_PROBE", "import time; time.sleep(60)")
         with pytest.raises(RunError, match=r"takes connections, but shows in 1 s no Ray cluster"):
             cluster.check_answers(f"127.0.0.1:{taken.getsockname()[1]}", connecting=2, joining=1)
-    assert time.monotonic() - begun < 30
+        monkeypatch.setattr(cluster, "_PROBE", "raise ConnectionError('no token')")
+        with pytest.raises(RunError, match=r"cannot join it .*ConnectionError: no token\). .*RAY_AUTH_MODE"):
+            cluster.check_answers(f"127.0.0.1:{taken.getsockname()[1]}", connecting=2, joining=60)
+    assert time.monotonic() - begun < 100
     with pytest.raises(ValueError, match=r"HOST:PORT or ray://HOST:PORT, got 'here'"):
         cluster.check_answers("here")
 
@@ -365,6 +384,7 @@ def test_an_address_that_does_not_answer_is_said_in_time(monkeypatch):
         ({"address": "auto"}, "address and gpus belong to engine='ray'"),
         ({"engine": "dask"}, "engine must be one of local, ray"),
         ({"engine": "ray", "device": "cuda:1"}, "device is auto, cpu or cuda: got 'cuda:1'"),
+        ({"logger": "tensorbord"}, "logger must be one of tensorboard, wandb, csv"),
         ({"jobs": 0}, "jobs must be a whole number of at least 1"),
     ],
 )

@@ -58,6 +58,9 @@ def sweep(
     step_limits: Annotated[
         bool, typer.Option("--step-limits", help="Record and draw every group's step limits of every run.")
     ] = False,
+    logger: Annotated[
+        str | None, flag("Of every run: tensorboard, wandb, or csv: every update's loss.", _SWEEP)
+    ] = None,
     recipe: Annotated[
         str | None, flag(f"{', '.join(RECIPES)}. Default fast, or digits on digits.", _RECIPE)
     ] = None,
@@ -87,6 +90,7 @@ def sweep(
         folder,
         wanted,
         step_limits=step_limits,
+        logger=logger,
         jobs=jobs,
         threads=threads,
         retries=retries,

@@ -21,6 +21,7 @@ from resode.training.compare import Comparison, compare
 from resode.training.data import ImageData, load_data
 from resode.training.files import RunError, read_yaml, replacing, unusable, write_atomically
 from resode.training.folder import RunFolder, check_format, exclusive, remove_unfinished
+from resode.training.loggers import LOGGERS, logger_callback
 from resode.training.plan import Model, check_data_place, choose_device
 from resode.training.processes import Interrupted, interruption
 from resode.training.recipe import Recipe
@@ -155,6 +156,7 @@ def sweep(
     download: bool = False,
     device: str = "auto",
     step_limits: bool = False,
+    logger: str | None = None,
     jobs: int | None = None,
     threads: int | None = None,
     retries: int = 2,
@@ -186,6 +188,7 @@ def sweep(
         download: likewise.
         device: likewise; with several GPUs each process has its own.
         step_limits: record every run's step limits, see `resode.training.monitor.StepLimits`.
+        logger: of every run: "tensorboard", "wandb" or "csv", as for `resode.train`.
         jobs: runs at once, each in a process of its own, which imports everything once; None for a GPU each,
             else for the cores divided by the threads.
         threads: of a run; None for what the sweep began with, at first the cores divided by the jobs.
@@ -214,6 +217,8 @@ def sweep(
         if value is not None:
             check_whole(name, value, least)
     one_of("engine", engine, ENGINES)
+    if logger is not None:
+        logger_callback(one_of("logger", logger, LOGGERS))  # its package is missed before anything runs
     places = _Places.of(engine, address, device, gpus, retries)
     one = {
         "model": model,
@@ -243,7 +248,7 @@ def sweep(
         if todo.open:
             places = places.divided(jobs, threads or stored.get("threads"), len(todo.open))
             _write(place / SETTINGS_FILE, _settings_text(grid, common, places.threads))
-            shared = {"step_limits": step_limits, "download": download}
+            shared = {"step_limits": step_limits, "download": download, "logger": logger}
             with LiveTable(progress, place, [found[n].name for n in todo.open], len(found)) as table:
                 _train_all(todo, places, table, shared)
         return _result(todo)
