@@ -143,7 +143,14 @@ def __getattr__(name: str) -> Any:
         return import_module(f"resode.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'resode' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    try:
+        return getattr(import_module(_HOME[name]), name)
+    except ModuleNotFoundError as error:
+        if not _HOME[name].startswith("resode.training"):
+            raise
+        raise ModuleNotFoundError(
+            f"resode.{name} needs {error.name}: pip install 'resode[train]'", name=error.name
+        ) from error
 
 
 def __dir__() -> list[str]:

@@ -23,7 +23,7 @@ PACKAGES = (
     *(f"resode.{name}" for name in "analysis blocks explorer fields networks solve stability".split()),
 )
 MODULES = ("resode.plots", "resode.shortcuts")
-TRAINING = "compare data divergence evaluate fit monitor predict processes recipe refining report run sweep"
+TRAINING = "callbacks compare data divergence evaluate fit loggers monitor parent predict processes recipe refining report run sweep"
 
 INTERNAL = {
     "resode.training.evaluate": {

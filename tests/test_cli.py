@@ -108,7 +108,7 @@ def test_wrong_usage_lists_what_is_right(arguments, words, tmp_path, monkeypatch
         (["stability", "RUN", "--solvers", ""], ["--solvers needs at least one"]),
         (["stability", "RUN", "rk4"], ["one run at a time"]),
         (["train", "--run-dir", "RUN"], ["is never overwritten", "--resume"]),
-        (["train", "--resume", "RUN", "--lr", "0.1"], ["keeps the settings", "lr"]),
+        (["train", "--resume", "RUN", "--lr", "0.1"], ["ends later than its parent stands", "more epochs"]),
         (["train", "--config", "RUN/config.yaml", "--recipe", "paper"], ["--recipe changes nothing"]),
         (["train", "--config", "RUN/config.yaml", "--gamma", "0.5"], ["gamma belongs to the step schedule"]),
         (["train", "--resume", "RUN", "--data-dir", "images"], ["neither data_dir nor download"]),

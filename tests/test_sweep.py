@@ -5,7 +5,10 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import socket
+import sys
 import time
+import types
 from pathlib import Path
 
 import children
@@ -21,6 +24,7 @@ from resode.training.folder import RunFolder
 from resode.training.run import train
 from resode.training.sweep import sweep
 from resode.training.sweep.grid import differences, plain_value, points, read_pairs, values_of
+from resode.training.sweep.worker import Outcome, Task
 
 SHORT = {"recipe": "smoke", "width": 2, "updates": 3, "batch_size": 32}
 """Of a run of a tenth of a second."""
@@ -116,6 +120,22 @@ def test_ranges_in_a_file_are_ranges(tmp_path):
     (tmp_path / "grid.yaml").write_text("grid:\n  seed: 1:10\n  lr: [0.1, 1e-2]\n")
     stored = read_yaml(tmp_path / "grid.yaml")["grid"]
     assert names(stored)[::17] == ["seed=1,lr=0.1", "seed=9,lr=0.01"]
+
+
+def test_a_file_holds_a_grid_and_settings_and_flags_win(tmp_path, monkeypatch):
+    (tmp_path / "grid.yaml").write_text("grid:\n  seed: 0:2\nepochs: 10\nwidth: 8\nsolver: rk4\n")
+    got = {}
+
+    def instead(folder, grid, **settings):
+        got.update(settings, grid=grid)
+        raise RunError("enough")
+
+    monkeypatch.setattr("resode.training.sweep.sweep", instead)
+    CliRunner().invoke(
+        app, ["sweep", "x", "--config", str(tmp_path / "grid.yaml"), "--epochs", "3", "--jobs", "2"]
+    )
+    assert got["grid"] == {"seed": "0:2"} and got["jobs"] == 2
+    assert (got["epochs"], got["width"], got["model_options"]) == (3, 8, {"solver": "rk4"})
 
 
 def weights(path: Path) -> str:
@@ -218,7 +238,6 @@ def worker_of(folder: Path) -> int:
 def test_a_full_disk_stops_the_sweep(tmp_path, monkeypatch):
     """As an outcome that says so does; what was finished is kept."""
     from resode.training.sweep import sweeping
-    from resode.training.sweep.worker import Outcome
 
     class Full:
         free, closed = 1, False
@@ -250,3 +269,126 @@ def test_settings_that_a_run_decided_for_itself_are_no_difference(tmp_path):
     config = RunFolder(run.path).read_config()
     assert differences(same, config) == []
     assert differences(other, config) == ["solver euler (asked for: rk4)"]
+
+
+def test_a_worker_that_does_not_see_the_folder_returns_its_files(tmp_path):
+    """They take the place of what stood there, and are those of a worker that sees it."""
+    from resode.training.sweep import cluster
+
+    arguments = {"recipe": "smoke", "updates": 1, "batch_size": 32, "model_options": {"width": 2}}
+    for name in ("seen", "returned"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / cluster.MARK).write_text("ours")
+    task = Task(0, str(tmp_path / "seen" / "run"), arguments, "cpu")
+    threads = torch.get_num_threads()
+    assert cluster.train_there(task, threads, "ours") == (Outcome(0), None)
+    task = Task(0, str(tmp_path / "returned" / "run"), arguments, "cpu")
+    outcome, files = cluster.train_there(task, threads, "another sweep's")
+    assert outcome == Outcome(0) and not (tmp_path / "returned" / "run").exists()
+    (tmp_path / "returned" / "run").mkdir()
+    (tmp_path / "returned" / "run" / "half").touch()
+    cluster._unpack(files, tmp_path / "returned" / "run")
+    assert weights(tmp_path / "returned" / "run") == weights(tmp_path / "seen" / "run")
+    assert not (tmp_path / "returned" / "run" / "half").exists()
+    assert {p.name for p in (tmp_path / "returned").iterdir()} == {"run", cluster.MARK}
+
+
+class RayError(Exception):
+    pass
+
+
+class FakeRay(types.SimpleNamespace):
+    """One worker that does a task when it is waited for; a task named in `lost` is lost for good."""
+
+    def __init__(self, lost: tuple[int, ...] = ()) -> None:
+        cancelled = type("TaskCancelledError", (RayError,), {})
+        super().__init__(
+            exceptions=types.SimpleNamespace(RayError=RayError, TaskCancelledError=cancelled),
+            begun={}, tasks={}, asked={}, lost=lost, cancelled=[], down=False,
+        )  # fmt: skip
+
+    def is_initialized(self) -> bool:
+        return False
+
+    def init(self, address, **options) -> None:
+        self.begun = options | {"address": address}
+
+    def cluster_resources(self) -> dict:
+        return {"CPU": 1.0}
+
+    def remote(self, **options):
+        self.asked = options
+
+        def begin(function, arguments):
+            reference = object()
+            self.tasks[reference] = function, arguments
+            return reference
+
+        return lambda function: types.SimpleNamespace(remote=lambda *args: begin(function, args))
+
+    def wait(self, references, num_returns, timeout):
+        return references[:1], references[1:]
+
+    def get(self, reference):
+        function, (task, *rest) = self.tasks[reference]
+        if task.number in self.lost:
+            raise RayError("the worker died")
+        return function(task, *rest)
+
+    def cancel(self, reference, force) -> None:
+        self.cancelled.append(reference)
+
+    def shutdown(self) -> None:
+        self.down = True
+
+
+def test_a_ray_cluster_gets_tasks_and_a_lost_one_is_recorded(tmp_path, monkeypatch):
+    ray = FakeRay(lost=(1,))
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    found = sweep(
+        tmp_path / "s", {"seed": [0, 1]}, engine="ray", jobs=1, threads=1, retries=3, progress=False, **SHORT
+    )
+    assert [run.status for run in found.runs] == ["finished", "failed"]
+    assert found.failed[0].error == "its Ray worker was lost: RayError, the worker died"
+    assert ray.asked == {"num_cpus": 1, "num_gpus": 0, "max_retries": 3}
+    assert (ray.begun["address"], ray.begun["num_cpus"], ray.down) == ("local", 1, True)
+    assert not (tmp_path / "s" / ".sweep.ray").exists()
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'resode\[sweep\]'"):
+        sweep(tmp_path / "t", {"seed": [0]}, engine="ray", progress=False, **SHORT)
+
+
+def test_an_address_that_does_not_answer_is_said_in_time(monkeypatch):
+    from resode.training.sweep import cluster
+
+    begun = time.monotonic()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound and not listening: refused
+        with pytest.raises(RunError, match=r"does not answer .*it had 2 s\). Start Ray there"):
+            cluster.check_answers(f"127.0.0.1:{taken.getsockname()[1]}", connecting=2)
+        taken.listen()
+        monkeypatch.setattr(cluster, "_PROBE", "import time; time.sleep(60)")
+        with pytest.raises(RunError, match=r"takes connections, but shows in 1 s no Ray cluster"):
+            cluster.check_answers(f"127.0.0.1:{taken.getsockname()[1]}", connecting=2, joining=1)
+        monkeypatch.setattr(cluster, "_PROBE", "raise ConnectionError('no token')")
+        with pytest.raises(RunError, match=r"cannot join it .*ConnectionError: no token\). .*RAY_AUTH_MODE"):
+            cluster.check_answers(f"127.0.0.1:{taken.getsockname()[1]}", connecting=2, joining=60)
+    assert time.monotonic() - begun < 100
+    with pytest.raises(ValueError, match=r"HOST:PORT or ray://HOST:PORT, got 'here'"):
+        cluster.check_answers("here")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"address": "auto"}, "address and gpus belong to engine='ray'"),
+        ({"engine": "dask"}, "engine must be one of local, ray"),
+        ({"engine": "ray", "device": "cuda:1"}, "device is auto, cpu or cuda: got 'cuda:1'"),
+        ({"logger": "tensorbord"}, "logger must be one of tensorboard, wandb, csv"),
+        ({"jobs": 0}, "jobs must be a whole number of at least 1"),
+    ],
+)
+def test_what_an_engine_does_not_take_is_refused(tmp_path, settings, said):
+    with pytest.raises(ValueError, match=said):
+        sweep(tmp_path / "s", {"seed": [0]}, progress=False, **settings)
+    assert not (tmp_path / "s").exists()

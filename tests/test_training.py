@@ -424,8 +424,8 @@ def test_a_second_interrupt_stops_at_once():
 
 def test_a_resumed_run_keeps_its_settings(tmp_path):
     run = tiny_run(tmp_path / "run", epochs=1)
-    with pytest.raises(ValueError, match=r"keeps the settings it was started with, got lr"):
-        train(Tiny(), resume=run.path, lr=1.0)
+    with pytest.raises(ValueError, match=r"keeps the settings it was started with, got recipe"):
+        train(Tiny(), recipe="fast", resume=run.path)
     with pytest.raises(RunError, match=r"trained a model of your own, .*Tiny. Pass it again"):
         train(resume=run.path)
     with pytest.raises(ValueError, match=r"keeps its data: it has digits, got cifar10"):

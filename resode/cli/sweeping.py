@@ -58,6 +58,9 @@ def sweep(
     step_limits: Annotated[
         bool, typer.Option("--step-limits", help="Record and draw every group's step limits of every run.")
     ] = False,
+    logger: Annotated[
+        str | None, flag("Of every run: tensorboard, wandb, or csv: every update's loss.", _SWEEP)
+    ] = None,
     recipe: Annotated[
         str | None, flag(f"{', '.join(RECIPES)}. Default fast, or digits on digits.", _RECIPE)
     ] = None,
@@ -87,6 +90,7 @@ def sweep(
         folder,
         wanted,
         step_limits=step_limits,
+        logger=logger,
         jobs=jobs,
         threads=threads,
         retries=retries,
@@ -103,12 +107,14 @@ def sweep(
 
 
 def _print(found: Any) -> None:
+    from resode.training.sweep.live import first_sentence
+
     say()
     if found.comparison is not None:
         print_comparison(found.comparison)
         say()
     for run in found.failed:
-        say(f"{run.name} failed: {run.error}", "red")
+        say(f"{run.name} failed: {first_sentence(run.error)}", "red")
     say(str(found))
     if found.comparison is not None:
         say(f"figure {found.path / 'compare.png'}")

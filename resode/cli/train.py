@@ -52,6 +52,7 @@ def recipe_settings(chosen: dict[str, Any]) -> dict[str, Any]:
     "resode train --model odenet20 --solver rk4 --epochs 10",
     "resode train --model resnet20 --data cifar10 --data-dir PATH --epochs 3",
     "resode train --resume runs/odenet20-digits-…",
+    "resode train --resume runs/demo --epochs 40 --lr 0.02 --run-dir runs/longer",
     "resode train --config runs/demo/config.yaml --seed 1",
     "resode train --eval-solver rk4 --eval-substeps 2 --refine-at 10",
     "torchrun --nproc-per-node 2 -m resode train --model resnet20 --data cifar10",
@@ -68,7 +69,7 @@ def train(
     substeps: Annotated[int | None, flag("Solver steps a block.", _MODEL)] = None,
     option: Annotated[list[str] | None, flag("NAME=VALUE for the network; repeatable.", _MODEL)] = None,
     run_dir: Annotated[Path | None, flag("New run folder. Default runs/<model>-<data>-<time>.", _RUN)] = None,
-    resume: Annotated[Path | None, flag("Go on with an unfinished run folder.", _RUN)] = None,
+    resume: Annotated[Path | None, flag("Go on with a run; with other settings, as a new one.", _RUN)] = None,
     config: Annotated[Path | None, flag("Settings from a YAML file; flags win.", _RUN)] = None,
     device: Annotated[str | None, flag("auto, cpu, cuda, cuda:N or mps. Default auto.", _RUN)] = None,
     quiet: Annotated[bool, flag("Print nothing but errors.", _RUN, "--quiet")] = False,
@@ -78,9 +79,7 @@ def train(
     step_limits: Annotated[
         bool, typer.Option("--step-limits", help="Record and draw every group's step limits as it trains.")
     ] = False,
-    tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="Also write RUN/tensorboard, to watch it with TensorBoard.")
-    ] = False,
+    logger: Annotated[str | None, flag("tensorboard, wandb, or csv: every update's loss.", _RUN)] = None,
     **chosen: Any,
 ) -> None:
     """Train a network into a run folder."""
@@ -90,12 +89,12 @@ def train(
         flags["download"] = True
     settings = chosen_settings(flags, network_options(option, solver, substeps), config)
 
-    from resode.training.monitor import FILE, StepLimits, TensorBoard
+    from resode.training.monitor import FILE, StepLimits
     from resode.training.run import train as train_network
 
     step_limits = step_limits or (resume is not None and (resume / FILE).exists())
-    settings["callbacks"] = ([StepLimits()] if step_limits else []) + ([TensorBoard()] if tensorboard else [])
-    train_network(resume=resume, run_dir=run_dir, progress=not quiet, **settings)
+    settings["callbacks"] = [StepLimits()] if step_limits else []
+    train_network(resume=resume, run_dir=run_dir, progress=not quiet, logger=logger, **settings)
 
 
 def chosen_settings(

@@ -8,6 +8,7 @@ whose worker is killed. Processor times of all processes stand beside the wall's
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -20,7 +21,7 @@ import time
 from itertools import product
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors.torch import load_file
 
 GRID = {"solver": ["euler", "rk4"], "step_size": ["0.5", "1"], "seed": [str(seed) for seed in range(6)]}
 SETTINGS = ["--recipe", "smoke", "--device", "cpu"]
@@ -62,12 +63,14 @@ def loop(folder: Path, points: list[str]) -> None:
 
 def contents(folder: Path, name: str) -> tuple:
     """What a run comes to: its weights, and every figure that is no time or memory."""
-    with safe_open(str(folder / name / "weights.safetensors"), framework="pt") as file:
-        weights = file.metadata()["sha256"]
+    tensors = load_file(str(folder / name / "weights.safetensors"))
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(key.encode() + tensors[key].contiguous().numpy().tobytes())
     summary = json.loads((folder / name / "summary.json").read_text())
     for key in ("seconds", "images_per_second", "peak_memory_bytes", "checksums"):
         summary.pop(key)
-    return weights, json.dumps(summary, sort_keys=True)
+    return digest.hexdigest(), json.dumps(summary, sort_keys=True)
 
 
 def different(one: Path, other: Path) -> list[str]:
@@ -97,6 +100,33 @@ def killed(folder: Path, kills: int, longest: float, seed: int, *extra: str) -> 
     return told
 
 
+def on_ray(folder: Path) -> str:
+    """Sweep on a Ray cluster of two workers, killing one of them in the middle; what it was at."""
+    arguments = [*pairs(), *SETTINGS, "--engine", "ray", "--jobs", "2", "--threads", "1"]
+    process = subprocess.Popen([*RESODE, "sweep", str(folder), *arguments], stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        time.sleep(0.05)
+        if len(list(folder.glob("*/summary.json"))) < len(names()) // 3:
+            continue
+        for lock in folder.glob("*/.lock"):
+            if (lock.parent / "checkpoints" / "last.safetensors").exists() and (worker := holder(lock)):
+                os.kill(worker, signal.SIGKILL)
+                process.wait()
+                return f"{lock.parent.name}, between its epochs"
+    return "nothing: it ended before"
+
+
+def holder(lock: Path) -> int | None:
+    """The process that has a file open."""
+    for place in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if place.readlink() == lock.resolve():
+                return int(place.parts[2])
+        except OSError:
+            continue
+    return None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
@@ -121,6 +151,9 @@ def main() -> None:
     for line in killed(folder / "killed", options.kills, options.longest, 0, *jobs):
         print("killed", line, flush=True)
     print("different from single runs:", different(folder / "loop", folder / "killed") or "none", flush=True)
+    if options.ray:
+        print("Ray, a worker killed at", on_ray(folder / "ray"), flush=True)
+        print("different from single runs:", different(folder / "loop", folder / "ray") or "none", flush=True)
 
 
 if __name__ == "__main__":

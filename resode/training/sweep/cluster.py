@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
@@ -133,7 +132,7 @@ class RayEngine:
             return Outcome(task.number, "it was stopped before it began", lost=True)
         except self._ray.exceptions.RayError as error:  # after all retries
             first = (str(error).strip() or "no reason given").splitlines()[0]
-            return Outcome(task.number, f"its Ray worker was lost ({type(error).__name__}: {first})")
+            return Outcome(task.number, f"its Ray worker was lost: {type(error).__name__}, {first}")
         if files is not None:
             _unpack(files, Path(task.path))
         return outcome
@@ -210,17 +209,17 @@ def check_answers(address: str, *, connecting: float = ANSWERING, joining: float
         raise RunError(
             f"{address} does not answer ({error.strerror or error}; it had {connecting:g} s). {advice}"
         ) from error
-    probe: Sequence[str] = [
-        sys.executable,
-        "-P",
-        "-c",
-        _PROBE,
-        address,
-    ]  # a failure there can end the process
+    probe = [sys.executable, "-P", "-c", _PROBE, address]  # a failure there can end the process
     try:
         told = subprocess.run(probe, capture_output=True, text=True, timeout=joining, check=False)
-        failed = told.returncode != 0
-    except subprocess.TimeoutExpired:
-        failed = True
-    if failed:
-        raise RunError(f"{address} takes connections, but shows in {joining:g} s no Ray cluster. {advice}")
+    except subprocess.TimeoutExpired as error:
+        raise RunError(
+            f"{address} takes connections, but shows in {joining:g} s no Ray cluster. {advice}"
+        ) from error
+    if told.returncode:
+        why = [line for line in told.stderr.splitlines() if "Error" in line]
+        raise RunError(
+            f"{address} takes connections, but this process cannot join it as a Ray cluster "
+            f"({why[-1].strip() if why else 'it gives no reason'}). A cluster with tokens wants Ray's own "
+            f"environment variables here too (RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH). {advice}"
+        )

@@ -58,7 +58,7 @@ class LiveTable:
         """A run has failed for good."""
         self.failed += 1
         self.begun.pop(number, None)
-        self.say(f"{self._count()}  {self.names[number]}  failed: {error}", "red")
+        self.say(f"{self._count()}  {self.names[number]}  failed: {first_sentence(error)}", "red")
 
     def _count(self) -> str:
         width = len(str(self.total))
@@ -87,6 +87,11 @@ class LiveTable:
             left = (now - self._start) / ended * (self.total - self.done - self.failed)
             line += f", about {left:.0f} s left" if left < 100 else f", about {left / 60:.0f} min left"
         return line
+
+
+def first_sentence(text: str) -> str:
+    """What a line says of an error; the rest, its advice, stands in sweep.csv."""
+    return text.partition(". ")[0].rstrip(".")
 
 
 def _last_epoch(path: Path) -> tuple[str, str]:

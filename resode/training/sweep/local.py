@@ -10,7 +10,6 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.util import find_spec
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import IO, Any
@@ -45,16 +44,11 @@ class LocalEngine:
 
     Raises:
         RunError: the system has no connected processes (Windows).
-        ModuleNotFoundError: the extra `train` is not installed.
     """
 
     def __init__(self, devices: list[str], threads: int, log: Path) -> None:
         if not hasattr(socket, "AF_UNIX"):
             raise RunError("a sweep on this system needs engine='ray': local processes need Unix.")
-        if find_spec("lightning") is None:
-            raise ModuleNotFoundError(
-                "a sweep needs lightning: pip install 'resode[train]'", name="lightning"
-            )
         self.threads = threads
         self.log = log
         self._file: IO[bytes] = log.open("ab")

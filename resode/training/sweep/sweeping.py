@@ -21,6 +21,7 @@ from resode.training.compare import Comparison, compare
 from resode.training.data import ImageData, load_data
 from resode.training.files import RunError, read_yaml, replacing, unusable, write_atomically
 from resode.training.folder import RunFolder, check_format, exclusive, remove_unfinished
+from resode.training.loggers import LOGGERS, logger_callback
 from resode.training.plan import Model, check_data_place, choose_device
 from resode.training.processes import Interrupted, interruption
 from resode.training.recipe import Recipe
@@ -74,7 +75,7 @@ class SweptRun:
         name: of its folder within the sweep's.
         values: what it has of each of the grid's keys.
         path: its folder.
-        status: "finished", "failed" or "waiting".
+        status: "finished" or "failed".
         error: why it failed; None where it has not.
         summary: its figures, see `resode.training.run.Summary`; empty where it has not finished.
     """
@@ -94,7 +95,7 @@ class Sweep:
     Args:
         path: their folder.
         runs: one for each point of the grid, in its order; the last key varies fastest.
-        comparison: of the runs that have begun, see `resode.compare`; None where none has.
+        comparison: of the runs that have finished, see `resode.compare`; None where none has.
     """
 
     path: Path
@@ -134,7 +135,7 @@ class Sweep:
         return text
 
     def __str__(self) -> str:
-        counts = {s: sum(run.status == s for run in self.runs) for s in ("finished", "failed", "waiting")}
+        counts = {s: sum(run.status == s for run in self.runs) for s in ("finished", "failed")}
         told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
         return f"sweep of {len(self.runs)} runs in {self.path}: {told}"
 
@@ -155,6 +156,7 @@ def sweep(
     download: bool = False,
     device: str = "auto",
     step_limits: bool = False,
+    logger: str | None = None,
     jobs: int | None = None,
     threads: int | None = None,
     retries: int = 2,
@@ -186,6 +188,7 @@ def sweep(
         download: likewise.
         device: likewise; with several GPUs each process has its own.
         step_limits: record every run's step limits, see `resode.training.monitor.StepLimits`.
+        logger: of every run: "tensorboard", "wandb" or "csv", as for `resode.train`.
         jobs: runs at once, each in a process of its own, which imports everything once; None for a GPU each,
             else for the cores divided by the threads.
         threads: of a run; None for what the sweep began with, at first the cores divided by the jobs.
@@ -214,6 +217,8 @@ def sweep(
         if value is not None:
             check_whole(name, value, least)
     one_of("engine", engine, ENGINES)
+    if logger is not None:
+        logger_callback(one_of("logger", logger, LOGGERS))  # its package is missed before anything runs
     places = _Places.of(engine, address, device, gpus, retries)
     one = {
         "model": model,
@@ -243,7 +248,7 @@ def sweep(
         if todo.open:
             places = places.divided(jobs, threads or stored.get("threads"), len(todo.open))
             _write(place / SETTINGS_FILE, _settings_text(grid, common, places.threads))
-            shared = {"step_limits": step_limits, "download": download}
+            shared = {"step_limits": step_limits, "download": download, "logger": logger}
             with LiveTable(progress, place, [found[n].name for n in todo.open], len(found)) as table:
                 _train_all(todo, places, table, shared)
         return _result(todo)
@@ -460,21 +465,21 @@ def _train_all(todo: _Todo, places: _Places, table: LiveTable, shared: Mapping[s
         with table, interruption() as asked:
             while waiting or engine.running():
                 while waiting and engine.free and not asked:
-                    number = waiting.popleft()
-                    point = todo.points[todo.open[number]]
-                    path = str((todo.folder / point.name).resolve())
-                    engine.submit(Task(number, path, point.arguments, places.devices[0], **shared))
+                    engine.submit(_task(todo, waiting.popleft(), places.devices[0], shared))
                 table.running(engine.running())
                 for outcome in engine.outcomes(0.5):
-                    if outcome.lost and lost[outcome.number] < places.retries:
-                        lost[outcome.number] += 1
-                        waiting.append(outcome.number)
-                    else:
-                        _note(todo, outcome, table)
+                    again = outcome.lost and lost[outcome.number] < places.retries
+                    lost[outcome.number] += 1
+                    waiting.append(outcome.number) if again else _note(todo, outcome, table)
                 if asked:
                     _stopped(todo, engine, table, asked[0])
     finally:
         engine.close()
+
+
+def _task(todo: _Todo, number: int, device: str, shared: Mapping[str, Any]) -> Task:
+    point = todo.points[todo.open[number]]
+    return Task(number, str((todo.folder / point.name).resolve()), point.arguments, device, **shared)
 
 
 def _note(todo: _Todo, outcome: Outcome, table: LiveTable) -> None:
@@ -533,21 +538,13 @@ def _result(todo: _Todo) -> Sweep:
         summary = None
         if error is None and (path / "config.yaml").exists():
             summary = RunFolder(path).read_summary()
-        status = "failed" if error else "waiting" if summary is None else "finished"
+        status = "failed" if summary is None else "finished"
         runs.append(SweptRun(point.name, point.values, path, status, error, summary or {}))
-    begun = [run.path for run in runs if (run.path / "config.yaml").exists()]
-    found = Sweep(todo.folder, tuple(runs), _compared(begun))
+    finished = [run.path for run in runs if run.summary]
+    found = Sweep(todo.folder, tuple(runs), compare(finished) if finished else None)
     _write(todo.folder / TABLE, found.to_csv())
     if found.comparison is not None:
         _write(todo.folder / "compare.csv", found.comparison.to_csv())
         with replacing(todo.folder / "compare.png") as path:
             found.comparison.plot(path)
     return found
-
-
-def _compared(paths: list[Path]) -> Comparison | None:
-    """The runs side by side; None where there are none, or all are damaged."""
-    try:
-        return compare(paths) if paths else None
-    except RunError:
-        return None

@@ -37,6 +37,7 @@ class Task:
         device: it is trained on.
         step_limits: whether they are recorded.
         download: whether the data may be fetched.
+        logger: its name, as for `resode.train`.
     """
 
     number: int
@@ -45,6 +46,7 @@ class Task:
     device: str
     step_limits: bool = False
     download: bool = False
+    logger: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,12 @@ def run_task(task: Task) -> Outcome:
 def _train(task: Task) -> None:
     path = Path(task.path)
     callbacks = [StepLimits()] if task.step_limits else []
-    common: dict[str, Any] = {"device": task.device, "progress": False, "callbacks": callbacks}
+    common: dict[str, Any] = {
+        "device": task.device,
+        "progress": False,
+        "callbacks": callbacks,
+        "logger": task.logger,
+    }
     given_up = time.monotonic() + PATIENCE
     while True:
         try:
