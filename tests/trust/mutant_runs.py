@@ -254,7 +254,7 @@ class Server:
             function.__code__ = code
         _limit_memory()
         for (item, seconds), following in itertools.zip_longest(chosen, chosen[1:]):
-            signal.setitimer(signal.ITIMER_PROF, 10 + 8 * seconds)
+            signal.setitimer(signal.ITIMER_PROF, 4 + 6 * seconds)
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following and following[0])
             if self.by:
                 return {"status": "killed", "by": self.by}
@@ -305,7 +305,7 @@ class Chosen:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):
-        signal.setitimer(signal.ITIMER_PROF, 10 + 8 * self.seconds[item.nodeid])
+        signal.setitimer(signal.ITIMER_PROF, 4 + 6 * self.seconds[item.nodeid])
         return (yield)
 
     def pytest_runtest_logreport(self, report):

@@ -33,19 +33,19 @@ STORE = ROOT / ".mutants"
 EQUIVALENTS = Path(__file__).with_name("equivalents.toml")
 
 SOLVES = """odeint solve_ivp stepping events own_events own_times dropin adjoint checkpoint implicit errors
-    stack_time solver_faults compiled""".split()
+    stack_time""".split()
 # Each package: its sources, and the test files besides its own doctests, the nearest first.
 PACKAGES = {
     "tableaus": ("tableaus.py", ["tableaus", "stability", "stabilised", "design", "odeint", "implicit"]),
     "stability": (
         "stability",
-        "stability step_limit stabilised design one_answer tableaus".split(),
+        "stability step_limit stabilised design one_answer tableaus stability_parts".split(),
     ),
     "jacobian": (
         "jacobian",
-        "matrix_free step_limit one_answer block_limits fixed_points implicit".split(),
+        "matrix_free step_limit one_answer implicit jacobian_parts".split(),
     ),
-    "diagnose": ("analysis/diagnose", ["diagnose", "swap"]),
+    "diagnose": ("analysis/diagnose", ["diagnose", "findings", "measures", "diagnosis_page"]),
     "solve": ("solve", SOLVES),
 }
 
