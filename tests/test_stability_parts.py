@@ -1,5 +1,6 @@
 """Parts of the stability room, each against another way to the same numbers, and what a step limit says of itself."""
 
+import dataclasses
 import math
 from fractions import Fraction as Q
 
@@ -7,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from resode import design_method
 from resode.stability import StepLimit, eigenvalue_step_limit
 from resode.stability import limits as limits_module
-from resode.stability.binding import _ends_on_nodes, _safe, _stable_on
+from resode.stability.binding import _NODES, _ends_on_nodes, _safe, _stable_on
 from resode.stability.function import rounding_of, stability_product
 from resode.stability.intervals import rays_of_tableau
 from resode.stability.limits import bounds, first_exits, nested, rays_of
@@ -23,10 +25,10 @@ from resode.stability.optimal import (
     ellipse_around,
     rounding_growth,
 )
-from resode.stability.polynomials import common_factor, divide, positive_intervals
+from resode.stability.polynomials import common_factor, divide, positive_intervals, roots_lie_right
 from resode.stability.recurrences import RecurrenceRays
 from resode.stability.spectra import FirstExits, Spectrum, limits
-from resode.stability.unstable_rays import RayPolynomials, by_axis, complement
+from resode.stability.unstable_rays import RayPolynomials, _sign_changes, by_axis, complement
 from resode.tableaus import METHODS, ButcherTableau, get_tableau
 
 # -- the Adams-Bashforth method --------------------------------------------------------------------
@@ -141,6 +143,34 @@ def test_polynomials_with_a_prime_for_a_leading_coefficient():
     assert common_factor([Q(1), Q(1)], [Q(2), Q(1)]) == [1]
 
 
+@pytest.mark.parametrize(
+    "roots", [[1], [2, 3], [1, 2, 5], [1, 2, 3, 4], [0.5, 1, 2, 3, 7], [1, 1, 1, 2, 2, 9]]
+)
+def test_routh_by_roots(roots):
+    """∏ (x − r), and the same with one root, or a pair, moved to the left or onto the axis."""
+
+    def product(*factors):
+        poly = [Q(1)]
+        for f in factors:
+            poly = [
+                sum((Q(f[k]) * poly[n - k] for k in range(len(f)) if 0 <= n - k < len(poly)), Q(0))
+                for n in range(len(poly) + len(f) - 1)
+            ]
+        return poly
+
+    right = [(-Q(r), 1) for r in roots]
+    assert roots_lie_right(product(*right)) and roots_lie_right(product(*right, (5, -2, 1)))  # 1 ± 2i
+    for other in ((1, 1), (0, 1), (5, 2, 1), (4, 0, 1)):  # −1, 0, −1 ± 2i, ±2i
+        assert not roots_lie_right(product(*right, other)), other
+
+
+def test_signs_that_are_open():
+    """A 0 between opposite signs counts one change whichever way it falls; another may add two."""
+    signs = np.array([[1, 0, 1], [1, 0, -1], [-1, 1, -1], [0, 1, 1], [1, 1, 0]], dtype=np.int8)
+    changes, open_ = _sign_changes(signs)
+    assert changes.tolist()[:3] == [0, 1, 2] and open_.tolist() == [True, False, False, False, False]
+
+
 def test_complements_leave_rounding_out():
     inf = math.inf
     for unstable, want in (
@@ -174,6 +204,9 @@ def test_proofs_on_the_axes_hold(name):
     if not rays.covers_left_half:
         exits = _ends_on_nodes(rays)[-1]
         exits = np.minimum(exits[:-1], exits[1:])
+        if name == "euler":  # |1 + h(−c + is)| = 1 at h = 2c
+            np.testing.assert_allclose(_ends_on_nodes(rays)[-1], 2 * _NODES, rtol=1e-9)
+            assert np.isinf(_ends_on_nodes(rays)[1]).all()
         ratio = _safe(rays)[np.isfinite(exits)] / exits[np.isfinite(exits)]
         assert ratio.max() < 0.95 and np.median(ratio) >= 0.5, (
             "a quick proof reaches more than half of the way"
@@ -267,8 +300,12 @@ def test_the_row_that_holds_r_near_zero(order, value):
 
 def test_growth_of_rounding_is_the_sum_over_its_rows():
     """Each row's terms, times the change of R by a change of that row's result."""
-    tableau = get_tableau("rkc2_7")
     z = np.array([-3.0 + 0j, -10 + 1j])
+    for tableau in (get_tableau("rkc2_7"), design_method([-1.0, -0.5 + 0.2j], 5, 2)):
+        check_growth(tableau, z)
+
+
+def check_growth(tableau, z):
     rows, weights = tableau.recurrence_rows, tableau.recurrence_sum
 
     def run(z, extra=None):
@@ -468,6 +505,8 @@ def spectrum(
 
 
 def test_exact_spectra_have_exact_limits():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        spectrum([[1.0]]).n = 2
     found = limits(spectrum([[-1.0, -4.0, 0.0]]), "euler")
     assert found.step[0] == 0.5 and found.converged[0] and found.decaying_converged[0] and found.error[0] == 0
     assert found.limiting_eigenvalue[0] == -4

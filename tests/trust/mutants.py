@@ -33,7 +33,7 @@ STORE = ROOT / ".mutants"
 EQUIVALENTS = Path(__file__).with_name("equivalents.toml")
 
 SOLVES = """odeint solve_ivp stepping events own_events own_times dropin adjoint checkpoint implicit errors
-    stack_time""".split()
+    stack_time solve_parts""".split()
 # Each package: its sources, and the test files besides its own doctests, the nearest first.
 PACKAGES = {
     "tableaus": ("tableaus.py", ["tableaus", "stability", "stabilised", "design", "odeint", "implicit"]),
@@ -216,12 +216,15 @@ def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return centre - half, centre + half
 
 
+def entries() -> list[dict[str, str]]:
+    """What is left out, as it stands in the file."""
+    return tomllib.loads(EQUIVALENTS.read_text()).get("mutant", [])
+
+
 @cache
 def equivalents() -> dict[str, str]:
     """Reasons by name, of mutants that no test can tell from the original."""
-    return {
-        entry["name"]: entry["reason"] for entry in tomllib.loads(EQUIVALENTS.read_text()).get("mutant", [])
-    }
+    return {entry["name"]: entry["reason"] for entry in entries()}
 
 
 def summary(package: str, drawn: list[Mutant], results: dict[str, dict]) -> str:
