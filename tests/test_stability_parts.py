@@ -75,13 +75,14 @@ def test_adams_and_growing_modes():
 # -- rays ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["rkc1_5", "rkc2_9", "rkl1_8", "rkl2_11", "rkl2_12"])
+@pytest.mark.parametrize("name", ["rkc1_5", "rkc1_9", "rkc2_9", "rkl1_8", "rkl2_11", "rkl2_12"])
 def test_rays_by_values_are_the_exact_ones(name):
     """Of up to 20 stages both ways are at hand: recurrences in floats, polynomials in fractions."""
     rng = np.random.default_rng(0)
     lam = np.concatenate(
         [-rng.uniform(0.1, 2, 12) + 1j * rng.normal(size=12), [-1.0, 1j, 0.3 + 1j, 0.5, -1 + 1e-3j]]
     )
+    lam = np.append(lam, [-1 + 0.04216965j, -1 + 0.1j])  # rkc1_9 leaves and comes back between two looks
     by_values, exact = RecurrenceRays(get_tableau(name)), rays_of_tableau(get_tableau(name))
     assert isinstance(exact, RayPolynomials)
     for z in lam:
@@ -133,6 +134,16 @@ def test_polynomials_with_a_prime_for_a_leading_coefficient():
     assert positive_intervals([1, -2 * p, p**2]) == [(0.0, math.inf)], "touching 0 divides nothing"
     ends = positive_intervals([-6 * p, 11 * p + 6, -6 * p - 11, p + 6, -1])  # (p − x)(x − 1)(x − 2)(x − 3)
     assert ends == [(1.0, 2.0), (3.0, float(p))]
+    assert positive_intervals([-2, 1 + 4 * p, -2 * p - 2 * p**2, p**2]) == [(2.0, math.inf)], (
+        "(px − 1)²(x − 2)"
+    )
+    third = [
+        Q(-1),
+        Q(15) + Q(8, 15),
+        Q(-121, 15),
+        Q(1),
+    ]  # (x − 1/15)(x − 3)(x − 5): 3 is the middle of a cell
+    assert positive_intervals(third) == [(1 / 15, 3.0), (5.0, math.inf)]
     assert positive_intervals([0, 0, -1, 1]) == [(1.0, math.inf)] and positive_intervals([0, 0]) == []
     assert positive_intervals([5]) == [(0.0, math.inf)] and positive_intervals([-5]) == []
     tiny = Q(1, 10**9)
@@ -229,6 +240,8 @@ def test_zeros_among_many_eigenvalues_limit_nothing(monkeypatch):
     lam = np.concatenate([np.zeros(5), -np.linspace(0.1, 4, 30), [0.0]])
     limit = eigenvalue_step_limit(lam)
     assert limit.step == 0.5 and limit.limiting_eigenvalue == -4 and limit.intervals == [(0.0, 0.5)]
+    many = eigenvalue_step_limit(lam, "rkl1_25")
+    assert many.step == pytest.approx((25**2 + 25) / 4, rel=1e-9), "by values of R every ray is looked at"
     growing = eigenvalue_step_limit(np.concatenate([lam, [1.0, 2.0]]), "implicit_euler")
     assert growing.step == 0 and growing.intervals == [(2.0, math.inf)] and growing.growing.tolist() == [2, 1]
     assert eigenvalue_step_limit(np.zeros(20)).step == math.inf
@@ -550,6 +563,17 @@ def test_a_mode_that_may_grow_or_not_is_no_growing_one():
     between = FirstExits(spectrum([[0.15, -4.0]], [[0.1, 0.0]]), "euler")
     assert not between.unstable[0], "all of two ill-conditioned ones lie within twice the first-order error"
     assert FirstExits(spectrum([[0.15, -4.0]], [[0.1, 0.0]], normal=True), "euler").unstable[0]
+
+
+def test_doubts_of_growing_modes():
+    """Of a normal J the first-order error is all, also of a search; two doubts are no certainty."""
+    normal = FirstExits(spectrum([[0.15, -4.0]], [[0.1, 0.0]], normal=True, complete=False), "euler")
+    assert normal.unstable[0]
+    beside = FirstExits(spectrum([[0.01, 1j, -1j, -4.0]], [[0.1, 1e-3, 1e-3, 0.0]]), "euler")
+    assert beside.beside.any() and beside.doubtful[0]
+    found = FirstExits(spectrum([[0.5, -4.0]], [[1e-5, 0.0]], complete=False), "euler")
+    assert found.converged[0], "the rightmost one, known to a part of √rtol"
+    assert not FirstExits(spectrum([[0.5, -4.0]], [[1e-2, 0.0]], complete=False), "euler").converged[0]
 
 
 def test_what_a_search_cannot_have_seen():

@@ -256,6 +256,9 @@ def main() -> None:
     parser.add_argument(
         "--show", action="store_true", help="print the survivors and the score of what is stored"
     )
+    parser.add_argument(
+        "--tests", nargs="+", help="of these files alone, as stability_parts; its own doctests too"
+    )
     parser.add_argument("--only", help="run the mutants whose name begins so")
     parser.add_argument("--control", action="store_true", help="no fault: each mutant's tests must pass")
     options = parser.parse_args()
@@ -263,6 +266,7 @@ def main() -> None:
     STORE.mkdir(exist_ok=True)
     for package in packages:
         drawn = draw(package, options.count, options.seed)
+        PACKAGES[package] = (PACKAGES[package][0], options.tests or PACKAGES[package][1])
         if not options.show:
             campaign(package, drawn, options)
         results = stored(package)
