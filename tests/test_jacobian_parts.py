@@ -205,9 +205,7 @@ def test_ritz_pairs_have_the_residuals_that_they_name(n):
     np.testing.assert_allclose(ritz.residuals[best], true, rtol=0.3, atol=1e-12)
     np.testing.assert_allclose(ritz.values[best], [-3.0, -2.5], atol=1e-5)
     np.testing.assert_allclose(ritz.conditions[best], 1, rtol=0.3)  # of a sketch
-    assert (
-        ritz.scale == pytest.approx(3, rel=0.2) and (ritz.errors == ritz.residuals * ritz.conditions).all()
-    )
+    assert ritz.scale == pytest.approx(3, rel=0.2) and (ritz.errors == ritz.residuals * ritz.conditions).all()
     space.grow(10)
     assert space.used == 24, "no more room"
 
