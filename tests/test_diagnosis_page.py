@@ -176,7 +176,7 @@ def test_the_fastest_mode_of_linear_fields():
     x = torch.randn(2, 2, generator=torch.Generator().manual_seed(0))
     assert fastest_mode(Decay([3.0, 1.0]), x) == pytest.approx(-3.0, rel=1e-5)
     assert fastest_mode(Decay([1.0, -3.0]), x) == pytest.approx(3.0, rel=1e-5)
-    turn = torch.tensor([[0.0, 2.0], [-2.0, 0.0]], dtype=torch.float64)
+    turn = torch.tensor([[1.0, 2.0], [-4.0, 1.0]], dtype=torch.float64)  # 1 ± 2.83i, and not normal
     assert math.isnan(fastest_mode(lambda y: y @ turn, x))
     assert math.isnan(fastest_mode(lambda y: 0 * y, x)) or fastest_mode(lambda y: 0 * y, x) == 0
     cubic = torch.tensor([[0.1, 0.1], [2.0, 2.0]], dtype=torch.float64)  # of −y³ the slope −3y²

@@ -1,5 +1,6 @@
 """Parts of the stability room, each against another way to the same numbers, and what a step limit says of itself."""
 
+import dataclasses
 import math
 from fractions import Fraction as Q
 
@@ -7,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from resode import design_method
 from resode.stability import StepLimit, eigenvalue_step_limit
 from resode.stability import limits as limits_module
-from resode.stability.binding import _ends_on_nodes, _safe, _stable_on
+from resode.stability.binding import _NODES, _ends_on_nodes, _safe, _stable_on
 from resode.stability.function import rounding_of, stability_product
 from resode.stability.intervals import rays_of_tableau
 from resode.stability.limits import bounds, first_exits, nested, rays_of
@@ -23,10 +25,10 @@ from resode.stability.optimal import (
     ellipse_around,
     rounding_growth,
 )
-from resode.stability.polynomials import common_factor, divide, positive_intervals
+from resode.stability.polynomials import common_factor, divide, positive_intervals, roots_lie_right
 from resode.stability.recurrences import RecurrenceRays
 from resode.stability.spectra import FirstExits, Spectrum, limits
-from resode.stability.unstable_rays import RayPolynomials, by_axis, complement
+from resode.stability.unstable_rays import RayPolynomials, _sign_changes, by_axis, complement
 from resode.tableaus import METHODS, ButcherTableau, get_tableau
 
 # -- the Adams-Bashforth method --------------------------------------------------------------------
@@ -73,13 +75,14 @@ def test_adams_and_growing_modes():
 # -- rays ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["rkc1_5", "rkc2_9", "rkl1_8", "rkl2_11", "rkl2_12"])
+@pytest.mark.parametrize("name", ["rkc1_5", "rkc1_9", "rkc2_9", "rkl1_8", "rkl2_11", "rkl2_12"])
 def test_rays_by_values_are_the_exact_ones(name):
     """Of up to 20 stages both ways are at hand: recurrences in floats, polynomials in fractions."""
     rng = np.random.default_rng(0)
     lam = np.concatenate(
         [-rng.uniform(0.1, 2, 12) + 1j * rng.normal(size=12), [-1.0, 1j, 0.3 + 1j, 0.5, -1 + 1e-3j]]
     )
+    lam = np.append(lam, [-1 + 0.04216965j, -1 + 0.1j])  # rkc1_9 leaves and comes back between two looks
     by_values, exact = RecurrenceRays(get_tableau(name)), rays_of_tableau(get_tableau(name))
     assert isinstance(exact, RayPolynomials)
     for z in lam:
@@ -131,6 +134,16 @@ def test_polynomials_with_a_prime_for_a_leading_coefficient():
     assert positive_intervals([1, -2 * p, p**2]) == [(0.0, math.inf)], "touching 0 divides nothing"
     ends = positive_intervals([-6 * p, 11 * p + 6, -6 * p - 11, p + 6, -1])  # (p − x)(x − 1)(x − 2)(x − 3)
     assert ends == [(1.0, 2.0), (3.0, float(p))]
+    assert positive_intervals([-2, 1 + 4 * p, -2 * p - 2 * p**2, p**2]) == [(2.0, math.inf)], (
+        "(px − 1)²(x − 2)"
+    )
+    third = [
+        Q(-1),
+        Q(15) + Q(8, 15),
+        Q(-121, 15),
+        Q(1),
+    ]  # (x − 1/15)(x − 3)(x − 5): 3 is the middle of a cell
+    assert positive_intervals(third) == [(1 / 15, 3.0), (5.0, math.inf)]
     assert positive_intervals([0, 0, -1, 1]) == [(1.0, math.inf)] and positive_intervals([0, 0]) == []
     assert positive_intervals([5]) == [(0.0, math.inf)] and positive_intervals([-5]) == []
     tiny = Q(1, 10**9)
@@ -139,6 +152,34 @@ def test_polynomials_with_a_prime_for_a_leading_coefficient():
     quotient, rest = divide([Q(1), Q(0), Q(1)], [Q(1), Q(1)])  # x² + 1 = (x + 1)(x − 1) + 2
     assert quotient == [-1, 1] and rest == [2]
     assert common_factor([Q(1), Q(1)], [Q(2), Q(1)]) == [1]
+
+
+@pytest.mark.parametrize(
+    "roots", [[1], [2, 3], [1, 2, 5], [1, 2, 3, 4], [0.5, 1, 2, 3, 7], [1, 1, 1, 2, 2, 9]]
+)
+def test_routh_by_roots(roots):
+    """∏ (x − r), and the same with one root, or a pair, moved to the left or onto the axis."""
+
+    def product(*factors):
+        poly = [Q(1)]
+        for f in factors:
+            poly = [
+                sum((Q(f[k]) * poly[n - k] for k in range(len(f)) if 0 <= n - k < len(poly)), Q(0))
+                for n in range(len(poly) + len(f) - 1)
+            ]
+        return poly
+
+    right = [(-Q(r), 1) for r in roots]
+    assert roots_lie_right(product(*right)) and roots_lie_right(product(*right, (5, -2, 1)))  # 1 ± 2i
+    for other in ((1, 1), (0, 1), (5, 2, 1), (4, 0, 1)):  # −1, 0, −1 ± 2i, ±2i
+        assert not roots_lie_right(product(*right, other)), other
+
+
+def test_signs_that_are_open():
+    """A 0 between opposite signs counts one change whichever way it falls; another may add two."""
+    signs = np.array([[1, 0, 1], [1, 0, -1], [-1, 1, -1], [0, 1, 1], [1, 1, 0]], dtype=np.int8)
+    changes, open_ = _sign_changes(signs)
+    assert changes.tolist()[:3] == [0, 1, 2] and open_.tolist() == [True, False, False, False, False]
 
 
 def test_complements_leave_rounding_out():
@@ -174,6 +215,9 @@ def test_proofs_on_the_axes_hold(name):
     if not rays.covers_left_half:
         exits = _ends_on_nodes(rays)[-1]
         exits = np.minimum(exits[:-1], exits[1:])
+        if name == "euler":  # |1 + h(−c + is)| = 1 at h = 2c
+            np.testing.assert_allclose(_ends_on_nodes(rays)[-1], 2 * _NODES, rtol=1e-9)
+            assert np.isinf(_ends_on_nodes(rays)[1]).all()
         ratio = _safe(rays)[np.isfinite(exits)] / exits[np.isfinite(exits)]
         assert ratio.max() < 0.95 and np.median(ratio) >= 0.5, (
             "a quick proof reaches more than half of the way"
@@ -196,6 +240,8 @@ def test_zeros_among_many_eigenvalues_limit_nothing(monkeypatch):
     lam = np.concatenate([np.zeros(5), -np.linspace(0.1, 4, 30), [0.0]])
     limit = eigenvalue_step_limit(lam)
     assert limit.step == 0.5 and limit.limiting_eigenvalue == -4 and limit.intervals == [(0.0, 0.5)]
+    many = eigenvalue_step_limit(lam, "rkl1_25")
+    assert many.step == pytest.approx((25**2 + 25) / 4, rel=1e-9), "by values of R every ray is looked at"
     growing = eigenvalue_step_limit(np.concatenate([lam, [1.0, 2.0]]), "implicit_euler")
     assert growing.step == 0 and growing.intervals == [(2.0, math.inf)] and growing.growing.tolist() == [2, 1]
     assert eigenvalue_step_limit(np.zeros(20)).step == math.inf
@@ -267,8 +313,12 @@ def test_the_row_that_holds_r_near_zero(order, value):
 
 def test_growth_of_rounding_is_the_sum_over_its_rows():
     """Each row's terms, times the change of R by a change of that row's result."""
-    tableau = get_tableau("rkc2_7")
     z = np.array([-3.0 + 0j, -10 + 1j])
+    for tableau in (get_tableau("rkc2_7"), design_method([-1.0, -0.5 + 0.2j], 5, 2)):
+        check_growth(tableau, z)
+
+
+def check_growth(tableau, z):
     rows, weights = tableau.recurrence_rows, tableau.recurrence_sum
 
     def run(z, extra=None):
@@ -468,6 +518,8 @@ def spectrum(
 
 
 def test_exact_spectra_have_exact_limits():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        spectrum([[1.0]]).n = 2
     found = limits(spectrum([[-1.0, -4.0, 0.0]]), "euler")
     assert found.step[0] == 0.5 and found.converged[0] and found.decaying_converged[0] and found.error[0] == 0
     assert found.limiting_eigenvalue[0] == -4
@@ -511,6 +563,17 @@ def test_a_mode_that_may_grow_or_not_is_no_growing_one():
     between = FirstExits(spectrum([[0.15, -4.0]], [[0.1, 0.0]]), "euler")
     assert not between.unstable[0], "all of two ill-conditioned ones lie within twice the first-order error"
     assert FirstExits(spectrum([[0.15, -4.0]], [[0.1, 0.0]], normal=True), "euler").unstable[0]
+
+
+def test_doubts_of_growing_modes():
+    """Of a normal J the first-order error is all, also of a search; two doubts are no certainty."""
+    normal = FirstExits(spectrum([[0.15, -4.0]], [[0.1, 0.0]], normal=True, complete=False), "euler")
+    assert normal.unstable[0]
+    beside = FirstExits(spectrum([[0.01, 1j, -1j, -4.0]], [[0.1, 1e-3, 1e-3, 0.0]]), "euler")
+    assert beside.beside.any() and beside.doubtful[0]
+    found = FirstExits(spectrum([[0.5, -4.0]], [[1e-5, 0.0]], complete=False), "euler")
+    assert found.converged[0], "the rightmost one, known to a part of √rtol"
+    assert not FirstExits(spectrum([[0.5, -4.0]], [[1e-2, 0.0]], complete=False), "euler").converged[0]
 
 
 def test_what_a_search_cannot_have_seen():

@@ -246,6 +246,23 @@ def test_a_recurrence_ends_in_its_last_stage():
     assert repr(METHODS["gauss4"]) == "<gauss4: implicit Runge-Kutta method of order 4, 2 stages>"
 
 
+@pytest.mark.parametrize("s", [2, 5, 9])
+def test_rkc2s_rows_are_the_published_ones(s):
+    """Sommeijer, Shampine & Verwer (1998): b_j = T_j''/T_j'², b₀ = b₁ = b₂, and μ_j, ν_j, μ̃_j, γ̃_j of them."""
+    tableau, w0 = get_tableau(f"rkc2_{s}"), 1 + 2 / 13 / s**2
+    t = [np.polynomial.chebyshev.Chebyshev.basis(j) for j in range(s + 1)]
+    w1 = t[s].deriv()(w0) / t[s].deriv(2)(w0)
+    b = [t[max(j, 2)].deriv(2)(w0) / t[max(j, 2)].deriv()(w0) ** 2 for j in range(s + 1)]
+    rows = [(0, 0, b[1] * w1, 0)]
+    for j in range(2, s + 1):
+        slope = 2 * b[j] * w1 / b[j - 1]
+        rows.append(
+            (2 * b[j] * w0 / b[j - 1], -b[j] / b[j - 2], slope, -(1 - b[j - 1] * t[j - 1](w0)) * slope)
+        )
+    np.testing.assert_allclose(tableau.recurrence_rows, rows, rtol=1e-9, atol=1e-12)
+    assert tableau.order == get_tableau(f"rkl2_{s}").order == 2 and get_tableau(f"rkc1_{s}").order == 1
+
+
 def test_get_tableau_names_what_it_knows():
     assert get_tableau("rk4") is METHODS["rk4"]
     with pytest.raises(ValueError, match=r"unknown method 'rk5'.*euler, midpoint"):

@@ -143,24 +143,24 @@ def chosen(mutant: Mutant, charts: dict[str, dict[str, Any]], budget: float) -> 
     """The tests for a mutant, by file: those that execute its statement, the fastest, `budget` seconds of them.
 
     A statement that is executed by the import (a table, a default) is everybody's: first come the tests that execute
-    other lines of its module, then all.
+    other lines of its module, from the nearest file on, then all.
     """
     ranked = []
     for place, (name, found) in enumerate(charts.items()):
         imported, shared = _meets(mutant, found["import"]), _meets(mutant, found["shared"])
         for test, what in found["tests"].items():
             if shared or _meets(mutant, what["lines"]):
-                ranked.append((0, what["seconds"], place, name, test))
+                ranked.append((0, 0, what["seconds"], name, test))
             elif imported:
-                ranked.append((1 + (mutant.module not in what["lines"]), what["seconds"], place, name, test))
+                ranked.append((1 + (mutant.module not in what["lines"]), place, what["seconds"], name, test))
     picked: dict[str, dict[str, float]] = {}
     spent, count = 0.0, 0
-    for _, seconds, _, name, test in sorted(ranked):
+    for _, _, seconds, name, test in sorted(ranked):
         spent, count = spent + seconds + 0.003, count + 1
         if spent > budget and count > 5:
             break
         picked.setdefault(name, {})[test] = seconds
-    return dict(sorted(picked.items(), key=lambda item: (sum(item[1].values()) / len(item[1]), item[0])))
+    return picked
 
 
 @functools.cache
@@ -254,7 +254,7 @@ class Server:
             function.__code__ = code
         _limit_memory()
         for (item, seconds), following in itertools.zip_longest(chosen, chosen[1:]):
-            signal.setitimer(signal.ITIMER_PROF, 10 + 8 * seconds)
+            signal.setitimer(signal.ITIMER_PROF, 4 + 6 * seconds)
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following and following[0])
             if self.by:
                 return {"status": "killed", "by": self.by}
@@ -305,7 +305,7 @@ class Chosen:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):
-        signal.setitimer(signal.ITIMER_PROF, 10 + 8 * self.seconds[item.nodeid])
+        signal.setitimer(signal.ITIMER_PROF, 4 + 6 * self.seconds[item.nodeid])
         return (yield)
 
     def pytest_runtest_logreport(self, report):

@@ -33,19 +33,19 @@ STORE = ROOT / ".mutants"
 EQUIVALENTS = Path(__file__).with_name("equivalents.toml")
 
 SOLVES = """odeint solve_ivp stepping events own_events own_times dropin adjoint checkpoint implicit errors
-    stack_time solver_faults compiled""".split()
+    stack_time solve_parts""".split()
 # Each package: its sources, and the test files besides its own doctests, the nearest first.
 PACKAGES = {
     "tableaus": ("tableaus.py", ["tableaus", "stability", "stabilised", "design", "odeint", "implicit"]),
     "stability": (
         "stability",
-        "stability step_limit stabilised design one_answer tableaus".split(),
+        "stability step_limit stabilised design one_answer tableaus stability_parts".split(),
     ),
     "jacobian": (
         "jacobian",
-        "matrix_free step_limit one_answer block_limits fixed_points implicit".split(),
+        "matrix_free step_limit one_answer implicit jacobian_parts".split(),
     ),
-    "diagnose": ("analysis/diagnose", ["diagnose", "swap"]),
+    "diagnose": ("analysis/diagnose", ["diagnose", "findings", "measures", "diagnosis_page"]),
     "solve": ("solve", SOLVES),
 }
 
@@ -216,12 +216,15 @@ def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return centre - half, centre + half
 
 
+def entries() -> list[dict[str, str]]:
+    """What is left out, as it stands in the file."""
+    return tomllib.loads(EQUIVALENTS.read_text()).get("mutant", [])
+
+
 @cache
 def equivalents() -> dict[str, str]:
     """Reasons by name, of mutants that no test can tell from the original."""
-    return {
-        entry["name"]: entry["reason"] for entry in tomllib.loads(EQUIVALENTS.read_text()).get("mutant", [])
-    }
+    return {entry["name"]: entry["reason"] for entry in entries()}
 
 
 def summary(package: str, drawn: list[Mutant], results: dict[str, dict]) -> str:
@@ -253,6 +256,9 @@ def main() -> None:
     parser.add_argument(
         "--show", action="store_true", help="print the survivors and the score of what is stored"
     )
+    parser.add_argument(
+        "--tests", nargs="+", help="of these files alone, as stability_parts; its own doctests too"
+    )
     parser.add_argument("--only", help="run the mutants whose name begins so")
     parser.add_argument("--control", action="store_true", help="no fault: each mutant's tests must pass")
     options = parser.parse_args()
@@ -260,6 +266,7 @@ def main() -> None:
     STORE.mkdir(exist_ok=True)
     for package in packages:
         drawn = draw(package, options.count, options.seed)
+        PACKAGES[package] = (PACKAGES[package][0], options.tests or PACKAGES[package][1])
         if not options.show:
             campaign(package, drawn, options)
         results = stored(package)
