@@ -230,3 +230,13 @@ def test_a_damaged_file_of_weights_is_refused(tmp_path, at):
         assert str(path) in str(error)
     else:
         assert torch.equal(found["w"], torch.ones(2))
+
+
+@pytest.mark.parametrize("content", ["80027d7101580c732d", "806a4ac3", "802e7265", "80027d7100580100000077"])
+def test_a_damaged_pickle_of_weights_is_refused(tmp_path, content):
+    """Found by fuzzing: torch's reader ends with struct.error, LookupError and others."""
+    (tmp_path / "w.pt").write_bytes(bytes.fromhex(content))
+    with pytest.raises(
+        ValueError, match=r"w\.pt is damaged, or not what torch\.save makes|w\.pt holds other"
+    ):
+        read_weights(tmp_path / "w.pt")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from trust import rows, surface, table
 
-EXAMPLES = int(os.environ.get("TRUST_EXAMPLES", "3"))
+EXAMPLES = int(os.environ.get("TRUST_EXAMPLES", "1"))
 
 VARIANTS = st.builds(
     rows.Variant,
@@ -34,7 +34,7 @@ def test_the_public_surface_is_as_written_down():
     assert surface.differences() == []
 
 
-@pytest.mark.parametrize("name", sorted(rows.ROWS))
+@pytest.mark.parametrize("name", sorted(row.name for row in table.rows(slow=EXAMPLES > 1)))
 def test_the_law_holds_as_it_stands(name):
     outcome = rows.attempt(rows.ROWS[name], rows.PLAIN)
     assert outcome.held, outcome.said
