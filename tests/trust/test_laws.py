@@ -129,7 +129,7 @@ def test_a_state_dict_is_all_there_is(seed, n, method):
 
 
 @drawn
-@given(SEEDS, SIZES, METHODS)
+@given(SEEDS, SIZES, st.sampled_from(("euler", "midpoint", "heun3", "rk4")))  # dopri5 chooses its own steps
 def test_refined_and_coarsened_is_the_same_stack(seed, n, method):
     """Two halves of a block with its own field are two substeps; coarsening takes them together again."""
     x = torch.randn(3, n, generator=generator(seed), dtype=DOUBLE)
