@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-collect_ignore = ["clinic"]  # networks without tests, of the name of a benchmark
+collect_ignore = ["clinic", "trust/fuzz.py"]  # of the name of a benchmark; needs atheris
 
 AS_WRITTEN = {(torch, "manual_seed"): torch.manual_seed, (torch, "Generator"): torch.Generator}
 AS_WRITTEN |= {(np.random, "default_rng"): np.random.default_rng}
