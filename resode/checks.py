@@ -8,6 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dis import opmap
 from functools import partial, wraps
 from inspect import Parameter, signature
 from numbers import Number
@@ -35,48 +36,55 @@ class WrongNumber(WrongType):
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, with arguments of another type than annotated refused by name, before anything else.
+    """The function; where it fails on an argument of another type than annotated, the error says so.
 
-    Numbers are numpy's and one-element tensors too, sequences arrays and tensors; what is in a container, and
-    what an annotation says beyond this, stays the function's own affair. Compiled code is not checked.
+    What works is not looked at, and an error that the library raises itself comes through as it is. Numbers
+    are numpy's and one-element tensors too, sequences arrays and tensors.
 
     Example:
         >>> @checked
-        ... def double(x: float) -> float:
-        ...     return 2 * x
-        >>> double([1])
+        ... def square(x: float) -> float:
+        ...     return x**2
+        >>> square([1])
         Traceback (most recent call last):
-        resode.checks.WrongType: double takes x as a number, got [1] (list).
+        resode.checks.WrongType: square takes x as a number, got [1] (list).
     """
-    rules: dict[str, Any] = {}
-    compiling, check = torch.compiler.is_compiling, partial(_check_types, function, rules)
+    compiling, blame = torch.compiler.is_compiling, partial(_blame, function)
 
     def call(*arguments, **named):
-        if not compiling():
-            check(arguments, named)
-        return function(*arguments, **named)
+        try:
+            return function(*arguments, **named)
+        except Exception as error:
+            if not compiling():
+                blame(error, arguments, named)
+            raise
 
     # As if it stood in the function's module: doctest passes over what has other globals.
     own = FunctionType(call.__code__, function.__globals__, call.__name__, closure=call.__closure__)
-    return wraps(function)(own)  # type: ignore[return-value]
+    return wraps(function)(own)
 
 
-def _check_types(
-    function: Any, rules: dict[str, Any], arguments: tuple[Any, ...], named: Mapping[str, Any]
-) -> None:
-    if not rules:  # at the first call, when every module that an annotation names has been imported
-        rules |= {name: (p.kind, _hint(function, p)) for name, p in signature(function).parameters.items()}
-    given = dict(zip((n for n, (kind, _) in rules.items() if kind in _IN_ORDER), arguments, strict=False))
-    for name, value in (given | dict(named)).items():
-        hint = rules[name][1] if name in rules else Any
+def _blame(function: Any, error: Exception, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+    """A WrongType where an error came up from inside, and an argument is none of its annotation."""
+    if _is_raised_here(error):
+        return
+    parameters = signature(function).parameters
+    in_order = [name for name, p in parameters.items() if p.kind in _IN_ORDER]
+    for name, value in (dict(zip(in_order, arguments, strict=False)) | dict(named)).items():
+        hint = _hint(function, parameters[name]) if name in parameters else Any
         if hint is not Any and not _is_one(value, hint):
-            got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else _short(value)
-            kind = (
-                f" ({value.layout}, {value.device})"
-                if isinstance(value, Tensor)
-                else f" ({type(value).__name__})"
-            )
-            raise WrongType(f"{_called(function)} takes {name} as {_words(hint)}, got {got}{kind}.")
+            message = f"{_called(function)} takes {name} as {_words(hint)}, got {described(value)}."
+            raise WrongType(message) from error
+
+
+def _is_raised_here(error: Exception) -> bool:
+    """Whether a `raise` of the library made the error, which then has a rule in it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or not trace.tb_frame.f_globals.get("__name__", "").startswith("resode"):
+        return False
+    return trace.tb_frame.f_code.co_code[trace.tb_lasti] == opmap["RAISE_VARARGS"]
 
 
 _IN_ORDER = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
@@ -98,8 +106,13 @@ def _is_one(value: Any, hint: Any) -> bool:
     if origin in (Union, UnionType):
         return any(_is_one(value, part) for part in get_args(hint))
     if origin in (float, int, complex):
-        single = isinstance(value, Tensor) and value.numel() == 1 and _has_values(value)
-        return single or (isinstance(value, Number | np.generic) or hasattr(type(value), "__index__"))
+        if isinstance(value, Tensor | np.ndarray):
+            return (
+                value.size == 1
+                if isinstance(value, np.ndarray)
+                else value.numel() == 1 and _has_values(value)
+            )
+        return isinstance(value, Number | np.generic) or hasattr(type(value), "__index__")
     if origin is bool:
         return isinstance(value, bool | np.bool_)
     if origin is Tensor:
@@ -136,7 +149,8 @@ def _called(function: Any) -> str:
     return str(function.__qualname__).removesuffix(".__init__").rpartition(".")[2]
 
 
-def _short(value: Any) -> str:
+def described(value: Any) -> str:
+    """What came, in a few words for a message; its type where that may be what is wrong."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} ({value.dtype}, {value.layout}, {value.device})"
     text = repr(value).partition("\n")[0]
@@ -157,7 +171,10 @@ def check_whole(name: str, value: Any, least: int | None = None) -> int:
     if isinstance(value, bool) or not hasattr(type(value), "__index__"):
         at_least = "" if least is None else f" of at least {least}"
         raise WrongNumber(f"{name} must be a whole number{at_least}, got {value!r}.")
-    number = value.__index__()
+    try:
+        number = value.__index__()
+    except TypeError as error:  # a tensor or an array has the method, and is none
+        raise WrongNumber(f"{name} must be a whole number, got {described(value)}.") from error
     if least is not None and number < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
     return number
@@ -194,7 +211,12 @@ def check_number(
     words = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)
     if isinstance(value, bool | str | bytes) or not hasattr(value, "__float__"):
         raise WrongNumber(f"{name} must be a number{words and ' ' + words}, got {value!r}.")
-    number = float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # of several numbers, or complex
+        raise WrongNumber(
+            f"{name} must be a number{words and ' ' + words}, got {described(value)}."
+        ) from error
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite{words and ' and ' + words}, got {value!r}.")
     exact = value if isinstance(value, int) else number  # 2⁶³ − 1 is 2⁶³ as a float

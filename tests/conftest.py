@@ -18,6 +18,7 @@ _COMPILED = f"torchinductor_{getpass.getuser()}_{torch.__version__}_{torch.backe
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), _COMPILED))
 
 collect_ignore = ["clinic"]  # networks without tests, of the name of a benchmark
+collect_ignore = ["clinic", "trust/fuzz.py"]  # of the name of a benchmark; needs atheris
 
 AS_WRITTEN = {(torch, "manual_seed"): torch.manual_seed, (torch, "Generator"): torch.Generator}
 AS_WRITTEN |= {(np.random, "default_rng"): np.random.default_rng}

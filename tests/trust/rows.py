@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import resode
 from trust.surface import resolve
 
-PACKAGE = str(Path(inspect.getfile(resolve("resode.odeint"))).parents[1])  # .../resode
+PACKAGE = str(Path(resode.__file__).parent)
 HERE = str(Path(__file__).parent)
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3, torch.complex128: 1e-7, torch.complex64: 2e-3}
 
@@ -70,8 +71,10 @@ class Variant:
 
     def module(self, made: nn.Module) -> nn.Module:
         """The module in the variant's dtype and mode; the same weights at any seed of torch's."""
-        for number, parameter in enumerate(made.parameters()):
-            if parameter.dim() > 1:
+        for number, (name, parameter) in enumerate(made.named_parameters()):
+            if name.endswith("bias"):
+                parameter.data.fill_(0.05)
+            elif parameter.dim() > 1:
                 values = torch.randn(
                     parameter.shape, generator=torch.Generator().manual_seed(number + self.seed)
                 )
@@ -319,7 +322,6 @@ def hostile_values() -> dict[str, Any]:
         "list of texts": ["a", "b"],
         "dict": {},
         "object": object(),
-        "class": int,
         "function": lambda *arguments: None,
         "raising": _Raises(),
         "empty tensor": torch.empty(0, dtype=torch.float64),

@@ -125,7 +125,7 @@ def _(v: Variant) -> Case:
     def law(cost):
         n = v.size
         assert cost.parameters == 3 * (n * n + n) + 3 * n + 3
-        assert cost.multiply_adds_per_sample == 3 * n * n + 3 * n
+        assert cost.macs == 3 * n * n + 3 * n
 
     return Case({"model": network, "x": x}, law)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from trust import rows, surface, table
 
-EXAMPLES = int(os.environ.get("TRUST_EXAMPLES", "3"))
+EXAMPLES = int(os.environ.get("TRUST_EXAMPLES", "1"))
 
 VARIANTS = st.builds(
     rows.Variant,
@@ -34,12 +34,13 @@ def test_the_public_surface_is_as_written_down():
     assert surface.differences() == []
 
 
-@pytest.mark.parametrize("name", sorted(rows.ROWS))
+@pytest.mark.parametrize("name", sorted(row.name for row in table.rows(slow=EXAMPLES > 1)))
 def test_the_law_holds_as_it_stands(name):
     outcome = rows.attempt(rows.ROWS[name], rows.PLAIN)
     assert outcome.held, outcome.said
 
 
+@pytest.mark.skipif(EXAMPLES == 1, reason="`make trust` draws variants (TRUST_EXAMPLES=40)")
 @pytest.mark.parametrize("name", sorted(row.name for row in table.rows(slow=False)))
 @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(variant=VARIANTS)
