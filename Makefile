@@ -3,8 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test bench mutants docs linkcheck clean
-.PHONY: demo test bench docs linkcheck trust oldest surface clean
+.PHONY: demo test bench mutants docs linkcheck trust oldest surface clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -29,6 +28,8 @@ mutants: .venv/.mutants
 
 .venv/.mutants: constraints.txt $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,mutants]'
+	touch $@
+
 # The whole campaign; a second call goes on where the first was stopped. The short part of it is in `make test`.
 trust: $(STAMP) .trust/.installed
 	PYTHONPATH=.trust/tools OMP_NUM_THREADS=1 $(BIN)/python -m tests.trust
@@ -70,5 +71,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf .venv .bench .mutants runs .pytest_cache .ruff_cache build dist docs/_build docs/_generated docs/gallery
-	rm -rf .venv .bench .trust .oldest runs .pytest_cache .ruff_cache build dist docs/_build docs/_generated docs/gallery
+	rm -rf .venv .bench .mutants .trust .oldest runs .pytest_cache .ruff_cache build dist docs/_build docs/_generated docs/gallery

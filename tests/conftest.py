@@ -17,7 +17,6 @@ import torch
 _COMPILED = f"torchinductor_{getpass.getuser()}_{torch.__version__}_{torch.backends.cpu.get_cpu_capability()}"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), _COMPILED))
 
-collect_ignore = ["clinic"]  # networks without tests, of the name of a benchmark
 collect_ignore = ["clinic", "trust/fuzz.py"]  # of the name of a benchmark; needs atheris
 
 AS_WRITTEN = {(torch, "manual_seed"): torch.manual_seed, (torch, "Generator"): torch.Generator}

@@ -245,18 +245,6 @@ class Watch:
     """
 
     @checked
-    def __init__(self) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ModuleNotFoundError(
-                "--tensorboard needs the package tensorboard, which is not installed: "
-                "pip install 'resode[tensorboard]'",
-                name="tensorboard",
-            ) from error
-        self._open = SummaryWriter
-        self._writer: Any = None
-        self._written = 0
     def __init__(
         self,
         images: Tensor,
