@@ -350,7 +350,6 @@ RECORDS |= {
     "resode.training.evaluate.Score": "resode.training.evaluate.evaluate",
     "resode.training.monitor.Callback": "resode.train",
     "resode.training.monitor.GroupRecord": "resode.training.monitor.StepLimits",
-    "resode.training.monitor.TensorBoard": "resode.train",
     "resode.training.predict.Prediction": "resode.training.predict.predict",
     "resode.training.predict.Predictions": "resode.training.predict.predict",
     "resode.training.run.Run": "resode.train",
