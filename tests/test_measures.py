@@ -206,6 +206,7 @@ def test_the_first_place_that_is_not_finite():
             return x.log()
 
     bad = nn.Sequential(nn.Linear(2, 2), Log(), nn.Linear(2, 2))
+    bad[0].weight.data.zero_(), bad[0].bias.data.fill_(-1.0)
     assert look(bad, normal(3, 2)).non_finite == ("1", "the output of 1")
     huge = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
     huge[0].weight.data.fill_(1e20), huge[1].weight.data.fill_(1e20)
