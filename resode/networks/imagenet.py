@@ -5,22 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from torch import Tensor, nn
+from torch import nn
 
 from resode.checks import check_whole, checked
 from resode.fields import make_activation, make_norm
-from resode.formulas import Cost, Shape, chain
-from resode.networks.common import IMAGENET, Style, advance, check_images, head, make_stem
+from resode.networks.common import IMAGENET, Style, make_stem
 from resode.networks.resnet import (
     BasicBlock,
     Block,
     Bottleneck,
     PlainBlock,
+    PostActivationNet,
     PreActBlock,
     PreActBottleneck,
+    PreActivationNet,
+    check_sum,
     group_of,
 )
-from resode.state_dicts import Checked
 
 IMAGENET_BLOCKS: dict[int, tuple[type[Block], tuple[int, int, int, int]]] = {
     18: (BasicBlock, (2, 2, 2, 2)),
@@ -34,7 +35,7 @@ IMAGENET_BLOCKS: dict[int, tuple[type[Block], tuple[int, int, int, int]]] = {
 """Depth -> block and blocks a group of the ImageNet networks; basic blocks exist without shortcut too."""
 
 
-class ImageNetResNet(Checked):
+class ImageNetResNet(PostActivationNet):
     """Post-activation network for ImageNet: 7×7 stem, four groups, fc; torchvision's module names.
 
     Args:
@@ -100,25 +101,8 @@ class ImageNetResNet(Checked):
         self.layer4 = group_of(make, e, counts[3], e * 4 * w, 8 * w, 2, style, drops)
         self.fc = nn.Linear(e * 8 * w, check_whole("num_classes", num_classes, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (batch, num_classes) of images (batch, in_channels, H, W)."""
-        check_images(x, self.in_channels)
-        x = self.act(self.bn1(self.conv1(x)))  # (B, w, H/2, W/2)
-        x = self.maxpool(x)  # (B, w, H/4, W/4)
-        x = advance(self.layer1, x, self.gradient)  # (B, ew, H/4, W/4)
-        x = advance(self.layer2, x, self.gradient)  # (B, 2ew, H/8, W/8)
-        x = advance(self.layer3, x, self.gradient)  # (B, 4ew, H/16, W/16)
-        x = advance(self.layer4, x, self.gradient)  # (B, 8ew, H/32, W/32)
-        x = x.mean((2, 3))  # (B, 8ew)
-        return self.fc(x)
 
-    def cost(self, shape: Shape) -> Cost:
-        """Parameters and multiply-adds for samples of this shape, by formula."""
-        groups = (self.conv1, self.bn1, self.maxpool, self.layer1, self.layer2, self.layer3, self.layer4)
-        return head(chain(shape, *groups), self.fc)
-
-
-class ImageNetPreActResNet(Checked):
+class ImageNetPreActResNet(PreActivationNet):
     """Pre-activation network for ImageNet: bare 7×7 stem, four groups, a last norm and σ, fc.
 
     timm's resnetv2 with batch norm; `load_weights` takes its names.
@@ -150,11 +134,7 @@ class ImageNetPreActResNet(Checked):
     ) -> None:
         super().__init__()
         post, counts = _blocks(depth)
-        if style.shortcut == "none":
-            raise ValueError(
-                "a pre-activation network is a sum over its shortcuts and cannot do without: choose another "
-                "shortcut, or a plain network."
-            )
+        check_sum(style)
         block = PreActBlock if post is BasicBlock else PreActBottleneck
         drops = style.drops(sum(counts))
         e, w = block.expansion, check_whole("width", width, 1)
@@ -167,22 +147,6 @@ class ImageNetPreActResNet(Checked):
         self.bn = make_norm(style.norm, e * 8 * w)
         self.act = make_activation(style.activation)
         self.fc = nn.Linear(e * 8 * w, check_whole("num_classes", num_classes, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (batch, num_classes) of images (batch, in_channels, H, W)."""
-        check_images(x, self.in_channels)
-        x = self.maxpool(self.conv1(x))  # (B, w, H/4, W/4)
-        x = advance(self.layer1, x, self.gradient)  # (B, ew, H/4, W/4)
-        x = advance(self.layer2, x, self.gradient)  # (B, 2ew, H/8, W/8)
-        x = advance(self.layer3, x, self.gradient)  # (B, 4ew, H/16, W/16)
-        x = advance(self.layer4, x, self.gradient)  # (B, 8ew, H/32, W/32)
-        x = self.act(self.bn(x)).mean((2, 3))  # (B, 8ew)
-        return self.fc(x)
-
-    def cost(self, shape: Shape) -> Cost:
-        """Parameters and multiply-adds for samples of this shape, by formula."""
-        groups = (self.conv1, self.maxpool, self.layer1, self.layer2, self.layer3, self.layer4, self.bn)
-        return head(chain(shape, *groups), self.fc)
 
 
 def _blocks(depth: int) -> tuple[type[Block], tuple[int, int, int, int]]:

@@ -119,75 +119,42 @@ class Family:
         return [above] if below is None else [below, above]
 
 
-def _resnet(name: str, depth: int) -> Network:
-    return _network(name, "ResNet for small images (He et al. 2015)", CifarResNet, depth, style=SMALL)
-
-
-def _plain(name: str, depth: int) -> Network:
-    return _network(
-        name,
-        "plain network: the ResNet without its shortcuts",
-        CifarResNet,
-        depth,
-        style=dataclasses.replace(SMALL, shortcut="none"),
-        fixed=_ABOUT_SHORTCUTS,
-    )
+def _by_depth(
+    description: str, constructor: Callable[..., nn.Module], **settings: Any
+) -> Callable[..., Network]:
+    """What makes a family's network of its name and depth."""
+    return lambda name, depth: _network(name, description, constructor, depth, **settings)
 
 
 def _preact(name: str, depth: int) -> Network:
-    bottleneck = depth >= 164
-
-    def construct(
-        *, num_classes: int = 10, in_channels: int = 3, width: int = 16, style: Style = SMALL
-    ) -> PreActResNet:
-        return PreActResNet(
-            (depth - 2) // (9 if bottleneck else 6),
-            bottleneck=bottleneck,
-            widths=(width, width, 2 * width, 4 * width),
-            num_classes=num_classes,
-            in_channels=in_channels,
-            style=style,
-        )
-
-    blocks = "bottleneck" if bottleneck else "basic"
-    style = dataclasses.replace(SMALL, shortcut="B" if bottleneck else "A")
-    return _network(name, f"pre-activation ResNet, {blocks} blocks (He et al. 2016)", construct, style=style)
+    blocks, per_block = ("bottleneck", 9) if depth >= 164 else ("basic", 6)
+    description = f"pre-activation ResNet, {blocks} blocks (He et al. 2016)"
+    shortcut = "B" if blocks == "bottleneck" else "A"
+    return _preactivation(name, description, (depth - 2) // per_block, 1, shortcut, blocks == "bottleneck")
 
 
 def _wide_resnet(name: str, depth: int, factor: int) -> Network:
+    description = f"wide pre-activation ResNet, {factor} times the channels (Zagoruyko & Komodakis 2016)"
+    return _preactivation(name, description, (depth - 4) // 6, factor, "B", False)
+
+
+def _preactivation(
+    name: str, description: str, blocks: int, factor: int, shortcut: str, bottleneck: bool
+) -> Network:
     def construct(
         *, num_classes: int = 10, in_channels: int = 3, width: int = 16, style: Style = SMALL
     ) -> PreActResNet:
         w = factor * width
         return PreActResNet(
-            (depth - 4) // 6,
+            blocks,
+            bottleneck=bottleneck,
             widths=(width, w, 2 * w, 4 * w),
             num_classes=num_classes,
             in_channels=in_channels,
             style=style,
         )
 
-    style = dataclasses.replace(SMALL, shortcut="B")
-    description = f"wide pre-activation ResNet, {factor} times the channels (Zagoruyko & Komodakis 2016)"
-    return _network(name, description, construct, style=style)
-
-
-def _odenet(name: str, depth: int) -> Network:
-    return _network(
-        name,
-        "ODE-ResNet: the pre-activation ResNet's equal blocks as one solve a group",
-        ODENet,
-        depth,
-        style=SMALL,
-    )
-
-
-def _residual_mlp(name: str, depth: int) -> Network:
-    return _network(name, "residual perceptron, as many blocks as its name says", ResidualMLP, depth)
-
-
-def _plain_mlp(name: str, depth: int) -> Network:
-    return _network(name, "the residual perceptron without its shortcuts", PlainMLP, depth)
+    return _network(name, description, construct, style=dataclasses.replace(SMALL, shortcut=shortcut))
 
 
 _ABOUT_SHORTCUTS = ("shortcut", "streams", "zero_init_last", "stochastic_depth")
@@ -202,15 +169,47 @@ def _preact_depth(depth: int) -> bool:
 
 
 FAMILIES = (
-    Family("resnet", "6n + 2 layers (or the ImageNet depths 18, 34, 50, 101, 152)", _every(6, 2), _resnet),
+    Family(
+        "resnet",
+        "6n + 2 layers (or the ImageNet depths 18, 34, 50, 101, 152)",
+        _every(6, 2),
+        _by_depth("ResNet for small images (He et al. 2015)", CifarResNet, style=SMALL),
+    ),
     Family("preact", "6n + 2 layers below 164, 9n + 2 (bottleneck) from 164", _preact_depth, _preact),
-    Family("plain", "6n + 2 layers (or the ImageNet depths 18, 34)", _every(6, 2), _plain),
-    Family("odenet", "6n + 2 layers", _every(6, 2), _odenet),
+    Family(
+        "plain",
+        "6n + 2 layers (or the ImageNet depths 18, 34)",
+        _every(6, 2),
+        _by_depth(
+            "plain network: the ResNet without its shortcuts",
+            CifarResNet,
+            style=dataclasses.replace(SMALL, shortcut="none"),
+            fixed=_ABOUT_SHORTCUTS,
+        ),
+    ),
+    Family(
+        "odenet",
+        "6n + 2 layers",
+        _every(6, 2),
+        _by_depth(
+            "ODE-ResNet: the pre-activation ResNet's equal blocks as one solve a group", ODENet, style=SMALL
+        ),
+    ),
     Family(
         "wide_resnet", "6n + 4 layers, an underscore, the widths' factor", _every(6, 4), _wide_resnet, True
     ),
-    Family("residual_mlp", "any number of blocks", lambda depth: True, _residual_mlp),
-    Family("plain_mlp", "any number of blocks", lambda depth: True, _plain_mlp),
+    Family(
+        "residual_mlp",
+        "any number of blocks",
+        lambda depth: True,
+        _by_depth("residual perceptron, as many blocks as its name says", ResidualMLP),
+    ),
+    Family(
+        "plain_mlp",
+        "any number of blocks",
+        lambda depth: True,
+        _by_depth("the residual perceptron without its shortcuts", PlainMLP),
+    ),
 )
 """The rules by which further names are networks; `find` goes through them in this order."""
 

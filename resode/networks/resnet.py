@@ -13,6 +13,7 @@ torchvision's for ImageNet (…, fc), the widespread option-A ones for CIFAR (�
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -40,7 +41,52 @@ from resode.shortcuts import (
 from resode.state_dicts import Checked
 
 
-class BasicBlock(nn.Module):
+class _Block(nn.Module):
+    """A block that a subclass makes of convolutions, norms and a shortcut, first to last, and adds up."""
+
+    def branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """S(x) and F(x), the two addends."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """S(x) + F(x)."""
+        shortcut, residual = self.branches(x)
+        return shortcut + residual
+
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters and multiply-adds for samples of this shape, by formula."""
+        *residual, shortcut = self.children()
+        return chain(shape, *residual).beside(cost_of(shortcut, shape))
+
+
+class _PostActivation(_Block):
+    """σ(S(x) + F(x)), F = norm conv …, by `residual`."""
+
+    def _end(self, c_in: int, c_out: int, stride: int, style: Style, drop: nn.Module) -> None:
+        """What follows the convolutions and norms, of which the last one may start at 0."""
+        *_, conv, norm = self.children()
+        self.se = style.make_se(c_out)
+        self.drop = drop
+        self.act = make_activation(style.activation)
+        # others' name for the shortcut, also where it is the identity
+        self.downsample = style.make_shortcut(c_in, c_out, stride, bare=False)
+        if style.starts_at_zero:  # by the norm's scale where it has one
+            nn.init.zeros_(conv.weight if isinstance(norm, nn.Identity) else norm.weight)  # pyright: ignore
+
+    def residual(self, x: Tensor) -> Tensor:
+        """F(x)."""
+        raise NotImplementedError
+
+    def branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """S(x) and F(x), the two addends."""
+        return self.downsample(x), self.residual(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """σ(S(x) + F(x))."""
+        return self.act(super().forward(x))
+
+
+class BasicBlock(_PostActivation):
     """Two 3×3 convolutions, post-activation: σ(S(x) + F(x))."""
 
     expansion = 1
@@ -51,32 +97,12 @@ class BasicBlock(nn.Module):
         self.bn1 = make_norm(style.norm, channels)
         self.conv2 = make_conv(channels, channels, 3, norm=style.norm)
         self.bn2 = make_norm(style.norm, channels)
-        self.se = style.make_se(channels)
-        self.drop = drop
-        self.act = make_activation(style.activation)
-        # others' name for the shortcut, also where it is the identity
-        self.downsample = style.make_shortcut(in_channels, channels, stride, bare=False)
-        if style.starts_at_zero:
-            _zero(self.bn2, self.conv2)
+        self._end(in_channels, channels, stride, style, drop)
 
     def residual(self, x: Tensor) -> Tensor:
         """F(x)."""
         out = self.act(self.bn1(self.conv1(x)))
         return self.drop(self.se(self.bn2(self.conv2(out))))
-
-    def branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """S(x) and F(x), the two addends."""
-        return self.downsample(x), self.residual(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """σ(S(x) + F(x))."""
-        shortcut, residual = self.branches(x)
-        return self.act(shortcut + residual)
-
-    def cost(self, shape: Shape) -> Cost:
-        """Parameters and multiply-adds for samples of this shape, by formula."""
-        residual = chain(shape, self.conv1, self.bn1, self.conv2, self.bn2, self.se)
-        return residual.beside(cost_of(self.downsample, shape))
 
 
 class PlainBlock(BasicBlock):
@@ -87,7 +113,7 @@ class PlainBlock(BasicBlock):
         return self.act(self.residual(x))
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(_PostActivation):
     """1×1 down, 3×3 (which takes the stride), 1×1 up to four times the channels; post-activation.
 
     The 3×3 has channels · group_width/64 · cardinality channels in `cardinality` groups (ResNeXt).
@@ -120,12 +146,7 @@ class Bottleneck(nn.Module):
         self.bn2 = make_norm(style.norm, inner)
         self.conv3 = make_conv(inner, out_channels, 1, norm=style.norm)
         self.bn3 = make_norm(style.norm, out_channels)
-        self.se = style.make_se(out_channels)
-        self.drop = drop
-        self.act = make_activation(style.activation)
-        self.downsample = style.make_shortcut(in_channels, out_channels, stride, bare=False)
-        if style.starts_at_zero:
-            _zero(self.bn3, self.conv3)
+        self._end(in_channels, out_channels, stride, style, drop)
 
     def residual(self, x: Tensor) -> Tensor:
         """F(x)."""
@@ -133,26 +154,41 @@ class Bottleneck(nn.Module):
         out = self.act(self.bn2(self.conv2(out)))
         return self.drop(self.se(self.bn3(self.conv3(out))))
 
-    def branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """S(x) and F(x), the two addends."""
-        return self.downsample(x), self.residual(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """σ(S(x) + F(x))."""
-        shortcut, residual = self.branches(x)
-        return self.act(shortcut + residual)
-
-    def cost(self, shape: Shape) -> Cost:
-        """Parameters and multiply-adds for samples of this shape, by formula."""
-        parts = (self.conv1, self.bn1, self.conv2, self.bn2, self.conv3, self.bn3, self.se)
-        return chain(shape, *parts).beside(cost_of(self.downsample, shape))
-
-
-class PreActBlock(nn.Module):
-    """Two 3×3 convolutions, pre-activation: S(x) + F(x).
+class _PreActivation(_Block):
+    """S(x) + F(x), F = conv σ norm …, by `residual`.
 
     A projection reads what F's first convolution reads, σ(norm(x)), and is bare; every other shortcut
-    reads x. With the identity the block is `resode.fields.ConvField`'s Euler step to the bit.
+    reads x.
+    """
+
+    bn1: nn.Module
+
+    def _end(self, c_in: int, c_out: int, stride: int, style: Style, drop: nn.Module) -> None:
+        """What follows the norms and convolutions, of which the last one may start at 0."""
+        *_, conv = self.children()
+        self.act = make_activation(style.activation)
+        self.se = style.make_se(c_out)
+        self.drop = drop
+        self.shortcut = style.make_shortcut(c_in, c_out, stride, bare=True)
+        if style.starts_at_zero:
+            nn.init.zeros_(conv.weight)  # pyright: ignore[reportArgumentType]
+
+    def residual(self, pre: Tensor) -> Tensor:
+        """F(x) of pre = σ(norm(x))."""
+        raise NotImplementedError
+
+    def branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """S(x) and F(x), the two addends."""
+        pre = self.act(self.bn1(x))
+        shortcut = self.shortcut(pre if isinstance(self.shortcut, ProjectionShortcut) else x)
+        return shortcut, self.residual(pre)
+
+
+class PreActBlock(_PreActivation):
+    """Two 3×3 convolutions, pre-activation: S(x) + F(x).
+
+    With the identity the block is `resode.fields.ConvField`'s Euler step to the bit.
     """
 
     expansion = 1
@@ -163,33 +199,15 @@ class PreActBlock(nn.Module):
         self.conv1 = make_conv(in_channels, channels, 3, stride, norm=style.norm)
         self.bn2 = make_norm(style.norm, channels)
         self.conv2 = make_conv(channels, channels, 3, norm=style.norm)
-        self.act = make_activation(style.activation)
-        self.se = style.make_se(channels)
-        self.drop = drop
-        self.shortcut = style.make_shortcut(in_channels, channels, stride, bare=True)
-        if style.starts_at_zero:
-            nn.init.zeros_(self.conv2.weight)
+        self._end(in_channels, channels, stride, style, drop)
 
-    def branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """S(x) and F(x), the two addends."""
-        pre = self.act(self.bn1(x))
-        shortcut = self.shortcut(pre if isinstance(self.shortcut, ProjectionShortcut) else x)
+    def residual(self, pre: Tensor) -> Tensor:
+        """F(x) of pre = σ(norm(x))."""
         out = self.conv1(pre)
-        out = self.conv2(self.act(self.bn2(out)))
-        return shortcut, self.drop(self.se(out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """S(x) + F(x)."""
-        shortcut, residual = self.branches(x)
-        return shortcut + residual
-
-    def cost(self, shape: Shape) -> Cost:
-        """Parameters and multiply-adds for samples of this shape, by formula."""
-        residual = chain(shape, self.bn1, self.conv1, self.bn2, self.conv2, self.se)
-        return residual.beside(cost_of(self.shortcut, shape))
+        return self.drop(self.se(self.conv2(self.act(self.bn2(out)))))
 
 
-class PreActBottleneck(nn.Module):
+class PreActBottleneck(_PreActivation):
     """1×1 down, 3×3 (which takes the stride), 1×1 up to four times the channels; pre-activation.
 
     With the identity the block is `resode.fields.BottleneckField`'s Euler step to the bit.
@@ -206,31 +224,13 @@ class PreActBottleneck(nn.Module):
         self.conv2 = make_conv(channels, channels, 3, stride, norm=style.norm)
         self.bn3 = make_norm(style.norm, channels)
         self.conv3 = make_conv(channels, out_channels, 1, norm=style.norm)
-        self.act = make_activation(style.activation)
-        self.se = style.make_se(out_channels)
-        self.drop = drop
-        self.shortcut = style.make_shortcut(in_channels, out_channels, stride, bare=True)
-        if style.starts_at_zero:
-            nn.init.zeros_(self.conv3.weight)
+        self._end(in_channels, out_channels, stride, style, drop)
 
-    def branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """S(x) and F(x), the two addends."""
-        pre = self.act(self.bn1(x))
-        shortcut = self.shortcut(pre if isinstance(self.shortcut, ProjectionShortcut) else x)
+    def residual(self, pre: Tensor) -> Tensor:
+        """F(x) of pre = σ(norm(x))."""
         out = self.conv1(pre)
         out = self.conv2(self.act(self.bn2(out)))
-        out = self.conv3(self.act(self.bn3(out)))
-        return shortcut, self.drop(self.se(out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """S(x) + F(x)."""
-        shortcut, residual = self.branches(x)
-        return shortcut + residual
-
-    def cost(self, shape: Shape) -> Cost:
-        """Parameters and multiply-adds for samples of this shape, by formula."""
-        parts = (self.bn1, self.conv1, self.bn2, self.conv2, self.bn3, self.conv3, self.se)
-        return chain(shape, *parts).beside(cost_of(self.shortcut, shape))
+        return self.drop(self.se(self.conv3(self.act(self.bn3(out)))))
 
 
 Block = BasicBlock | Bottleneck | PreActBlock | PreActBottleneck
@@ -274,7 +274,63 @@ class HighwayLayer(nn.Module):
 # Networks.
 
 
-class CifarResNet(Checked):
+class _Grouped(Checked):
+    """A network of groups of blocks: layer1, layer2 and so on."""
+
+    in_channels: int
+    gradient: str
+    conv1: nn.Module
+    act: nn.Module
+
+    def _parts(self) -> tuple[nn.Module, list[Any], Any]:
+        """The first pooling, the groups and the last layer, under the names of others' weights."""
+        parts = dict(self.named_children())
+        pool, linear = ("maxpool", "fc") if "fc" in parts else ("pool", "linear")
+        groups = [part for name, part in parts.items() if name.startswith("layer")]
+        return parts[pool], groups, parts[linear]
+
+
+class PostActivationNet(_Grouped):
+    """Convolution, norm and σ, groups of blocks, mean over pixels, linear."""
+
+    bn1: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (batch, num_classes) of images (batch, in_channels, H, W)."""
+        check_images(x, self.in_channels)
+        pool, groups, linear = self._parts()
+        x = pool(self.act(self.bn1(self.conv1(x))))  # (B, width, H, W); behind an ImageNet stem H/4, W/4
+        for group in groups:  # twice the channels and half the resolution from group to group
+            x = advance(group, x, self.gradient)
+        return linear(x.mean((2, 3)))
+
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters and multiply-adds for samples of this shape, by formula."""
+        pool, groups, linear = self._parts()
+        return head(chain(shape, self.conv1, self.bn1, pool, *groups), linear)
+
+
+class PreActivationNet(_Grouped):
+    """Bare convolution, groups of blocks, norm and σ, mean over pixels, linear."""
+
+    bn: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (batch, num_classes) of images (batch, in_channels, H, W)."""
+        check_images(x, self.in_channels)
+        pool, groups, linear = self._parts()
+        x = pool(self.conv1(x))  # (B, width, H, W); behind an ImageNet stem H/4, W/4
+        for group in groups:  # twice the channels and half the resolution from group to group
+            x = advance(group, x, self.gradient)
+        return linear(self.act(self.bn(x)).mean((2, 3)))
+
+    def cost(self, shape: Shape) -> Cost:
+        """Parameters and multiply-adds for samples of this shape, by formula."""
+        pool, groups, linear = self._parts()
+        return head(chain(shape, self.conv1, pool, *groups, self.bn), linear)
+
+
+class CifarResNet(PostActivationNet):
     """Post-activation network for small images: 3×3 stem, three groups of basic blocks, linear.
 
     Args:
@@ -316,24 +372,8 @@ class CifarResNet(Checked):
         self.layer3 = group_of(block, block.expansion, n, 2 * width, 4 * width, 2, style, drops)
         self.linear = nn.Linear(4 * width, check_whole("num_classes", num_classes, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (batch, num_classes) of images (batch, in_channels, H, W)."""
-        check_images(x, self.in_channels)
-        x = self.act(self.bn1(self.conv1(x)))  # (B, width, H, W)
-        x = self.pool(x)
-        x = advance(self.layer1, x, self.gradient)  # (B, width, H, W)
-        x = advance(self.layer2, x, self.gradient)  # (B, 2 width, H/2, W/2)
-        x = advance(self.layer3, x, self.gradient)  # (B, 4 width, H/4, W/4)
-        x = x.mean((2, 3))  # (B, 4 width)
-        return self.linear(x)
 
-    def cost(self, shape: Shape) -> Cost:
-        """Parameters and multiply-adds for samples of this shape, by formula."""
-        groups = (self.conv1, self.bn1, self.pool, self.layer1, self.layer2, self.layer3)
-        return head(chain(shape, *groups), self.linear)
-
-
-class PreActResNet(Checked):
+class PreActResNet(PreActivationNet):
     """Pre-activation network for small images: stem without norm, three groups, a last norm and σ, linear.
 
     Args:
@@ -365,11 +405,7 @@ class PreActResNet(Checked):
     ) -> None:
         super().__init__()
         n = check_whole("blocks", blocks, 1)
-        if style.shortcut == "none":
-            raise ValueError(
-                "a pre-activation network is a sum over its shortcuts and cannot do without: choose "
-                f"{', '.join(map(repr, (*SHORTCUTS, *RUN_SHORTCUTS)))}, or a plain network."
-            )
+        check_sum(style)
         block = PreActBottleneck if bottleneck else PreActBlock
         drops = style.drops(3 * n)
         w0, w1, w2, w3 = (check_whole("width", w, 1) for w in widths)
@@ -382,22 +418,6 @@ class PreActResNet(Checked):
         self.bn = make_norm(style.norm, c3)
         self.act = make_activation(style.activation)
         self.linear = nn.Linear(c3, check_whole("num_classes", num_classes, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (batch, num_classes) of images (batch, in_channels, H, W)."""
-        check_images(x, self.in_channels)
-        x = self.pool(self.conv1(x))  # (B, w0, H, W)
-        x = advance(self.layer1, x, self.gradient)  # (B, c1, H, W)
-        x = advance(self.layer2, x, self.gradient)  # (B, c2, H/2, W/2)
-        x = advance(self.layer3, x, self.gradient)  # (B, c3, H/4, W/4)
-        x = self.act(self.bn(x))
-        x = x.mean((2, 3))  # (B, c3)
-        return self.linear(x)
-
-    def cost(self, shape: Shape) -> Cost:
-        """Parameters and multiply-adds for samples of this shape, by formula."""
-        groups = (self.conv1, self.pool, self.layer1, self.layer2, self.layer3, self.bn)
-        return head(chain(shape, *groups), self.linear)
 
 
 class HighwayNet(Checked):
@@ -502,15 +522,19 @@ def group_of(
         for drop in [next(drops) for _ in range(count - len(first))]
         for _ in range(parts)
     ]
-    rectified = isinstance(branches[0].block, BasicBlock | Bottleneck)
+    rectified = isinstance(branches[0].block, _PostActivation)
     after = make_activation(style.activation) if rectified else None
     run = make_run(style.shortcut, branches, state, streams=style.streams or 4, after=after)
     return nn.Sequential(*first, *run)
 
 
-def _zero(norm: nn.Module, conv: nn.Conv2d) -> None:
-    """Start norm(conv(·)) at 0, by the norm's scale where it has one."""
-    nn.init.zeros_(conv.weight if isinstance(norm, nn.Identity) else norm.weight)  # pyright: ignore
+def check_sum(style: Style) -> None:
+    """Raise a ValueError for a pre-activation network without shortcuts."""
+    if style.shortcut == "none":
+        raise ValueError(
+            "a pre-activation network is a sum over its shortcuts and cannot do without: choose "
+            f"{', '.join(map(repr, (*SHORTCUTS, *RUN_SHORTCUTS)))}, or a plain network."
+        )
 
 
 def blocks_a_group(depth: int, period: int, offset: int) -> int:
