@@ -10,10 +10,31 @@ from typing import Annotated, Any
 import typer
 
 from resode.checks import known
-from resode.cli.terminal import command, console, figures_of, fits, flag, say, separated, store, table
+from resode.cli.terminal import (
+    command,
+    console,
+    figures_of,
+    fits,
+    flag,
+    say,
+    separated,
+    store,
+    table,
+    with_flags,
+)
 from resode.cli.train import own_model
 from resode.cli.trained import _methods
 from resode.tables import short, short_complex
+
+_LOOKED_AT = {
+    "model": Annotated[str | None, flag("A network's name, or package.module:function.")],
+    "weights": Annotated[Path | None, flag("Its weights (.safetensors); fresh ones without.")],
+    "data": Annotated[str | None, flag("Data set whose test images are taken.")],
+    "data_dir": Annotated[Path | None, flag("Where its data lies.")],
+    "shape": Annotated[str | None, flag("Random inputs of this shape instead, with commas.")],
+    "blocks": Annotated[str | None, flag("Names of the modules that are blocks, with * and ?.")],
+}
+_looking = with_flags(_LOOKED_AT, before="samples")
 
 
 @command(
@@ -22,20 +43,16 @@ from resode.tables import short, short_complex
     "resode profile --model my.module:network --weights my.safetensors --shape 3,224,224",
     "resode profile --model resnet50 --shape 3,64,64 --blocks 'layer?.*'",
 )
+@_looking
 def profile(
     run: Annotated[Path | None, typer.Argument(help="Run folder or weights file.", metavar="[RUN]")] = None,
-    model: Annotated[str | None, flag("A network's name, or package.module:function.")] = None,
-    weights: Annotated[Path | None, flag("Its weights (.safetensors); fresh ones without.")] = None,
-    data: Annotated[str | None, flag("Data set whose test images are taken.")] = None,
-    data_dir: Annotated[Path | None, flag("Where its data lies.")] = None,
-    shape: Annotated[str | None, flag("Random inputs of this shape instead, with commas.")] = None,
     samples: Annotated[int, typer.Option(help="Inputs to look at.", min=1)] = 16,
     spectra: Annotated[int, typer.Option(help="Of them, with eigenvalues.", min=0)] = 2,
     solver: Annotated[str | None, flag("Method of the step limits instead of each block's own.")] = None,
-    blocks: Annotated[str | None, flag("Names of the modules that are blocks, with * and ?.")] = None,
     lesions: Annotated[bool, typer.Option(help="Also run without each block.")] = True,
     output: Annotated[Path | None, flag("Folder for profile.csv and profile.png.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    **asked: Any,
 ) -> None:
     """Profile the depth of any residual network.
 
@@ -46,46 +63,42 @@ def profile(
 
     if solver is not None:
         _methods([solver])
-    network, x, target = _looked_at(run, model, weights, data, data_dir, shape, samples, device)
-    found = profile_depth(network, x, target, blocks=blocks, solver=solver, spectra=spectra, lesions=lesions)
+    network, x, target = _looked_at(run, asked, samples, device)
+    choices: dict[str, Any] = {
+        "blocks": asked["blocks"],
+        "solver": solver,
+        "spectra": spectra,
+        "lesions": lesions,
+    }
+    found = profile_depth(network, x, target, **choices)
     _show(found)
-    store(output or figures_of(run or weights), "profile", found)
+    store(output or figures_of(run or asked["weights"]), "profile", found)
 
 
-def _looked_at(
-    run: Path | None,
-    model: str | None,
-    weights: Path | None,
-    data: str | None,
-    data_dir: Path | None,
-    shape: str | None,
-    samples: int,
-    device: str,
-) -> tuple[Any, Any, Any]:
+def _looked_at(run: Path | None, asked: dict[str, Any], samples: int, device: str) -> tuple[Any, Any, Any]:
     """The network that a command looks at, its inputs and their classes."""
     from resode.training.evaluate import load
     from resode.training.plan import choose_device, make_network
 
-    if run is not None and weights is not None:
+    if run is not None and asked["weights"] is not None:
         raise ValueError("give RUN or --weights, not both: a run has weights of its own.")
-    if run is None and model is None:
+    if run is None and asked["model"] is None:
         raise ValueError(
             "give a run, or a network with --model NAME or --model package.module:function (and --weights)."
         )
-    source, place, chosen = run or weights, choose_device(device), own_model(model)
+    source, place, chosen = run or asked["weights"], choose_device(device), own_model(asked["model"])
     network = make_network(chosen) if source is None else load(source, model=chosen)
-    return network.to(place).eval(), *_inputs(source, data, data_dir, shape, samples, place)
+    return network.to(place).eval(), *_inputs(source, asked, samples, place)
 
 
-def _inputs(
-    source: Path | None, data: str | None, data_dir: Path | None, shape: str | None, samples: int, place: Any
-) -> tuple[Any, Any]:
+def _inputs(source: Path | None, asked: dict[str, Any], samples: int, place: Any) -> tuple[Any, Any]:
     """Test images with their classes, or random inputs without."""
     import torch
 
     from resode.training.data.datasets import DATASETS, load_data
     from resode.training.evaluate import images_of, plain_batches
 
+    shape, data, data_dir = (asked[name] for name in ("shape", "data", "data_dir"))
     if shape is not None:
         sizes = separated(shape, int, "--shape")
         if not sizes or min(sizes) < 1:
@@ -137,19 +150,15 @@ def _show(found: Any) -> None:
     "resode diagnose runs/demo --solvers rk4,midpoint --lr 0.1",
     "resode diagnose --model my.module:network --weights my.safetensors --shape 3,224,224",
 )
+@_looking
 def diagnose(
     run: Annotated[Path | None, typer.Argument(help="Run folder or weights file.", metavar="[RUN]")] = None,
-    model: Annotated[str | None, flag("A network's name, or package.module:function.")] = None,
-    weights: Annotated[Path | None, flag("Its weights (.safetensors); fresh ones without.")] = None,
-    data: Annotated[str | None, flag("Data set whose test images are taken.")] = None,
-    data_dir: Annotated[Path | None, flag("Where its data lies.")] = None,
-    shape: Annotated[str | None, flag("Random inputs of this shape instead, with commas.")] = None,
     samples: Annotated[int, typer.Option(help="Inputs to look at.", min=1)] = 32,
     lr: Annotated[float | None, flag("A learning rate of SGD to judge.")] = None,
     solvers: Annotated[str, typer.Option(help="Methods to foretell a swap to, with commas.")] = "rk4",
-    blocks: Annotated[str | None, flag("Names of the modules that are blocks, with * and ?.")] = None,
     output: Annotated[Path | None, flag("Folder for diagnosis.csv and diagnosis.png.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    **asked: Any,
 ) -> None:
     """Say what is wrong with a network, if anything, and what to do.
 
@@ -159,10 +168,10 @@ def diagnose(
     import resode
 
     names = _methods(separated(solvers, str, "--solvers"))
-    network, x, target = _looked_at(run, model, weights, data, data_dir, shape, samples, device)
-    found = resode.diagnose(network, x, target, lr=lr, solvers=names, blocks=blocks)
+    network, x, target = _looked_at(run, asked, samples, device)
+    found = resode.diagnose(network, x, target, lr=lr, solvers=names, blocks=asked["blocks"])
     say(found.page(console().width if sys.stdout.isatty() else 80))
-    store(output or figures_of(run or weights), "diagnosis", found, figure=bool(found.rows))
+    store(output or figures_of(run or asked["weights"]), "diagnosis", found, figure=bool(found.rows))
 
 
 @command(
@@ -171,6 +180,7 @@ def diagnose(
     "resode explore eigenvalues.csv --methods rk4,rkl2_8",
     "resode explore --model my.module:network --weights my.safetensors --shape 3,32,32",
 )
+@with_flags(_LOOKED_AT)
 def explore(
     what: Annotated[
         Path | None, typer.Argument(help="Run folder, weights, or a CSV of eigenvalues.", metavar="[RUN|CSV]")
@@ -178,12 +188,7 @@ def explore(
     output: Annotated[Path, flag("The file.", None, "-o", "--output")] = Path("explore.html"),
     methods: Annotated[str, typer.Option(help="Drawn at first, with commas.")] = "euler,rk4",
     samples: Annotated[int, typer.Option(help="For a network: inputs to look at.", min=1)] = 1,
-    model: Annotated[str | None, flag("A network's name, or package.module:function.")] = None,
-    weights: Annotated[Path | None, flag("Its weights (.safetensors); fresh ones without.")] = None,
-    data: Annotated[str | None, flag("Data set whose test images are taken.")] = None,
-    data_dir: Annotated[Path | None, flag("Where its data lies.")] = None,
-    shape: Annotated[str | None, flag("Random inputs of this shape instead, with commas.")] = None,
-    blocks: Annotated[str | None, flag("Names of the modules that are blocks, with * and ?.")] = None,
+    **asked: Any,
 ) -> None:
     """Write a page to explore stability with, as one HTML file.
 
@@ -198,21 +203,15 @@ def explore(
     title, source = "Stability explorer", "An example. Type eigenvalues of your own below."
     spectra = []
     if what is not None and what.suffix.lower() == ".csv":
-        of_network = {
-            "--model": model,
-            "--weights": weights,
-            "--data": data,
-            "--shape": shape,
-            "--blocks": blocks,
-        }
-        if given := [name for name, value in of_network.items() if value is not None]:
+        given = [f"--{name.replace('_', '-')}" for name, value in asked.items() if value is not None]
+        if given:
             raise ValueError(f"{', '.join(given)}: for a network, and {what} is a table.")
         spectra, title = read_spectra(what), what.name
         source = f"{sum(len(s.eigenvalues) for s in spectra):,} eigenvalues"
-    elif what is not None or model is not None or weights is not None:
-        network, x, _ = _looked_at(what, model, weights, data, data_dir, shape, samples, "cpu")
-        spectra, source = _spectra(network, x, names, blocks)
-        title = what.name if what is not None else str(model or weights)
+    elif what is not None or asked["model"] is not None or asked["weights"] is not None:
+        network, x, _ = _looked_at(what, asked, samples, "cpu")
+        spectra, source = _spectra(network, x, names, asked["blocks"])
+        title = what.name if what is not None else str(asked["model"])
     with replacing(output) as path:
         path.write_text(explorer_page(spectra, title=title, source=source, methods=names), encoding="utf-8")
     say(f"page {output}")

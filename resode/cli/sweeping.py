@@ -8,11 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from resode.cli.inspecting import print_comparison
-from resode.cli.terminal import command, flag, say
-from resode.cli.train import chosen_settings, network_options, own_model, recipe_flags, recipe_settings
-from resode.training.recipe import RECIPES
+from resode.cli.terminal import command, flag, say, with_flags
+from resode.cli.train import chosen_settings, network_flags, own_model, recipe_flags
 
-_MODEL, _SWEEP, _RECIPE = "Network and data, of all runs", "Sweep", "Recipe of all runs: any of its settings"
+_SWEEP, _ALL = "Sweep", " of all runs"
 
 
 @command(
@@ -22,7 +21,8 @@ _MODEL, _SWEEP, _RECIPE = "Network and data, of all runs", "Sweep", "Recipe of a
     "resode sweep runs/file --config sweep.yaml",
     "resode sweep runs/grid --grid seed=0:50 --engine ray --address 10.0.0.1:6379",
 )
-@recipe_flags
+@with_flags(network_flags(_ALL), before="step_limits")
+@with_flags(recipe_flags(_ALL))
 def sweep(
     folder: Annotated[
         Path, typer.Argument(help="Folder of the sweep.", metavar="FOLDER", show_default=False)
@@ -46,23 +46,11 @@ def sweep(
     gpus: Annotated[float | None, flag("GPUs of a Ray cluster that a run takes.", _SWEEP)] = None,
     device: Annotated[str | None, flag("auto, cpu, cuda, cuda:N or mps. Default auto.", _SWEEP)] = None,
     quiet: Annotated[bool, flag("Print nothing but errors.", _SWEEP, "--quiet")] = False,
-    model: Annotated[str | None, flag("Name, or package.module:function. Default odenet20.", _MODEL)] = None,
-    data: Annotated[
-        str | None, flag("digits, cifar10, cifar100 or cifar100_coarse. Default digits.", _MODEL)
-    ] = None,
-    data_dir: Annotated[Path | None, flag("Where CIFAR-10 lies; else RESODE_DATA.", _MODEL)] = None,
-    download: Annotated[bool, flag("Fetch CIFAR-10 where it is missing.", _MODEL, "--download")] = False,
-    solver: Annotated[str | None, flag("Method of every ResidualStack.", _MODEL)] = None,
-    substeps: Annotated[int | None, flag("Solver steps a block.", _MODEL)] = None,
-    option: Annotated[list[str] | None, flag("NAME=VALUE for the network; repeatable.", _MODEL)] = None,
     step_limits: Annotated[
         bool, typer.Option("--step-limits", help="Record and draw every group's step limits of every run.")
     ] = False,
     logger: Annotated[
         str | None, flag("Of every run: tensorboard, wandb, or csv: every update's loss.", _SWEEP)
-    ] = None,
-    recipe: Annotated[
-        str | None, flag(f"{', '.join(RECIPES)}. Default fast, or digits on digits.", _RECIPE)
     ] = None,
     **chosen: Any,
 ) -> None:
@@ -74,25 +62,18 @@ def sweep(
     from resode.training.sweep import sweep as sweep_runs
     from resode.training.sweep.grid import read_pairs
 
-    names = {"model": model, "data": data, "data_dir": data_dir, "device": device, "recipe": recipe}
-    flags = {name: value for name, value in names.items() if value is not None} | recipe_settings(chosen)
-    if download:
-        flags["download"] = True
-    settings = chosen_settings(flags, network_options(option, solver, substeps), config, grid=True)
+    settings = chosen_settings(chosen | {"device": device}, config, grid=True)
     of_file = {name: settings.pop(name, None) for name in ("grid", "threads", "own")}
     pairs = read_pairs(grid or [])
     if "model" in pairs:
         pairs["model"] = [own_model(name) for name in pairs["model"]]
-    wanted = pairs or of_file["grid"]
-    if threads is None and of_file["threads"] is not None:
-        threads = of_file["threads"]
     found = sweep_runs(
         folder,
-        wanted,
+        pairs or of_file["grid"],
         step_limits=step_limits,
         logger=logger,
         jobs=jobs,
-        threads=threads,
+        threads=of_file["threads"] if threads is None else threads,
         retries=retries,
         engine=engine,
         address=address,

@@ -6,7 +6,7 @@ import inspect
 import io
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from shutil import get_terminal_size
 from typing import Any
@@ -250,6 +250,27 @@ def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., Non
         return app.command(help=text)(function)
 
     return register
+
+
+def with_flags(
+    flags: Mapping[str, Any], before: str | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command flags, annotations by name, in the place of its **keywords, before one of its own."""
+
+    def extended(function: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(function, eval_str=True)
+        given = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        own = [p.replace(kind=p.KEYWORD_ONLY) for p in given]
+        more = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint)
+            for name, hint in flags.items()
+        ]
+        at = [p.name for p in own].index(before) if before else len(own)
+        function.__signature__ = signature.replace(parameters=[*own[:at], *more, *own[at:]])
+        function.__annotations__ = {p.name: p.annotation for p in (*own, *more)}
+        return function
+
+    return extended
 
 
 def flag(help: str, panel: str | None = None, *names: str) -> Any:

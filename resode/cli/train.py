@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
-from collections.abc import Callable
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
@@ -13,35 +11,49 @@ from typing import Annotated, Any
 import typer
 
 from resode.checks import known
-from resode.cli.terminal import command, flag, separated
+from resode.cli.terminal import command, flag, separated, with_flags
 from resode.training.recipe import RECIPES, SETTINGS, Recipe, make_recipe
 
-_MODEL, _RUN, _RECIPE = "Network and data", "Run", "Recipe: any of its settings"
+_RUN = "Run"
 
 
-def recipe_flags(function: Callable[..., None]) -> Callable[..., None]:
-    """A flag for every setting of a recipe, in the place of **chosen: its kind and help are the field's."""
-    signature = inspect.signature(function, eval_str=True)
-    *parameters, _ = signature.parameters.values()
+def network_flags(of: str = "") -> dict[str, Any]:
+    """What every training is asked for: the network and the data."""
+    panel = f"Network and data{of}"
+    return {
+        "model": Annotated[str | None, flag("Name, or package.module:function. Default odenet20.", panel)],
+        "data": Annotated[
+            str | None, flag("digits, cifar10, cifar100 or cifar100_coarse. Default digits.", panel)
+        ],
+        "data_dir": Annotated[Path | None, flag("Where CIFAR-10 lies; else RESODE_DATA.", panel)],
+        "download": Annotated[bool | None, flag("Fetch CIFAR-10 where it is missing.", panel, "--download")],
+        "solver": Annotated[str | None, flag("Method of every ResidualStack.", panel)],
+        "substeps": Annotated[int | None, flag("Solver steps a block.", panel)],
+        "option": Annotated[list[str] | None, flag("NAME=VALUE for the network; repeatable.", panel)],
+    }
+
+
+def recipe_flags(of: str = "") -> dict[str, Any]:
+    """A flag for every setting of a recipe: its kind and help are the field's."""
+    panel = f"Recipe{of}: any of its settings"
+    flags = {
+        "recipe": Annotated[
+            str | None, flag(f"{', '.join(RECIPES)}. Default fast, or digits on digits.", panel)
+        ]
+    }
     for setting in fields(Recipe):
-        kind = str(setting.type).removesuffix(" | None")
-        option = flag(setting.metadata["help"], _RECIPE)
-        hint = Annotated[{"int": int, "float": float, "bool": bool}.get(kind, str) | None, option]
-        parameters.append(
-            inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint)
-        )
-    function.__signature__ = signature.replace(parameters=parameters)
-    function.__annotations__ = {p.name: p.annotation for p in parameters}
-    return function
+        kind = {"int": int, "float": float, "bool": bool}.get(str(setting.type).removesuffix(" | None"), str)
+        flags[setting.name] = Annotated[kind | None, flag(setting.metadata["help"], panel)]
+    return flags
 
 
 def recipe_settings(chosen: dict[str, Any]) -> dict[str, Any]:
     """The settings that the flags ask for; those of several numbers are given as 0.5,0.75."""
-    kinds = {setting.name: str(setting.type) for setting in fields(Recipe)}
     found = {}
-    for name, value in chosen.items():
-        if value is not None and kinds[name].startswith("tuple"):
-            value = separated(value, int if "int" in kinds[name] else float, f"--{name.replace('_', '-')}")
+    for setting in fields(Recipe):
+        name, value, kind = setting.name, chosen[setting.name], str(setting.type)
+        if value is not None and kind.startswith("tuple"):
+            value = separated(value, int if "int" in kind else float, f"--{name.replace('_', '-')}")
         if value is not None:
             found[name] = value
     return found
@@ -57,25 +69,14 @@ def recipe_settings(chosen: dict[str, Any]) -> dict[str, Any]:
     "resode train --eval-solver rk4 --eval-substeps 2 --refine-at 10",
     "torchrun --nproc-per-node 2 -m resode train --model resnet20 --data cifar10",
 )
-@recipe_flags
+@with_flags(network_flags(), before="run_dir")
+@with_flags(recipe_flags())
 def train(
-    model: Annotated[str | None, flag("Name, or package.module:function. Default odenet20.", _MODEL)] = None,
-    data: Annotated[
-        str | None, flag("digits, cifar10, cifar100 or cifar100_coarse. Default digits.", _MODEL)
-    ] = None,
-    data_dir: Annotated[Path | None, flag("Where CIFAR-10 lies; else RESODE_DATA.", _MODEL)] = None,
-    download: Annotated[bool, flag("Fetch CIFAR-10 where it is missing.", _MODEL, "--download")] = False,
-    solver: Annotated[str | None, flag("Method of every ResidualStack.", _MODEL)] = None,
-    substeps: Annotated[int | None, flag("Solver steps a block.", _MODEL)] = None,
-    option: Annotated[list[str] | None, flag("NAME=VALUE for the network; repeatable.", _MODEL)] = None,
     run_dir: Annotated[Path | None, flag("New run folder. Default runs/<model>-<data>-<time>.", _RUN)] = None,
     resume: Annotated[Path | None, flag("Go on with a run; with other settings, as a new one.", _RUN)] = None,
     config: Annotated[Path | None, flag("Settings from a YAML file; flags win.", _RUN)] = None,
     device: Annotated[str | None, flag("auto, cpu, cuda, cuda:N or mps. Default auto.", _RUN)] = None,
     quiet: Annotated[bool, flag("Print nothing but errors.", _RUN, "--quiet")] = False,
-    recipe: Annotated[
-        str | None, flag(f"{', '.join(RECIPES)}. Default fast, or digits on digits.", _RECIPE)
-    ] = None,
     step_limits: Annotated[
         bool, typer.Option("--step-limits", help="Record and draw every group's step limits as it trains.")
     ] = False,
@@ -83,11 +84,7 @@ def train(
     **chosen: Any,
 ) -> None:
     """Train a network into a run folder."""
-    names = {"model": model, "data": data, "data_dir": data_dir, "device": device, "recipe": recipe}
-    flags = {name: value for name, value in names.items() if value is not None} | recipe_settings(chosen)
-    if download:
-        flags["download"] = True
-    settings = chosen_settings(flags, network_options(option, solver, substeps), config)
+    settings = chosen_settings(chosen | {"device": device}, config)
 
     from resode.training.monitor import FILE, StepLimits
     from resode.training.run import train as train_network
@@ -97,13 +94,13 @@ def train(
     train_network(resume=resume, run_dir=run_dir, progress=not quiet, logger=logger, **settings)
 
 
-def chosen_settings(
-    flags: dict[str, Any], options: dict[str, Any], config: Path | None, *, grid: bool = False
-) -> dict[str, Any]:
+def chosen_settings(chosen: dict[str, Any], config: Path | None, *, grid: bool = False) -> dict[str, Any]:
     """What `resode.train` is called with: the settings of a file, and the flags over them.
 
     A file with a grid may hold what a sweep does besides, and options of the network among its settings.
     """
+    options = network_options(chosen["option"], chosen["solver"], chosen["substeps"])
+    flags = {name: chosen[name] for name in _KINDS if chosen[name] is not None} | recipe_settings(chosen)
     stored = {} if config is None else _read(config, flags, grid)
     options = stored.pop("model_options", {}) | options
     for given, other in (("epochs", "updates"), ("updates", "epochs")):
