@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from html import escape
 from importlib import import_module
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+
+from resode.tables import records_text
 
 _WIDE = 16
 """Entries of a state up to which each is a column of its own."""
@@ -89,6 +92,34 @@ class Result:
             for name, column in columns.items()
             if not isinstance(column, list) or len(column) == length
         }
+
+
+class Drawn(Result):
+    """A result that `resode.plots` has a figure of, by the function that `_figure` names."""
+
+    _figure: ClassVar[str]
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw it; see the function of `resode.plots` that its class names.
+
+        Args:
+            path: where to write it, in the format that its ending names.
+
+        Returns:
+            The matplotlib figure.
+        """
+        return getattr(import_module("resode.plots"), self._figure)(self, path)
+
+
+class Tabled(Drawn):
+    """One whose `rows` are dataclass objects, all of the class `_row`."""
+
+    _row: ClassVar[type]
+    rows: Any
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write the rows as CSV, under their field names; of complex numbers NAME_real and NAME_imag."""
+        Path(path).write_text(records_text(self._row, self.rows), encoding="utf-8")
 
 
 def _of_records(records: Sequence[Any]) -> dict[str, list[Any]]:

@@ -24,7 +24,6 @@ from resode.cli.terminal import (
 )
 from resode.cli.train import own_model
 from resode.cli.trained import _methods
-from resode.tables import short, short_complex
 
 _LOOKED_AT = {
     "model": Annotated[str | None, flag("A network's name, or package.module:function.")],
@@ -71,7 +70,13 @@ def profile(
         "lesions": lesions,
     }
     found = profile_depth(network, x, target, **choices)
-    _show(found)
+    table(*found.table(), words=("kind",))
+    say()
+    say("limit     the largest stable step at the worst sample; 0 where a mode grows (Re λ > 0)")
+    say("decaying  the limit of all other modes;  growth  their largest |R(ηλ)|, above 1 too large")
+    say(f"Δ         of removing the block, on the {'loss' if found.has_target else 'output, relative'}")
+    for line in found.remarks():
+        say(line)
     store(output or figures_of(run or asked["weights"]), "profile", found)
 
 
@@ -112,37 +117,6 @@ def _inputs(source: Path | None, asked: dict[str, Any], samples: int, place: Any
     else:
         images = images_of(source, data, data_dir)
     return next(iter(plain_batches(images, device=place, limit=samples)))
-
-
-def _show(found: Any) -> None:
-    effect = "loss_change" if found.has_target else "output_change"
-    names = {
-        "η": "step_size",
-        "|x|": "state_norm",
-        "|F|/|x|": "ratio",
-        "dead": "inactive",
-        "grad": "gradient",
-        "limit": "step_limit",
-        "decaying": "decaying_step",
-        "|R|": "growth",
-        "σ min": "sigma_min",
-        "σ max": "sigma_max",
-        "effect": effect,
-    }
-    table(
-        ["block", *names, "max Re λ"],
-        [
-            [r.name, *(short(getattr(r, field)) for field in names.values()), short_complex(r.rightmost)]
-            for r in found.rows
-        ],
-    )
-    say()
-    say("limit     the largest stable step at the worst sample; 0 where a mode grows (Re λ > 0)")
-    say("decaying  the limit of all other modes;  |R|  their largest growth in a step, above 1 too large")
-    say(f"effect    of removing the block on the {'loss' if found.has_target else 'output, relative'}")
-    for group in found.groups:
-        bound = f"at most {group.upper:.4g}" if group.exact else "activations between"
-        say(f"{group.first} … {group.last}: the gradient's gain {group.norm:.4g}, {bound}")
 
 
 @command(

@@ -58,6 +58,19 @@ class Place:
         return self.join(parts)
 
 
+def gradients_at(y: Tensor | Place, places: Sequence[Place], u: Tensor | None = None) -> list[Tensor]:
+    """The gradients of a number y, or of u at a place y, at several places, in one pass."""
+    edges = [edge for place in places for edge in place.edges]
+    if isinstance(y, Tensor):
+        ends, seeds, like = y, None, y
+    else:
+        assert u is not None
+        ends, seeds, like = y.edges, y.cut(u), u
+    with torch.enable_grad():
+        found = iter(torch.autograd.grad(ends, edges, seeds, retain_graph=True, allow_unused=True))
+    return [place.gradient([next(found) for _ in place.edges], like) for place in places]
+
+
 def pulled_back(at_y: Place, at_x: Place, u: Tensor, *, create_graph: bool = False) -> Tensor:
     """The gradient at x of u at y, of the shape of x; 0 where y does not depend on it."""
     found = torch.autograd.grad(

@@ -10,7 +10,7 @@ from typing import Any
 
 from resode.checks import checked
 from resode.networks import NETWORKS
-from resode.results import Result
+from resode.results import Drawn
 from resode.tables import csv_text
 from resode.training.files import DamagedFile, RunError
 from resode.training.folder import RunFolder
@@ -92,7 +92,7 @@ class Configuration:
 
 
 @dataclass(frozen=True, repr=False)
-class Comparison(Result):
+class Comparison(Drawn):
     """Several configurations side by side.
 
     Args:
@@ -100,6 +100,8 @@ class Comparison(Result):
         notes: what a reader of the table must know: runs that have not finished, or are left out because
             their files are no longer what a run writes; the same seed twice, different devices.
     """
+
+    _figure = "comparison"
 
     rows: tuple[Configuration, ...]
     notes: tuple[str, ...]
@@ -127,12 +129,6 @@ class Comparison(Result):
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text
-
-    def plot(self, path: str | Path | None = None) -> Any:
-        """Draw the errors over the epochs; see `resode.plots.comparison`."""
-        from resode import plots
-
-        return plots.comparison(self, path)
 
 
 @checked

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from resode.analysis.depth.losses import LossFunction, batch_of, parts, prediction, sample_losses
 from resode.analysis.depth.sums import ScaledBranches
 from resode.analysis.depth.tracing import Addition, trace
-from resode.calls import call, tensors_in
+from resode.calls import call, tensors_in, within
 from resode.checks import checked
 from resode.progress import Progress
 from resode.results import Result
@@ -322,7 +322,7 @@ def reordering_study(
 def _residual(container: str, parent: str, index: int, names: set[str]) -> bool:
     """Whether an addition happens in the child, or in the stack whose fields the container holds."""
     child = f"{container}.{index}" if container else str(index)
-    return parent in names or any(n == child or n.startswith(child + ".") for n in names)
+    return parent in names or any(within(n, child) for n in names)
 
 
 def _kind(module: nn.Module) -> tuple[type, tuple[Any, ...]]:

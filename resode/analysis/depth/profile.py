@@ -7,7 +7,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,12 +31,13 @@ from resode.analysis.depth.tracing import Addition, Trace, trace
 from resode.calls import call, tensors_in
 from resode.checks import check_whole, checked
 from resode.jacobian.lanczos import random_start, singular_values
+from resode.jacobian.places import gradients_at
 from resode.jacobian.products import JacobianProducts, rows
 from resode.jacobian.spectrum import SpectrumOptions, formed
 from resode.progress import Progress
-from resode.results import Result
+from resode.results import Tabled
 from resode.tableaus import ButcherTableau, get_tableau
-from resode.tables import plain_table, records_text, short
+from resode.tables import plain_table, short
 
 NAN = math.nan
 
@@ -162,7 +162,7 @@ class GroupGradient:
 
 
 @dataclass(frozen=True, repr=False)
-class DepthProfile(Result):
+class DepthProfile(Tabled):
     """What `profile_depth` found.
 
     Args:
@@ -175,6 +175,9 @@ class DepthProfile(Result):
         outside: modules with weight matrices or kernels within no residual addition, as a stem or a head.
     """
 
+    _figure = "depth_profile"
+    _row = DepthRow
+
     rows: list[DepthRow]
     groups: list[GroupGradient]
     loss: float
@@ -183,33 +186,27 @@ class DepthProfile(Result):
     refused: list[tuple[str, str]] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
 
-    def to_csv(self, path: str | Path) -> None:
-        """Write the rows as CSV, under their field names; of eigenvalues NAME_real and NAME_imag."""
-        Path(path).write_text(records_text(DepthRow, self.rows), encoding="utf-8")
-
-    def plot(self, path: str | Path | None = None) -> Any:
-        """Draw it; see `resode.plots.depth_profile`."""
-        from resode import plots
-
-        return plots.depth_profile(self, path)
-
     def _headline(self) -> str:
         return f"{len(self.rows)} residual additions, {self.samples} samples"
 
-    def __str__(self) -> str:
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """The columns' names, and a row a block as text; bounds have their sign."""
         columns = ["block", "kind", "η", "‖x‖", "‖F‖/‖x‖", "dead", "grad", "id·res", "max Re λ", "limit"]
         columns += ["decaying", "growth", "σ min", "σ max", "Δ loss" if self.has_target else "Δ output"]
-        table = []
+        rows = []
         for r in self.rows:
             effect = r.loss_change if self.has_target else r.output_change
             numbers = (r.step_size, r.state_norm, r.ratio, r.inactive, r.gradient, r.gradient_cosine)
             limits = (("" if r.converged or r.step_limit == 0 else "≤ ") + short(r.step_limit), r.decaying)
             last = (r.growth, r.sigma_min, r.sigma_max, effect)
             cells = [*map(short, numbers), short(complex(r.rightmost).real), *limits, *map(short, last)]
-            table.append([r.name, r.kind, *cells])
-        lines = plain_table(columns, table, words=2)
+            rows.append([r.name, r.kind, *cells])
+        return columns, rows
+
+    def remarks(self) -> list[str]:
+        """What stands below the table: gains of runs of blocks, and what was not measured."""
         solvers = ", ".join(dict.fromkeys(r.solver for r in self.rows if r.solver)) or "no solver"
-        lines.append(f"{len(self.rows)} residual additions, {self.samples} samples, limits for {solvers}")
+        lines = [f"{len(self.rows)} residual additions, {self.samples} samples, limits for {solvers}"]
         for s in self.groups:
             gain = f"‖∏(I+ηJ)‖ = {s.norm:.4g}" if s.norm == s.norm else "‖∏(I+ηJ)‖ not measured,"
             bound = f"≤ ∏(1+ε) = {s.upper:.4g}" if s.exact else "(activations between)"
@@ -223,7 +220,10 @@ class DepthProfile(Result):
         lines += [f"{name}: no residual block, since {why}" for name, why in self.refused]
         if self.outside:
             lines.append(f"weights outside every addition: {_listed(self.outside)}")
-        return "\n".join(lines)
+        return lines
+
+    def __str__(self) -> str:
+        return "\n".join([*plain_table(*self.table(), words=2), *self.remarks()])
 
 
 def _listed(names: list[str]) -> str:
@@ -409,7 +409,8 @@ def _profile_part(
             "blocks='layers.*'."
         )
     losses = sample_losses(traced.output, target, loss_fn, batch)
-    at_x, at_y = _gradients(losses.sum(), additions)
+    found = gradients_at(losses.sum(), [a.at_x for a in additions] + [a.at_y for a in additions])
+    at_x, at_y = found[: len(additions)], found[len(additions) :]
     ends = _ends(additions)
     z = prediction(traced.output).detach()
     labels = target if isinstance(target, Tensor) and not target.is_floating_point() else None
@@ -460,16 +461,6 @@ def _profile_part(
         )
     kept = Trace(None, [], [], traced.refused, traced.outside)  # not its graph
     return _Part(fixed, sums, float(losses.detach().sum()), batch, kept)
-
-
-def _gradients(loss: Tensor, additions: list[Addition]) -> tuple[list[Tensor], list[Tensor]]:
-    """The loss gradients at every x and at every y, in one pass."""
-    places = [a.at_x for a in additions] + [a.at_y for a in additions]
-    edges = [edge for place in places for edge in place.edges]
-    with torch.enable_grad():
-        found = iter(torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True))
-    joined = [place.gradient([next(found) for _ in place.edges], loss) for place in places]
-    return joined[: len(additions)], joined[len(additions) :]
 
 
 def _norm(t: Tensor, batch: int) -> Tensor:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from resode.analysis.diagnose.measures import BlockMeasures, Measures, NormMeasures, WeightMeasures
+from resode.calls import within
 from resode.results import Result
 
 WHOLE = "whole network"
@@ -742,7 +743,7 @@ def block_scores(m: Measures, found: Sequence[Finding]) -> list[tuple[BlockMeasu
     causes = {f.block: f.cause for f in reversed(found)}
     result = []
     for b in m.blocks:
-        owner = next((name for name in causes if b.name == name or b.name.startswith(name + ".")), None)
-        inner = next((name for name in causes if name.startswith(b.name + ".")), None)
+        owner = next((name for name in causes if name and within(b.name, name)), None)
+        inner = next((name for name in causes if b.name and within(name, b.name)), None)
         result.append((b, causes.get(owner or inner or "", "")))
     return result

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from resode.analysis.depth.gradients import split_gradient
+from resode.analysis.depth.gradients import block_products, split_gradient
 from resode.analysis.depth.losses import LossFunction, batch_of, part, parts, prediction, sample_losses
 from resode.analysis.depth.tracing import Addition, Trace, trace
 from resode.blocks import ODEBlock, ResidualStack
-from resode.calls import call, mapped, tensors_in
-from resode.jacobian.places import Place
+from resode.calls import call, mapped, tensors_in, within
+from resode.jacobian.places import Place, gradients_at
 from resode.jacobian.products import JacobianProducts, rows
 from resode.solve import SolverError
 
@@ -267,7 +267,7 @@ def measure(
         some = _floating(part(x, 0, found.probed, samples), precise)
         _measure_blocks(found, precise, some, part(target, 0, found.probed, samples), loss_fn, blocks, seed)
     found.siblings = [
-        (name, kind, sum(_within(b.name, name) for b in found.blocks) / watcher.calls[name], keeps)
+        (name, kind, sum(within(b.name, name) for b in found.blocks) / watcher.calls[name], keeps)
         for name, (kind, keeps) in watcher.shapes.items()
         if not any(
             isinstance(model.get_submodule(n), _SOLVING) for n in _around(name)
@@ -288,10 +288,10 @@ def _weights(model: nn.Module, found: Measures, leaves: Sequence[str]) -> list[W
         module = model.get_submodule(name)
         if not isinstance(module, _WEIGHTED):
             continue
-        block = next((b.name for b in found.blocks if b.name and _within(name, b.name)), "")
+        block = next((b.name for b in found.blocks if b.name and within(name, b.name)), "")
         follows = after.get(name, "")
         norm = model.get_submodule(follows) if follows else None
-        if isinstance(norm, _BatchNorm) and block and _within(follows, block):
+        if isinstance(norm, _BatchNorm) and block and within(follows, block):
             continue
         if not block and "Norm" in type(norm).__name__ and _owner(name) == _owner(follows):
             continue
@@ -341,10 +341,6 @@ def _around(name: str) -> Iterator[str]:
 
 def _owner(name: str) -> str:
     return name.rpartition(".")[0]
-
-
-def _within(inner: str, outer: str) -> bool:
-    return inner == outer or inner.startswith(outer + ".")
 
 
 def _bad_weights(model: nn.Module) -> tuple[str, str] | None:
@@ -718,7 +714,7 @@ def _gradients(found: Measures, traced: Trace, layers: list[_Layer], target: Any
         places = [a.at_x for a in traced.additions] + [layer.place for layer in layers]
         if not losses.requires_grad or not places:
             return
-        gradients = _gradients_at(losses.sum(), places, losses)
+        gradients = gradients_at(losses.sum(), places)
     found.loss = float(losses.detach().mean())
     norms = [float(g.double().norm()) / batch**0.5 for g in gradients]
     for b, norm in zip(found.blocks, norms, strict=False):
@@ -741,14 +737,6 @@ def _gradients(found: Measures, traced: Trace, layers: list[_Layer], target: Any
         found.non_finite = name, f"the gradient at the output of {name}"
 
 
-def _gradients_at(y: Tensor | Place, places: Sequence[Place], u: Tensor) -> list[Tensor]:
-    """The gradients of a loss, or of u at a place, at several places, in one pass."""
-    edges = [edge for place in places for edge in place.edges]
-    ends, seeds = (y, None) if isinstance(y, Tensor) else (y.edges, y.cut(u))
-    back = iter(torch.autograd.grad(ends, edges, seeds, retain_graph=True, allow_unused=True))
-    return [place.gradient([next(back) for _ in place.edges], u) for place in places]
-
-
 def _random(like: Tensor, generator: torch.Generator) -> Tensor:
     u = torch.randn(like.shape, generator=generator, dtype=torch.float32)
     return u.to(device=like.device, dtype=like.dtype)
@@ -756,7 +744,7 @@ def _random(like: Tensor, generator: torch.Generator) -> Tensor:
 
 def _probe(a: Addition, b: BlockMeasures, batch: int, generator: torch.Generator) -> None:
     """The gains of a block and its largest singular value, from below."""
-    products = JacobianProducts.between(a.at_y, a.at_x, a.y, a.x, batch)
+    products = block_products(a, batch)
     gains, branches, radial = [], [], []
     u = torch.zeros_like(a.y)
     for _ in range(_PROBES):
@@ -806,7 +794,7 @@ def _measure_whole(found: Measures, traced: Trace, generator: torch.Generator) -
     """
     last = traced.additions[-1]
     u = _random(last.y, generator)
-    backs = _gradients_at(last.at_y, [a.at_x for a in traced.additions], u)
+    backs = gradients_at(last.at_y, [a.at_x for a in traced.additions], u)
     leading = (i for i, back in enumerate(backs) if bool((back != 0).any()))
     at = next(leading, len(backs) - 1)
     first = traced.additions[at]

@@ -7,13 +7,11 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
-from typing import Any
 
 from resode.analysis.diagnose.findings import WHOLE, Finding
 from resode.analysis.diagnose.forecast import Forecast
-from resode.results import Result
-from resode.tables import records_text, short
+from resode.results import Tabled
+from resode.tables import short
 
 WIDTH = 80
 
@@ -76,7 +74,7 @@ class Training:
 
 
 @dataclass(frozen=True, repr=False)
-class Diagnosis(Result):
+class Diagnosis(Tabled):
     """What is wrong with a network, if anything.
 
     Args:
@@ -90,6 +88,9 @@ class Diagnosis(Result):
         layers: weighted layers, where there are no residual blocks.
         notes: what was done or could not be measured.
     """
+
+    _figure = "block_gains"
+    _row = DiagnosisRow
 
     findings: list[Finding]
     whole: Whole | None
@@ -187,16 +188,6 @@ class Diagnosis(Result):
             return "give a target and lr= (--lr) to judge a learning rate."
         times = "times" if t.ratio >= 1 else "of"
         return f"lr {t.lr:.3g} is {short(t.ratio)} {times} its limit {short(t.limit)} for gradient descent."
-
-    def to_csv(self, path: str | Path) -> None:
-        """Write the rows as CSV, under their field names."""
-        Path(path).write_text(records_text(DiagnosisRow, self.rows), encoding="utf-8")
-
-    def plot(self, path: str | Path | None = None) -> Any:
-        """The gain by block with what stands out marked; see `resode.plots.block_gains`."""
-        from resode import plots
-
-        return plots.block_gains(self, path)
 
     def _repr_html_(self) -> str:
         """The first page as a table, for notebooks and reports."""

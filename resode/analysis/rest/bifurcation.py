@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from resode.checks import check_number, check_whole, checked
-from resode.results import Result
+from resode.results import Drawn
 from resode.solve.step import rk_step
 from resode.tableaus import ButcherTableau, explicit_tableau
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Bifurcation(Result):
+class Bifurcation(Drawn):
     """Where orbits settle, by step size.
 
     Args:
@@ -24,6 +23,8 @@ class Bifurcation(Result):
         step_sizes: η, shape (m,).
         orbits: states after the transient, shape (m, keep); not finite where an orbit diverges.
     """
+
+    _figure = "bifurcation"
 
     solver: str
     step_sizes: Tensor
@@ -56,12 +57,6 @@ class Bifurcation(Result):
             apart = (self.orbits[:, p:] - self.orbits[:, :-p]).abs().amax(1)
             found[apart <= bound] = p  # nan is never
         return found
-
-    def plot(self, path: str | None = None) -> Any:
-        """Draw the diagram; see `resode.plots.bifurcation`."""
-        from resode import plots
-
-        return plots.bifurcation(self, path)
 
 
 @checked

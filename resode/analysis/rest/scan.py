@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import scipy  # whose submodules are loaded when first named
@@ -16,7 +15,7 @@ from resode.analysis.rest.classify import classify
 from resode.analysis.rest.fixed_points import find_fixed_points, find_several_fixed_points
 from resode.checks import check_number, check_whole, checked
 from resode.jacobian.linearize import Field, check_field, dense_jacobian
-from resode.results import Result
+from resode.results import Drawn, Result
 from resode.solve.step import rk_step
 from resode.stability import eigenvalue_step_limit, stability_function
 from resode.tableaus import ButcherTableau, explicit_tableau, get_tableau
@@ -253,20 +252,16 @@ def lyapunov_exponents(
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Cobweb(Result):
+class Cobweb(Drawn):
     """A scalar map, and an orbit of it: `x` and `y` the graph, `orbit` the states, shape (n + 1,)."""
+
+    _figure = "cobweb"
 
     solver: str
     step_size: float
     x: Tensor
     y: Tensor
     orbit: Tensor
-
-    def plot(self, path: str | None = None) -> Any:
-        """Draw it; see `resode.plots.cobweb`."""
-        from resode import plots
-
-        return plots.cobweb(self, path)
 
 
 @checked
@@ -309,7 +304,7 @@ def cobweb(
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PhasePortrait(Result):
+class PhasePortrait(Drawn):
     """A one- or two-dimensional field on a grid, with its fixed points.
 
     Args:
@@ -319,16 +314,12 @@ class PhasePortrait(Result):
         kinds: what each is, with "stable" or "unstable" before it.
     """
 
+    _figure = "phase_portrait"
+
     axes: list[np.ndarray]
     slopes: np.ndarray
     points: np.ndarray
     kinds: list[str]
-
-    def plot(self, path: str | None = None) -> Any:
-        """Draw it; see `resode.plots.phase_portrait`."""
-        from resode import plots
-
-        return plots.phase_portrait(self, path)
 
 
 @checked

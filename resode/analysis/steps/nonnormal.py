@@ -17,7 +17,7 @@ import scipy  # whose submodules are loaded when first named
 from resode.checks import check_number, check_whole, checked
 from resode.jacobian.matrices import Matrices, checked_matrices, spectral_norms
 from resode.jacobian.spectrum import matrix_spectrum
-from resode.results import Result
+from resode.results import Drawn
 from resode.stability import stability_coefficients, stability_properties
 from resode.stability.function import stability_product
 from resode.stability.limits import like, plain
@@ -214,7 +214,7 @@ def _below(hermitian: Matrices, slack: float) -> bool:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class TransientGrowth(Result):
+class TransientGrowth(Drawn):
     """How powers of one step's matrix grow before they decay.
 
     For a batch, `peak`, `peak_step` and `complete` have the batch's shape and `norms` one more dimension.
@@ -228,18 +228,14 @@ class TransientGrowth(Result):
         complete: whether no later power can exceed the peak, because some power n ≥ 1 in range has norm ≤ 1.
     """
 
+    _figure = "transient_growth"
+
     method: str
     step_size: float
     norms: Any
     peak: Any
     peak_step: Any
     complete: Any
-
-    def plot(self, path: str | None = None) -> Any:
-        """Draw the norms over n; see `resode.plots.transient_growth`."""
-        from resode import plots
-
-        return plots.transient_growth(self, path)
 
 
 @checked

@@ -20,7 +20,7 @@ from resode.blocks.statistics import measure_statistics, put_back, tracked_norms
 from resode.checks import checked
 from resode.modes import evaluating
 from resode.progress import Progress
-from resode.results import Result
+from resode.results import Tabled
 from resode.tableaus import get_tableau
 from resode.tables import plain_table, read_records, records_text, short
 
@@ -74,7 +74,7 @@ class SwapRow:
 
 
 @dataclass(frozen=True, repr=False)
-class SwapReport(Result):
+class SwapReport(Tabled):
     """What `swap_report` found.
 
     Args:
@@ -86,14 +86,13 @@ class SwapReport(Result):
         distances_note: what is to be said of them, or why there are none.
     """
 
+    _figure = "swap_accuracy"
+    _row = SwapRow
+
     rows: list[SwapRow]
     calibration: str = "nothing"
     distances: list[BlockDistance] = field(default_factory=list)
     distances_note: str = ""
-
-    def to_csv(self, path: str | Path) -> None:
-        """Write the rows as CSV, under their field names."""
-        Path(path).write_text(records_text(SwapRow, self.rows), encoding="utf-8")
 
     def distances_to_csv(self, path: str | Path) -> None:
         """Write the blocks' distances from an ODE as CSV."""
@@ -225,19 +224,6 @@ class SwapReport(Result):
         """
         found = sorted(self.distances, key=lambda d: -d.distance)[:most]
         return [[d.block, short(d.distance)] for d in found]
-
-    def plot(self, path: str | Path | None = None):
-        """Accuracy and drift against step size, one line a solver, and each block's distance from an ODE.
-
-        Args:
-            path: where to save it.
-
-        Returns:
-            The matplotlib figure.
-        """
-        from resode import plots
-
-        return plots.swap_accuracy(self, path)
 
     def _headline(self) -> str:
         accuracies = (f"{r.solver} {100 * r.accuracy:.1f} %" for r in self.rows)
