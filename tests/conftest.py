@@ -7,6 +7,7 @@ the pages' examples, which print what they draw: `RESODE_SEED_SHIFT=3 pytest tes
 import getpass
 import os
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,6 +43,14 @@ def seeds_as_written(monkeypatch):
     """No shift, for what stands printed with the draw that it shows."""
     for (module, name), own in AS_WRITTEN.items():
         monkeypatch.setattr(module, name, own)
+
+
+@pytest.fixture
+def blank_curves(monkeypatch):
+    """Runs without their figure, which takes half a second; other tests look at it."""
+    from resode import plots
+
+    monkeypatch.setattr(plots, "training_curves", lambda metrics, path: Path(path).write_bytes(b""))
 
 
 if SHIFT:

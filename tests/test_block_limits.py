@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import signal
 
 import numpy as np
 import pytest
 import torch
+from run_tools import Stop
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -268,14 +268,6 @@ def test_watching_changes_nothing_and_draws(tmp_path):
 def test_a_resumed_run_goes_on_with_its_records(tmp_path):
     """Interrupted after update 5: what was recorded at 2 and 4 is kept, and the same figures follow."""
 
-    class Stop:
-        def after_update(self, loop):
-            if loop.update == 5:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        def after_run(self, loop):
-            pass
-
     def network():
         torch.manual_seed(0)
         stack = ResidualStack([nn.Linear(8, 8), nn.Linear(8, 8)], solver="rk4")
@@ -285,7 +277,9 @@ def test_a_resumed_run_goes_on_with_its_records(tmp_path):
     whole, first, again = (StepLimits(every=2) for _ in range(3))
     resode.train(network(), run_dir=tmp_path / "whole", callbacks=[whole], **settings)
     with pytest.raises(KeyboardInterrupt):
-        resode.train(network(), run_dir=tmp_path / "run", callbacks=[first, Stop()], **settings)
+        resode.train(
+            network(), run_dir=tmp_path / "run", callbacks=[first, Stop(5, signal.SIGTERM)], **settings
+        )
     resode.train(network(), resume=tmp_path / "run", callbacks=[again], progress=False)
     assert [r.update for r in first.records] == [2, 4]
     assert again.records == whole.records

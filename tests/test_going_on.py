@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 import types
@@ -11,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_tools import Stop
 from safetensors import safe_open
 from typer.testing import CliRunner
 
@@ -23,20 +22,6 @@ from resode.training.loggers import logger_callback
 from resode.training.loop import Interrupted
 from resode.training.monitor import Watch
 from resode.training.run import train
-
-
-class Stop:
-    """Interrupts a run after so many updates."""
-
-    def __init__(self, update: int) -> None:
-        self.update = update
-
-    def after_update(self, loop) -> None:
-        if loop.update == self.update:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    def after_run(self, loop) -> None:
-        pass
 
 
 def start(path: Path, **settings):

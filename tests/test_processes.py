@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import children
 import pytest
 import torch
+from run_tools import FILES
 from safetensors.torch import load_file
 
 from resode.training.data import Batches, load_data
@@ -179,15 +180,7 @@ def test_there_is_one_log_and_one_folder(tmp_path):
     assert "2 processes, each on cpu with 1 thread" in first and "batch of 64" not in first
     assert first.count("1/2") == first.count("2/2") == 1
     files = {str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    assert files == {
-        "config.yaml",
-        "metrics.csv",
-        "weights.safetensors",
-        "summary.json",
-        "checkpoints/last.safetensors",
-        "checkpoints/previous.safetensors",
-        "figures/training.png",
-    }
+    assert files == FILES
     assert RunFolder.open(tmp_path / "run").read_config()["record"]["processes"] == 2
     assert [p.name for p in tmp_path.iterdir()].count("run") == 1
 

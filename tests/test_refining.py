@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import signal
 from pathlib import Path
 
 import pytest
 import torch
+from run_tools import Stop
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -28,6 +27,8 @@ from resode.training.recipe import RECIPES, make_recipe
 from resode.training.refining import refine
 from resode.training.run import train
 
+pytestmark = pytest.mark.usefixtures("blank_curves")
+
 
 class Small(nn.Module):
     """Two stacks of two and one blocks with batch norm, on 8×8 images."""
@@ -44,20 +45,6 @@ class Small(nn.Module):
         return self.out(self.second(self.first(self.stem(x))).flatten(1))
 
 
-class Stop:
-    """Interrupts a run after so many updates."""
-
-    def __init__(self, update: int) -> None:
-        self.update = update
-
-    def after_update(self, loop) -> None:
-        if loop.update == self.update:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    def after_run(self, loop) -> None:
-        pass
-
-
 def short_run(path: Path, network: nn.Module | None = None, **settings):
     """Three epochs of two updates."""
     settings = {"epochs": 3, "batch_size": 600, "progress": False} | settings
@@ -70,14 +57,6 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-
-
-@pytest.fixture(autouse=True)
-def blank_curves(monkeypatch):
-    """Half a second a run; other tests look at the figure."""
-    from resode import plots
-
-    monkeypatch.setattr(plots, "training_curves", lambda metrics, path: Path(path).write_bytes(b""))
 
 
 # Refining

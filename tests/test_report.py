@@ -16,9 +16,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
+from resode.analysis.depth.profile import DepthProfile, DepthRow
+from resode.analysis.steps.block_limits import BlockLimit, GroupLimits
 from resode.cli import app
 from resode.networks import build
 from resode.training.folder import RunFolder
+from resode.training.report import _profile_tables
 
 
 def resode(*arguments: object) -> Result:
@@ -231,3 +234,19 @@ def test_report_in_a_browser_on_a_phones_screen(page, tmp_path):
     )  # fmt: skip
     pixels = np.asarray(Image.open(shot).convert("L"))
     assert pixels.shape[0] >= 2000 and pixels.std() > 10
+
+
+def test_bounds_are_printed_as_bounds():
+    """Of eigenvalues that have not converged, in the page as at a prompt: never as figures."""
+    numbers = [1.0, "", *[0.5] * 12]
+    row = DepthRow(
+        "b", "identity", (4,), *numbers, step_limit=0.3, decaying_step=0.7, converged=False, exact=False
+    )
+    profile = DepthProfile([row], [], 1.0, 2, True)
+    assert profile.table()[1][0][9:11] == ["≤ 0.3", "≤ 0.7"]
+    assert "<td>≤ 0.3</td><td>≤ 0.7</td>" in _profile_tables(profile)
+    limit = BlockLimit(
+        0, "rk4", 0.3, 2, 0.7, -1 + 2j, True, 0.9, converged=False, exact=False, complete=False
+    )
+    _, [cells] = GroupLimits("layer1", (4,), "euler", [1.0], [limit], []).table()
+    assert cells == ["0", "rk4", "0.3 ?", "≥ 2", "≤ 0.7", "-1 ± 2i", "0.9", "?"]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
 import types
 from pathlib import Path
 
 import pytest
 import torch
+from run_tools import Stop
 from typer.testing import CliRunner
 
 from resode import plots
@@ -19,20 +18,6 @@ from resode.training import memory
 from resode.training.loggers import TensorBoard
 from resode.training.loop import Interrupted
 from resode.training.run import train
-
-
-class Stop:
-    """Interrupts a run after so many updates."""
-
-    def __init__(self, update: int) -> None:
-        self.update = update
-
-    def after_update(self, loop) -> None:
-        if loop.update == self.update:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    def after_run(self, loop) -> None:
-        pass
 
 
 def short_run(path, **settings):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import resource
 import signal
@@ -14,6 +13,7 @@ import children
 import numpy as np
 import pytest
 import torch
+from run_tools import Stop
 from safetensors.torch import load_file
 from torch import nn
 
@@ -27,12 +27,7 @@ from resode.training.files import DamagedFile, RunError, SettingsError, pack, un
 from resode.training.folder import FolderTaken, RunFolder
 from resode.training.run import train
 
-
-@pytest.fixture(autouse=True)
-def blank_curves(monkeypatch):
-    from resode import plots
-
-    monkeypatch.setattr(plots, "training_curves", lambda metrics, path: Path(path).write_bytes(b""))
+pytestmark = pytest.mark.usefixtures("blank_curves")
 
 
 def small_run(path: Path, **settings):
@@ -68,16 +63,9 @@ def test_the_best_weights_are_chosen_by_validation_and_survive_a_resume(tmp_path
     assert all(torch.equal(value, seen[best][name]) for name, value in tensors.items())
     assert evaluate(file, model=children.Small).accuracy == summary["best_test_accuracy"]
 
-    class Stop:
-        def after_update(self, loop):
-            if loop.update == 19 * (best + 0 if best < 4 else 3) + 5:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        def after_run(self, loop):
-            pass
-
+    stop = Stop(19 * min(best, 3) + 5, signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
-        small_run(tmp_path / "run", callbacks=[Stop()], **settings)
+        small_run(tmp_path / "run", callbacks=[stop], **settings)
     run = train(children.Small, resume=tmp_path / "run", progress=False)
     assert run.summary["best_epoch"] == best
     one, two = (load_file(p / "checkpoints" / "best.safetensors") for p in (whole.path, run.path))

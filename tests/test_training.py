@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from run_tools import FILES
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -117,11 +118,8 @@ def finished(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def blank_curves(finished, monkeypatch):
-    """Half a second a run; the undisturbed run's figure is the real one."""
-    from resode import plots
-
-    monkeypatch.setattr(plots, "training_curves", lambda metrics, path: Path(path).write_bytes(b""))
+def one_figure(finished, blank_curves):
+    """The undisturbed run's, which is made first."""
 
 
 # What a run does
@@ -155,15 +153,7 @@ def test_the_weights_are_those_of_a_loop_by_hand(tmp_path, digits):
 
 def test_a_run_leaves_its_settings_figures_and_metrics(finished):
     files = {str(p.relative_to(finished.path)) for p in finished.path.rglob("*") if p.is_file()}
-    assert files == {
-        "config.yaml",
-        "metrics.csv",
-        "weights.safetensors",
-        "summary.json",
-        "checkpoints/last.safetensors",
-        "checkpoints/previous.safetensors",
-        "figures/training.png",
-    }
+    assert files == FILES
     summary = json.loads((finished.path / "summary.json").read_text())
     assert summary.pop("checksums").keys() == {"summary.json", "metrics.csv"}
     assert summary == finished.summary

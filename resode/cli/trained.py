@@ -14,7 +14,7 @@ from resode.cli.terminal import command, figures_of, flag, say, separated, store
 from resode.cli.train import network_options, own_model
 from resode.solve.options import EXPLICIT
 from resode.tableaus import METHODS, MOST_STAGES, ON_DEMAND, get_tableau, on_demand
-from resode.tables import short, short_complex
+from resode.tables import short
 
 _Run = Annotated[Path, typer.Argument(help="Run folder or weights file.", metavar="RUN", show_default=False)]
 _OwnModel = Annotated[str | None, flag("For a network of your own: package.module:function.")]
@@ -271,23 +271,7 @@ def _run_stability(
         say()
         say(f"group {number} ({group.name}): states {size}, trained with {group.solver}, {h}", "bold")
         groups.append(group)
-        table(
-            ["block", "solver", "limit", "growing", "decaying", "set by λ", "largest |R|", "within"],
-            [
-                [
-                    str(row.block),
-                    row.solver,
-                    short(row.step) + ("" if row.converged else " ?"),
-                    ("" if row.complete or not row.growing else "≥ ") + str(row.growing),
-                    ("" if row.exact else "≤ ") + short(row.decaying_step),
-                    short_complex(row.limiting_eigenvalue, 2),
-                    f"{row.amplification:.3g}",
-                    ("yes" if row.exact else "?") if row.within else "no",
-                ]
-                for row in group.rows
-            ],
-            words=("solver",),
-        )
+        table(*group.table(), words=("solver",))
         for line in _verdicts(group, methods):
             say(line)
     say()

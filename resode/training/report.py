@@ -22,15 +22,13 @@ from resode.blocks import ResidualStack
 from resode.blocks.solving import stacks_of
 from resode.blocks.statistics import tracked_norms
 from resode.checks import check_whole, checked
+from resode.jacobian.spectrum import SpectrumOptions
 from resode.tableaus import METHODS
 from resode.tables import short, short_complex
 from resode.training.data.datasets import ImageData
 from resode.training.evaluate import calibration_batches, images_of, load, plain_batches
 from resode.training.folder import RunFolder
 from resode.training.plan import Model
-
-DENSE_STATE = 1024
-"""Entries of a state up to which a report computes all eigenvalues of a block."""
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --bad: #c0392b; }
@@ -177,31 +175,7 @@ def _curves(folder: RunFolder) -> str:
 
 
 def _swap(report: SwapReport) -> str:
-    columns = [
-        "solver",
-        "substeps",
-        "forecast",
-        "accuracy %",
-        "recalibrated %",
-        "logit drift",
-        "F evaluations",
-        "",
-    ]
-    if all(r.accuracy_recalibrated is None for r in report.rows):
-        columns.remove("recalibrated %")
-    rows = [
-        [
-            r.solver,
-            "adaptive" if r.substeps is None else r.substeps,
-            r.forecast,
-            f"{100 * r.accuracy:.2f}",
-            *([] if r.accuracy_recalibrated is None else [f"{100 * r.accuracy_recalibrated:.2f}"]),
-            r.logit_drift,
-            r.nfe,
-            "as trained" if r.as_trained else "",
-        ]
-        for r in report.rows
-    ]
+    columns, rows = report.table()
     return (
         "<h2>The same weights under other solvers</h2>"
         "<p>A network that has learnt an ODE keeps its accuracy under every finer solver; one that has "
@@ -247,7 +221,7 @@ def _stability(network: nn.Module, x: torch.Tensor) -> str:
     """Spectra of the groups over the stability regions, where their states are small enough."""
     text = "<h2>Stability</h2>"
     sizes = [a.x[0].numel() for a in trace(network, x[:1]).additions]
-    if not sizes or max(sizes) > DENSE_STATE:
+    if not sizes or max(sizes) > SpectrumOptions.dense_up_to:
         return text + (
             f"<p>States of up to {max(sizes, default=0):,} entries: all of their eigenvalues are not "
             "computed here. The limits below rest on the outermost ones.</p>"
@@ -257,13 +231,8 @@ def _stability(network: nn.Module, x: torch.Tensor) -> str:
     )
     methods = [name for name in names if name in METHODS]
     groups = list(block_limits(network, x, methods))
-    rows = [
-        [f"{s.name}, block {r.block}", r.solver, r.step, r.growing, r.decaying_step, r.limiting_eigenvalue,
-         "yes" if r.within else "no"]
-        for s in groups
-        for r in s.rows
-    ]  # fmt: skip
-    columns = ["block", "solver", "limit", "growing modes", "limit without them", "set by λ", "within it"]
+    columns, _ = groups[0].table()
+    rows = [[f"{s.name}, block {row[0]}", *row[1:]] for s in groups for row in s.table()[1]]
     picture = _figure(plots.group_spectra(groups, methods), "eigenvalues over the stability regions")
     told = (
         "<p>For experts. What another solver costs is foretold by the forecast above, not by these limits: "
@@ -284,8 +253,8 @@ def _profile_tables(profile: DepthProfile) -> str:
     columns = {
         "block": "name", "shortcut": "kind", "η": "step_size", "‖x‖": "state_norm", "‖ηF‖/‖x‖": "ratio",
         "dead": "inactive", "gradient": "gradient", "identity part": "identity_gradient",
-        "residual part": "residual_gradient", "max Re λ": "rightmost", "limit": "step_limit",
-        "decaying limit": "decaying_step", "largest |R(ηλ)|": "growth", "σ min": "sigma_min",
+        "residual part": "residual_gradient", "max Re λ": "rightmost", "limit": "limit",
+        "decaying limit": "decaying", "largest |R(ηλ)|": "growth", "σ min": "sigma_min",
         "σ max": "sigma_max", "ε": "epsilon", "F with −g": "boosting", "Δ loss without": "loss_change",
     }  # fmt: skip
     rows = [[getattr(r, field) for field in columns.values()] for r in profile.rows]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import resode
+from resode.calls import tensors_in
 from trust.surface import resolve
 
 PACKAGE = str(Path(resode.__file__).parent)
@@ -181,16 +182,8 @@ def ruled(error: BaseException) -> bool:
 
 
 def tensors_of(thing: Any) -> Iterator[Tensor]:
-    if isinstance(thing, Tensor):
-        yield thing
-    elif isinstance(thing, nn.Module):
-        yield from thing.state_dict(keep_vars=True).values()
-    elif isinstance(thing, Mapping):
-        for value in thing.values():
-            yield from tensors_of(value)
-    elif isinstance(thing, list | tuple):
-        for value in thing:
-            yield from tensors_of(value)
+    for part in thing if isinstance(thing, list | tuple) else [thing]:
+        yield from tensors_in(part.state_dict(keep_vars=True) if isinstance(part, nn.Module) else part)
 
 
 def state_of(thing: Any) -> list[Any]:

@@ -20,14 +20,8 @@ from resode.training.run import train
 
 FAULTS = {"full": errno.ENOSPC, "read-only": errno.EROFS, "input/output": errno.EIO, "quota": errno.EDQUOT}
 CALLS = {"open": (tempfile, "mkstemp"), "sync": (os, "fsync"), "move": (os, "replace")}
+pytestmark = pytest.mark.usefixtures("blank_curves")
 EXAMPLES = min(int(os.environ.get("TRUST_EXAMPLES", "1")), 10)
-
-
-@pytest.fixture(autouse=True)
-def blank_curves(monkeypatch):
-    from resode import plots
-
-    monkeypatch.setattr(plots, "training_curves", lambda metrics, path: Path(path).write_bytes(b""))
 
 
 def small_run(path: Path, **settings):

@@ -125,6 +125,11 @@ class DepthRow:
     note: str = ""
 
     @property
+    def limit(self) -> str:
+        """`step_limit` as it is printed: a figure, or a bound with its sign."""
+        return ("" if self.converged or self.step_limit == 0 else "≤ ") + short(self.step_limit)
+
+    @property
     def decaying(self) -> str:
         """`decaying_step` as it is printed: a figure, or a bound with its sign."""
         return ("" if self.exact or self.decaying_step != self.decaying_step else "≤ ") + short(
@@ -197,9 +202,14 @@ class DepthProfile(Tabled):
         for r in self.rows:
             effect = r.loss_change if self.has_target else r.output_change
             numbers = (r.step_size, r.state_norm, r.ratio, r.inactive, r.gradient, r.gradient_cosine)
-            limits = (("" if r.converged or r.step_limit == 0 else "≤ ") + short(r.step_limit), r.decaying)
             last = (r.growth, r.sigma_min, r.sigma_max, effect)
-            cells = [*map(short, numbers), short(complex(r.rightmost).real), *limits, *map(short, last)]
+            cells = [
+                *map(short, numbers),
+                short(complex(r.rightmost).real),
+                r.limit,
+                r.decaying,
+                *map(short, last),
+            ]
             rows.append([r.name, r.kind, *cells])
         return columns, rows
 

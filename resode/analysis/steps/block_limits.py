@@ -18,6 +18,7 @@ from resode.results import Result
 from resode.stability.function import amplification
 from resode.stability.limits import bounds, plain
 from resode.stability.spectra import Spectrum, limits
+from resode.tables import short, short_complex
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,24 @@ class GroupLimits(Result):
     steps: list[float]
     rows: list[BlockLimit]
     spectra: list[np.ndarray]
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """The columns' names, and the rows as text; bounds from the outer eigenvalues have their sign."""
+        columns = ["block", "solver", "limit", "growing", "decaying", "set by λ", "largest |R|", "within"]
+        rows = [
+            [
+                str(row.block),
+                row.solver,
+                short(row.step) + ("" if row.converged else " ?"),
+                ("" if row.complete or not row.growing else "≥ ") + str(row.growing),
+                ("" if row.exact else "≤ ") + short(row.decaying_step),
+                short_complex(row.limiting_eigenvalue, 2),
+                f"{row.amplification:.3g}",
+                ("yes" if row.exact else "?") if row.within else "no",
+            ]
+            for row in self.rows
+        ]
+        return columns, rows
 
 
 def block_limits(

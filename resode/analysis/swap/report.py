@@ -229,7 +229,8 @@ class SwapReport(Tabled):
         accuracies = (f"{r.solver} {100 * r.accuracy:.1f} %" for r in self.rows)
         return f"{len(self.rows)} rows, as they are: {', '.join(accuracies)}"
 
-    def __str__(self) -> str:
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """The columns' names, and the rows as text."""
         recalibrated = any(row.accuracy_recalibrated is not None for row in self.rows)
         columns = ["solver", "substeps", "forecast", "accuracy", "recalibrated", "drift", "F calls", ""]
         table = []
@@ -241,7 +242,10 @@ class SwapReport(Tabled):
             table.append([*cells, "as trained" if row.as_trained else ""])
         shown = [number for number, name in enumerate(columns) if name != "recalibrated" or recalibrated]
         columns, *table = [[row[number] for number in shown] for row in (columns, *table)]
-        lines = [*plain_table(columns, table), self.causes()]
+        return columns, table
+
+    def __str__(self) -> str:
+        lines = [*plain_table(*self.table()), self.causes()]
         if about := self.about_distances():
             lines.append(textwrap.fill(about, 92))
         if self.distances:
