@@ -96,7 +96,9 @@ def cost_of(module: nn.Module, shape: Shape) -> Cost:
     if isinstance(module, nn.GroupNorm):
         return Cost(2 * module.num_channels if module.affine else 0, 0, shape)
     if isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
-        return Cost(0, 0, (shape[0], *_pooled(module, shape[1:])))
+        dilation = getattr(module, "dilation", 1)
+        windows = module.kernel_size, module.stride, module.padding, dilation, module.ceil_mode
+        return Cost(0, 0, (shape[0], *_windows(shape[1:], *windows)))
     if isinstance(module, _FREE):
         return Cost(0, 0, shape)
     raise TypeError(
@@ -120,11 +122,6 @@ def _convolution(conv: nn.Conv2d, shape: Shape) -> Cost:
     out = shape[1:] if same else _windows(shape[1:], conv.kernel_size, conv.stride, padding, conv.dilation)
     bias = 0 if conv.bias is None else conv.out_channels
     return Cost(weights + bias, weights * math.prod(out), (conv.out_channels, *out))
-
-
-def _pooled(pool: nn.MaxPool2d | nn.AvgPool2d, sizes: Shape) -> Shape:
-    dilation = getattr(pool, "dilation", 1)
-    return _windows(sizes, pool.kernel_size, pool.stride, pool.padding, dilation, pool.ceil_mode)
 
 
 def _windows(

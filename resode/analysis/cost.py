@@ -84,12 +84,7 @@ def _recurrent(x: Any, *weights: Any) -> int:
     return 2 * math.prod(x[:-1]) * sum(math.prod(w) for w in weights if len(w) == 2)
 
 
-def _mkldnn_rnn(x: Any, w0: Any, w1: Any, *args: Any, **kwargs: Any) -> int:
-    return _recurrent(x, w0, w1)
-
-
-def _cudnn_rnn(x: Any, weights: Any, *args: Any, **kwargs: Any) -> int:
-    return _recurrent(x, *weights)
-
-
-_RECURRENT = {torch.ops.aten.mkldnn_rnn_layer: _mkldnn_rnn, torch.ops.aten._cudnn_rnn: _cudnn_rnn}
+_RECURRENT = {
+    torch.ops.aten.mkldnn_rnn_layer: lambda x, w0, w1, *args, **kwargs: _recurrent(x, w0, w1),
+    torch.ops.aten._cudnn_rnn: lambda x, weights, *args, **kwargs: _recurrent(x, *weights),
+}

@@ -566,7 +566,8 @@ class ResidualStack(Checked):
                     dy = evaluate(module, y, index, t=t)
                 else:
                     between = {
-                        name: torch.lerp(p, nodes[1][name], _like(s, p)) for name, p in nodes[0].items()
+                        name: torch.lerp(p, nodes[1][name], s.to(p.dtype) if isinstance(s, Tensor) else s)
+                        for name, p in nodes[0].items()
                     }
                     dy = evaluate(module, y, index, between, t)
             return dy if scale is None else dy * scale
@@ -669,10 +670,6 @@ def _check_same_structure(modules: Sequence[nn.Module]) -> None:
                     f"the same layers: block {index} has {kinds[1]} where block 0 has {kinds[0]}"
                     f"{f' ({name})' if name else ''}."
                 )
-
-
-def _like(s: Any, p: Tensor) -> Any:
-    return s.to(p.dtype) if isinstance(s, Tensor) else s
 
 
 def _parts_of(module: Any) -> str:

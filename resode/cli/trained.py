@@ -10,34 +10,41 @@ from typing import Annotated, Any
 import typer
 
 from resode.checks import did_you_mean, known
-from resode.cli.terminal import command, figures_of, flag, say, separated, store, table
+from resode.cli.terminal import command, figures_of, flag, say, separated, store, table, with_flags
 from resode.cli.train import network_options, own_model
 from resode.solve.options import EXPLICIT
 from resode.tableaus import METHODS, MOST_STAGES, ON_DEMAND, get_tableau, on_demand
 from resode.tables import short
 
 _Run = Annotated[Path, typer.Argument(help="Run folder or weights file.", metavar="RUN", show_default=False)]
-_OwnModel = Annotated[str | None, flag("For a network of your own: package.module:function.")]
-_Data = Annotated[str | None, flag("Another data set than the run's.")]
-_DataDir = Annotated[Path | None, flag("Where its data lies, where that changed.")]
+_OF_RUN = {
+    "model": Annotated[str | None, flag("For a network of your own: package.module:function.")],
+    "data": Annotated[str | None, flag("Another data set than the run's.")],
+    "data_dir": Annotated[Path | None, flag("Where its data lies, where that changed.")],
+}
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 
 
 @command("resode evaluate runs/demo", "resode evaluate runs/demo --solver rk4 --substeps 2")
+@with_flags(_OF_RUN, before="device")
 def evaluate(
     run: _Run,
     solver: Annotated[str | None, flag("Method instead of the run's.")] = None,
     substeps: Annotated[int | None, flag("Solver steps a block instead of the run's.")] = None,
-    model: _OwnModel = None,
-    data: _Data = None,
-    data_dir: _DataDir = None,
     device: _Device = "auto",
+    **asked: Any,
 ) -> None:
     """Measure a network on the test images."""
     from resode.training.evaluate import evaluate as score_run
 
     score = score_run(
-        run, data, solver=solver, substeps=substeps, model=own_model(model), data_dir=data_dir, device=device
+        run,
+        asked["data"],
+        solver=solver,
+        substeps=substeps,
+        model=own_model(asked["model"]),
+        data_dir=asked["data_dir"],
+        device=device,
     )
     table(
         ["test images", "accuracy %", "loss", "F evaluations", "images/s"],
@@ -57,6 +64,7 @@ def evaluate(
     "resode swap runs/demo",
     "resode swap runs/demo --solvers euler,rk4 --substeps 1,8 --calibration-images 500",
 )
+@with_flags(_OF_RUN, before="device")
 def swap(
     run: _Run,
     solvers: Annotated[str, typer.Option(help="Methods, with commas.")] = "euler,midpoint,rk4,dopri5",
@@ -71,10 +79,8 @@ def swap(
         int | None, flag("Training images that these are measured at. Default 2000.")
     ] = None,
     limit: Annotated[int | None, flag("Only so many test images, of all classes.")] = None,
-    model: _OwnModel = None,
-    data: _Data = None,
-    data_dir: _DataDir = None,
     device: _Device = "auto",
+    **asked: Any,
 ) -> None:
     """Change the solver, keep the weights.
 
@@ -91,8 +97,8 @@ def swap(
             f"--calibration-images {calibration_images} says at what to recalibrate. Leave it out, or "
             "--no-recalibrate."
         )
-    network = load(run, model=own_model(model), device=device)
-    images = images_of(run, data, data_dir)
+    network = load(run, model=own_model(asked["model"]), device=device)
+    images = images_of(run, asked["data"], asked["data_dir"])
     place = next(network.parameters()).device
 
     from resode.analysis.diagnose.forecast import INPUTS
@@ -163,6 +169,7 @@ def _methods(names: list[str], valid: tuple[str, ...] = tuple(METHODS)) -> list[
     "resode stability rk4 dopri5 --figure regions.png",
     "resode stability runs/demo --solvers euler,rk4 --samples 4",
 )
+@with_flags(_OF_RUN)
 def stability(
     what: Annotated[
         list[str] | None, typer.Argument(metavar="[METHOD...|RUN]", help="Methods, or one run.")
@@ -173,9 +180,7 @@ def stability(
     blocks: Annotated[
         str | None, flag("For a run: the modules that are its blocks, such as 'layer*.*'.")
     ] = None,
-    model: _OwnModel = None,
-    data: _Data = None,
-    data_dir: _DataDir = None,
+    **asked: Any,
 ) -> None:
     """Find what limits the step.
 
@@ -184,7 +189,6 @@ def stability(
     outer ones for larger states.
     """
     names = what or list(METHODS)
-    of_run = {"--blocks": blocks, "--model": model, "--data": data, "--data-dir": data_dir}
     if len(names) == 1 and not _is_method(names[0]):
         if not Path(names[0]).exists():
             close = did_you_mean(names[0], METHODS)
@@ -193,21 +197,14 @@ def stability(
                 f"{', '.join(METHODS)}, {ON_DEMAND}. "
                 f"Runs: {', '.join(_runs()) or 'none here'}."
             )
-        return _run_stability(
-            Path(names[0]),
-            separated(solvers, str, "--solvers"),
-            samples,
-            figure,
-            blocks,
-            model,
-            data,
-            data_dir,
-        )
+        methods = _methods(separated(solvers, str, "--solvers"))
+        return _run_stability(Path(names[0]), methods, samples, figure, blocks, asked)
     places = [name for name in names if not _is_method(name) and Path(name).exists()]
     if places:
         raise ValueError(f"one run at a time, and no methods beside it (--solvers): got {', '.join(names)}.")
     methods = _methods(names)
-    if given := [flag for flag, value in of_run.items() if value is not None]:
+    of_run = {"blocks": blocks} | asked
+    if given := [f"--{name.replace('_', '-')}" for name, value in of_run.items() if value is not None]:
         raise ValueError(f"{', '.join(given)}: for a run, and {', '.join(names[:3])} are methods.")
     return _method_stability(methods, figure)
 
@@ -242,24 +239,21 @@ def _method_stability(names: list[str], figure: Path | None) -> None:
 
 def _run_stability(
     run: Path,
-    names: list[str],
+    methods: list[str],
     samples: int,
     figure: Path | None,
     blocks: str | None,
-    model: str | None,
-    data: str | None,
-    data_dir: Path | None,
+    asked: dict[str, Any],
 ) -> None:
     from resode.analysis.steps.block_limits import block_limits
     from resode.explorer import spectra_of, spectra_text
     from resode.training.evaluate import images_of, load, plain_batches
     from resode.training.files import replacing
 
-    methods = _methods(names)
     if not methods:
         raise ValueError("--solvers needs at least one method, such as euler,rk4.")
-    network = load(run, model=own_model(model))
-    dataset = images_of(run, data, data_dir)
+    network = load(run, model=own_model(asked["model"]))
+    dataset = images_of(run, asked["data"], asked["data_dir"])
     images = next(iter(plain_batches(dataset, limit=samples)))[0]
     count = "1 test image" if len(images) == 1 else f"{len(images)} test images"
     say(f"{run} at {count} of {dataset.title}; step h = η / substeps")

@@ -296,11 +296,6 @@ def evaluations_of_last_call(solving: Iterable[ResidualStack | ODEBlock]) -> flo
     return total
 
 
-def recomputations_of_last_call(solving: Iterable[ResidualStack | ODEBlock]) -> int:
-    """Calls of F on the way back from the last forward pass; none where the activations were kept."""
-    return sum(module.stats.nfe_backward for module in solving if module.stats is not None)
-
-
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """A state_dict and what it belongs to, from a run folder, a checkpoint or a weights file."""
     if path.is_dir():

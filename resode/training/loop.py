@@ -27,7 +27,7 @@ from resode.blocks.statistics import measure_statistics
 from resode.solve import SolverError
 from resode.training.data import Batches
 from resode.training.divergence import why_diverged
-from resode.training.evaluate import evaluations_of_last_call, recomputations_of_last_call, score
+from resode.training.evaluate import evaluations_of_last_call, score
 from resode.training.files import RunError, pack
 from resode.training.folder import FORMAT, Checkpoint, RunFolder
 from resode.training.monitor import Callback
@@ -232,7 +232,7 @@ class TrainingLoop:
         self.losses[self.index] = result["loss"].detach()
         self.hits += result["correct"]
         self.nfe = self.nfe + evaluations_of_last_call(self.solving)
-        self.nfe_backward += recomputations_of_last_call(self.solving)
+        self.nfe_backward += sum(module.stats.nfe_backward for module in self.solving if module.stats)
 
     def _solver(self) -> AbstractContextManager[None]:
         """The solver that this update is taken with."""

@@ -254,6 +254,7 @@ def make_config(
     plan: Plan, recipe: Recipe, data: ImageData, network: nn.Module, device: torch.device
 ) -> dict[str, Any]:
     """What config.yaml holds: the settings that repeat the run, and under `record` what it met."""
+    cpu = _cpu_info("model name") or platform.processor() or platform.machine()
     settings = asdict(recipe) | {"milestones": list(recipe.milestones), "refine_at": list(recipe.refine_at)}
     return {
         "format": FORMAT,
@@ -271,7 +272,7 @@ def make_config(
             "test_images": len(data.test_labels),
             "images_checksum": data.checksum(),
             "parameters": count_parameters(network),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "platform": platform.platform(),
@@ -294,16 +295,8 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str | None:
     """The commit resode runs from, with -dirty where files were changed; None outside a repository."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-        "--exclude=*",
-    ]
+    command = ["git", "-C", str(Path(__file__).parent), "describe"]
+    command += ["--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.SubprocessError):
@@ -318,7 +311,3 @@ def _cpu_info(key: str) -> str:
     except OSError:
         return ""
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
-
-
-def _cpu_name() -> str:
-    return _cpu_info("model name") or platform.processor() or platform.machine()

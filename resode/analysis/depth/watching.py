@@ -245,10 +245,6 @@ def _noting(saved: list[tuple[Tensor, int]]) -> Callable[[Tensor], Tensor]:
     return note
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone()
-
-
 @contextmanager
 def watching(
     model: nn.Module,
@@ -259,7 +255,9 @@ def watching(
 ) -> Iterator[Recorder]:
     """Watch what the model does within it; `copies` keeps what gradients need from being overwritten."""
     recorder = Recorder(model)
-    saving = saved_tensors_hooks(_copy if copies else _noting(recorder.saved), lambda t: t)
+    saving = saved_tensors_hooks(
+        (lambda t: t.detach().clone()) if copies else _noting(recorder.saved), lambda t: t
+    )
     for tensor in inputs:
         recorder.start(tensor)
     modules = dict(model.named_modules())

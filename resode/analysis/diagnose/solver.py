@@ -100,7 +100,15 @@ def _overstep(name: str, stack: ResidualStack, i: int, x: Tensor, gain: float, f
     block, h = block_name(name, stack, i), _eta(stack, i) / stack.substeps
     eigenvalue = fastest_mode(stack.field(i), x)
     if not eigenvalue < 0:
-        return _plain_overstep(block, stack.solver, h, gain, finer, stack.substeps)
+        substeps = _FINER * stack.substeps
+        return Finding(
+            block,
+            "overstep",
+            f"A step of {h:.4g} with {stack.solver} amplifies a perturbation {gain:.3g} times, and {_FINER} "
+            f"times finer steps {finer:.3g}.",
+            f"Take {substeps} substeps.",
+            {"gain": gain, "finer": finer, "step": h, "substeps": float(substeps)},
+        )
     limit = float(max_stable_step(eigenvalues=torch.tensor([eigenvalue]).double(), solver=stack.tableau))
     times = max(2, math.ceil(h / limit)) if limit > 0 else _FINER
     numbers = {"eigenvalue": eigenvalue, "limit": limit, "step": h, "gain": gain, "finer": finer}
@@ -120,17 +128,6 @@ def _overstep(name: str, stack: ResidualStack, i: int, x: Tensor, gain: float, f
 def _eta(stack: ResidualStack, i: int) -> float:
     """The length of a block, the longest where each channel has its own."""
     return stack.step_size if stack.step_sizes is None else float(stack.step_sizes[i].detach().abs().max())
-
-
-def _plain_overstep(block: str, solver: str, h: float, gain: float, finer: float, now: int) -> Finding:
-    return Finding(
-        block,
-        "overstep",
-        f"A step of {h:.4g} with {solver} amplifies a perturbation {gain:.3g} times, and {_FINER} times "
-        f"finer steps {finer:.3g}.",
-        f"Take {_FINER * now} substeps.",
-        {"gain": gain, "finer": finer, "step": h, "substeps": float(_FINER * now)},
-    )
 
 
 def fastest_mode(field: Field, x: Tensor) -> float:
@@ -182,7 +179,10 @@ def _stiff(name: str, module: Any, x: Tensor, m: Measures) -> tuple[float, Findi
         text, mode = f"{module.solver} gave up: {error}", error.eigenvalue
         if mode is not None and mode.real > 0:  # it blows up in finite time, which no solver can pass
             return math.inf, Finding(block, "explosion", text, _BOUND, {"eigenvalue": mode.real})
-        return math.inf, Finding(block, "stiff", text, _finer_or_looser(module), {})
+        looser = (
+            f"Loosen rtol (it is {module.rtol:g}) and atol ({module.atol:g}), or make the field smoother."
+        )
+        return math.inf, Finding(block, "stiff", text, looser, {})
     return float(evaluations), Finding(
         block,
         "stiff",
@@ -195,10 +195,6 @@ def _stiff(name: str, module: Any, x: Tensor, m: Measures) -> tuple[float, Findi
 
 
 _BOUND = "End the interval before that time, or bound the field, as by a tanh behind its last layer."
-
-
-def _finer_or_looser(module: Any) -> str:
-    return f"Loosen rtol (it is {module.rtol:g}) and atol ({module.atol:g}), or make the field smoother."
 
 
 def stiff_advice(stiffness: float) -> str:

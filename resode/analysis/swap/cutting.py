@@ -97,7 +97,8 @@ class Cut:
         [run] = self.runs
         output = next(iter(reversed(self.graph.nodes)))
         used = [*output.all_input_nodes]
-        return run[0].x.op == "placeholder" and used == [run[-1].y] and len(run[0].x.users) <= _uses(run[0])
+        inside, x = run[0].inside(), run[0].x
+        return x.op == "placeholder" and used == [run[-1].y] and all(user in inside for user in x.users)
 
     def state_in(self) -> Tensor:
         """The state that the module was called with, where it is whole."""
@@ -107,11 +108,6 @@ class Cut:
     def state_out(self) -> Tensor | None:
         """The state that it gave back, likewise."""
         return self.call.y
-
-
-def _uses(block: Block) -> int:
-    inside = block.inside()
-    return sum(user in inside for user in block.x.users)
 
 
 def cut(

@@ -372,11 +372,6 @@ def _first(batches: Batches, what: str) -> Tensor:
     raise ValueError(f"{what} gave no batches; it must hold at least one (inputs, labels).")
 
 
-def _one_evaluation(stack: ResidualStack) -> bool:
-    """Whether a block call is one evaluation of F."""
-    return len(stack.tableau.b) == 1 and stack.substeps == 1
-
-
 def _statistics(norms: Iterable[nn.Module]) -> list[dict[str, Tensor]]:
     return [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
 
@@ -453,7 +448,8 @@ class _Swap:
         """
         norms = tracked_norms(self.model)
         own = _statistics(norms)
-        ways = (False,) if as_trained or all(map(_one_evaluation, self.stacks)) else (False, True)
+        once = all(len(stack.tableau.b) == 1 and stack.substeps == 1 for stack in self.stacks)
+        ways = (False,) if as_trained or once else (False, True)  # once: a block call evaluates F once
         kept: tuple[float, list[dict[str, Tensor]]] | None = None
         try:
             for every in ways:

@@ -465,7 +465,10 @@ def _train_all(todo: _Todo, places: _Places, table: LiveTable, shared: Mapping[s
         with table, interruption() as asked:
             while waiting or engine.running():
                 while waiting and engine.free and not asked:
-                    engine.submit(_task(todo, waiting.popleft(), places.devices[0], shared))
+                    number = waiting.popleft()
+                    point = todo.points[todo.open[number]]
+                    path = str((todo.folder / point.name).resolve())
+                    engine.submit(Task(number, path, point.arguments, places.devices[0], **shared))
                 table.running(engine.running())
                 for outcome in engine.outcomes(0.5):
                     again = outcome.lost and lost[outcome.number] < places.retries
@@ -475,11 +478,6 @@ def _train_all(todo: _Todo, places: _Places, table: LiveTable, shared: Mapping[s
                     _stopped(todo, engine, table, asked[0])
     finally:
         engine.close()
-
-
-def _task(todo: _Todo, number: int, device: str, shared: Mapping[str, Any]) -> Task:
-    point = todo.points[todo.open[number]]
-    return Task(number, str((todo.folder / point.name).resolve()), point.arguments, device, **shared)
 
 
 def _note(todo: _Todo, outcome: Outcome, table: LiveTable) -> None:
