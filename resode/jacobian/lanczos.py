@@ -1,7 +1,8 @@
 r"""Lanczos methods for a batch of operators at once: singular values, and the top of symmetric operators.
 
 A product takes vectors (rows, n) and gives A_s v_s for every row s: one call of a batched field's vjp or jvp
-serves all samples. Bases are kept and orthogonalized, twice where little is left, so that nothing is lost to rounding.
+serves all samples. Bases are kept and orthogonalized, twice where little is left, so that nothing is lost to
+rounding.
 """
 
 from __future__ import annotations
