@@ -93,16 +93,15 @@ def orthogonalized(w: Tensor, basis: Tensor, eps: float) -> tuple[Tensor, Tensor
 
     Where rounding alone is left, the basis spans an invariant space, and the vector is 0.
     """
-    size = before = w.norm(dim=1)
+    size = norm = w.norm(dim=1)
     column = torch.zeros(basis.shape[:2], dtype=w.dtype, device=w.device)
     for _ in range(2):
         h = (basis @ w[..., None])[..., 0]
         w = torch.baddbmm(w[:, None], h[:, None], basis, alpha=-1)[:, 0]
         column += h
-        norm = w.norm(dim=1)
+        before, norm = norm, w.norm(dim=1)
         if bool((norm >= _KEPT * before).all()):  # what rounding left of the basis is not blown up
             break
-        before = norm
     norm = torch.where(norm > 8 * eps * size, norm, 0.0)
     return w / torch.where(norm > 0, norm, 1.0)[:, None] * (norm > 0)[:, None], column, norm
 
