@@ -88,6 +88,11 @@ def test_lines_of_a_swap():
         "         euler: as it is.",
         "         heun2 as it is keeps accuracy (drift 0.1).",
     ]
+    early = page(swap={"dopri5": swap["rk4"]}, solver="euler")[3]
+    assert early == "SWAP     dopri5 as it is loses accuracy (drift 0.5; f.1 0.125).", (
+        "also of a name before it"
+    )
+    assert page(samples=2)[0] == "VERDICT  nothing unusual (no residual addition, 0 layers, 2 samples)."
 
 
 def test_folding_and_html():
@@ -185,7 +190,7 @@ def test_the_fastest_mode_of_linear_fields():
     )
 
 
-@pytest.mark.parametrize("stiffness", [1.0, 100.0, 5e3, 2e5])
+@pytest.mark.parametrize("stiffness", [1.0, 100.0, 160.0, 5e3, 2e5])
 def test_the_method_advised_for_a_stiff_block_reaches_its_mode(stiffness):
     """32 steps of rkl2 with an odd number of stages: the interval holds |λ|T/32 and a twentieth, two stages fewer do not."""
     words = stiff_advice(stiffness)

@@ -1,20 +1,28 @@
 """Parts of the Jacobians' room, each against dense linear algebra: GMRES, Lanczos, Krylov–Schur, products, matrices."""
 
 import math
+from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
 import torch
 
 from resode.jacobian.gmres import gmres
-from resode.jacobian.krylov import KrylovSchur, Sketch, norm_estimate, outermost
+from resode.jacobian.krylov import KrylovSchur, Sketch, _ordered, norm_estimate, outermost
 from resode.jacobian.lanczos import largest, orthogonalized, random_start, singular_values
 from resode.jacobian.linearize import check_field, dense_jacobian
-from resode.jacobian.matrices import check_precision, checked_matrices, eigenvalues_with_errors, evened
-from resode.jacobian.outer import SpectrumOptions
+from resode.jacobian.matrices import (
+    _is_normal,
+    check_precision,
+    checked_matrices,
+    eigenvalues_with_errors,
+    evened,
+)
+from resode.jacobian.outer import Row, SpectrumOptions, _Part, gathered
 from resode.jacobian.places import Place, pulled_back
 from resode.jacobian.products import Combination, JacobianProducts, full_precision, rows
 from resode.jacobian.spectrum import formed, matrix_spectrum, spectrum
+from resode.tableaus import get_tableau
 
 DOUBLE = torch.float64
 
@@ -515,3 +523,213 @@ def test_a_search_takes_no_more_products_than_it_is_given(n):
         assert found.conditions[row, best] == 1 and found.normal[row], "diag is normal"
     dense = spectrum(field, torch.zeros(2, n, dtype=DOUBLE))
     assert dense.complete.all() and np.sort(dense.values[0].real) == pytest.approx(np.sort(d.numpy()))
+
+
+# -- more of the same, each for a small fault that nothing else sees -------------------------------
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_gmres_at_any_scale(scale):
+    """What counts as singular goes with the matrix: A/s has the solution s·A⁻¹b."""
+    d = torch.linspace(1, 2, 12, dtype=DOUBLE)
+    x, residual = gmres(lambda v: scale * d * v, torch.ones(2, 12, dtype=DOUBLE), tol=1e-10)
+    torch.testing.assert_close(x * scale, (1 / d).expand(2, -1), rtol=1e-9, atol=0)
+    assert (residual <= 1e-10).all()
+
+
+def test_singular_values_are_sought_until_they_are_accurate():
+    """Sixty values, evenly spread: five products do not settle the largest to 1e-8."""
+    d = torch.linspace(0.1, 1, 60, dtype=DOUBLE)
+    values, residuals = singular_values(
+        lambda v: v * d, lambda u: u * d, random_start(2, 60, normal(1)), 60, rtol=1e-8
+    )
+    assert (residuals[:, 0] <= 1e-8 * values[:, 0]).all() and 5 < values.shape[1] < 60
+    torch.testing.assert_close(values[:, 0], torch.ones(2, dtype=DOUBLE), rtol=1e-14, atol=0)
+
+
+class _OnceSine(torch.autograd.Function):
+    """sin, whose backward pass has no derivative, and with a forward one."""
+
+    @staticmethod
+    def forward(x):
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(inputs[0])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0].cos()
+
+    @staticmethod
+    def jvp(ctx, v):
+        return v * ctx.saved_tensors[0].cos()
+
+
+def test_a_forward_derivative_where_backward_goes_once():
+    """Exact to rounding, where central differences have ten digits; and in one evaluation of F."""
+    x, v = normal(2, 5), normal(2, 5, seed=1)
+    field, calls = counting(lambda x: _OnceSine.apply(x))
+    products = JacobianProducts(field, x)
+    torch.testing.assert_close(products.jvp(v), x.cos() * v, rtol=1e-14, atol=1e-15)
+    torch.testing.assert_close(products.vjp(v), x.cos() * v, rtol=1e-14, atol=1e-15)
+    assert len(calls) == 2
+
+
+def test_the_graph_of_the_backward_pass_is_made_once():
+    """Ten products with J differentiate one backward pass: sin's own backward is called once."""
+    seen = []
+
+    class Sine(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.sin()
+
+        @staticmethod
+        def backward(ctx, g):
+            seen.append(1)
+            return g * ctx.saved_tensors[0].cos()
+
+    x = normal(2, 5)
+    products = JacobianProducts(lambda x: Sine.apply(x), x)
+    for seed in range(10):
+        v = normal(2, 5, seed=seed)
+        torch.testing.assert_close(products.jvp(v), x.cos() * v)
+    assert len(seen) == 1
+
+
+def test_of_pairs_alone_one_is_kept_where_two_places_are():
+    """A real eigenvalue that is wanted most goes, where no other fills the second place: a pair stays whole."""
+    t = np.zeros((5, 5))
+    t[0, 0] = 9.0
+    for at, turn in ((1, 3.0), (3, 2.0)):
+        t[at : at + 2, at : at + 2] = [[0.0, turn], [-turn, 0.0]]
+    kept = _ordered(t, np.eye(5), 2, lambda values: np.argsort(-np.abs(values), kind="stable"))[:, :2]
+    inside = kept.T @ t @ kept
+    np.testing.assert_allclose(np.sort(np.linalg.eigvals(inside).imag), [-3, 3], atol=1e-12)
+    np.testing.assert_allclose(t @ kept, kept @ inside, atol=1e-12)
+
+
+def test_the_condition_of_a_pair_that_occurs_twice():
+    """diag(R, R, 1) turned by S, R with ±2i: the angle between the left and right spaces of 2i, from S itself."""
+    r = np.array([[0.0, 2.0], [-2.0, 0.0]])
+    a = np.zeros((5, 5))
+    a[:2, :2] = a[2:4, 2:4] = r
+    a[4, 4] = 1.0
+    s = np.eye(5)
+    s[0, 4], s[2, 4], s[1, 3] = 3.0, 1.0, 0.5
+    a = s @ a @ np.linalg.inv(s)
+    space = KrylovSchur(lambda v: v @ torch.from_numpy(a).T, normal(1, 5), 5)
+    space.grow(5)
+    mode = np.array([1, 1j]) / np.sqrt(2)
+    right = np.zeros((5, 2), complex)
+    right[:2, 0] = right[2:4, 1] = mode
+    left = np.linalg.inv(s).T @ right  # of A = SBS⁻¹ the left vectors w*A = λw*, B's being normal
+    q, p = np.linalg.qr(s @ right)[0], np.linalg.qr(left)[0]
+    want = 1 / np.linalg.svd(p.conj().T @ q, compute_uv=False)[-1]
+    assert want > 2 and space.condition(0, 2j) == pytest.approx(want, rel=1e-6)
+
+
+def test_whether_a_matrix_is_normal_goes_not_with_its_scale():
+    for scale in (1e-6, 1.0, 1e6):
+        assert _is_normal(scale * np.array([[1.0, 2.0], [-2.0, 1.0]]))
+        assert not _is_normal(scale * np.array([[1.0, 1e-14], [0.0, 2.0]]))
+
+
+def test_what_is_no_matrix_of_numbers():
+    with pytest.raises(TypeError, match="timedelta64"):
+        checked_matrices([[np.timedelta64(1), np.timedelta64(2)], [np.timedelta64(3), np.timedelta64(4)]])
+
+
+def test_eigenvalues_seen_from_nine_directions():
+    """Every π/8 of the upper half plane, both ends too: nine points of the circle there come before those between."""
+    between = 0.99 * np.exp(1j * np.pi / 8 * (np.arange(8) + 0.5))
+    seen = np.exp(1j * np.pi / 8 * np.arange(9))
+    assert set(outermost(np.concatenate([between, seen]))[:9]) == set(range(8, 17))
+
+
+def _part(tableaus=("euler",), **options) -> _Part:
+    return _Part(
+        lambda samples: None, torch.zeros(1, 50, dtype=DOUBLE), [0], SpectrumOptions(**options),
+        [get_tableau(name) for name in tableaus], 2.0**-52,
+    )  # fmt: skip
+
+
+def test_which_eigenvalues_a_space_keeps():
+    """Those with the shortest step, then the largest of the upper half plane, then the outer ones; each pair once."""
+    values = np.array([-1.0, -3.0, 1 + 5j, 1 - 5j, -1 + 3j, -1 - 3j, 4.0, 0.1])
+    order = _part(k=2)._wanted(0, values)
+    # Euler's step −2 Re λ/|λ|²: 2 at −1, 2/3 at −3, 0.2 at −1 ± 3i; modes that grow limit none.
+    assert order[:2].tolist() == [4, 1], "the shortest steps"
+    assert order[2:4].tolist() == [2, 6], "the largest: 1 + 5i and 4"
+    assert len(set(order)) == len(order) and set(order) >= {0, 1, 2, 4, 6}
+    assert _part(tableaus=(), k=3)._wanted(0, values)[:3].tolist() == [2, 6, 4]
+
+
+def test_errors_of_a_search_are_condition_times_residual():
+    """Of a matrix far from normal, found matrix-free; in each mode, and dense within what rounding moves."""
+    n = 60
+    s = torch.eye(n, dtype=DOUBLE) + 0.5 * normal(n, n, seed=5) / n**0.5
+    d = torch.linspace(-0.1, -1, n, dtype=DOUBLE)
+    d[0] = -6.0
+    a = s @ torch.diag(d) @ torch.linalg.inv(s)
+    found = spectrum(lambda x: x @ a.T, torch.zeros(1, n, dtype=DOUBLE), SpectrumOptions(dense_up_to=0))
+    known = np.isfinite(found.values[0].real)
+    errors, least = found.errors[0][known], (found.conditions * found.residuals)[0][known]
+    assert not found.normal[0] and (errors >= least * (1 - 1e-9)).all()
+    best = int(np.nanargmin(np.abs(found.values[0] + 6)))
+    right, left = s[:, 0], torch.linalg.inv(s)[0]
+    want = float(right.norm() * left.norm())
+    assert found.conditions[0, best] == pytest.approx(want, rel=1e-3) and found.errors[0, best] < 1e-8
+    assert not matrix_spectrum(a.numpy()).steady.any(), "nothing was sought"
+
+
+def test_right_eigenvectors_that_take_more_than_one_look():
+    """A mode at −1.05 beside others from −1: twenty products leave its right eigenvector uncertain, sixty do not."""
+    n = 80
+    s = torch.eye(n, dtype=DOUBLE) + 0.6 * normal(n, n, seed=6) / n**0.5
+    d = torch.linspace(-0.05, -1, n, dtype=DOUBLE)
+    d[0] = -1.15
+    inverse = torch.linalg.inv(s)
+    a = s @ torch.diag(d) @ inverse
+    found = spectrum(lambda x: x @ a.T, torch.zeros(1, n, dtype=DOUBLE), SpectrumOptions(dense_up_to=0))
+    best = int(np.nanargmin(np.abs(found.values[0] + 1.15)))
+    want = float(s[:, 0].norm() * inverse[0].norm())
+    assert found.conditions[0, best] == pytest.approx(want, rel=0.02)
+
+
+def test_spaces_that_are_cut_to_an_even_number_of_pairs(monkeypatch):
+    """Forty turns at −0.1 ± iω, found with room for 28 vectors: J has no real eigenvalue to fill a single place."""
+    from resode.jacobian import outer
+
+    monkeypatch.setattr(outer, "SPACE", 28)
+    omega = torch.linspace(0.2, 4, 40, dtype=DOUBLE)
+    a = torch.zeros(80, 80, dtype=DOUBLE)
+    for i, w in enumerate(omega):
+        a[2 * i : 2 * i + 2, 2 * i : 2 * i + 2] = torch.tensor([[-0.1, float(w)], [-float(w), -0.1]])
+    q = torch.linalg.qr(normal(80, 80, seed=7))[0]
+    a = q @ a @ q.T
+    found = spectrum(lambda x: x @ a.T, torch.zeros(1, 80, dtype=DOUBLE), SpectrumOptions(dense_up_to=0))
+    assert np.nanmin(np.abs(found.values[0] - (-0.1 + 4j))) < 1e-6
+
+
+def test_limits_that_have_not_changed_are_steady():
+    """Six looks within rtol of the last one; a limit that moves is not, at any scale of J."""
+    for scale in (1e-9, 1.0, 1e9):
+        part = _part()
+        for look, rate in enumerate([1.0] * 7 + [1.001]):
+            mode = Row(np.array([-scale * rate + 0j]), np.zeros(1), np.zeros(1), np.ones(1), scale)
+            found = gathered([mode], 50, 2.0**-52, part.rtol, None)
+            part._look(found, [0])
+            assert bool(found.steady[0]) == (look == 6)
+
+
+def test_options_are_as_documented_and_stay_so():
+    """The threshold from which J is not formed is that of the docs; options are shared, and not to be written to."""
+    assert SpectrumOptions().dense_up_to == 1024
+    with pytest.raises(FrozenInstanceError):
+        SpectrumOptions().k = 3  # type: ignore[misc]

@@ -237,7 +237,7 @@ def _mean(x: Tensor, channels: int) -> Tensor:
             f"a gated shortcut takes states of shape (batch, {channels}, …): "
             f"got x {tuple(x.shape)}. Build it with the channels of x."
         )
-    return x.reshape(*x.shape[:2], -1).mean(2)
+    return x.flatten(2).mean(2) if x.ndim > 2 else x
 
 
 @one_node

@@ -45,7 +45,10 @@ PACKAGES = {
         "jacobian",
         "matrix_free step_limit one_answer implicit jacobian_parts".split(),
     ),
-    "diagnose": ("analysis/diagnose", ["diagnose", "findings", "measures", "diagnosis_page"]),
+    "diagnose": (
+        "analysis/diagnose",
+        ["diagnose", "findings", "measures", "diagnosis_page", "diagnose_parts"],
+    ),
     "solve": ("solve", SOLVES),
 }
 

@@ -298,7 +298,6 @@ def product_norm(
         fields = [fields.field(i) for i in range(fields.depth)]
     if not len(fields):
         raise ValueError("fields must hold at least one block.")
-    batch, n = len(x), x[0].numel()
     products: list[JacobianProducts] = []
     state = x.detach()
     for f, eta in zip(fields, etas, strict=True):
@@ -312,7 +311,8 @@ def product_norm(
             v = shortcut * v + eta * (p.vjp(v) if transposed else p.jvp(v))
         return v
 
-    start = random_start(batch, n, x)
+    batch, n = len(x), x[0].numel()
+    start = random_start(batch, n, x if x.element_size() >= 4 else x.float())  # no SVD of 16 bits
     sigma, left = _singular(lambda v, t: through(v, 1.0, transposed=t), start, steps)
     plain, _ = _singular(lambda v, t: through(v, 0.0, transposed=t), start, min(steps, 20))
     norms, radii = [], []
@@ -332,8 +332,8 @@ def product_norm(
         plain=plain[:, 0],
         plain_bound=sizes.prod(1),
         block_norms=sizes,
-        radii=torch.as_tensor(np.array(radii).T).to(x),
-        residual=left[:, 0] / sigma[:, 0].clamp_min(torch.finfo(x.dtype).tiny),
+        radii=torch.as_tensor(np.array(radii).T).to(start),
+        residual=left[:, 0] / sigma[:, 0].clamp_min(torch.finfo(start.dtype).tiny),
     )
 
 

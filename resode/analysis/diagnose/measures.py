@@ -709,7 +709,7 @@ def spread(t: Tensor, batch: int) -> float:
 def _gradients(found: Measures, traced: Trace, layers: list[_Layer], target: Any, loss_fn: Any) -> None:
     """One backward pass of the loss: gradients at every block's x and every layer's output."""
     batch = found.probed
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         losses = sample_losses(traced.output, target, loss_fn, batch)
         places = [a.at_x for a in traced.additions] + [layer.place for layer in layers]
         if not losses.requires_grad or not places:

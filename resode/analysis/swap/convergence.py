@@ -57,8 +57,8 @@ def depth_convergence(
         DepthConvergence.
 
     Raises:
-        ValueError: depths that are too few, not whole or not increasing; outputs or a reference of another
-            shape than the first output's.
+        ValueError: depths that are too few, not whole or not increasing; no samples; outputs or a reference
+            of another shape than the first output's.
 
     Source:
         Hairer, Nørsett & Wanner, Solving Ordinary Differential Equations I, II.3 and II.4.
@@ -87,6 +87,8 @@ def depth_convergence(
         )
     with torch.no_grad():
         outputs = [make(depth)(x) for depth in found]
+    if not outputs[0].numel():
+        raise ValueError(f"x must hold at least one sample: the output has shape {tuple(outputs[0].shape)}.")
     limits = outputs[1:] if reference is None else [reference] * len(outputs)
     for y in (*outputs, *limits):
         if y.shape != outputs[0].shape:
