@@ -17,6 +17,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import resode
 from resode import ODEBlock, ResidualStack, odeint, odeint_adjoint, odeint_event, solve_ivp
+from resode.solve import states
 from resode.solve.events import roots
 
 DOUBLE = torch.float64
@@ -730,8 +731,11 @@ def resident():
 t, y0 = torch.linspace(0, 10, 400, dtype=torch.float64), torch.linspace(1, 2, 20_000, dtype=torch.float64)
 rates = torch.linspace(0.5, 20, 20_000, dtype=torch.float64)
 f = lambda t, y: torch.sin(3 * t) - rates * y
-small = torch.ones(3, dtype=torch.float64)
+small, times = torch.ones(3, dtype=torch.float64), t
 resode.solve_ivp(lambda t, y: -y, (0, 1), small, t_eval=[0, 1]), resode.odeint(lambda t, y: -y, small, t)
+resode.odeint(lambda t, y: -y, small[:, None], t[::50, None].expand(8, 3), per_sample=True)
+if BATCH > 1:
+    y0, rates, times = y0.view(BATCH, -1), rates.view(BATCH, -1), times[:, None] * torch.linspace(0.5, 1, BATCH)
 start, peak, on = resident(), [0], [True]
 def watch():
     while on[0]:
@@ -746,13 +750,42 @@ CALLS = {
     "fixed": "resode.odeint(f, y0, t, method='rk4', n_steps=1)",
     "ivp": "resode.solve_ivp(f, (0, 10), y0, 'bosh3', t, False, rtol=1e-2, atol=1e-4).y",
     "every step's": "resode.solve_ivp(f, (0, 40), y0, dense_output=False, rtol=1e-5, atol=1e-6).y",
+    "steps of 200 samples": "resode.odeint(f, y0, t, per_sample=True, rtol=1e-4, atol=1e-6)",
+    "times of 200 samples": "resode.odeint(f, y0, times, per_sample=True, rtol=1e-4, atol=1e-6)",
+    "ivp of 200 samples": "resode.solve_ivp(f, (0, 10), y0, 'dopri5', t, False, per_sample=True, rtol=1e-4, atol=1e-6).y",
+    "times of 20000 samples": "resode.odeint(f, y0, times, per_sample=True, rtol=1e-1, atol=1e-2)",
 }
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
-@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_the_result_is_held_once(call):
-    """Beside the result (60 to 90 MB) some steps and states between them; three times the result before."""
-    run = subprocess.run([sys.executable, "-c", PEAK.replace("CALL", call)], capture_output=True, text=True)
+@pytest.mark.parametrize(("name", "call"), CALLS.items(), ids=CALLS)
+def test_the_result_is_held_once(name, call):
+    """Beside the result (60 to 90 MB) some steps and states between them; 3 to 18 times the result before."""
+    batch = next((n for n in ("20000", "200") if f"{n} samples" in name), "1")
+    code = PEAK.replace("CALL", call).replace("BATCH", batch)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert float(run.stdout) < 1.5
+
+
+@pytest.mark.parametrize("method", ["dopri5", "dopri8", "fehlberg45", "bosh3", "trbdf2"])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("large", [False, True])
+def test_states_made_on_the_way_are_those_made_at_the_end(method, sign, own, large, monkeypatch):
+    """However few steps are held at a time, and however far apart in time the samples are."""
+    rates = torch.tensor([0.3, 2.0, 9.0], dtype=DOUBLE)[:, None]
+    y0, t = torch.ones(3, 2, dtype=DOUBLE), sign * torch.linspace(0, 3, 23, dtype=DOUBLE)
+    if own:  # intervals of three lengths, one of them 0, from three starts
+        t = t[:, None] * scalar([1.0, 0.0, 0.4]) + scalar([0.0, 1.0, 2.0])
+
+    def solve():
+        field = lambda t, y: sign * (torch.sin(5 * t) - rates * y)  # noqa: E731
+        return odeint(field, y0, t, method=method, per_sample=True, rtol=1e-5, atol=1e-7, return_stats=True)
+
+    (once, stats), (held, size) = solve(), (states.HELD, states.LARGE)
+    monkeypatch.setattr(states, "HELD", 5000)
+    monkeypatch.setattr(states, "LARGE", 100 if large else size)
+    on_the_way, again = solve()
+    assert held == 2**22 and torch.allclose(on_the_way, once, rtol=1e-13, atol=1e-14)
+    assert method == "fehlberg45" or torch.equal(again.nfe, stats.nfe)

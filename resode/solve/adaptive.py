@@ -36,7 +36,7 @@ from resode.solve.failures import (
 from resode.solve.host import decided, plain
 from resode.solve.implicit.steps import COUNTS, ImplicitStep, step_rule
 from resode.solve.result import Stats
-from resode.solve.states import Passing, States
+from resode.solve.states import Passing, States, passed, with_ends
 from resode.solve.step import Field, Time, all_finite, increment
 from resode.tableaus import ButcherTableau
 
@@ -178,7 +178,7 @@ class Adaptive:
         """Goes to the end, giving every step that passes an output; every step kept where outputs is None.
 
         Args:
-            outputs: times beyond the start in order, (T,) or each sample's own, (B, T).
+            outputs: times from the start on, in order, (T,) or each sample's own, (T, B).
 
         Raises:
             MaxStepsReached: as the name says, for some sample.
@@ -192,8 +192,7 @@ class Adaptive:
         implicit = self.take if isinstance(self.take, ImplicitStep) else None
         behind = np.zeros(len(self.time), np.int64)  # outputs passed so far
         if outputs is not None:
-            outputs = np.broadcast_to(forward * outputs, (len(self.time), outputs.shape[-1]))
-            behind = (outputs <= forward * self.time[:, None]).sum(1)
+            behind = passed(outputs, self.time, forward, behind)
 
         while True:
             x, k0, time, step, end = self.x, self.k0, self.time, progress.step, self.end
@@ -244,14 +243,14 @@ class Adaptive:
                 mask = self.mask(keep)
                 self.x, self.k0 = torch.where(mask, new_x, x), torch.where(mask, k[-1], k0)
                 self.time = np.where(keep, attempt.end, time)
-            passed = keep
+            wanted = keep
             if outputs is not None:
-                ahead = (outputs <= forward * self.time[:, None]).sum(1)
-                passed, behind = ahead > behind, ahead
-            if passed.any():
+                ahead = passed(outputs, self.time, forward, behind)
+                wanted, behind = ahead > behind, ahead
+            if wanted.any():
                 if control.per_output and outputs is not None:
                     count = progress.n_accepted + progress.n_rejected
-                    self.limit = np.where(passed, count + control.max_steps, self.limit)
+                    self.limit = np.where(wanted, count + control.max_steps, self.limit)
                 yield Step(time, self.time, x, k, new_x, error, k_start=k0 if implicit else None)
             if implicit is not None and (unsolved := verdict.stuck & implicit.failed).any():
                 raise newton_failed(self.standing(unsolved), *implicit.last_of(unsolved))
@@ -346,21 +345,13 @@ def adaptive_solve(
     """
     at = np.asarray(times, NUMPY[control.dtype])
     solve = Adaptive(tableau, f, x, at[0], at[-1], control, resume)
-    outputs, given = at[1:-1].T, list[Tensor]()
-    to = given if path is None else path
-    if at.ndim > 1:
-        states, calls = between(tableau, f, list(solve.steps(outputs)), outputs, solve, (x, at[0]))
-        for y in states:
-            to.append(y)
-    else:
-        passing = Passing(tableau, f, outputs, solve.forward, control.per_sample)
-        for step in solve.steps(outputs):
-            for y in passing.add(step):
-                to.append(y)
-        for y in passing.finish():
-            to.append(y)
-        calls = passing.calls
-    return [*given, solve.x], replace(solve.progress, nfe=solve.progress.nfe + calls)
+    states = States(0, x) if path is None else path
+    passing = Passing(tableau, f, at[1:-1], solve.forward, control.per_sample, states)
+    for step in solve.steps(at[1:-1]):
+        passing.add(step)
+    passing.finish((x, at[0]), (solve.x, solve.end))
+    given = states.listed() if path is None else []
+    return [*given, solve.x], replace(solve.progress, nfe=solve.progress.nfe + passing.calls)
 
 
 def error_norm(
@@ -418,9 +409,5 @@ def between(
 def at_the_ends(
     path: list[Tensor], outputs: np.ndarray, solve: Adaptive, start: tuple[Tensor, np.ndarray]
 ) -> list[Tensor]:
-    """The states at the outputs, the ends where a sample's own, (B, T), lie there."""
-    if outputs.ndim > 1:
-        for known, times in (start, (solve.x, solve.end)):
-            for j in np.flatnonzero((hit := outputs == times[:, None]).any(0)):
-                path[j] = torch.where(solve.mask(hit[:, j]), known, path[j])
-    return path
+    """The states at the outputs, the solve's ends where a sample's own, (B, T), lie there."""
+    return with_ends(path, outputs, start, (solve.x, solve.end))

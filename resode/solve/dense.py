@@ -83,8 +83,7 @@ def interpolate(
     like = steps[0].x
     real, device = like.dtype.to_real(), like.device
     start, end = np.stack([s.start for s in steps], 1), np.stack([s.end for s in steps], 1)  # (B, S)
-    # The first step that reaches the output, (B, T), among those that hold one.
-    index = np.stack([row.searchsorted(w) for row, w in zip(forward * end, forward * outputs, strict=True)])
+    index = _first_to_reach(forward * end, forward * outputs)
     used, index = np.unique(index.clip(max=len(steps) - 1), return_inverse=True)
     index, steps = index.reshape(outputs.shape), [steps[i] for i in used]
     start, end = (np.take_along_axis(s[:, used], index, 1).astype(np.float64) for s in (start, end))
@@ -127,6 +126,16 @@ def interpolate(
         times = [torch.from_numpy(s).to(device, real).view(column[1:] if per_sample else ()) for s in at]
         path.append(combine(x[i], h, tableau.b_row, stages(tableau, f, times, x[i], h, k0[i])))
     return path, len(theta) * tableau.b_row[-1][0]
+
+
+def _first_to_reach(ends: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Of steps that end at rising times (B, S), how many end before each of the times (B, T)."""
+    if len(ends) <= ends.shape[1]:
+        return np.stack([row.searchsorted(t) for row, t in zip(ends, times, strict=True)])
+    before = np.zeros(times.shape, np.int64)
+    for end in ends.T:
+        before += end[:, None] < times
+    return before
 
 
 def hermite(s: Tensor | float, h: Tensor | float, x0: Tensor, k0: Tensor, x1: Tensor, k1: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
@@ -29,12 +30,24 @@ def decided(x: Tensor, what: str, advice: str = FIXED_STEPS_OR_ONE_CALL) -> Any:
     Raises:
         TypeError: under torch.func.vmap they are several; the message says what is decided on them.
     """
+    return shown(x, what, advice).tolist()
+
+
+def shown(x: Tensor, what: str, advice: str = FIXED_STEPS_OR_ONE_CALL) -> Tensor:
+    """A tensor whose numbers the host goes by, without gradient; refused as `decided` does."""
     inner = x
     while is_transformed(inner):
         if _functorch.is_batchedtensor(inner):
             raise TypeError(f"{what}, which torch.func.vmap hides. {advice}")
         inner = _functorch.get_unwrapped(inner)
-    return x.detach().tolist()
+    return x.detach()
+
+
+def as_array(t: Tensor) -> np.ndarray:
+    """Times in double precision on the host; many, (T, B), are not copied where they are so already."""
+    if t.ndim > 1:
+        return plain(t).double().cpu().numpy()
+    return np.array(t.detach().tolist(), np.float64)
 
 
 def is_transformed(x: Tensor | None = None) -> bool:

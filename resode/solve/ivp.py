@@ -157,9 +157,9 @@ def _solved(
 ) -> Solution:
     """Goes along the steps to the end, a terminal event or, where asked, the last of max_steps."""
     solve, y0 = walk.solve, walk.y0
-    passing = Passing(solve.tableau, walk.f, np.zeros(0) if points is None else points, solve.forward,
-                      walk.per_sample)  # fmt: skip
     path = States(0 if points is None else len(points) + 1, y0)
+    passing = Passing(solve.tableau, walk.f, np.zeros(0) if points is None else points, solve.forward,
+                      walk.per_sample, path)  # fmt: skip
     if points is None:
         path.append(y0)
     ends: list[float] = [walk.start]
@@ -177,8 +177,8 @@ def _solved(
                 path.append(state)
             elif final is not None:
                 passing.end_at(time)
-            for y in passing.add(step) if points is not None else ():
-                path.append(y)
+            if points is not None:
+                passing.add(step)
             if final is not None:
                 break
     except MaxStepsReached as error:
@@ -186,9 +186,11 @@ def _solved(
             raise
         stopped = error
         passing.end_at(time)
-    at_rest = time == walk.start  # the outputs that are left lie there too
-    for y in [y0] * len(passing.outputs) if at_rest else passing.finish():
-        path.append(y)
+    if time == walk.start:  # the outputs that are left lie there too
+        for _ in range(passing.left()):
+            path.append(y0)
+    else:
+        passing.finish()
     times = np.array(ends) if points is None else points[: path.count]
     if stopped and (len(times) == 0 or times[-1] != time):
         path.append(state)

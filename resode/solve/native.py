@@ -19,7 +19,7 @@ from resode.solve.control import Callbacks
 from resode.solve.diagnosis import explain, number, spectrum
 from resode.solve.fixed import equal_steps, fixed_solve, grid_solve, opened, own_steps, within
 from resode.solve.foreign import foreign_solve
-from resode.solve.host import moves, plain
+from resode.solve.host import as_array, moves, plain
 from resode.solve.implicit.compiled import compiled_implicit_solve
 from resode.solve.implicit.steps import ImplicitStep, check_implicit, step_rule, steps_by
 from resode.solve.options import SolveSettings, tolerances
@@ -304,9 +304,9 @@ def _adaptive(
     if moves(t):
         # The steps are held fixed; ∂y/∂t_i = f(t_i, y_i), and moving t_0 moves the start back along f.
         start = moved_along(field, at(t[0]) + moved(t[0]), start, -moved(t[0]))
-    times_asked = np.array(plain(t).tolist(), np.float64)
+    times_asked = as_array(plain(t))
     changes = np.any(times_asked[1:] != times_asked[:-1], axis=tuple(range(1, t.ndim)))
-    distinct = times_asked[np.append(True, changes)]
+    distinct = times_asked if changes.all() else times_asked[np.append(True, changes)]
     path, state, progress = States(len(distinct), start), start, None
     path.append(start)
     recomputation = Recomputation(counted) if settings.checkpoint else None

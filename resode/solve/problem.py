@@ -22,7 +22,7 @@ from torch.utils._pytree import (
 from resode.calls import kind_of, mixed_dtypes
 from resode.checks import warn_user
 from resode.solve.control import Callbacks, Tolerance
-from resode.solve.host import decided
+from resode.solve.host import as_array, shown
 from resode.solve.options import SolveSettings
 from resode.solve.step import all_finite
 
@@ -153,16 +153,16 @@ def check_times(t: Any, is_event: bool = False, batch: int | None = None) -> Non
         raise ValueError(
             f"with event_fn, t must hold two times, the start and one for the direction; got {len(t)}."
         )
-    times = np.array(decided(t, "the solver goes by the values of t", OWN_TIMES), np.float64)
+    times = as_array(shown(t, "the solver goes by the values of t", OWN_TIMES))
     if not np.isfinite(times).all():
         raise ValueError("t must be finite; it holds an infinity or NaN.")
-    steps = np.diff(times, axis=0) if own else np.diff(times)[:, None]
-    ups, downs = np.atleast_1d((steps > 0).any(0), (steps < 0).any(0))  # of each column
+    pairs = (times[1:], times[:-1])
+    ups, downs = (np.atleast_1d(order(*pairs).any(0)) for order in (np.greater, np.less))  # of each column
     if (ups & downs).any():
         i = int(np.argmax(ups & downs))
         row = times.reshape(len(times), -1)[:, i]
-        first = steps[:, i][steps[:, i] != 0][0]
-        bad = int(np.argmax(steps[:, i] * first < 0))
+        steps = np.diff(row)
+        bad = int(np.argmax(steps * steps[steps != 0][0] < 0))
         which = f" of sample {i}" if own else ""
         raise ValueError(
             f"t must be increasing or decreasing; t[{bad}]={row[bad]:g}{which} is followed "
