@@ -33,6 +33,7 @@ from resode.calls import call, hooked, mapped, tensors_in, within
 from resode.jacobian.places import Place, gradients_at
 from resode.jacobian.products import JacobianProducts, rows
 from resode.solve import SolverError
+from resode.tables import listed
 
 NAN = math.nan
 
@@ -319,9 +320,8 @@ def _unrun(model: nn.Module, watcher: _Watcher) -> str | None:
             idle, of = idle + missing, of + len(members)
     if not idle:
         return None
-    more = f" and {len(idle) - 8} more" if len(idle) > 8 else ""
     return (
-        f"No sample reached {', '.join(idle[:8])}{more}, of {of} modules in the same lists: nothing is known "
+        f"No sample reached {listed(idle)}, of {of} modules in the same lists: nothing is known "
         "of them, and no gradient trains them. An expert that stays so under many samples is dead."
     )
 
