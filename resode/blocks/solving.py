@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from resode.blocks.ode_block import ODEBlock
 from resode.blocks.stack import ResidualStack
@@ -30,6 +31,32 @@ def stacks_of(network: nn.Module) -> list[ResidualStack]:
 def block_name(name: str, stack: ResidualStack, index: int) -> str:
     """What a block of the stack of this name is called: its field's name, or the stack's if all share one."""
     return name if stack.shared else f"{name}.fields.{index}".removeprefix(".")
+
+
+class Scaled(nn.Module):
+    """Every channel of F, dimension 1, times its factor (or the one factor): learned steps of either sign."""
+
+    factors: Tensor
+
+    def __init__(self, field: nn.Module, factors: Tensor) -> None:
+        super().__init__()
+        self.field = field
+        self.register_buffer("factors", factors)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """F(x) times the factors."""
+        return self.field(x) * self.factors.to(x.dtype).reshape(-1, *(1,) * (x.ndim - 2))
+
+
+def with_step(stack: ResidualStack, index: int) -> tuple[nn.Module, float]:
+    """A block's field and its η ≥ 0; factors that a step has beside its length go to the field."""
+    field = stack.field(index)
+    if stack.step_sizes is None:
+        return field, stack.step_size
+    eta = stack.step_sizes[index].detach()
+    if eta.ndim:
+        return Scaled(field, eta.clone()), 1.0
+    return (field, eta.item()) if eta >= 0 else (Scaled(field, torch.full((1,), -1.0).to(eta)), -eta.item())
 
 
 def set_solver(
