@@ -48,9 +48,27 @@ class Scaled(nn.Module):
         return self.field(x) * self.factors.to(x.dtype).reshape(-1, *(1,) * (x.ndim - 2))
 
 
-def with_step(stack: ResidualStack, index: int) -> tuple[nn.Module, float]:
-    """A block's field and its η ≥ 0; factors that a step has beside its length go to the field."""
+class _AtTime(nn.Module):
+    """A field F(t, x) at one time."""
+
+    def __init__(self, field: nn.Module, t: Tensor) -> None:
+        super().__init__()
+        self.field, self.t = field, t
+
+    def forward(self, x: Tensor) -> Tensor:
+        """F(x) at that time."""
+        return self.field(self.t, x)
+
+
+def field_at_start(stack: ResidualStack, index: int, x: Tensor) -> nn.Module:
+    """Block `index`'s F(x); of an F(t, x) that at the block's start."""
     field = stack.field(index)
+    return _AtTime(field, stack._time(index, 0.0, 0.0, x)) if stack._is_timed(index) else field
+
+
+def with_step(stack: ResidualStack, index: int, x: Tensor) -> tuple[nn.Module, float]:
+    """A block's F as `field_at_start`, and its η ≥ 0; a learnt step's sign and channels go to F."""
+    field = field_at_start(stack, index, x)
     if stack.step_sizes is None:
         return field, stack.step_size
     eta = stack.step_sizes[index].detach()

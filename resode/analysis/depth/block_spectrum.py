@@ -99,7 +99,7 @@ def _own_field(a: Addition, model: nn.Module, place: int) -> tuple[nn.Module, fl
     block = place // stack.substeps
     if block >= stack.depth or a.kind != "identity":
         return None
-    field, eta = with_step(stack, block)
+    field, eta = with_step(stack, block, a.x)
     return field, eta / stack.substeps
 
 

@@ -27,7 +27,8 @@ class BlockGroup:
         name: the stack's, or the first block's, name in the network.
         method: its own; Euler's for a block x + F(x) that is no `ResidualStack`'s.
         steps: the length h of a solver step in each block: η over the substeps.
-        fields: F of every block; where its η is learned for each channel, or negative, times η or −1.
+        fields: F of every block, of a field of (t, x) at the block's start; where its η is learned for each
+            channel, or negative, times η or −1.
         states: the states before each block, shape (samples, *state).
     """
 
@@ -101,8 +102,8 @@ def block_groups(network: nn.Module, images: Tensor, blocks: str | None = None) 
         for call in calls:
             stack, x = call.module, call.x
             assert isinstance(stack, ResidualStack) and x is not None
-            pairs = [with_step(stack, i) for i in range(stack.depth)]
             _, path = stack(x, return_path=True)
+            pairs = [with_step(stack, i, path[i]) for i in range(stack.depth)]
             fields, steps = [field for field, _ in pairs], [eta / stack.substeps for _, eta in pairs]
             found.append(BlockGroup(call.name, stack.tableau, steps, fields, list(path[:-1])))
         return found
