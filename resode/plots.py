@@ -248,7 +248,7 @@ def transient_growth(growth: Any, path: Path = None) -> Figure:
     ax.set(xlabel="step n", ylabel="‖R(ηJ)ⁿ‖₂", xlim=(0, None), ylim=(max(ax.get_ylim()[0], 1e-3), None))
     ax.set_title("Growth before decay", fontsize=11)
     ax.legend(fontsize=8.5)
-    return _finished(_figure_of(ax), path)
+    return _finished(ax.figure, path)
 
 
 @checked
@@ -273,7 +273,7 @@ def edge(check: Any, path: Path = None) -> Figure:
     ax.set(xlabel="step n", ylabel="largest |x|", xlim=(0, None))
     ax.set_title(f"{check.method} on either side of its limit η = {check.limit:.10g}", fontsize=11)
     ax.legend(fontsize=8.5)
-    return _finished(_figure_of(ax), path)
+    return _finished(ax.figure, path)
 
 
 @checked
@@ -293,7 +293,7 @@ def bifurcation(result: Any, path: Path = None) -> Figure:
     ax.plot(steps[keep], orbits[keep], ",", color=STABLE, alpha=0.35, rasterized=True)
     ax.set(xlabel="step size η", ylabel="x after the transient", xlim=(steps.min(), steps.max()))
     ax.set_title(f"Where x ← {result.solver}'s step of size η settles", fontsize=11)
-    return _finished(_figure_of(ax), path)
+    return _finished(ax.figure, path)
 
 
 @checked
@@ -591,13 +591,7 @@ def _axes_beside_legend(ratio: float) -> Axes:
     )
 
 
-def _figure_of(ax: Axes) -> Figure:
-    figure = ax.figure
-    assert isinstance(figure, Figure)
-    return figure
-
-
-def _finished(figure: Figure, path: Path) -> Figure:
+def _finished(figure: Any, path: Path) -> Figure:
     """The same style for every axes; written to `path` if there is one."""
     for ax in figure.axes:
         ax.spines[["top", "right"]].set_visible(False)
@@ -625,7 +619,7 @@ def cobweb(web: Any, path: Path = None) -> Figure:
     ax.plot(stairs[:-1], np.r_[stairs[0], stairs[2:]], color=UNSTABLE, linewidth=0.9, label="orbit")
     ax.set(xlabel="x", ylabel="next x", xlim=(x.min(), x.max()))
     ax.legend(frameon=False, fontsize=8.5)
-    return _finished(_figure_of(ax), path)
+    return _finished(ax.figure, path)
 
 
 @checked
@@ -660,7 +654,7 @@ def phase_portrait(portrait: Any, path: Path = None) -> Figure:
         ax.plot([point[0]], [height], "o", markersize=7, color=STABLE, markerfacecolor=face, zorder=5)
         place: dict[str, Any] = {"xytext": (6, 6), "textcoords": "offset points", "fontsize": 8.5}
         ax.annotate(kind, (point[0], height), **place)
-    return _finished(_figure_of(ax), path)
+    return _finished(ax.figure, path)
 
 
 @checked

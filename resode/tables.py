@@ -36,6 +36,16 @@ def short_complex(value: complex, digits: int = 4) -> str:
     return short(value.real, digits) + (f" ± {abs(value.imag):.{digits}g}i" if value.imag else "")
 
 
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """The first names with commas between them, and how many more there are.
+
+    Example:
+        >>> listed(["a", "b", "c"], 2)
+        'a, b and 1 more'
+    """
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def printable(text: str) -> str:
     r"""Text as a terminal may have it: characters that steer one are written out.
 

@@ -31,7 +31,6 @@ INTERNAL = {
         "images_of",
         "plain_batches",
         "read_weights",
-        "recomputations_of_last_call",
     },
     "resode.training.processes": {"losing", "interruption"},
     "resode.training.run": {"check_plan"},

@@ -67,6 +67,8 @@ EVERY_NETWORK = [
     ("resnet20", {"shortcut": "C", "norm": "group", "activation": "gelu"}),
     ("resnet50", {"shortcut": "D", "squeeze_excitation": True, "stem": "small"}),
     ("resnet18", {"shortcut": "gated"}),
+    ("resnet20", {"stochastic_depth": 0.5}),
+    ("preact164", {"stochastic_depth": 0.5, "activation": "softplus"}),
     ("preact20", {"shortcut": "input_gated"}),
     ("preact20", {"shortcut": "D"}),
     ("preact164", {"shortcut": "C", "squeeze_excitation": True}),

@@ -6,6 +6,7 @@ import copy
 import csv
 import math
 
+import numpy as np
 import pytest
 import torch
 from foreign_networks import GPT, HFResNet, ResNet50
@@ -579,3 +580,21 @@ def test_ones_own_loss():
     own = profile_depth(model, x, target, spectra=0, loss_fn=nn.CrossEntropyLoss())
     assert own.loss == pytest.approx(plain.loss, rel=1e-6)
     assert own.rows[0].gradient == pytest.approx(plain.rows[0].gradient, rel=1e-5)
+
+
+@pytest.mark.parametrize("learn", ["block", "channel"])
+def test_learnt_steps_of_either_sign_are_part_of_the_field(learn):
+    """A step −η of F is one of η of −F: λ is of diag(c) W, and of −W, whatever the method."""
+    torch.manual_seed(0)
+    stack = ResidualStack([nn.Linear(3, 3, bias=False) for _ in range(2)], solver="rk4", learn_step=learn,
+                          channels=3 if learn == "channel" else None).double()  # fmt: skip
+    learnt = torch.tensor([-0.5, 0.25, 2.0]) if learn == "channel" else torch.tensor(-0.5)
+    with torch.no_grad():
+        stack.step_sizes[0] = learnt
+    row = profile_depth(
+        stack.eval(), torch.randn(2, 3).double(), spectra=1, lesions=False, progress=False
+    ).rows[0]
+    weight = stack.fields[0].weight.detach().numpy()
+    scaled = np.diag(learnt.double().numpy()) @ weight if learn == "channel" else -weight
+    assert row.step_size == (1.0 if learn == "channel" else 0.5)
+    assert row.rightmost.real == pytest.approx(np.linalg.eigvals(scaled).real.max(), abs=1e-12)

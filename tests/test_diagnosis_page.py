@@ -53,7 +53,7 @@ def test_five_findings_and_how_many_more(n):
 
 def test_lines_of_the_whole_and_of_the_learning_rate():
     whole = Whole(3.25, 12.5, 1.75, (0.001, 1000.0))
-    assert page(whole=whole)[1] == "WHOLE    gain 3.25, at most 12.5 (usual 0.001 to 1000); ‖x_L‖/‖x_0‖ 1.75."
+    assert page(whole=whole)[1] == "WHOLE    gain 3.25, worst ≥ 12.5 (usual 0.001 to 1000); ‖x_L‖/‖x_0‖ 1.75."
     for lr, words in (
         (0.8, "lr 0.8 is 2 times its limit 0.4"),
         (0.4, "1 times"),

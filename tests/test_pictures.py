@@ -34,7 +34,6 @@ def deep(values):
 RAMP = np.arange(1024).reshape(32, 32) * 64 + 13
 HIDDEN = np.dstack([np.full((32, 32, 3), (255, 0, 0), np.uint8), np.zeros((32, 32), np.uint8)])  # red, clear
 HALF = np.dstack([NOISE, np.full((32, 32), 128, np.uint8)])
-KEYED = {"transparency": (255, 0, 0)}
 
 # name -> (a file, its upright opaque colours as they are known without the decoder)
 FILES = {

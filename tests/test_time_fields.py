@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from resode import METHODS, ODEBlock, odeint, odeint_adjoint
+from resode import METHODS, ODEBlock, ResidualStack, diagnose, odeint, odeint_adjoint, profile_depth
+from resode.analysis import product_norm
+from resode.analysis.steps.block_limits import block_limits
 from resode.fields import (
     Augmented,
     Autonomous,
@@ -16,6 +18,7 @@ from resode.fields import (
     TimeMLPField,
     append_time,
 )
+from resode.training.monitor import StepLimits
 
 DOUBLE = torch.float64
 EXPLICIT = [name for name, tableau in METHODS.items() if tableau.explicit]
@@ -151,3 +154,38 @@ def test_a_field_that_counts_its_calls_agrees_with_the_statistics(method, solve)
 def test_wrong_arguments_say_the_rule(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+class Quickening(nn.Module):
+    """F(t, x) = −8 (1 + t) x: λ is −8 in a block that starts at 0, and −12 in one that starts at ½."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = nn.Linear(3, 3, bias=False, dtype=DOUBLE)
+        with torch.no_grad():
+            self.rate.weight.copy_(-8 * torch.eye(3))
+
+    def forward(self, t, x):
+        return (1 + t) * self.rate(x)
+
+
+def test_analyses_take_a_stacks_time_fields_at_the_blocks_start():
+    """Euler's limits are 2/8 and 2/12; steps of ½ multiply by −3 and −5."""
+    torch.manual_seed(0)
+    stack, x = (
+        ResidualStack([Quickening(), Quickening()], step_size=0.5).eval(),
+        torch.randn(2, 3, dtype=DOUBLE),
+    )
+    [group] = block_limits(stack, x, ["euler"], progress=False)
+    assert [row.decaying_step for row in group.rows] == pytest.approx([1 / 4, 1 / 6], rel=1e-12)
+    watch = StepLimits(x)
+    watch.record(stack, update=0)
+    assert watch.records[0].estimate == pytest.approx(1 / 6, rel=1e-6)
+    assert product_norm(stack, x).norm.tolist() == pytest.approx([15.0, 15.0])
+    found = diagnose(stack, x, progress=False).findings[0]
+    assert (found.block, found.cause) == ("fields.1", "overstep")
+    assert found.evidence["eigenvalue"] == pytest.approx(-12, rel=1e-6)
+    stack.solver = "rk4"
+    rows = profile_depth(stack, x, spectra=1, lesions=False, progress=False).rows
+    assert [row.rightmost.real for row in rows] == pytest.approx([-8.0, -12.0])
+    assert [row.step_size for row in rows] == [0.5, 0.5]

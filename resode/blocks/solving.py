@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from resode.blocks.ode_block import ODEBlock
 from resode.blocks.stack import ResidualStack
@@ -30,6 +31,50 @@ def stacks_of(network: nn.Module) -> list[ResidualStack]:
 def block_name(name: str, stack: ResidualStack, index: int) -> str:
     """What a block of the stack of this name is called: its field's name, or the stack's if all share one."""
     return name if stack.shared else f"{name}.fields.{index}".removeprefix(".")
+
+
+class Scaled(nn.Module):
+    """Every channel of F, dimension 1, times its factor (or the one factor): learned steps of either sign."""
+
+    factors: Tensor
+
+    def __init__(self, field: nn.Module, factors: Tensor) -> None:
+        super().__init__()
+        self.field = field
+        self.register_buffer("factors", factors)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """F(x) times the factors."""
+        return self.field(x) * self.factors.to(x.dtype).reshape(-1, *(1,) * (x.ndim - 2))
+
+
+class _AtTime(nn.Module):
+    """A field F(t, x) at one time."""
+
+    def __init__(self, field: nn.Module, t: Tensor) -> None:
+        super().__init__()
+        self.field, self.t = field, t
+
+    def forward(self, x: Tensor) -> Tensor:
+        """F(x) at that time."""
+        return self.field(self.t, x)
+
+
+def field_at_start(stack: ResidualStack, index: int, x: Tensor) -> nn.Module:
+    """Block `index`'s F(x); of an F(t, x) that at the block's start."""
+    field = stack.field(index)
+    return _AtTime(field, stack._time(index, 0.0, 0.0, x)) if stack._is_timed(index) else field
+
+
+def with_step(stack: ResidualStack, index: int, x: Tensor) -> tuple[nn.Module, float]:
+    """A block's F as `field_at_start`, and its η ≥ 0; a learnt step's sign and channels go to F."""
+    field = field_at_start(stack, index, x)
+    if stack.step_sizes is None:
+        return field, stack.step_size
+    eta = stack.step_sizes[index].detach()
+    if eta.ndim:
+        return Scaled(field, eta.clone()), 1.0
+    return (field, eta.item()) if eta >= 0 else (Scaled(field, torch.full((1,), -1.0).to(eta)), -eta.item())
 
 
 def set_solver(

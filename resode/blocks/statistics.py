@@ -42,7 +42,7 @@ def measure_statistics(model: nn.Module, inputs: Iterable[Tensor], *, every_eval
     """
     norms = tracked_norms(model)
     momenta = [norm.momentum for norm in norms]
-    saved = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
+    saved = statistics_of(norms)
     count = 0
     try:
         with evaluating(model):
@@ -73,6 +73,11 @@ def _fields(model: nn.Module) -> Iterator[nn.Module]:
             yield from block.fields
         elif isinstance(block, ODEBlock) and isinstance(block.func, nn.Module):
             yield block.func
+
+
+def statistics_of(norms: list[_BatchNorm]) -> list[dict[str, Tensor]]:
+    """Copies of the norms' buffers, for `put_back`."""
+    return [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
 
 
 @torch.no_grad()

@@ -20,7 +20,6 @@ from resode.networks.resnet import (
     PreActBottleneck,
     PreActivationNet,
     check_sum,
-    group_of,
 )
 
 IMAGENET_BLOCKS: dict[int, tuple[type[Block], tuple[int, int, int, int]]] = {
@@ -89,16 +88,12 @@ class ImageNetResNet(PostActivationNet):
             make = partial(
                 Bottleneck, cardinality=cardinality, group_width=check_whole("group_width", group_width, 1)
             )
-        drops = style.drops(sum(counts))
         e, w = block.expansion, check_whole("width", width, 1)
         self.in_channels, self.gradient = check_whole("in_channels", in_channels, 1), style.gradient
         self.conv1, self.maxpool = make_stem(in_channels, w, style)
         self.bn1 = make_norm(style.norm, w)
         self.act = make_activation(style.activation)
-        self.layer1 = group_of(make, e, counts[0], w, w, 1, style, drops)
-        self.layer2 = group_of(make, e, counts[1], e * w, 2 * w, 2, style, drops)
-        self.layer3 = group_of(make, e, counts[2], e * 2 * w, 4 * w, 2, style, drops)
-        self.layer4 = group_of(make, e, counts[3], e * 4 * w, 8 * w, 2, style, drops)
+        self._make_groups(make, e, counts, (w, w, 2 * w, 4 * w, 8 * w), style)
         self.fc = nn.Linear(e * 8 * w, check_whole("num_classes", num_classes, 1))
 
 
@@ -136,14 +131,10 @@ class ImageNetPreActResNet(PreActivationNet):
         post, counts = _blocks(depth)
         check_sum(style)
         block = PreActBlock if post is BasicBlock else PreActBottleneck
-        drops = style.drops(sum(counts))
         e, w = block.expansion, check_whole("width", width, 1)
         self.in_channels, self.gradient = check_whole("in_channels", in_channels, 1), style.gradient
         self.conv1, self.maxpool = make_stem(in_channels, w, style)
-        self.layer1 = group_of(block, e, counts[0], w, w, 1, style, drops)
-        self.layer2 = group_of(block, e, counts[1], e * w, 2 * w, 2, style, drops)
-        self.layer3 = group_of(block, e, counts[2], e * 2 * w, 4 * w, 2, style, drops)
-        self.layer4 = group_of(block, e, counts[3], e * 4 * w, 8 * w, 2, style, drops)
+        self._make_groups(block, e, counts, (w, w, 2 * w, 4 * w, 8 * w), style)
         self.bn = make_norm(style.norm, e * 8 * w)
         self.act = make_activation(style.activation)
         self.fc = nn.Linear(e * 8 * w, check_whole("num_classes", num_classes, 1))

@@ -44,6 +44,8 @@ from resode.state_dicts import Checked
 class _Block(nn.Module):
     """A block that a subclass makes of convolutions, norms and a shortcut, first to last, and adds up."""
 
+    drop: nn.Module
+
     def branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """S(x) and F(x), the two addends."""
         raise NotImplementedError
@@ -56,7 +58,8 @@ class _Block(nn.Module):
     def cost(self, shape: Shape) -> Cost:
         """Parameters and multiply-adds for samples of this shape, by formula."""
         *residual, shortcut = self.children()
-        return chain(shape, *residual).beside(cost_of(shortcut, shape))
+        parts = [part for part in residual if part is not self.drop]
+        return chain(shape, *parts).beside(cost_of(shortcut, shape))
 
 
 class _PostActivation(_Block):
@@ -289,6 +292,17 @@ class _Grouped(Checked):
         groups = [part for name, part in parts.items() if name.startswith("layer")]
         return parts[pool], groups, parts[linear]
 
+    def _make_groups(
+        self, block: Any, expansion: int, counts: Sequence[int], widths: Sequence[int], style: Style
+    ) -> None:
+        """layer1 takes the first width, group l makes expansion times the next; all but the first halve."""
+        drops = style.drops(sum(counts))
+        channels = widths[0]
+        for number, (count, width) in enumerate(zip(counts, widths[1:], strict=True), 1):
+            group = group_of(block, expansion, count, channels, width, min(number, 2), style, drops)
+            setattr(self, f"layer{number}", group)
+            channels = expansion * width
+
 
 class PostActivationNet(_Grouped):
     """Convolution, norm and σ, groups of blocks, mean over pixels, linear."""
@@ -362,14 +376,11 @@ class CifarResNet(PostActivationNet):
         super().__init__()
         n = blocks_a_group(depth, 6, 2)
         block = PlainBlock if style.shortcut == "none" else BasicBlock
-        drops = style.drops(3 * n)
         self.in_channels, self.gradient = check_whole("in_channels", in_channels, 1), style.gradient
         self.conv1, self.pool = make_stem(in_channels, check_whole("width", width, 1), style)
         self.bn1 = make_norm(style.norm, width)
         self.act = make_activation(style.activation)
-        self.layer1 = group_of(block, block.expansion, n, width, width, 1, style, drops)
-        self.layer2 = group_of(block, block.expansion, n, width, 2 * width, 2, style, drops)
-        self.layer3 = group_of(block, block.expansion, n, 2 * width, 4 * width, 2, style, drops)
+        self._make_groups(block, block.expansion, [n] * 3, (width, width, 2 * width, 4 * width), style)
         self.linear = nn.Linear(4 * width, check_whole("num_classes", num_classes, 1))
 
 
@@ -407,17 +418,13 @@ class PreActResNet(PreActivationNet):
         n = check_whole("blocks", blocks, 1)
         check_sum(style)
         block = PreActBottleneck if bottleneck else PreActBlock
-        drops = style.drops(3 * n)
-        w0, w1, w2, w3 = (check_whole("width", w, 1) for w in widths)
-        c1, c2, c3 = (block.expansion * w for w in (w1, w2, w3))
+        w = [check_whole("width", w, 1) for w in widths]
         self.in_channels, self.gradient = check_whole("in_channels", in_channels, 1), style.gradient
-        self.conv1, self.pool = make_stem(in_channels, w0, style)
-        self.layer1 = group_of(block, block.expansion, n, w0, w1, 1, style, drops)
-        self.layer2 = group_of(block, block.expansion, n, c1, w2, 2, style, drops)
-        self.layer3 = group_of(block, block.expansion, n, c2, w3, 2, style, drops)
-        self.bn = make_norm(style.norm, c3)
+        self.conv1, self.pool = make_stem(in_channels, w[0], style)
+        self._make_groups(block, block.expansion, [n] * 3, w, style)
+        self.bn = make_norm(style.norm, block.expansion * w[3])
         self.act = make_activation(style.activation)
-        self.linear = nn.Linear(c3, check_whole("num_classes", num_classes, 1))
+        self.linear = nn.Linear(block.expansion * w[3], check_whole("num_classes", num_classes, 1))
 
 
 class HighwayNet(Checked):

@@ -276,28 +276,25 @@ def _configuration(name: str, runs: list[ComparedRun], parameters: int | None) -
         return Configuration(name, tuple(runs), parameters, (), 0)
     last = min(run.epochs for run in counted) - 1
 
-    def spread(column: str) -> Spread:
-        values = [run.metrics[column][last] for run in counted]
+    def spread(values: Iterable[float]) -> Spread:
+        values = list(values)
         return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
-    def error(split: str) -> Spread:
-        accuracy = spread(f"{split}_accuracy")
-        return Spread(1 - accuracy.mean, accuracy.std)
+    def at_end(column: str) -> list[float]:
+        return [run.metrics[column][last] for run in counted]
 
-    rates = [statistics.harmonic_mean(run.metrics["images_per_second"][: last + 1]) for run in counted]
+    rates = (statistics.harmonic_mean(run.metrics["images_per_second"][: last + 1]) for run in counted)
     return Configuration(
         name,
         tuple(runs),
         parameters,
         tuple(counted),
         last + 1,
-        test_error=error("test"),
-        train_error=error("train"),
-        seconds=spread("seconds"),
-        images_per_second=Spread(
-            statistics.fmean(rates), statistics.stdev(rates) if len(rates) > 1 else None
-        ),
-        nfe=spread("nfe"),
+        test_error=spread(1 - share for share in at_end("test_accuracy")),
+        train_error=spread(1 - share for share in at_end("train_accuracy")),
+        seconds=spread(at_end("seconds")),
+        images_per_second=spread(rates),
+        nfe=spread(at_end("nfe")),
     )
 
 

@@ -6,13 +6,12 @@ import copy
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from resode.analysis.depth.depth_step import depth_step
 from resode.analysis.diagnose.diagnose import diagnose, too_fast
 from resode.analysis.diagnose.findings import Finding
+from resode.blocks.statistics import measure_statistics, tracked_norms
 from resode.checks import checked
 
 SAMPLES = 8
@@ -53,7 +52,8 @@ def why_diverged(
     network.load_state_dict({name: value.cpu() for name, value in state.items()})
     x, y = images[:SAMPLES].detach().cpu().float(), labels[:SAMPLES].cpu()
     try:
-        _settle(network, images.detach().cpu().float())
+        if tracked_norms(network):  # training normalises by the batch's own statistics
+            measure_statistics(network, [images.detach().cpu().float()])
         found = diagnose(network, x, y, lr=lr, solvers=())
     except (ValueError, TypeError, RuntimeError, ArithmeticError):
         return None  # it takes other inputs, or cannot be differentiated
@@ -71,17 +71,3 @@ def _with_depth_step(f: Finding, network: nn.Module, x: Tensor) -> Finding:
         return f
     said = f"{f.advice} With every branch times {eta:.2g} the depth's gain is 10 (resode.depth_step)."
     return replace(f, advice=said, evidence=f.evidence | {"depth_step": eta})
-
-
-@torch.no_grad()
-def _settle(network: nn.Module, x: Tensor) -> None:
-    """Batch norm's statistics of these images: training normalises by the batch's own."""
-    norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    if norms:
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None
-        network.eval()
-        for norm in norms:
-            norm.train()
-        network(x)

@@ -226,9 +226,7 @@ def _stability(network: nn.Module, x: torch.Tensor) -> str:
             f"<p>States of up to {max(sizes, default=0):,} entries: all of their eigenvalues are not "
             "computed here. The limits below rest on the outermost ones.</p>"
         )
-    names = list(
-        dict.fromkeys([*(s.solver for s in network.modules() if isinstance(s, ResidualStack)), "rk4"])
-    )
+    names = dict.fromkeys([*(stack.solver for stack in stacks_of(network)), "rk4"])
     methods = [name for name in names if name in METHODS]
     groups = list(block_limits(network, x, methods))
     columns, _ = groups[0].table()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from resode.analysis.depth.gradients import block_products, increment_products
 from resode.analysis.depth.tracing import Addition
 from resode.blocks import ResidualStack
+from resode.blocks.solving import with_step
 from resode.jacobian.lanczos import random_start, singular_values
 from resode.jacobian.products import Combination, rows
 from resode.jacobian.spectrum import SpectrumOptions, formed, matrix_spectrum, spectrum
@@ -55,7 +56,7 @@ def block_spectrum(
         result.values["converged"] = False
         result.notes.append(f"singular values not measured: {str(error).splitlines()[0]}")
     if a.keeps_shape:
-        _eigenvalues(a, batch, increment, _OwnField.of(a, model, place), tableau, result)
+        _eigenvalues(a, batch, increment, _own_field(a, model, place), tableau, result)
     else:
         result.notes.append("changes shape: no eigenvalues")
     return result
@@ -90,31 +91,23 @@ def _block_matrix(a: Addition, batch: int, increment: Tensor) -> Tensor:
     return formed(block_products(a, batch), rows(a.x, batch), increment.shape[1])
 
 
-@dataclass
-class _OwnField:
-    """F of a block of a `ResidualStack` that a solver evaluates more than once a step, and its step."""
-
-    field: nn.Module
-    step: float
-
-    @staticmethod
-    def of(a: Addition, model: nn.Module, place: int) -> _OwnField | None:
-        """The field behind an addition, where that is no Euler step of it."""
-        stack = model.get_submodule(a.module)
-        if not isinstance(stack, ResidualStack) or stack.weights != "constant" or stack.solver == "euler":
-            return None
-        block = place // stack.substeps
-        if block >= stack.depth or a.kind != "identity":
-            return None
-        eta = stack.step_size if stack.step_sizes is None else float(stack.step_sizes[block].detach())
-        return _OwnField(stack.field(block), eta / stack.substeps)
+def _own_field(a: Addition, model: nn.Module, place: int) -> tuple[nn.Module, float] | None:
+    """F of a stack's block that is no Euler step, and its solver's step; None for other additions."""
+    stack = model.get_submodule(a.module)
+    if not isinstance(stack, ResidualStack) or stack.weights != "constant" or stack.solver == "euler":
+        return None
+    block = place // stack.substeps
+    if block >= stack.depth or a.kind != "identity":
+        return None
+    field, eta = with_step(stack, block, a.x)
+    return field, eta / stack.substeps
 
 
 def _eigenvalues(
     a: Addition,
     batch: int,
     increment: Tensor | None,
-    own: _OwnField | None,
+    own: tuple[nn.Module, float] | None,
     tableau: ButcherTableau,
     result: BlockSpectrum,
 ) -> None:
@@ -122,7 +115,8 @@ def _eigenvalues(
     eta, flat = a.step_size, rows(a.x, batch)
     options = SpectrumOptions(check=False)
     if own is not None:
-        eta, found = own.step, spectrum(own.field, a.x, options, [tableau])
+        field, eta = own
+        found = spectrum(field, a.x, options, [tableau])
     elif a.kind != "identity":
         if increment is not None:
             one = torch.eye(flat.shape[1], dtype=flat.dtype, device=flat.device)

@@ -18,6 +18,7 @@ from resode.analysis.depth.losses import LossFunction, sample_losses
 from resode.analysis.depth.tracing import Addition
 from resode.blocks import ResidualStack
 from resode.blocks.frozen import FrozenStatistics, moving_norms
+from resode.blocks.solving import with_step
 from resode.calls import hooked
 from resode.checks import checked
 from resode.jacobian.krylov import KrylovSchur
@@ -286,23 +287,22 @@ def product_norm(
         >>> round(float(found.norm), 3), f"{float(found.plain):.1e}"  # 1.05^100 and 0.05^100
         (131.501, '7.9e-131')
     """
-    etas = [step_size] * len(fields) if not isinstance(fields, ResidualStack) else []
     if isinstance(fields, ResidualStack):
         if fields.solver != "euler" or fields.substeps != 1 or fields.weights != "constant":
             raise ValueError(
                 "a product of I + ηJ belongs to Euler steps with one field a block: set solver='euler' and "
                 f"substeps=1, got {fields.solver}, {fields.substeps}, weights={fields.weights!r}."
             )
-        sizes = fields.step_sizes
-        etas = [fields.step_size] * fields.depth if sizes is None else sizes.detach().tolist()
-        fields = [fields.field(i) for i in range(fields.depth)]
     if not len(fields):
         raise ValueError("fields must hold at least one block.")
     products: list[JacobianProducts] = []
+    etas: list[float] = []
     state = x.detach()
-    for f, eta in zip(fields, etas, strict=True):
+    for i in range(len(fields)):
+        f, eta = with_step(fields, i, state) if isinstance(fields, ResidualStack) else (fields[i], step_size)
         check_field(f, state)
         products.append(JacobianProducts(f, state))
+        etas.append(eta)
         state = (state + eta * products[-1].value.reshape(state.shape)).detach()
 
     def through(v: Tensor, shortcut: float, *, transposed: bool) -> Tensor:

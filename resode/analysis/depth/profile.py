@@ -37,7 +37,7 @@ from resode.jacobian.spectrum import SpectrumOptions, formed
 from resode.progress import Progress
 from resode.results import Tabled
 from resode.tableaus import ButcherTableau, get_tableau
-from resode.tables import plain_table, short
+from resode.tables import listed, plain_table, short
 
 NAN = math.nan
 
@@ -229,15 +229,11 @@ class DepthProfile(Tabled):
         ]
         lines += [f"{name}: no residual block, since {why}" for name, why in self.refused]
         if self.outside:
-            lines.append(f"weights outside every addition: {_listed(self.outside)}")
+            lines.append(f"weights outside every addition: {listed(self.outside)}")
         return lines
 
     def __str__(self) -> str:
         return "\n".join([*plain_table(*self.table(), words=2), *self.remarks()])
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 @checked
@@ -382,7 +378,7 @@ def _check_finite(model: nn.Module, traced: Trace) -> None:
     if where:
         state = itertools.chain(model.named_parameters(), model.named_buffers())
         names = [name for name, t in state if not finite(t)]
-        of = f"; not finite are {_listed(names)}" if names else "; all weights are finite"
+        of = f"; not finite are {listed(names)}" if names else "; all weights are finite"
         raise ValueError(f"a profile needs finite numbers, and {where}, the first place in the network{of}.")
 
 

@@ -17,12 +17,12 @@ from resode.analysis.curvature import max_learning_rate
 from resode.analysis.depth.losses import LossFunction, batch_of, is_loader, part, sample_losses
 from resode.analysis.depth.tracing import tensors_in
 from resode.analysis.diagnose.findings import THRESHOLDS, WHOLE, Finding, block_scores, findings
-from resode.analysis.diagnose.forecast import Forecast, forecast
+from resode.analysis.diagnose.forecast import forecast
 from resode.analysis.diagnose.measures import SAMPLES, Measures, measure
 from resode.analysis.diagnose.page import Diagnosis, DiagnosisRow, Training, Whole
 from resode.analysis.diagnose.solver import solver_findings
-from resode.blocks import ResidualStack
 from resode.blocks.frozen import FrozenStatistics
+from resode.blocks.solving import stacks_of
 from resode.checks import checked
 from resode.modes import evaluating
 from resode.progress import Progress
@@ -108,7 +108,8 @@ def diagnose(
             found = _with_solver(found, solver_findings(model, some, m))
         finite = m.non_finite is None and m.solver_error is None
         say("forecasts of a swap")
-        swap = _forecasts(model, x, solvers) if finite else {}
+        known = solvers if finite and stacks_of(model) else []
+        swap = {name: forecast(model, x, name) for name in known}
     training = None
     if lr is not None and target is not None and finite:
         training = _training(model, some, part(target, 0, min(SAMPLES, samples), samples), loss_fn, float(lr))
@@ -122,7 +123,7 @@ def diagnose(
         training=training,
         rows=_rows(m, found),
         samples=samples,
-        solver=", ".join(dict.fromkeys(s.solver for s in model.modules() if isinstance(s, ResidualStack))),
+        solver=", ".join(dict.fromkeys(stack.solver for stack in stacks_of(model))),
         layers=len(m.layers),
         notes=tuple(notes + m.notes),
     )
@@ -162,12 +163,6 @@ def _with_solver(found: list[Finding], solver: list[Finding]) -> list[Finding]:
         return found or solver
     explained = {"strong-block", "explosion", "collapse", "vanishing"}
     return known + [f for f in found if f.cause not in explained]
-
-
-def _forecasts(model: nn.Module, x: Any, solvers: Sequence[str]) -> dict[str, Forecast]:
-    if not any(isinstance(module, ResidualStack) for module in model.modules()):
-        return {}
-    return {name: forecast(model, x, name) for name in solvers}
 
 
 def _training(model: nn.Module, x: Any, target: Any, loss_fn: Any, lr: float) -> Training:

@@ -703,7 +703,7 @@ def _gain_of_whole(m: Measures, t: Thresholds) -> list[Finding]:
             Finding(
                 WHOLE,
                 "vanishing",
-                f"{depth} blocks leave at most {sigma:.3g} of a perturbation, and so of the gradient.",
+                f"{depth} blocks leave about {sigma:.3g} of a perturbation at most, and so of the gradient.",
                 (
                     f"Their shortcuts are {statistics.median(factors):.3g}·x: make them x, and train on."
                     if scaled

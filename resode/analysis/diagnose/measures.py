@@ -28,10 +28,12 @@ from resode.analysis.depth.gradients import block_products, split_gradient
 from resode.analysis.depth.losses import LossFunction, batch_of, part, parts, prediction, sample_losses
 from resode.analysis.depth.tracing import Addition, Trace, trace
 from resode.blocks import ODEBlock, ResidualStack
-from resode.calls import call, mapped, tensors_in, within
+from resode.blocks.solving import block_name
+from resode.calls import call, hooked, mapped, tensors_in, within
 from resode.jacobian.places import Place, gradients_at
 from resode.jacobian.products import JacobianProducts, rows
 from resode.solve import SolverError
+from resode.tables import listed
 
 NAN = math.nan
 
@@ -318,9 +320,8 @@ def _unrun(model: nn.Module, watcher: _Watcher) -> str | None:
             idle, of = idle + missing, of + len(members)
     if not idle:
         return None
-    more = f" and {len(idle) - 8} more" if len(idle) > 8 else ""
     return (
-        f"No sample reached {', '.join(idle[:8])}{more}, of {of} modules in the same lists: nothing is known "
+        f"No sample reached {listed(idle)}, of {of} modules in the same lists: nothing is known "
         "of them, and no gradient trains them. An expert that stays so under many samples is dead."
     )
 
@@ -368,7 +369,6 @@ class _Watcher:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.names = {module: name for name, module in model.named_modules()}
         self.sums: dict[str, list[Tensor]] = {}
         self.dead: dict[str, list[float]] = {}
         self.before: dict[str, str] = {}
@@ -388,12 +388,9 @@ class _Watcher:
         """Entries of activations a sample."""
         entries = sum(t.numel() for t in tensors_in(x)) // samples
         size = max(1, min(32, 2**22 // max(1, entries)))
-        hooks = []
-        for module in self.names:
-            hooks.append(module.register_forward_pre_hook(self._enter))
-            hooks.append(module.register_forward_hook(self._leave))
+        watched = hooked(dict(self.model.named_modules()), self._enter, self._leave)
         try:
-            with torch.inference_mode(False), torch.no_grad():
+            with watched, torch.inference_mode(False), torch.no_grad():
                 for some, _, self.count in parts(x, None, size):
                     self.activations = 0
                     self.leaves.clear()
@@ -407,28 +404,25 @@ class _Watcher:
         except (ValueError, RuntimeError):
             if self.non_finite is None:  # which solvers and others refuse
                 raise
-        finally:
-            for hook in hooks:
-                hook.remove()
         return self.activations // max(1, self.count)
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        self.running.append(self.names[module])
+    def _enter(self, name: str, args: Any, kwargs: Any) -> None:
+        self.running.append(name)
+        module = self.model.get_submodule(name)
         if isinstance(module, _BatchNorm) and module.running_var is not None and args:
             if module not in self.met:  # a solver's later stages meet other states than the block
                 self.met.add(module)
-                self._add_statistics(module, args[0])
+                self._add_statistics(name, args[0])
 
-    def _add_statistics(self, norm: _BatchNorm, x: Tensor) -> None:
+    def _add_statistics(self, name: str, x: Tensor) -> None:
         values = x.detach().transpose(0, 1).reshape(x.shape[1], -1).double() if x.ndim > 1 else x[:, None]
         sums = [torch.full_like(values[:, 0], values.shape[1]), values.sum(1), values.square().sum(1)]
-        before = self.sums.get(self.names[norm])
-        self.sums[self.names[norm]] = (
-            sums if before is None else [a + b for a, b in zip(before, sums, strict=True)]
-        )
+        before = self.sums.get(name, [0.0] * 3)
+        self.sums[name] = [a + b for a, b in zip(before, sums, strict=True)]
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        name = self.running.pop()
+    def _leave(self, name: str, args: Any, kwargs: Any, output: Any) -> None:
+        self.running.pop()
+        module = self.model.get_submodule(name)
         self.order.setdefault(name, len(self.order))
         self.calls[name] += 1
         y = next(tensors_in(output), None)
@@ -628,9 +622,7 @@ def block_names(model: nn.Module, traced: Trace) -> list[str]:
     Where a module adds the branches of many in a loop, each addition is its branch's.
     """
     places: dict[str, int] = {}
-    totals: dict[str, int] = {}
-    for a in traced.additions:
-        totals[a.module] = totals.get(a.module, 0) + 1
+    totals = Counter(a.module for a in traced.additions)
     names = []
     for a in traced.additions:
         place = places[a.module] = places.get(a.module, -1) + 1
@@ -638,7 +630,7 @@ def block_names(model: nn.Module, traced: Trace) -> list[str]:
         name = a.module
         if isinstance(module, ResidualStack) and not module.shared and totals[a.module] % module.depth == 0:
             each = totals[a.module] // module.depth
-            name = f"{a.module}.fields.{place // each}".removeprefix(".")
+            name = block_name(a.module, module, place // each)
         elif totals[a.module] > _OWN and not isinstance(module, _SOLVING) and a.branch:
             name = a.branch
         names.append(name or (a.branch or a.name))

@@ -154,7 +154,7 @@ class Diagnosis(Tabled):
             return "no residual block adds a branch to the state that it starts from."
         low, high = w.usual
         return (
-            f"gain {short(w.gain)}, at most {short(w.sigma)} (usual {low:g} to {high:g}); ‖x_L‖/‖x_0‖ "
+            f"gain {short(w.gain)}, worst ≥ {short(w.sigma)} (usual {low:g} to {high:g}); ‖x_L‖/‖x_0‖ "
             f"{short(w.state_growth)}."
         )
 

@@ -19,7 +19,7 @@ from resode.analysis.diagnose.findings import Finding
 from resode.analysis.diagnose.measures import MANY, Measures
 from resode.analysis.steps.limit import max_stable_step
 from resode.blocks import ODEBlock, ResidualStack
-from resode.blocks.solving import block_name
+from resode.blocks.solving import block_name, with_step
 from resode.calls import call, hooked
 from resode.solve import SolverError
 
@@ -97,8 +97,8 @@ def _gain(phi: Field, x: Tensor, generator: torch.Generator) -> tuple[Tensor, fl
 
 
 def _overstep(name: str, stack: ResidualStack, i: int, x: Tensor, gain: float, finer: float) -> Finding:
-    block, h = block_name(name, stack, i), _eta(stack, i) / stack.substeps
-    eigenvalue = fastest_mode(stack.field(i), x)
+    field, eta = with_step(stack, i, x)
+    block, h, eigenvalue = block_name(name, stack, i), eta / stack.substeps, fastest_mode(field, x)
     if not eigenvalue < 0:
         substeps = _FINER * stack.substeps
         return Finding(
@@ -123,11 +123,6 @@ def _overstep(name: str, stack: ResidualStack, i: int, x: Tensor, gain: float, f
         "method with a larger stability region.",
         numbers | {"substeps": float(times * stack.substeps)},
     )
-
-
-def _eta(stack: ResidualStack, i: int) -> float:
-    """The length of a block, the longest where each channel has its own."""
-    return stack.step_size if stack.step_sizes is None else float(stack.step_sizes[i].detach().abs().max())
 
 
 def fastest_mode(field: Field, x: Tensor) -> float:
@@ -162,7 +157,7 @@ def _stiff(name: str, module: Any, x: Tensor, m: Measures) -> tuple[float, Findi
     if not failed and max(calls) <= MANY:
         return None
     index = calls.index(max(calls)) if calls else 0
-    field, span = _field_of(module, index)
+    field, span = _field_of(module, index, x)
     eigenvalue = fastest_mode(field, x)
     block = (
         block_name(name, module, index) if isinstance(module, ResidualStack) else name
@@ -209,10 +204,10 @@ def stiff_advice(stiffness: float) -> str:
     )
 
 
-def _field_of(module: Any, index: int) -> tuple[Field, float]:
+def _field_of(module: Any, index: int, x: Tensor) -> tuple[Field, float]:
     """F of a block, of the state alone, and the depth time that it takes."""
     if isinstance(module, ResidualStack):
-        return module.field(index), _eta(module, index)
+        return with_step(module, index, x)
     start, end = module.t
     func = copy.deepcopy(module.func)
     func = func.double() if isinstance(func, nn.Module) else func

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from resode.blocks import ResidualStack
-from resode.blocks.solving import named_stacks
+from resode.blocks.solving import named_stacks, with_step
 from resode.calls import ModuleCall, recorded, tensors_in, within
 from resode.jacobian.products import full_precision
 from resode.modes import evaluating
@@ -27,7 +27,8 @@ class BlockGroup:
         name: the stack's, or the first block's, name in the network.
         method: its own; Euler's for a block x + F(x) that is no `ResidualStack`'s.
         steps: the length h of a solver step in each block: η over the substeps.
-        fields: F of every block; where its η is learned for each channel, or negative, times η or −1.
+        fields: F of every block, of a field of (t, x) at the block's start; where its η is learned for each
+            channel, or negative, times η or −1.
         states: the states before each block, shape (samples, *state).
     """
 
@@ -72,21 +73,6 @@ class Increment(nn.Module):
         return next(tensors_in(self.call.again(x))) - x
 
 
-class Scaled(nn.Module):
-    """Every channel of F, dimension 1, times its factor (or the one factor): learned steps of either sign."""
-
-    factors: Tensor
-
-    def __init__(self, field: nn.Module, factors: Tensor) -> None:
-        super().__init__()
-        self.field = field
-        self.register_buffer("factors", factors)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """F(x) times the factors."""
-        return self.field(x) * self.factors.to(x.dtype).reshape(-1, *(1,) * (x.ndim - 2))
-
-
 def block_groups(network: nn.Module, images: Tensor, blocks: str | None = None) -> list[BlockGroup]:
     """The blocks of any network, with the states that images reach before each of them.
 
@@ -116,22 +102,11 @@ def block_groups(network: nn.Module, images: Tensor, blocks: str | None = None) 
         for call in calls:
             stack, x = call.module, call.x
             assert isinstance(stack, ResidualStack) and x is not None
-            pairs = [_with_step(stack, i) for i in range(stack.depth)]
             _, path = stack(x, return_path=True)
+            pairs = [with_step(stack, i, path[i]) for i in range(stack.depth)]
             fields, steps = [field for field, _ in pairs], [eta / stack.substeps for _, eta in pairs]
             found.append(BlockGroup(call.name, stack.tableau, steps, fields, list(path[:-1])))
         return found
-
-
-def _with_step(stack: ResidualStack, index: int) -> tuple[nn.Module, float]:
-    """A block's field and its η ≥ 0; factors that a step has beside its length go to the field."""
-    field = stack.field(index)
-    if stack.step_sizes is None:
-        return field, stack.step_size
-    eta = stack.step_sizes[index].detach()
-    if eta.ndim:
-        return Scaled(field, eta.clone()), 1.0
-    return (field, eta.item()) if eta >= 0 else (Scaled(field, torch.full((1,), -1.0).to(eta)), -eta.item())
 
 
 def _blocks_of(network: nn.Module, images: Tensor, pattern: str | None) -> list[BlockGroup]:

@@ -22,6 +22,7 @@ from resode.blocks.stack import solver_method
 from resode.calls import ModuleCall, call, matching, recorded, tensors_in, within
 from resode.checks import checked
 from resode.modes import evaluating
+from resode.tables import listed
 
 _KINDS = {
     "projection": "its shortcut is a projection, so it leads to another state space; it stays as it is",
@@ -208,10 +209,9 @@ def _converted(model: nn.Module, x: Any, blocks: Any, joined: bool) -> Converted
 def _nothing(refused: list[Refusal], solving: Mapping[str, nn.Module]) -> str:
     whole = "Modules that keep the state's shape can be taken whole, as x + (M(x) − x), with blocks=."
     if solving:
-        shown = ", ".join(_steps_of(name, module) for name, module in list(solving.items())[:8])
-        more = f" and {len(solving) - 8} more" if len(solving) > 8 else ""
+        shown = listed([_steps_of(name, module) for name, module in solving.items()])
         done = (
-            f"nothing is left to convert: residual blocks are a solver's steps already, in {shown}{more}. "
+            f"nothing is left to convert: residual blocks are a solver's steps already, in {shown}. "
             'Set the solver there (stack.solver = "rk4"), or ask resode.swap_report what that does.'
         )
         return "\n".join([done, *_grouped(refused)])

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from resode.analysis.swap.bseries import Tree, modified_coefficient, symmetry, trees
 from resode.blocks import ResidualStack
-from resode.blocks.solving import block_name, named_stacks, other_solver
+from resode.blocks.solving import block_name, field_at_start, named_stacks, other_solver
 from resode.calls import hooked
 from resode.checks import check_whole, checked, warn_user
 from resode.jacobian.linearize import check_field
@@ -130,24 +130,6 @@ class ModifiedField:
                     "modified_field(stack).flow(x) with stack(x), or use a smooth activation (tanh, GELU)."
                 )
         self._checked.add(index)
-
-
-class _AtTime(nn.Module):
-    """A field F(t, x) at one time."""
-
-    def __init__(self, field: nn.Module, t: Tensor) -> None:
-        super().__init__()
-        self.field, self.t = field, t
-
-    def forward(self, x: Tensor) -> Tensor:
-        """F(x) at that time."""
-        return self.field(self.t, x)
-
-
-def field_at_start(stack: ResidualStack, index: int, x: Tensor) -> nn.Module:
-    """Block `index`'s F(x); of an F(t, x) that at the block's start."""
-    field = stack.field(index)
-    return _AtTime(field, stack._time(index, 0.0, 0.0, x)) if stack._is_timed(index) else field
 
 
 def _field_of(stack: ResidualStack, index: int) -> Callable[[Any, Tensor], Tensor]:

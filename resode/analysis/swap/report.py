@@ -16,7 +16,7 @@ from resode.analysis.diagnose.forecast import INPUTS, drift, forecast, verdict
 from resode.analysis.swap.modified import BlockDistance, block_distances
 from resode.blocks import ResidualStack
 from resode.blocks.solving import other_solver, stacks_of
-from resode.blocks.statistics import measure_statistics, put_back, tracked_norms
+from resode.blocks.statistics import measure_statistics, put_back, statistics_of, tracked_norms
 from resode.checks import checked
 from resode.modes import evaluating
 from resode.progress import Progress
@@ -372,10 +372,6 @@ def _first(batches: Batches, what: str) -> Tensor:
     raise ValueError(f"{what} gave no batches; it must hold at least one (inputs, labels).")
 
 
-def _statistics(norms: Iterable[nn.Module]) -> list[dict[str, Tensor]]:
-    return [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
-
-
 def _accuracy(logits: Tensor, labels: Tensor) -> float:
     return float((logits.argmax(1) == labels).double().mean())
 
@@ -447,7 +443,7 @@ class _Swap:
         network as trained, by a margin. No label is asked.
         """
         norms = tracked_norms(self.model)
-        own = _statistics(norms)
+        own = statistics_of(norms)
         once = all(len(stack.tableau.b) == 1 and stack.substeps == 1 for stack in self.stacks)
         ways = (False,) if as_trained or once else (False, True)  # once: a block call evaluates F once
         kept: tuple[float, list[dict[str, Tensor]]] | None = None
@@ -458,7 +454,7 @@ class _Swap:
                 if len(ways) > 1:
                     moved = drift(self._outputs(), self.before)
                     if kept is None or moved < kept[0] * (1 - _NEARER):
-                        kept = moved, _statistics(norms)
+                        kept = moved, statistics_of(norms)
             if kept is not None:
                 put_back(norms, kept[1])
             yield

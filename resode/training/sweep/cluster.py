@@ -23,16 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from resode.training.files import RunError, unusable
-from resode.training.sweep.worker import Outcome, Task, run_task
+from resode.training.sweep.worker import STOPPING, Outcome, Task, run_task
 
 ANSWERING = 10.0
 """Seconds that an address has to take a connection."""
 
 JOINING = 60.0
 """Seconds that what took it has to show that it is a Ray cluster."""
-
-STOPPING = 60.0
-"""Seconds that runs have to save where they are when the sweep is asked to stop."""
 
 MARK = ".sweep.ray"
 """By this file's words a worker knows whether the folder that it sees is the sweep's."""

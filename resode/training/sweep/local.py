@@ -15,11 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from resode.training.files import RunError
-from resode.training.sweep.worker import Outcome, Task
-
-STOPPING = 60.0
-"""Seconds that runs have to save where they are when the sweep is asked to stop."""
-
+from resode.training.sweep.worker import STOPPING, Outcome, Task
 
 _PROGRAM = "import sys; from resode.training.sweep.worker import serve; serve(*map(int, sys.argv[1:]))"
 

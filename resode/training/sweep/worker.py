@@ -25,6 +25,9 @@ from resode.training.run import train
 PATIENCE = 10.0
 """Seconds that a run waits for its folder: a process that was killed may still be at it for a moment."""
 
+STOPPING = 60.0
+"""Seconds that runs have to save where they are when the sweep is asked to stop."""
+
 
 @dataclass(frozen=True)
 class Task:
