@@ -290,7 +290,8 @@ def figure_row(name: str, make, **arguments) -> None:
     @row(f"resode.plots.{name}")
     def _(v: Variant) -> Case:
         """It can be drawn."""
-        return Case({**arguments, **make()}, drawn)
+        with torch.inference_mode(False), torch.enable_grad():  # what is drawn, not how it is found
+            return Case({**arguments, **make()}, drawn)
 
 
 def profile():

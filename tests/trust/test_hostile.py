@@ -118,6 +118,20 @@ def test_dtypes_that_torch_has_no_operation_for():
         triangle(torch.eye(2, dtype=torch.float16))
 
 
+def test_losses_are_real():
+    """½ z² of complex z would be no size of it."""
+    layers = [nn.Linear(2, 2, dtype=torch.complex64)]
+    x = torch.ones(3, 2, dtype=torch.complex64)
+    with pytest.raises(TypeError, match="pass loss_fn="):
+        resode.analysis.loss_gradient_norms(nn.Sequential(*layers), layers, x)
+    with pytest.raises(TypeError, match="loss_fn gave"):
+        resode.analysis.loss_gradient_norms(
+            nn.Sequential(*layers), layers, x, torch.ones(3), loss_fn=lambda y, t: y.sum()
+        )
+    with pytest.raises(TypeError, match="logits must be real"):
+        resode.shortcuts.doubly_stochastic(x[:2])
+
+
 @pytest.mark.parametrize("ask", [resode.profile_depth, resode.max_learning_rate])
 def test_inference_mode_is_named_where_gradients_are_needed(ask):
     with torch.inference_mode():
