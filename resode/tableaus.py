@@ -109,20 +109,7 @@ class ButcherTableau:
     recurrence_sum: tuple[float, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str):
-            raise TypeError(f"a tableau's name must be text, got {described(self.name)}.")
-        for part in ("b", "c", "b_error"):
-            given = getattr(self, part)
-            _check_numbers(self.name, part, () if given is None and part == "b_error" else given)
-        for part in ("a", "interpolant", "dense_a"):
-            given: Any = getattr(self, part)
-            given = () if given is None and part != "a" else given
-            if not _is_sequence(given):
-                raise TypeError(
-                    f"tableau {self.name!r}: {part} must be rows of numbers, got {described(given)}."
-                )
-            for i, row in enumerate(given):
-                _check_numbers(self.name, f"row {i} of {part}", row)
+        _check_types(self)
         stages = len(self.b)
         further = 0 if self.dense_a is None else 1 + len(self.dense_a)
         shapes = {
@@ -193,20 +180,33 @@ class ButcherTableau:
         return power
 
 
-def _is_sequence(value: Any) -> bool:
-    return (
-        hasattr(value, "__len__")
-        and hasattr(value, "__getitem__")
-        and not isinstance(value, str | bytes | dict)
-    )
+def _check_types(t: ButcherTableau) -> None:
+    """Refuse coefficients that are no numbers: a sum of them would fail without a word, or pass with nan."""
+    if not isinstance(t.name, str):
+        raise TypeError(f"a tableau's name must be text, got {described(t.name)}.")
+    for part in ("stages", "explicit", "fsal"):
+        if not isinstance(given := getattr(t, part), int | None):
+            raise TypeError(f"tableau {t.name!r}: {part} must be a number or None, got {described(given)}.")
+    for part in ("b", "c", "b_error", "recurrence_weights"):
+        given = getattr(t, part)
+        if given is not None or part in ("b", "c"):
+            _check_numbers(t.name, part, given)
+    for part in ("a", "interpolant", "dense_a", "recurrence"):
+        given = getattr(t, part)
+        if given is None and part != "a":
+            continue
+        if not isinstance(given, tuple | list):
+            raise TypeError(f"tableau {t.name!r}: {part} must be a tuple of rows, got {described(given)}.")
+        for i, row in enumerate(given):
+            _check_numbers(t.name, f"row {i} of {part}", row)
 
 
 def _check_numbers(name: str, part: str, values: Any) -> None:
-    """Refuse coefficients that are none: a sum of them would fail without a word, or pass with nan."""
-    odd = [x for x in values if not isinstance(x, Real)] if _is_sequence(values) else [values]
+    whole = isinstance(values, tuple | list)
+    odd = [x for x in values if not isinstance(x, Real)] if whole else [values]
     if odd:
         raise TypeError(
-            f"tableau {name!r}: {part} must hold fractions or floats alone, got {described(odd[0])}."
+            f"tableau {name!r}: {part} must be a tuple of fractions or floats alone, got {described(odd[0])}."
         )
     if bad := [x for x in values if not isfinite(x)]:
         raise ValueError(f"tableau {name!r}: every coefficient must be finite, and {part} holds {bad[0]}.")

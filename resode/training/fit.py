@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-from resode.checks import check_whole, checked, one_of
+from resode.checks import check_number, check_whole, checked, described, one_of
 
 __all__ = ["fit"]
 
@@ -51,8 +51,9 @@ def fit(
 
     Raises:
         TypeError: complex targets; parameters in float16.
-        ValueError: an unknown method, steps or batch_size below 1, a negative seed, another number of targets
-            than of samples, "lbfgs" with batches or weight decay, or a model without parameters to fit.
+        ValueError: an unknown method, steps or batch_size below 1, a negative seed or weight decay, a rate that
+            is not positive, another number of targets than of samples, a loss that is no scalar, "lbfgs" with
+            batches or weight decay, or a model without parameters to fit.
 
     Source:
         Loshchilov & Hutter (2019), arXiv:1711.05101; Nocedal & Wright, Numerical Optimization, 7.2.
@@ -68,8 +69,13 @@ def fit(
     check_whole("steps", steps, 1)
     check_whole("batch_size", 1 if batch_size is None else batch_size, 1)
     check_whole("seed", seed, 0)
+    check_number("weight_decay", weight_decay, least=0)
+    if learning_rate is not None:
+        check_number("learning_rate", learning_rate, above=0)
     if target.is_complex():
         raise TypeError(f"target must be classes or real numbers, got {target.dtype}: give both parts.")
+    if not x.ndim or not target.ndim:
+        raise ValueError("x and target must have a dimension of samples: give x[None] for a single one.")
     if len(x) != len(target) or not len(x):
         raise ValueError(f"every sample needs its target: got {len(x)} samples and {len(target)} targets.")
     if method == "lbfgs" and (batch_size is not None or weight_decay):
@@ -90,6 +96,8 @@ def fit(
         def closure(inputs: Tensor = inputs, wanted: Tensor = wanted) -> Tensor:
             optimizer.zero_grad()
             loss = measure(model(inputs), wanted)
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                raise ValueError(f"loss_fn must give the mean over samples, a scalar: got {described(loss)}.")
             loss.backward()
             return loss
 

@@ -15,17 +15,28 @@ from resode.training.fit import fit
 HEUN = {"name": "heun", "a": ((0, 0), (1, 0)), "b": (0.5, 0.5), "c": (0, 1)}
 
 
-@pytest.mark.parametrize("part", ["a", "b", "c", "b_error", "interpolant", "dense_a"])
+@pytest.mark.parametrize("part", ["stages", "explicit", "fsal"])
+def test_what_is_derived_is_compared_with_numbers(part):
+    for wrong in (torch.ones(2), "2", 0.5):
+        with pytest.raises(TypeError, match=rf"'heun'.*{part}"):
+            ButcherTableau(**{**HEUN, part: wrong})
+
+
+PARTS = ["a", "b", "c", "b_error", "interpolant", "dense_a", "recurrence", "recurrence_weights"]
+
+
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, "1", None, 1j, [1]])
 def test_coefficients_are_finite_real_numbers(part, bad):
     """Also nan, which differs from no sum by more than a tolerance."""
-    rows = part in ("a", "interpolant", "dense_a")
+    rows = part in ("a", "interpolant", "dense_a", "recurrence")
     given = ((bad, 0), (1, 0)) if rows else (bad, 1)
     finite = bad in (math.inf,) or bad != bad
     with pytest.raises(ValueError if finite else TypeError, match=rf"'heun'.*{part}"):
         ButcherTableau(**{**HEUN, part: given})
-    with pytest.raises(TypeError):
-        ButcherTableau(**{**HEUN, part: 3})
+    for wrong in (3, "text", torch.ones(2, 2), object()):
+        with pytest.raises(TypeError, match=rf"'heun'.*{part}"):
+            ButcherTableau(**{**HEUN, part: wrong})
 
 
 @pytest.mark.parametrize(
@@ -72,6 +83,12 @@ def test_figures_of_nothing():
     [
         ({"seed": -1}, ValueError, "seed"),
         ({"seed": "0"}, ValueError, "seed"),
+        ({"learning_rate": 0}, ValueError, "learning_rate"),
+        ({"learning_rate": 1j}, ValueError, "learning_rate"),
+        ({"weight_decay": -1.0}, ValueError, "weight_decay"),
+        ({"x": torch.tensor(1.0)}, ValueError, "dimension of samples"),
+        ({"loss_fn": lambda y, t: None}, ValueError, "a scalar"),
+        ({"loss_fn": lambda y, t: y}, ValueError, "a scalar"),
         ({"target": torch.ones(3, 1) * 1j}, TypeError, "real numbers"),
         ({"model": nn.Linear(1, 1).half()}, TypeError, "float16"),
     ],
