@@ -23,8 +23,12 @@ bench: $(STAMP) .bench/.installed
 	PYTHONPATH=.bench/peers $(BIN)/python -m tests.benchmarks.speed --growth --diffrax .bench/diffrax/bin/python \
 	  --json .bench/speed.json --figure .bench/work_precision.png
 
+# As `make mutants PACKAGES=solve COUNT=20`; a second call goes on where the first was stopped.
+PACKAGES ?= all
+COUNT ?= 200
+
 mutants: .venv/.mutants
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.trust.mutants all --count 200
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.trust.mutants $(PACKAGES) --count $(COUNT)
 
 .venv/.mutants: constraints.txt $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,mutants]'

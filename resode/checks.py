@@ -35,11 +35,16 @@ class WrongNumber(WrongType):
     """An argument that should be a number is something else."""
 
 
+class NoKernel(TypeError, NotImplementedError):
+    """Torch has no such operation for numbers of this type; to be caught as either of its parents."""
+
+
 def checked(function: Callable[P, R]) -> Callable[P, R]:
     """The function; where it fails on an argument of another type than annotated, the error says so.
 
-    What works is not looked at, and an error that the library raises itself comes through as it is. Numbers
-    are numpy's and one-element tensors too, sequences arrays and tensors.
+    So it does where torch has no operation for a dtype, or no gradients under `torch.inference_mode`. What
+    works is not looked at, and an error that the library raises itself comes through as it is. Numbers are
+    numpy's and one-element tensors too, sequences arrays and tensors.
 
     Example:
         >>> @checked
@@ -75,6 +80,24 @@ def _blame(function: Any, error: Exception, arguments: tuple[Any, ...], named: M
         if hint is not Any and not _is_one(value, hint):
             message = f"{_called(function)} takes {name} as {_words(hint)}, got {described(value)}."
             raise WrongType(message) from error
+    if isinstance(error, RuntimeError):
+        _explain(_called(function), error)
+
+
+def _explain(name: str, error: RuntimeError) -> None:
+    """The rule behind what torch says of a dtype without an operation, and of inference mode."""
+    said = str(error)
+    if missing := re.search(r"\"(\w+?)(?:_cpu|_cuda|_impl)*\" not implemented for '(\w+)'", said):
+        raise NoKernel(
+            f"{name} needs an operation ({missing[1]}) that torch has not for {missing[2]} numbers: take "
+            "float32 or float64, with .float() on the model and its inputs."
+        ) from error
+    lost = torch.is_inference_mode_enabled() and "does not require grad" in said
+    if lost or said.startswith("Inference tensors cannot be saved"):
+        raise RuntimeError(
+            f"{name} differentiates, and what torch.inference_mode() makes has no gradients: make the model "
+            "and its inputs outside of that mode, and call it there."
+        ) from error
 
 
 def _is_raised_here(error: Exception) -> bool:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from resode.checks import check_number, checked
+from resode.checks import check_number, checked, described
 from resode.stability import (
     eigenvalue_step_limit,
     imaginary_stability_interval,
@@ -230,7 +230,9 @@ def transient_growth(growth: Any, path: Path = None) -> Figure:
         >>> figure.axes[0].get_xlabel()
         'step n'
     """
-    results = growth if isinstance(growth, list | tuple) else [growth]
+    results: Sequence[Any] = growth if isinstance(growth, list | tuple) and growth else [growth]
+    for result in results:
+        _check_made("growth", result, "resode.analysis.transient_growth", "norms", "step_size")
     ax = _axes((6.2, 3.9))
     for i, result in enumerate(results):
         norms = np.asarray(_plain(result.norms)).reshape(-1, np.shape(result.norms)[-1])
@@ -260,6 +262,7 @@ def edge(check: Any, path: Path = None) -> Figure:
         >>> len(edge(edge_check("rk4", [-2.0, -5.0])).axes[0].lines)
         3
     """
+    _check_made("check", check, "theory.measures.edge.edge_check", "below", "growth")
     ax = _axes((6.2, 3.9))
     for step, path_, colour, word in (
         (check.below, check.decay, COLOURS[0], "below"),
@@ -286,6 +289,7 @@ def bifurcation(result: Any, path: Path = None) -> Figure:
         >>> bifurcation(measure(lambda x: x * (1 - x), eta, x0=0.1)).axes[0].get_xlabel()
         'step size η'
     """
+    _check_made("result", result, "resode.analysis.bifurcation", "orbits", "step_sizes")
     orbits = np.asarray(_plain(result.orbits))
     steps = np.broadcast_to(np.asarray(_plain(result.step_sizes))[:, None], orbits.shape)
     ax = _axes((7.2, 4.4))
@@ -306,6 +310,9 @@ def training_curves(metrics: Mapping[str, Sequence[float]], path: Path = None) -
             another solver was tried; nfe, nfe_backward, which are drawn unless all are 0.
         path: where to write the figure.
 
+    Raises:
+        ValueError: no epochs, a column that is missing, or columns of several lengths.
+
     Example:
         >>> columns = {"epoch": [1, 2], "lr": [0.1, 0.0]}
         >>> columns |= {f"{split}_loss": [2.0, 1.0] for split in ("train", "test")}
@@ -313,6 +320,14 @@ def training_curves(metrics: Mapping[str, Sequence[float]], path: Path = None) -
         >>> [ax.get_title() for ax in training_curves(columns | {"nfe": [7, 7]}).axes]
         ['loss', 'error, %', 'learning rate', 'F evaluations']
     """
+    needed = ["epoch", "lr", "test_accuracy", *(f"{s}_accuracy" for s in _SPLITS if f"{s}_loss" in metrics)]
+    missing = [name for name in needed if name not in metrics]
+    lengths = {name: len(column) for name, column in metrics.items()}
+    if missing or not lengths["epoch"] or len(set(lengths.values())) > 1:
+        raise ValueError(
+            "metrics must hold columns epoch, lr and test_accuracy, all of one length and with at least one "
+            f"epoch: {'there is no ' + missing[0] if missing else f'got lengths {lengths}'}."
+        )
     solved = any(value > 0 for value in metrics.get("nfe", ()))
     figure = Figure(figsize=(12.8 if solved else 9.6, 3.4), layout="constrained")
     loss, error, rate, *rest = figure.subplots(1, 4 if solved else 3)
@@ -358,6 +373,7 @@ def comparison(compared: Any, path: Path = None) -> Figure:
         compared: of `resode.training.compare.compare`.
         path: where to write the figure.
     """
+    _check_made("compared", compared, "resode.compare", "rows")
     figure = Figure(figsize=(9.6, 4.8), layout="constrained")
     ax = figure.subplots()
     handles = []
@@ -406,6 +422,7 @@ def swap_accuracy(report: Any, path: Path = None) -> Figure:
         report: of `resode.swap_report`; an adaptive solver, which chooses its steps, is a level line.
         path: where to write the figure.
     """
+    _check_made("report", report, "resode.swap_report", "rows", "distances")
     figure = Figure(figsize=(13.2 if report.distances else 9.6, 3.9), layout="constrained")
     accuracy, drift, *more = figure.subplots(1, 3 if report.distances else 2)
     recalibrated = any(row.accuracy_recalibrated is not None for row in report.rows)
@@ -479,7 +496,13 @@ def group_spectra(groups: Sequence[Any], methods: Method | Sequence[Method], pat
         methods: names in METHODS, or tableaus.
         path: where to write the figure.
     """
+    for group in groups:
+        _check_made(
+            "each of groups", group, "resode.analysis.steps.block_limits.block_limits", "spectra", "shape"
+        )
     shown = [group for group in groups if group.spectra]
+    if not shown:
+        raise ValueError("groups must hold at least one with spectra: there is nothing to draw.")
     figure = Figure(figsize=(1.9 + 3.0 * len(shown), 4.3), layout="constrained")
     panels = figure.subplots(1, len(shown), squeeze=False, sharex=True, sharey=True)[0]
     everything = np.concatenate([np.ravel(z) for group in shown for z in group.spectra])
@@ -521,6 +544,12 @@ def step_limits(records: Sequence[Any], path: Path = None) -> Figure:
         records: of `resode.training.monitor.StepLimits`.
         path: where to write the figure.
     """
+    for record in records:
+        _check_made(
+            "each of records", record, "resode.training.monitor.StepLimits", "update", "amplification"
+        )
+    if not len(records):
+        raise ValueError("records must hold at least one: nothing was recorded to draw.")
     figure = Figure(figsize=(10.4, 3.7), layout="constrained")
     sizes, growing, limits = figure.subplots(1, 3)
     lines = list(dict.fromkeys((record.group, record.solver) for record in records))
@@ -555,6 +584,13 @@ def step_limits(records: Sequence[Any], path: Path = None) -> Figure:
 
 
 _BLOCKS = ("#1B1B1B", "#009E73", "#CC79A7", "#5D3A9B", "#56B4E9", "#7A5C00")
+
+
+def _check_made(name: str, value: Any, by: str, *fields: str) -> None:
+    """Refuse what is no result of the function whose results are drawn."""
+    missing = [field for field in fields if not hasattr(value, field)]
+    if missing:
+        raise TypeError(f"{name} must be what {by} gives: got {described(value)}, without {missing[0]!r}.")
 
 
 def _tableaus(method_or_methods: Method | Sequence[Method]) -> list[ButcherTableau]:
@@ -611,6 +647,7 @@ def cobweb(web: Any, path: Path = None) -> Figure:
         >>> cobweb(measure(lambda x: x * (1 - x), 0.1, 2.5)).axes[0].get_ylabel()
         'next x'
     """
+    _check_made("web", web, "resode.analysis.cobweb", "orbit", "step_size")
     ax = _axes((5.0, 4.6))
     x, y, orbit = (np.asarray(_plain(values)) for values in (web.x, web.y, web.orbit))
     ax.plot(x, y, color=COLOURS[0], linewidth=1.8, label=f"{web.solver}'s step, η = {web.step_size:g}")
@@ -631,6 +668,7 @@ def phase_portrait(portrait: Any, path: Path = None) -> Figure:
         >>> phase_portrait(measure(lambda x: x * (1 - x), (-0.5, 1.5))).axes[0].get_ylabel()
         'F(x)'
     """
+    _check_made("portrait", portrait, "resode.analysis.phase_portrait", "axes", "slopes")
     ax = _axes((5.6, 4.6))
     if len(portrait.axes) == 1:
         x, slope = portrait.axes[0], portrait.slopes[:, 0]
@@ -665,6 +703,7 @@ def depth_profile(profile: Any, path: Path = None) -> Figure:
         profile: its rows and groups.
         path: where to write the figure.
     """
+    _check_made("profile", profile, "resode.profile_depth", "rows", "has_target")
     rows = profile.rows
     figure = Figure(figsize=(max(9.6, 0.32 * len(rows) + 4), 8.6), layout="constrained")
     effect = {"loss_change": "rise of the loss"} if profile.has_target else {"output_change": "output change"}
@@ -704,6 +743,7 @@ def block_gains(diagnosis: Any, path: Path = None) -> Figure:
         diagnosis: its rows.
         path: where to write the figure.
     """
+    _check_made("diagnosis", diagnosis, "resode.diagnose", "rows", "findings")
     rows = diagnosis.rows
     figure = Figure(figsize=(max(6.4, 0.22 * len(rows) + 3), 4.2), layout="constrained")
     ax = figure.subplots()

@@ -21,9 +21,11 @@ from dataclasses import dataclass, field
 from decimal import Decimal, localcontext
 from fractions import Fraction as Q
 from functools import lru_cache
-from math import isqrt, sqrt
+from math import isfinite, isqrt, sqrt
+from numbers import Real
+from typing import Any
 
-from resode.checks import did_you_mean
+from resode.checks import described, did_you_mean
 
 Number = Q | float
 """A coefficient: an exact fraction, or a float where the method is irrational."""
@@ -66,7 +68,8 @@ class ButcherTableau:
             the solution, where the sum alone grows with ηJ; None for the sum alone.
 
     Raises:
-        ValueError: the parts disagree; the message names the first that does.
+        TypeError: a coefficient that is no real number, a part that is no sequence, a name that is no text.
+        ValueError: the parts disagree, or a coefficient is infinite or nan; the message names the first.
 
     Source:
         Hairer, Nørsett & Wanner, Solving Ordinary Differential Equations I, II.1.
@@ -106,6 +109,7 @@ class ButcherTableau:
     recurrence_sum: tuple[float, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        _check_types(self)
         stages = len(self.b)
         further = 0 if self.dense_a is None else 1 + len(self.dense_a)
         shapes = {
@@ -174,6 +178,38 @@ class ButcherTableau:
             sums = sum(float(e) * c**power for e, c in zip(self.b_error, self.stage_times, strict=True))
             power += 1
         return power
+
+
+def _check_types(t: ButcherTableau) -> None:
+    """Refuse coefficients that are no numbers: a sum of them would fail without a word, or pass with nan."""
+    if not isinstance(t.name, str):
+        raise TypeError(f"a tableau's name must be text, got {described(t.name)}.")
+    for part in ("stages", "explicit", "fsal"):
+        if not isinstance(given := getattr(t, part), int | None):
+            raise TypeError(f"tableau {t.name!r}: {part} must be a number or None, got {described(given)}.")
+    for part in ("b", "c", "b_error", "recurrence_weights"):
+        given = getattr(t, part)
+        if given is not None or part in ("b", "c"):
+            _check_numbers(t.name, part, given)
+    for part in ("a", "interpolant", "dense_a", "recurrence"):
+        given = getattr(t, part)
+        if given is None and part != "a":
+            continue
+        if not isinstance(given, tuple | list):
+            raise TypeError(f"tableau {t.name!r}: {part} must be a tuple of rows, got {described(given)}.")
+        for i, row in enumerate(given):
+            _check_numbers(t.name, f"row {i} of {part}", row)
+
+
+def _check_numbers(name: str, part: str, values: Any) -> None:
+    whole = isinstance(values, tuple | list)
+    odd = [x for x in values if not isinstance(x, Real)] if whole else [values]
+    if odd:
+        raise TypeError(
+            f"tableau {name!r}: {part} must be a tuple of fractions or floats alone, got {described(odd[0])}."
+        )
+    if bad := [x for x in values if not isfinite(x)]:
+        raise ValueError(f"tableau {name!r}: every coefficient must be finite, and {part} holds {bad[0]}.")
 
 
 def _row(numbers: Sequence[Number]) -> Row:

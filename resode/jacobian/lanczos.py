@@ -132,6 +132,7 @@ def singular_values(
         tensor([[3.0000, 0.5000]])
     """
     steps = min(steps, start.shape[1])
+    start = start if start.element_size() >= 4 else start.float()  # torch has no SVD of 16 bits
     v = start / start.norm(dim=1, keepdim=True)
     right = start.new_empty(len(start), steps, start.shape[1])
     left = right[:0]

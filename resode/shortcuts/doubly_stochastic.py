@@ -31,6 +31,7 @@ def doubly_stochastic(logits: Tensor) -> Tensor:
         and bfloat16. Computed in float64: the matrices are small.
 
     Raises:
+        TypeError: complex logits.
         ValueError: no square matrices.
         ArithmeticError: logits so far apart that no scaling is found, or not finite.
 
@@ -48,6 +49,8 @@ def doubly_stochastic(logits: Tensor) -> Tensor:
             f"a doubly stochastic matrix is square: got logits of shape {tuple(logits.shape)}. "
             "Give (..., n, n), a row for each stream out and a column for each stream in."
         )
+    if logits.is_complex():
+        raise TypeError(f"logits must be real numbers: a sum of positive ones is 1. Got {logits.dtype}.")
     wide = logits.double() if logits.device.type != "mps" else logits.float()  # which has no float64
     with torch.no_grad():
         f, g = _scalings(wide)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-from resode.checks import check_whole, checked, one_of
+from resode.checks import check_number, check_whole, checked, described, one_of
 
 __all__ = ["fit"]
 
@@ -50,8 +50,10 @@ def fit(
         The loss before every update, detached, shape (steps,); that of the batch where there are batches.
 
     Raises:
-        ValueError: an unknown method, steps or batch_size below 1, another number of targets than of samples,
-            "lbfgs" with batches or weight decay, or a model without parameters to fit.
+        TypeError: complex targets; parameters in float16.
+        ValueError: an unknown method, steps or batch_size below 1, a negative seed or weight decay, a rate that
+            is not positive, another number of targets than of samples, a loss that is no scalar, "lbfgs" with
+            batches or weight decay, or a model without parameters to fit.
 
     Source:
         Loshchilov & Hutter (2019), arXiv:1711.05101; Nocedal & Wright, Numerical Optimization, 7.2.
@@ -66,6 +68,14 @@ def fit(
     one_of("method", method, ("adam", "sgd", "lbfgs"))
     check_whole("steps", steps, 1)
     check_whole("batch_size", 1 if batch_size is None else batch_size, 1)
+    check_whole("seed", seed, 0)
+    check_number("weight_decay", weight_decay, least=0)
+    if learning_rate is not None:
+        check_number("learning_rate", learning_rate, above=0)
+    if target.is_complex():
+        raise TypeError(f"target must be classes or real numbers, got {target.dtype}: give both parts.")
+    if not x.ndim or not target.ndim:
+        raise ValueError("x and target must have a dimension of samples: give x[None] for a single one.")
     if len(x) != len(target) or not len(x):
         raise ValueError(f"every sample needs its target: got {len(x)} samples and {len(target)} targets.")
     if method == "lbfgs" and (batch_size is not None or weight_decay):
@@ -73,6 +83,8 @@ def fit(
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("no parameter of the model requires a gradient: there is nothing to fit.")
+    if any(p.dtype == torch.float16 for p in parameters):
+        raise TypeError("the optimizers' constants overflow in float16: fit in float32, or in bfloat16.")
     measure: Loss = loss_fn or (mse_loss if target.is_floating_point() else cross_entropy)
     batches = _batches(len(x), batch_size, seed, x.device)
     optimizer = _optimizer(parameters, method, learning_rate, weight_decay)
@@ -84,6 +96,8 @@ def fit(
         def closure(inputs: Tensor = inputs, wanted: Tensor = wanted) -> Tensor:
             optimizer.zero_grad()
             loss = measure(model(inputs), wanted)
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                raise ValueError(f"loss_fn must give the mean over samples, a scalar: got {described(loss)}.")
             loss.backward()
             return loss
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import tarfile
 import tempfile
@@ -36,7 +37,11 @@ with atheris.instrument_imports(
 import numpy as np
 import torch
 
-PLACE = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+# One place for all calls: the fuzzer ends its process without a word to Python, which could clear it.
+PLACE = (
+    Path("/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir()) / f"resode-fuzz-{os.getuid()}"
+)
+PLACE.mkdir(exist_ok=True)
 
 
 def _file(name: str, content: bytes) -> Path:

@@ -30,6 +30,7 @@ import pytest
 from tests.trust.mutants import PACKAGES, ROOT, STORE, Mutant, essence, sources, statements, test_files
 
 SLOWEST = 6.0  # seconds: a test that takes longer is none for mutants
+COMPILING = ("tests/test_compiled.py",)  # what torch.compile traces, coverage does not see
 TOLD = os.fdopen(os.dup(1), "w")  # what is printed, also by forks whose own output goes to a file
 MEMORY = 16 << 30  # bytes of address space
 Lines = dict[str, list[int]]
@@ -151,6 +152,8 @@ def chosen(mutant: Mutant, charts: dict[str, dict[str, Any]], budget: float) -> 
         for test, what in found["tests"].items():
             if shared or _meets(mutant, what["lines"]):
                 ranked.append((0, 0, what["seconds"], name, test))
+            elif name in COMPILING and mutant.module in what["lines"]:
+                ranked.append((0, 1, what["seconds"], name, test))
             elif imported:
                 ranked.append((1 + (mutant.module not in what["lines"]), place, what["seconds"], name, test))
     picked: dict[str, dict[str, float]] = {}

@@ -32,22 +32,22 @@ ROOT = Path(__file__).resolve().parents[2]
 STORE = ROOT / ".mutants"
 EQUIVALENTS = Path(__file__).with_name("equivalents.toml")
 
-SOLVES = """odeint solve_ivp stepping events own_events own_times dropin adjoint checkpoint implicit errors
-    stack_time solve_parts""".split()
+SOLVES = """solve_parts odeint solve_ivp stepping events own_events own_times dropin adjoint checkpoint implicit
+    errors stack_time compiled solver_faults""".split()
 # Each package: its sources, and the test files besides its own doctests, the nearest first.
 PACKAGES = {
     "tableaus": ("tableaus.py", ["tableaus", "stability", "stabilised", "design", "odeint", "implicit"]),
     "stability": (
         "stability",
-        "stability step_limit stabilised design one_answer tableaus stability_parts".split(),
+        "stability_parts stability step_limit stabilised design one_answer tableaus".split(),
     ),
     "jacobian": (
         "jacobian",
-        "matrix_free step_limit one_answer implicit jacobian_parts".split(),
+        "jacobian_parts matrix_free step_limit one_answer implicit".split(),
     ),
     "diagnose": (
         "analysis/diagnose",
-        ["diagnose", "findings", "measures", "diagnosis_page", "diagnose_parts"],
+        ["diagnose_parts", "findings", "measures", "diagnosis_page", "diagnose"],
     ),
     "solve": ("solve", SOLVES),
 }
@@ -303,4 +303,6 @@ def campaign(package: str, drawn: list[Mutant], options: argparse.Namespace) -> 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    main()
+    from tests.trust import mutants  # the module whose PACKAGES the runs read, where this one is __main__
+
+    mutants.main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import pickle
@@ -92,8 +93,8 @@ def _(v: Variant) -> Case:
     x, y = v.tensor(5, v.size).detach(), torch.arange(5) % 3
 
     def law(score):
-        network.eval()
-        assert score.images == 5 and score.accuracy == int((network(x).argmax(1) == y).sum()) / 5
+        logits = copy.deepcopy(network).eval()(x)
+        assert score.images == 5 and score.accuracy == int((logits.argmax(1) == y).sum()) / 5
 
     return Case({"network": network, "batches": [(x, y)]}, law)
 
@@ -187,7 +188,8 @@ def _(v: Variant) -> Case:
     network = resode.ResidualStack(field, depth=4, step_size=0.5).to(v.dtype)
 
     def law(found):
-        assert v.dtype.is_complex or found.cause == "overstep"
+        blind = v.dtype.is_complex or v.grad == "inference"  # weights that have no gradients
+        assert found.cause == "overstep" if not blind else found is None or found.cause == "overstep"
 
     call = {
         "network": network,
@@ -288,7 +290,8 @@ def figure_row(name: str, make, **arguments) -> None:
     @row(f"resode.plots.{name}")
     def _(v: Variant) -> Case:
         """It can be drawn."""
-        return Case({**arguments, **make()}, drawn)
+        with torch.inference_mode(False), torch.enable_grad():  # what is drawn, not how it is found
+            return Case({**arguments, **make()}, drawn)
 
 
 def profile():

@@ -1,17 +1,23 @@
 """The soak: 20,000 solves, 500 swaps, 300 step limits and 50 runs in one process; memory, descriptors and threads.
 
 python -m tests.trust.soak [SHARE]       of those numbers, 1 by default
+
+Memory is read once the allocator has given freed pages back: what it keeps of them grows for long where runs of
+different sizes follow each other, and says nothing of what is held.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import nn
@@ -21,7 +27,9 @@ from resode.blocks.solving import set_solver
 
 
 def memory() -> float:
-    """Resident MiB of this process."""
+    """Resident MiB of this process, without what the allocator keeps of freed memory."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
@@ -30,6 +38,7 @@ def measured() -> dict[str, float]:
     gc.collect()
     return {
         "memory, MiB": round(memory(), 1),
+        "objects": len(gc.get_objects()),
         "descriptors": len(os.listdir("/proc/self/fd")),
         "threads": threading.active_count() + len(os.listdir("/proc/self/task")),
     }
@@ -77,21 +86,39 @@ PARTS: dict[str, tuple[Callable[[int], None], int, int]] = {
 """Name -> what is done, how often, and how often before the first measurement: caches fill."""
 
 
-def soak(name: str, share: float = 1.0) -> tuple[dict[str, float], dict[str, float]]:
-    """What the process holds at the start and at the end."""
+POINTS = 6
+GRAIN = 4.0  # MiB by which pages that are partly used differ
+
+
+def soak(name: str, share: float = 1.0) -> list[dict[str, float]]:
+    """What the process holds at the start and after each of six equal parts of the work."""
     part, times, before = PARTS[name]
     for number in range(before):
         part(number)
-    start = measured()
-    for number in range(max(1, int(times * share))):
-        part(number)
-    return start, measured()
+    found, times = [measured()], max(POINTS, int(times * share))
+    for point in range(POINTS):
+        for number in range(times * point // POINTS, times * (point + 1) // POINTS):
+            part(number)
+        found.append(measured())
+    return found
 
 
-def flat(start: dict[str, float], end: dict[str, float]) -> bool:
-    """Descriptors and threads as before; memory within the allocator's own grain."""
+def growth(found: list[dict[str, float]], key: str) -> float:
+    """How much more the second half of the work held at its end than at its start: caches fill in the first.
+
+    The median of the slopes between all pairs of points (Theil and Sen), so that one point tells nothing.
+    """
+    values = [point[key] for point in found[len(found) // 2 :]]
+    slopes = [(b - a) / (j - i) for (i, a), (j, b) in combinations(enumerate(values), 2)]
+    return median(slopes) * (len(values) - 1)
+
+
+def flat(found: list[dict[str, float]]) -> bool:
+    """Nothing grows with the work: no object a call, no descriptor, no thread, memory within a grain."""
+    start, end = found[len(found) // 2], found[-1]
     return (
-        end["memory, MiB"] < 1.05 * start["memory, MiB"] + 8
+        growth(found, "memory, MiB") < GRAIN
+        and growth(found, "objects") < 100
         and end["descriptors"] <= start["descriptors"]
         and end["threads"] <= start["threads"]
     )
@@ -101,7 +128,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     held = True
     for name in PARTS:
-        start, end = soak(name, float(sys.argv[1]) if len(sys.argv) > 1 else 1.0)
-        held &= flat(start, end)
-        print(f"{name}: " + ", ".join(f"{key} {start[key]:g} → {end[key]:g}" for key in start), flush=True)
+        found = soak(name, float(sys.argv[1]) if len(sys.argv) > 1 else 1.0)
+        held &= flat(found)
+        grown = ", ".join(f"{key} {growth(found, key):+.1f}" for key in ("memory, MiB", "objects"))
+        shown = ", ".join(f"{key} {found[0][key]:g} → {found[-1][key]:g}" for key in found[0])
+        print(f"{name}: {shown}; in the second half {grown}", flush=True)
     sys.exit(0 if held else 1)

@@ -77,8 +77,9 @@ def loss_gradient_norms(
             f"every block must be used once in a pass: blocks[{odd}] was used {used[odd]} times."
         )
     batch = seen[0][0].shape[0]
-    losses = sample_losses(output, target, loss_fn, batch)
-    found = torch.autograd.grad(losses.sum(), [kept[0] for kept in seen])
+    with torch.inference_mode(False), torch.enable_grad():
+        losses = sample_losses(output, target, loss_fn, batch)
+        found = torch.autograd.grad(losses.sum(), [kept[0] for kept in seen])
     return torch.stack([rows(g, batch).norm(dim=1) for g in found])
 
 

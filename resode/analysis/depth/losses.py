@@ -90,12 +90,18 @@ def sample_losses(output: Any, target: Any, loss_fn: LossFunction | None, batch:
 
     `loss_fn(output, target)` gives one number a sample, or a scalar that is a mean over samples.
 
+    Raises:
+        TypeError: complex losses or outputs; a target that is no tensor.
+        ValueError: shapes that do not fit.
+
     Example:
         >>> sample_losses(torch.zeros(2, 4), torch.tensor([0, 1]), None, 2)
         tensor([1.3863, 1.3863])
     """
     if loss_fn is not None:
         value = loss_fn(output, target)
+        if value.is_complex():
+            raise TypeError(f"a loss is a real number: loss_fn gave {value.dtype}.")
         if value.ndim == 0:
             return value.expand(batch)
         if value.shape != (batch,):
@@ -105,6 +111,8 @@ def sample_losses(output: Any, target: Any, loss_fn: LossFunction | None, batch:
             )
         return value
     z = prediction(output)
+    if z.is_complex():
+        raise TypeError(f"a loss is a real number, and the output is {z.dtype}: pass loss_fn= for it.")
     if target is None:
         return 0.5 * z.reshape(batch, -1).square().sum(1)
     if not isinstance(target, Tensor):

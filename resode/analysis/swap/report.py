@@ -478,4 +478,6 @@ class _Swap:
                     assert stack.stats is not None
                     calls += len(images) * float(torch.as_tensor(stack.stats.nfe, dtype=torch.float64).mean())
         result = torch.cat(logits)
+        if not len(result):
+            raise ValueError("the data must hold at least one sample: every batch is empty.")
         return result, torch.cat(labels), calls / len(result)
