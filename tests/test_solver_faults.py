@@ -587,6 +587,16 @@ def test_transforms_of_torch_func(way):
     s = scalar(1.0)
     for slope in (grad(ends_at)(s), jvp(ends_at, (s,), (torch.ones_like(s),))[1]):
         assert torch.allclose(slope, jacobian(ends_at, s), **fine)
+    if way != "grid":  # each sample's own times, and gradients to them
+        own, two = torch.stack([TIMES, 0.5 * TIMES], 1), torch.stack([Y0, V])
+
+        def own_ends(y, t):
+            return odeint(lambda t, y: y @ TURN.T * (1 + t), y, t, per_sample=True, **kw)[-1].square().sum()
+
+        for found, known in zip(
+            grad(own_ends, (0, 1))(two, own), jacobian(own_ends, (two, own)), strict=True
+        ):
+            assert torch.allclose(found, known, **fine)
     both = torch.stack([Y0, 2 * Y0])
     if way in ADAPTIVE:
         with pytest.raises(TypeError, match=r"vmap hides.*n_steps or step_size.*per_sample=True"):

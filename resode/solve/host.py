@@ -78,9 +78,9 @@ def hides_samples(x: Tensor) -> bool:
 
 def as_array(t: Tensor) -> np.ndarray:
     """Times in double precision on the host; many, (T, B), are not copied where they are so already."""
-    if t.ndim > 1:
-        return plain(t).double().cpu().numpy()
-    return np.array(t.detach().tolist(), np.float64)
+    if t.ndim > 1 and not followed():
+        return t.detach().double().cpu().numpy()
+    return np.array(plain(t).tolist(), np.float64)
 
 
 def is_transformed(x: Tensor | None = None) -> bool:
