@@ -482,14 +482,6 @@ def test_an_empty_state_stays_empty():
         assert odeint(lambda t, y: -y, times(), times(0.0, 1.0), method="radau5", **options).shape == (2, 0)
 
 
-def test_transforms_of_torch_func_are_refused():
-    def value(y0):
-        return odeint(lambda t, y: -y, y0, times(0.0, 1.0), method="implicit_euler", n_steps=2)[-1].sum()
-
-    with pytest.raises(TypeError, match=r"torch\.func"):
-        torch.func.grad(value)(times(1.0))
-
-
 def test_the_stiff_benchmark_runs_and_radau5_is_beside_scipys():
     """Robertson's problem at 1e-4: an error and a number of steps of the same kind."""
     from tests.benchmarks.stiff import rows

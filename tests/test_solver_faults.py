@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.autograd.functional import hessian as autograd_hessian
 from torch.autograd.functional import jacobian
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
@@ -513,6 +514,27 @@ def test_listed_times_are_doubles():
     assert s.t.tolist() == [0.1, 0.7] and s(0.7).item() == s.y[1].item()
 
 
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("method", ["bosh3", "fehlberg45", "dopri5", "tsit5", "dopri8", "rk4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64, DOUBLE])
+def test_a_linear_solve_does_not_know_how_large_its_state_is(dtype, method, per_sample):
+    """Times a power of 2, to an eighth of the largest number, it is the same to the bit."""
+    largest = 2.0 ** (1021 if dtype == DOUBLE else 125)
+    rtol = 0.05 if dtype == torch.bfloat16 else 1e-3
+    how = dict(n_steps=4) if method == "rk4" else dict(rtol=rtol, atol=0.0)
+    y0 = torch.tensor([[1.0, -0.3], [0.7, 0.9]]).to(dtype)
+    turn = torch.tensor([[-0.5, 1.0], [-1.0, -0.2]]).to(dtype)
+    path = [
+        odeint(lambda t, y: y @ turn, y, torch.linspace(0, 1, 3), method=method, per_sample=per_sample, **how)
+        for y in (y0, y0 * largest)
+    ]
+    # dopri8's coefficients go up to 17 and cancel: long steps overflow on their way, and are tried shorter.
+    assert method == "dopri8" or torch.equal(path[1], path[0] * largest)
+    exact = y0.to(torch.complex128) @ torch.linalg.matrix_exp(turn.to(torch.complex128))
+    for y, size in zip(path, (1.0, largest), strict=True):
+        assert torch.allclose(y[-1].to(torch.complex128) / size, exact, rtol=0, atol=3 * rtol)
+
+
 # torch.func and torch.export
 
 WAYS = {
@@ -521,7 +543,14 @@ WAYS = {
     "grid": dict(method="rk4_38", options=dict(step_size=0.1, interp="cubic", perturb=True)),
     "dopri5": {},
     "dopri8": dict(method="dopri8"),
+    "trapezoid": dict(method="trapezoid", n_steps=4),
+    "gauss4": dict(method="gauss4", step_size=0.2),
+    "kvaerno3": dict(method="kvaerno3", n_steps=2),
+    "radau5": dict(method="radau5", rtol=1e-3, atol=1e-5),
 }
+ADAPTIVE = ("dopri5", "dopri8", "radau5")
+# Newton's iteration ends at a rounding of 3e-13, or at a part of the tolerance.
+ROUNDING = dict(rk4=1e-12, size=1e-12, grid=1e-12, dopri5=1e-12, dopri8=1e-12, radau5=1e-4)
 TURN = scalar([[0.0, 1.0], [-1.0, -0.1]])
 Y0, V = scalar([1.0, 0.3]), scalar([0.2, -0.5])
 TIMES = torch.linspace(0, 1, 4, dtype=DOUBLE)
@@ -533,9 +562,11 @@ FORWARD = pytest.mark.filterwarnings(
 
 
 @FORWARD
-@pytest.mark.parametrize("kw", WAYS.values(), ids=WAYS)
-def test_transforms_of_torch_func(kw):
+@pytest.mark.parametrize("way", WAYS)
+def test_transforms_of_torch_func(way):
     """Against autograd, which other tests hold against closed forms."""
+
+    kw, fine = WAYS[way], dict(rtol=0, atol=ROUNDING.get(way, 1e-10))
 
     def end(y):
         return odeint(lambda t, y: torch.sin(y @ TURN.T) * (1 + t), y, TIMES, **kw)[-1]
@@ -544,7 +575,6 @@ def test_transforms_of_torch_func(kw):
         return end(y).square().sum()
 
     by_autograd = jacobian(end, Y0)
-    fine = dict(rtol=0, atol=1e-12)
     assert torch.allclose(grad(loss)(Y0), jacobian(loss, Y0), **fine)
     assert torch.allclose(jacrev(end)(Y0), by_autograd, **fine)
     assert torch.allclose(jacfwd(end)(Y0), by_autograd, **fine)
@@ -557,8 +587,18 @@ def test_transforms_of_torch_func(kw):
     s = scalar(1.0)
     for slope in (grad(ends_at)(s), jvp(ends_at, (s,), (torch.ones_like(s),))[1]):
         assert torch.allclose(slope, jacobian(ends_at, s), **fine)
+    if way != "grid":  # each sample's own times, and gradients to them
+        own, two = torch.stack([TIMES, 0.5 * TIMES], 1), torch.stack([Y0, V])
+
+        def own_ends(y, t):
+            return odeint(lambda t, y: y @ TURN.T * (1 + t), y, t, per_sample=True, **kw)[-1].square().sum()
+
+        for found, known in zip(
+            grad(own_ends, (0, 1))(two, own), jacobian(own_ends, (two, own)), strict=True
+        ):
+            assert torch.allclose(found, known, **fine)
     both = torch.stack([Y0, 2 * Y0])
-    if not kw or kw["method"] == "dopri8":
+    if way in ADAPTIVE:
         with pytest.raises(TypeError, match=r"vmap hides.*n_steps or step_size.*per_sample=True"):
             vmap(end)(both)
         return
@@ -566,8 +606,9 @@ def test_transforms_of_torch_func(kw):
     assert torch.allclose(vmap(grad(loss))(both), torch.stack([jacobian(loss, y) for y in both]), **fine)
 
 
-@pytest.mark.parametrize("kw", WAYS.values(), ids=WAYS)
-def test_functional_call_and_ensembles(kw):
+@pytest.mark.parametrize("way", WAYS)
+def test_functional_call_and_ensembles(way):
+    kw, fine = WAYS[way], dict(rtol=0, atol=ROUNDING.get(way, 1e-10))
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2)).double()
 
@@ -578,11 +619,65 @@ def test_functional_call_and_ensembles(kw):
     plain = odeint(lambda t, y: net(y), Y0, TIMES, **kw)[-1].square().sum()
     expected = torch.autograd.grad(plain, list(net.parameters()))
     for found, known in zip(grad(loss)(weights).values(), expected, strict=True):
-        assert torch.allclose(found, known, rtol=0, atol=1e-12)
-    if kw and kw["method"] != "dopri8":
+        assert torch.allclose(found, known, **fine)
+    if way not in ADAPTIVE:
         pair = {name: torch.stack([p, 2 * p]) for name, p in weights.items()}
         both = torch.stack([loss(weights), loss({name: 2 * p for name, p in weights.items()})])
-        assert torch.allclose(vmap(loss)(pair), both, rtol=0, atol=1e-12)
+        assert torch.allclose(vmap(loss)(pair), both, **fine)
+
+
+@FORWARD
+@pytest.mark.parametrize("method", ["implicit_midpoint", "sdirk2", "radau5"])
+def test_implicit_steps_have_every_derivative_that_the_transforms_ask_for(method):
+    """One implicit step on y' = wy is y0 R(w): its first three derivatives in w, by R's closed form."""
+    r = {
+        "implicit_midpoint": lambda w: (1 + w / 2) / (1 - w / 2),
+        "sdirk2": lambda w: (1 + (1 - 2 * G2) * w) / (1 - G2 * w) ** 2,
+        "radau5": lambda w: (1 + 2 * w / 5 + w**2 / 20) / (1 - 3 * w / 5 + 3 * w**2 / 20 - w**3 / 60),
+    }[method]
+
+    def step(w):
+        return odeint(lambda t, y: w * y, ONE, SPAN, method=method, n_steps=1)[-1, 0]
+
+    w = scalar(-0.7)
+    for found, known in ((step, r), (grad(step), grad(r)), (hessian(step), hessian(r)),
+                         (grad(jacfwd(jacrev(step))), grad(hessian(r)))):  # fmt: skip
+        assert found(w).item() == pytest.approx(known(w).item(), rel=1e-9)
+
+
+G2 = 1 - math.sqrt(0.5)
+
+
+@pytest.mark.parametrize("way", [w for w in WAYS if w != "grid"])
+def test_forward_mode_without_a_transform(way):
+    """A dual state's tangent is the Jacobian times it; `compile=True` and ways back of their own say no."""
+    kw, tolerance = WAYS[way], ROUNDING.get(way, 1e-10)
+
+    def end(y, **how):
+        return odeint(lambda t, y: torch.sin(y @ TURN.T) * (1 + t), y, TIMES, **kw, **how)[-1]
+
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(Y0, V)
+        found = forward_ad.unpack_dual(end(dual)).tangent
+        with pytest.warns(UserWarning, match=r"compile=True has no effect with .*forward mode"):
+            compiled = forward_ad.unpack_dual(end(dual, compile=True)).tangent
+        with pytest.raises(TypeError, match="forward mode"):
+            end(dual, gradient="checkpoint")
+    assert torch.allclose(found, jacobian(end, Y0) @ V, rtol=0, atol=tolerance)
+    assert torch.equal(compiled, found)
+
+
+def test_what_implicit_steps_refuse_under_the_transforms():
+    def end(y, f=lambda t, y: -y):
+        return odeint(f, y, SPAN, method="trapezoid", n_steps=3)[-1].sum()
+
+    with pytest.raises(TypeError, match=r"up to 1024 unknowns.*here are 1025.*per_sample=True"):
+        grad(end)(torch.ones(1025))
+    with pytest.raises(TypeError, match="Jacobian, and func's result has no gradient"):
+        grad(lambda y: end(y, lambda t, y: -50 * y.detach()))(ONE)
+    for transform in (grad, vmap):  # k = exp(y + k/6) has no solution
+        with pytest.raises(resode.NewtonNotConverged, match=r"at t=.*Take shorter steps"):
+            transform(lambda y: end(y, lambda t, y: torch.exp(9 * y)))(torch.ones(3, dtype=DOUBLE))
 
 
 @FORWARD

@@ -311,13 +311,15 @@ class Adaptive:
         return np.where((steepest == 0) & np.isfinite(span), 0.1 * span, first)
 
     def _norm(self, x: Tensor, scale: Tensor | float) -> np.ndarray:
-        """‖x / scale‖ of each sample, (B,); neither squares nor quotients overflow in the state's dtype."""
+        """‖x / scale‖ of each sample, (B,); neither squares nor quotients leave the state's dtype."""
         with torch.no_grad():
-            x = x.detach()
-            largest = float(self._numbers(x.abs().max())[0]) if x.numel() else 0.0
-            if not (0 < largest < math.inf):
-                return self._numbers(self.control.measure(x / scale))
-            return self._numbers(self.control.measure(x / largest / scale)) * largest
+            x, size = x.detach(), 1.0
+            for divisor in (1.0, scale):
+                x = x / divisor
+                largest = float(self._numbers(x.abs().max())[0]) if x.numel() else 0.0
+                if 0 < largest < math.inf:
+                    x, size = x / largest, size * largest
+            return self._numbers(self.control.measure(x)) * size
 
 
 def adaptive_solve(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resode.solve.host import hides_samples
 from resode.solve.step import Field
 from resode.tableaus import ButcherTableau
 
@@ -27,6 +28,8 @@ def spectrum(f: Field, time: Any, x: Tensor, sample: int | None) -> Tensor | Non
         x: the state.
         sample: of which row of the state, where it is a batch; None for the whole.
     """
+    if hides_samples(x):
+        return None
     x = x.detach()
     row = x if sample is None else x[sample]
     row = torch.view_as_real(row) if x.is_complex() else row

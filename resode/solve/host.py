@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
 
@@ -16,6 +17,32 @@ def plain(x: Tensor) -> Tensor:
     while is_transformed(x):
         x = _functorch.get_unwrapped(x)
     return x.detach()
+
+
+def bare(x: Tensor) -> Tensor:
+    """X without derivatives of any kind; under torch.func.vmap still one of the samples that it hides."""
+    if not is_transformed(x):
+        return x.detach()
+    batched = []
+    while is_transformed(x):
+        if _functorch.is_batchedtensor(x):
+            batched.append((_functorch.maybe_get_bdim(x), _functorch.maybe_get_level(x)))
+        x = _functorch.get_unwrapped(x)
+    with temporarily_clear_interpreter_stack():  # else an operation here would be that of the transform
+        x = x.detach()
+    for where in reversed(batched):
+        x = _functorch._add_batch_dim(x, *where)
+    return x
+
+
+def derivatives(x: Tensor) -> int:
+    """How often x may be differentiated: by each transform that does, in forward mode, twice by autograd."""
+    kinds = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
+    count = sum(level.key() in kinds for level in _functorch.get_interpreter_stack() or ())
+    count += forward_ad._current_level >= 0
+    while is_transformed(x):
+        x = _functorch.get_unwrapped(x)
+    return count + 2 * x.requires_grad
 
 
 FIXED_STEPS_OR_ONE_CALL = (
@@ -35,19 +62,25 @@ def decided(x: Tensor, what: str, advice: str = FIXED_STEPS_OR_ONE_CALL) -> Any:
 
 def shown(x: Tensor, what: str, advice: str = FIXED_STEPS_OR_ONE_CALL) -> Tensor:
     """A tensor whose numbers the host goes by, without gradient; refused as `decided` does."""
-    inner = x
-    while is_transformed(inner):
-        if _functorch.is_batchedtensor(inner):
-            raise TypeError(f"{what}, which torch.func.vmap hides. {advice}")
-        inner = _functorch.get_unwrapped(inner)
+    if hides_samples(x):
+        raise TypeError(f"{what}, which torch.func.vmap hides. {advice}")
     return x.detach()
+
+
+def hides_samples(x: Tensor) -> bool:
+    """Whether x is one of several samples that torch.func.vmap takes at once."""
+    while is_transformed(x):
+        if _functorch.is_batchedtensor(x):
+            return True
+        x = _functorch.get_unwrapped(x)
+    return False
 
 
 def as_array(t: Tensor) -> np.ndarray:
     """Times in double precision on the host; many, (T, B), are not copied where they are so already."""
-    if t.ndim > 1:
-        return plain(t).double().cpu().numpy()
-    return np.array(t.detach().tolist(), np.float64)
+    if t.ndim > 1 and not followed():
+        return t.detach().double().cpu().numpy()
+    return np.array(plain(t).tolist(), np.float64)
 
 
 def is_transformed(x: Tensor | None = None) -> bool:
@@ -57,6 +90,11 @@ def is_transformed(x: Tensor | None = None) -> bool:
     if x is None:
         return _functorch.peek_interpreter_stack() is not None
     return _functorch.is_functorch_wrapped_tensor(x)
+
+
+def followed() -> bool:
+    """Whether operations are followed beyond autograd: by a transform of torch.func, or in forward mode."""
+    return is_transformed() or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
 
 
 def moves(t: Tensor) -> bool:

@@ -15,7 +15,7 @@ from resode.solve.compiled import COMPILED_OPTIONS, key_of
 from resode.solve.control import MAX_STEPS
 from resode.solve.events import from_start, with_event_gradient
 from resode.solve.gradient import GRADIENTS, Adjoint, WayBack, adjoint_params
-from resode.solve.host import is_transformed
+from resode.solve.host import followed
 from resode.solve.native import solve
 from resode.solve.options import SolveSettings, resolve_method
 from resode.solve.problem import (
@@ -332,10 +332,10 @@ def _odeint(
     args = checked_args(args)
     check_field(func, args)
     tableau, options, checkpoint = settings.method, settings.options, settings.checkpoint
-    if is_transformed() and (checkpoint or adjoint is not None):
+    if followed() and (checkpoint or adjoint is not None):
         raise TypeError(
             f"gradient={'checkpoint' if checkpoint else 'adjoint'!r} has a way back of its own, which "
-            "torch.func's transforms do not follow; take gradient='autograd' under them."
+            "torch.func's transforms and forward mode do not follow; take gradient='autograd' under them."
         )
     check_state(y0)
     per_sample = settings.per_sample
@@ -431,6 +431,7 @@ def _compiles(settings: SolveSettings, callbacks: Any, event_fn: Any) -> bool:
     if isinstance(settings.method, ButcherTableau) and not settings.method.explicit and settings.fixed:
         reasons.append(f"fixed steps of {settings.method.name}, which is implicit")
     reasons += ["callbacks"] if callbacks is not None else []
+    reasons += ["forward mode and torch.func's transforms"] if followed() else []
     reasons += ["event_fn"] if event_fn is not None else []
     reasons += ["gradient='checkpoint'"] if settings.checkpoint and not settings.fixed else []
     reasons += [f"{settings.method!r}, which torchdiffeq solves"] if isinstance(settings.method, str) else []

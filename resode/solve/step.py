@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -35,7 +36,8 @@ def combine(x: Tensor, h: Time, row: Row, k: Sequence[Tensor]) -> Tensor:
     if len(row) == 1 and row[0][1] == 1.0:
         return x + h * k[row[0][0]]
     if isinstance(h, Tensor):
-        return torch.addcmul(x, _weighted(row, k), h)
+        size, row = halved(row) if torch.compiler.is_compiling() else _halved(row)
+        return torch.addcmul(x, h, _weighted(row, k), value=size)
     for i, c in row:
         x = torch.add(x, k[i], alpha=h * c)
     return x
@@ -44,12 +46,29 @@ def combine(x: Tensor, h: Time, row: Row, k: Sequence[Tensor]) -> Tensor:
 def increment(h: Time, row: Row, k: Sequence[Tensor]) -> Tensor:
     r"""Sum h Σ c_i k_i over the (i, c_i) of `row`, which is not empty."""
     if isinstance(h, Tensor):
-        return h * _weighted(row, k)
+        size, row = halved(row) if torch.compiler.is_compiling() else _halved(row)
+        return (size * h) * _weighted(row, k)
     (first, c), *rest = row
     total = k[first] * (h * c)
     for i, c in rest:
         total = torch.add(total, k[i], alpha=h * c)
     return total
+
+
+def halved(row: Row) -> tuple[float, Row]:
+    """A power of 2 and coefficients c_i over it, so small that Σ c_i k_i is no larger than the largest k_i.
+
+    So it does not overflow where the state does not; the bits are those of the whole sum.
+
+    Example:
+        >>> halved(((0, 3.0), (1, -4.0)))
+        (8.0, ((0, 0.375), (1, -0.5)))
+    """
+    size = 2.0 ** math.ceil(math.log2(max(1.0, sum(abs(c) for _, c in row))))
+    return size, tuple((i, c / size) for i, c in row)
+
+
+_halved = lru_cache(maxsize=4096)(halved)
 
 
 def _weighted(row: Row, k: Sequence[Tensor]) -> Tensor:

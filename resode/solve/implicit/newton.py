@@ -24,7 +24,7 @@ MOST = 10  # iterations of simplified Newton, and
 DAMPED = 60  # of the damped one, each with a Jacobian of its own
 TRUSTED = 1e-2  # what a rate of earlier steps may promise; it counts for less from step to step
 SLOW = 1e-3  # a rate above it asks for a new Jacobian at the next step
-_LEAST = 2.0**-12  # of a correction that damping still tries
+LEAST = 2.0**-12  # of a correction that damping still tries
 
 
 @dataclass
@@ -108,7 +108,7 @@ class Newton:
                 # At the level of rounding no correction grows smaller.
                 good = open_ & ((ahead <= (1 - part / 4) * size) | ((size <= 1) & (ahead <= 10)))
                 open_ &= ~good
-                if not open_.any() or part[open_].max() < _LEAST:
+                if not open_.any() or part[open_].max() < LEAST:
                     break
                 part = np.where(open_, part / 2, part)
             live &= ~open_

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from resode.solve.control import Control
 from resode.solve.failures import Standing, newton_failed
-from resode.solve.host import decided, is_transformed, moves, plain
+from resode.solve.host import bare, decided, followed, is_transformed, moves, plain
+from resode.solve.implicit import transformed
 from resode.solve.implicit.blocks import StageBlock, lagrange, stage_blocks
 from resode.solve.implicit.gradient import implicit
 from resode.solve.implicit.newton import Newton
-from resode.solve.implicit.systems import systems_at
+from resode.solve.implicit.systems import DenseSystems, systems_at
 from resode.solve.result import SolverError
 from resode.solve.step import Field, Time, combine, explicit_step, increment
 from resode.tableaus import ButcherTableau
@@ -158,7 +159,7 @@ class _Attempt:
         self.step, self.f, self.times, self.x, self.size = step, f, times, x, h
         self.batch = batch
         self.h = np.array(_numbers(h), float).reshape(-1) * np.ones(batch)
-        self.start = self.rows(x.detach())
+        self.start = self.rows(bare(x))
         self.slowest, self.slow = np.full(batch, np.nan), np.zeros(batch, bool)
         self.stages: Tensor | None = None  # of a method that is one block, (s, B, n)
         self.scale = self._scale()
@@ -174,7 +175,7 @@ class _Attempt:
         control = self.step.control
         if control is None:
             return None
-        return control.atol + control.rtol * self.x.detach().abs()
+        return control.atol + control.rtol * bare(self.x).abs()
 
     def field_at(self, time: Time) -> Callable[[Tensor], Tensor]:
         """The field at a time, on rows."""
@@ -190,6 +191,8 @@ class _Attempt:
         step = self.step
         times = self.times[block.first : block.stop]
         bases = [combine(self.x, self.size, row, k) for row in block.before]
+        if followed():
+            return self._transformed(block, times, bases, self._start(block, k, k0))
         asked = torch.is_grad_enabled()
         has_graph = [asked and bases[0].requires_grad]
 
@@ -219,8 +222,8 @@ class _Attempt:
         """What Newton's method starts from, (m, B, n)."""
         if len(block.a) == 1:
             if block.predictor:
-                return sum(w * self.rows(k[j].detach()) for j, w in block.predictor)[None]  # type: ignore[index]
-            return (torch.zeros_like(self.start) if k0 is None else self.rows(k0.detach()))[None]
+                return sum(w * self.rows(bare(k[j])) for j, w in block.predictor)[None]  # type: ignore[index]
+            return (torch.zeros_like(self.start) if k0 is None else self.rows(bare(k0)))[None]
         last, zeros = self.step.last, self.start.new_zeros(len(block.a), *self.start.shape)
         if last is None:
             return zeros
@@ -302,11 +305,16 @@ class _Attempt:
         return correction
 
     def _size(self, block: StageBlock) -> Callable[[Tensor], np.ndarray]:
+        """As `_norm`, on the host."""
+        norm = self._norm(block)
+        return lambda correction: np.array(_numbers(norm(correction)), float)
+
+    def _norm(self, block: StageBlock) -> Callable[[Tensor], Tensor]:
         """Δ (m, B, n) to the norm of hA_bΔ over what is asked of the last correction, (B,)."""
         control, a = self.step.control, torch.from_numpy(block.a).to(self.start)
         floor: Tensor | None = None
 
-        def size(correction: Tensor) -> np.ndarray:
+        def size(correction: Tensor) -> Tensor:
             nonlocal floor
             z = self.h_rows * torch.tensordot(a, correction, 1)
             if control is None:
@@ -314,12 +322,10 @@ class _Attempt:
                 if floor is None:  # how large the state is, or becomes
                     norms = [_rms(self.start), _rms(z).amax(0)]
                     floor = (norms[0] + torch.nan_to_num(norms[1], 0.0, 0.0, 0.0)).clamp(min=1e-30)
-                values = _rms(z).amax(0) / (finest * floor)
-            else:
-                kappa = newton_tolerance(control, z.dtype)
-                rows = [control.measure(row.reshape(self.x.shape) / self.scale) for row in z]
-                values = torch.stack(rows).amax(0).reshape(-1) / kappa
-            return np.array(_numbers(values), float)
+                return _rms(z).amax(0) / (finest * floor)
+            kappa = newton_tolerance(control, z.dtype)
+            rows = [control.measure(row.reshape(self.x.shape) / self.scale) for row in z]
+            return torch.stack(rows).amax(0).reshape(-1) / kappa
 
         return size
 
@@ -327,22 +333,56 @@ class _Attempt:
         self, block: StageBlock, times: Sequence[Time], bases: list[Tensor], stages: Tensor
     ) -> Tensor:
         """The stages as solutions of their equation."""
-        m, n, shape, f, batch = len(stages), self.start.shape[1], self.x.shape, self.f, self.batch
         as_tensors = [s if isinstance(s, Tensor) else None for s in (*times, self.size)]
         given = [s for s in as_tensors if s is not None]
         fixed: list[Any] = [None if isinstance(s, Tensor) else s for s in (*times, self.size)]
 
         def equation(y: Tensor, *tensors: Tensor) -> Tensor:
-            rest = iter(tensors[m:])
+            rest = iter(tensors[len(bases) :])
             *at, h = (next(rest) if s is None else s for s in fixed)
-            k = [row.reshape(shape) for row in y.reshape(batch, m, n).unbind(1)]
-            row = [tuple((j, float(c)) for j, c in enumerate(line) if c) for line in block.a]
-            values = [f(at[i], combine(tensors[i], h, row[i], k)) for i in range(m)]
-            return torch.stack([v.reshape(batch, n) for v in values], 1).reshape(batch, m * n)
+            return self._values(block, at, tensors[: len(bases)], h, y)
 
-        y = stages.transpose(0, 1).reshape(batch, m * n)
+        y = stages.transpose(0, 1).reshape(self.batch, -1)
         y = implicit(equation, y, *bases, *given)
-        return y.reshape(batch, m, n).transpose(0, 1)
+        return y.reshape(self.batch, len(stages), -1).transpose(0, 1)
+
+    def _values(
+        self, block: StageBlock, times: Sequence[Time], bases: Sequence[Tensor], h: Time, y: Tensor
+    ) -> Tensor:
+        """F where stages y, (B, m n), put the state; they are right where this gives them again."""
+        m, batch = len(block.a), self.batch
+        k = [row.reshape(self.x.shape) for row in y.reshape(batch, m, -1).unbind(1)]
+        rows = [tuple((j, float(c)) for j, c in enumerate(line) if c) for line in block.a]
+        values = [self.f(times[i], combine(bases[i], h, rows[i], k)) for i in range(m)]
+        return torch.stack([v.reshape(batch, -1) for v in values], 1).reshape(batch, -1)
+
+    def _transformed(
+        self, block: StageBlock, times: Sequence[Time], bases: list[Tensor], start: Tensor
+    ) -> list[Tensor]:
+        """The stages of an implicit block within a transform of torch.func, with their derivatives."""
+        step, m, batch, norm = self.step, len(block.a), self.batch, self._norm(block)
+
+        def size(correction: Tensor) -> Tensor:
+            return norm(correction.reshape(batch, m, -1).transpose(0, 1))
+
+        found = transformed.solve(
+            lambda y: self._values(block, times, bases, self.size, y),
+            start.transpose(0, 1).reshape(batch, -1),
+            size,
+        )
+        left = np.array(plain(found.left).tolist()).reshape(-1, batch).max(0)
+        step.calls += m * found.calls
+        step.spent[:3] += found.jacobians
+        step.failed |= ~(left <= 1)
+        step.left = np.where(left <= 1, step.left, [left, np.full(batch, np.nan)])
+        if step.control is not None:  # for the error estimate
+            matrix = transformed.jacobian(self.field_at(times[0]), self.start)
+            step.systems = DenseSystems(plain(matrix))
+            step.systems.factor(block, self.h)
+        stages = found.y.reshape(batch, m, -1).transpose(0, 1)
+        if len(step.blocks) == 1:
+            self.stages = bare(stages)
+        return [row.reshape(self.x.shape) for row in stages]
 
 
 def newton_tolerance(control: Control, dtype: torch.dtype) -> float:
@@ -362,13 +402,8 @@ def check_implicit(x: Tensor) -> None:
     """Refuses states that no implicit method takes.
 
     Raises:
-        TypeError: complex, of half precision, or within a transform of torch.func.
+        TypeError: complex, or of half precision.
     """
-    if is_transformed():
-        raise TypeError(
-            "implicit steps have a way back of their own, which torch.func's transforms do not follow; take "
-            "torch.autograd.grad, or an explicit method."
-        )
     if x.is_complex():
         raise TypeError(
             "an implicit method solves equations in the real numbers, and the state is complex: give it as "
