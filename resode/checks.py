@@ -125,28 +125,51 @@ def _hint(function: Any, parameter: Parameter) -> Any:
 
 
 def _is_one(value: Any, hint: Any) -> bool:
+    if hint is Any:
+        return True
     origin = get_origin(hint) or hint
     if origin in (Union, UnionType):
         return any(_is_one(value, part) for part in get_args(hint))
     if origin in (float, int, complex):
-        if isinstance(value, Tensor | np.ndarray):
-            return (
-                value.size == 1
-                if isinstance(value, np.ndarray)
-                else value.numel() == 1 and _has_values(value)
-            )
-        return isinstance(value, Number | np.generic) or hasattr(type(value), "__index__")
+        return _is_number(value, origin)
     if origin is bool:
         return isinstance(value, bool | np.bool_)
     if origin is Tensor:
         return isinstance(value, Tensor) and _has_values(value)
     if origin in (Sequence, Iterable, list, tuple) or getattr(origin, "__name__", "") == "Iterable":
-        return hasattr(value, "__iter__") and not isinstance(value, str | bytes | Mapping | type)
+        if not hasattr(value, "__iter__") or isinstance(value, str | bytes | Mapping | type):
+            return False
+        return _are_ones(value, get_args(hint))
     if origin is Callable or getattr(origin, "__name__", "") == "Callable":
         return callable(value)
     if not isinstance(origin, type) or getattr(origin, "_is_protocol", False):
         return True
     return isinstance(value, origin)
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    """Whether a value is such a number: an array's or a tensor's single entry too, and 2.0 as a whole one."""
+    if isinstance(value, Tensor | np.ndarray):
+        one = value.size == 1 if isinstance(value, np.ndarray) else value.numel() == 1 and _has_values(value)
+        return one and _is_number(value.item(), kind)
+    if not isinstance(value, Number | np.generic):
+        return hasattr(type(value), "__index__")
+    if kind is not complex and isinstance(value, complex | np.complexfloating):
+        return False
+    return kind is not int or hasattr(type(value), "__index__") or float(value).is_integer()  # type: ignore[arg-type]
+
+
+def _are_ones(values: Any, hints: Sequence[Any]) -> bool:
+    """Whether entries are of an annotation's: of one for all, or of one each in a tuple of so many."""
+    if isinstance(values, Tensor | np.ndarray) and (
+        values.ndim == 0 or (isinstance(values, Tensor) and not _has_values(values))
+    ):
+        return False
+    if not hints or not hasattr(values, "__len__"):
+        return True
+    if len(hints) > 1 and hints[-1] is not Ellipsis:
+        return len(values) == len(hints) and all(map(_is_one, values, hints))
+    return all(_is_one(value, hints[0]) for value in values)
 
 
 def _has_values(x: Tensor) -> bool:
@@ -252,6 +275,30 @@ def check_number(
     if not inside:
         raise ValueError(f"{name} must be {words}, got {value!r}.")
     return number
+
+
+def choose_device(name: str | torch.device) -> torch.device:
+    """The device called so; "auto" is a GPU where there is one."""
+    valid = "auto, cpu, cuda, cuda:<number> or mps"
+    if not isinstance(name, str | torch.device):
+        raise TypeError(f"device must be {valid}, got {name!r} ({type(name).__name__}).")
+    if name == "auto":
+        found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(found)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device must be {valid}, got {name!r}.")
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[
+        device.type
+    ]
+    if (device.index or 0) >= count:
+        raise ValueError(
+            f"this machine has {count} {device.type} devices, got {name!r}. Take device='auto' or 'cpu'."
+        )
+    return device
 
 
 def did_you_mean(name: object, valid: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 import inspect
 import math
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 import resode
-from resode.checks import check_number, check_whole, one_of, warn_user
+from resode.checks import WrongType, check_number, check_whole, checked, one_of, warn_user
 
 
 @pytest.mark.parametrize("value", [3, np.int64(3), torch.tensor(3)])
@@ -120,3 +121,32 @@ def test_warnings_point_at_the_line_that_called(name):
 def test_a_warning_without_a_caller_still_comes():
     with pytest.warns(RuntimeWarning, match="told"):
         warn_user("told", RuntimeWarning)
+
+
+@pytest.mark.parametrize(
+    ("value", "refused"),
+    [(2, 0), (2.0, 0), (np.int64(2), 0), (0.5, 1), (math.nan, 1), (math.inf, 1), (1j, 1), (torch.tensor(2), 0), (torch.tensor(0.5), 1)],
+)  # fmt: skip
+def test_whole_numbers_where_a_call_fails(value, refused):
+    """A function that fails on 0.5 says that it takes a whole number; on 2 its own error comes through."""
+
+    @checked
+    def fails(count: int) -> None:
+        raise_from_inside = [][0]
+        return raise_from_inside
+
+    with pytest.raises(WrongType if refused else IndexError):
+        fails(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "refused"),
+    [([1.0, 2], 0), ((1.0,), 0), (torch.ones(3), 0), (torch.tensor(1.0), 1), (torch.ones(2, 3), 1), ([None], 1), (["a"], 1)],
+)  # fmt: skip
+def test_entries_of_sequences_where_a_call_fails(value, refused):
+    @checked
+    def fails(factors: Sequence[float]) -> None:
+        return [][0]
+
+    with pytest.raises(WrongType if refused else IndexError):
+        fails(value)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from resode.checks import known
+from resode.checks import choose_device, known
 from resode.cli.terminal import (
     command,
     console,
@@ -83,7 +83,7 @@ def profile(
 def _looked_at(run: Path | None, asked: dict[str, Any], samples: int, device: str) -> tuple[Any, Any, Any]:
     """The network that a command looks at, its inputs and their classes."""
     from resode.training.evaluate import load
-    from resode.training.plan import choose_device, make_network
+    from resode.training.plan import make_network
 
     if run is not None and asked["weights"] is not None:
         raise ValueError("give RUN or --weights, not both: a run has weights of its own.")

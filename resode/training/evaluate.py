@@ -16,14 +16,14 @@ from torch.nn.functional import cross_entropy
 from resode import networks
 from resode.blocks import ODEBlock, ResidualStack
 from resode.blocks.solving import set_solver, solving_modules
-from resode.checks import check_whole, checked, known, one_of
+from resode.checks import check_whole, checked, choose_device, known, one_of
 from resode.modes import evaluating
 from resode.results import Result
 from resode.training.data import Batches, ImageData, load_data
 from resode.training.data.datasets import DATASETS
 from resode.training.files import RunError, unpack
 from resode.training.folder import NoSuchRun, RunFolder, check_format
-from resode.training.plan import Model, choose_device, make_network, model_name
+from resode.training.plan import Model, make_network, model_name
 from resode.training.refining import refine
 
 EVALUATION_BATCH = 500

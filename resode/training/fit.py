@@ -51,8 +51,8 @@ def fit(
 
     Raises:
         TypeError: complex targets; parameters in float16.
-        ValueError: an unknown method, steps or batch_size below 1, a negative seed or weight decay, a rate that
-            is not positive, another number of targets than of samples, a loss that is no scalar, "lbfgs" with
+        ValueError: an unknown method, steps or batch_size below 1, a negative seed or weight decay, a rate
+            that is not positive, more or fewer targets than samples, a loss that is no scalar, "lbfgs" with
             batches or weight decay, or a model without parameters to fit.
 
     Source:

@@ -175,30 +175,6 @@ def check_data_place(data: str | ImageData, data_dir: str | Path | None, downloa
     )
 
 
-def choose_device(name: str) -> torch.device:
-    """The device called so; "auto" is a GPU where there is one."""
-    valid = "auto, cpu, cuda, cuda:<number> or mps"
-    if not isinstance(name, str | torch.device):
-        raise TypeError(f"device must be {valid}, got {name!r} ({type(name).__name__}).")
-    if name == "auto":
-        found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        return torch.device(found)
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"device must be {valid}, got {name!r}.")
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[
-        device.type
-    ]
-    if (device.index or 0) >= count:
-        raise ValueError(
-            f"this machine has {count} {device.type} devices, got {name!r}. Take device='auto' or 'cpu'."
-        )
-    return device
-
-
 def choose_precision(device: torch.device) -> str:
     """What "auto" means: "bf16" where that is the faster one, else "32".
 

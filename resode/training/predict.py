@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from resode.checks import checked
+from resode.checks import checked, choose_device
 from resode.results import Result
 from resode.tables import csv_text
 from resode.training.data import Batches
@@ -23,7 +23,7 @@ from resode.training.data.archives import DataError
 from resode.training.data.pictures import read_picture
 from resode.training.evaluate import EVALUATION_BATCH, load, read_weights
 from resode.training.files import RunError
-from resode.training.plan import Model, choose_device
+from resode.training.plan import Model
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from resode.blocks.solving import other_solver, solving_modules
-from resode.checks import checked, lacks_memory
+from resode.checks import checked, choose_device, lacks_memory
 from resode.modes import evaluating, own_random_state
 from resode.networks import find
 from resode.results import Result
@@ -31,7 +31,6 @@ from resode.training.plan import (
     Model,
     Plan,
     check_data_place,
-    choose_device,
     count_parameters,
     make_config,
     make_network,

@@ -10,6 +10,7 @@ import resode
 from resode import plots
 from resode.checks import NoKernel, checked
 from resode.tableaus import ButcherTableau
+from resode.training.data.batches import Batches
 from resode.training.fit import fit
 
 HEUN = {"name": "heun", "a": ((0, 0), (1, 0)), "b": (0.5, 0.5), "c": (0, 1)}
@@ -97,6 +98,13 @@ def test_what_a_fit_takes(changed, error, words):
     given = {"model": nn.Linear(1, 1), "x": torch.ones(3, 1), "target": torch.ones(3, 1), "steps": 1}
     with pytest.raises(error, match=words):
         fit(**(given | changed))
+
+
+@pytest.mark.parametrize("device", ["gpu", "", "cuda:99", "meta", 3, None, b"cpu"])
+def test_devices_that_are_not_there(device):
+    with pytest.raises((ValueError, TypeError), match="device"):
+        images, labels = torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.zeros(4, dtype=torch.long)
+        Batches(images, labels, 2, mean=(0.0,), std=(1.0,), train=False, device=device)
 
 
 def test_empty_batches():

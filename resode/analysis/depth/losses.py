@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as f
 
 from resode.calls import mapped, tensors_in
+from resode.checks import described
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -100,8 +101,8 @@ def sample_losses(output: Any, target: Any, loss_fn: LossFunction | None, batch:
     """
     if loss_fn is not None:
         value = loss_fn(output, target)
-        if value.is_complex():
-            raise TypeError(f"a loss is a real number: loss_fn gave {value.dtype}.")
+        if not isinstance(value, Tensor) or value.is_complex():
+            raise TypeError(f"a loss is a tensor of real numbers: loss_fn gave {described(value)}.")
         if value.ndim == 0:
             return value.expand(batch)
         if value.shape != (batch,):

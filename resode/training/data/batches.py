@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resode.checks import check_whole, checked
+from resode.checks import check_whole, checked, choose_device
 
 
 class Batches:
@@ -112,7 +112,7 @@ class Batches:
         self.share = share
         self.batch_size, self.train, self.seed, self.epoch = batch_size, train, seed, 0
         self.crop_padding, self.flip, self.cutout = (crop_padding, flip, cutout) if train else (0, False, 0)
-        self.channels_last, self.device = channels_last, torch.device(device)
+        self.channels_last, self.device = channels_last, choose_device(device)
         # Channels last, also where batches are not: then a row of pixels is one run of bytes.
         self._images = images.to(self.device).permute(0, 2, 3, 1).contiguous()
         self._labels = labels.to(self.device)

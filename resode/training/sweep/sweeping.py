@@ -15,14 +15,14 @@ from typing import Any, Protocol
 import torch
 import yaml
 
-from resode.checks import check_number, check_whole, one_of
+from resode.checks import check_number, check_whole, choose_device, one_of
 from resode.tables import csv_text, read_csv
 from resode.training.compare import Comparison, compare
 from resode.training.data import ImageData, load_data
 from resode.training.files import RunError, read_yaml, replacing, unusable, write_atomically
 from resode.training.folder import RunFolder, check_format, exclusive, remove_unfinished
 from resode.training.loggers import LOGGERS, logger_callback
-from resode.training.plan import Model, check_data_place, choose_device
+from resode.training.plan import Model, check_data_place
 from resode.training.processes import Interrupted, interruption
 from resode.training.recipe import Recipe
 from resode.training.run import check_plan
