@@ -25,6 +25,7 @@ from resode.analysis.steps.block_limits import block_limits
 from resode.blocks import ODEBlock, ResidualStack
 from resode.blocks.solving import set_solver
 from resode.blocks.statistics import measure_statistics
+from resode.checks import choose_device
 from resode.networks import build
 from resode.training import files
 from resode.training.data import Batches, ImageData, load_data
@@ -34,7 +35,7 @@ from resode.training.files import DamagedFile, RunError, pack, read_yaml, unpack
 from resode.training.folder import FolderTaken, NoSuchRun, RunFolder
 from resode.training.loop import Interrupted
 from resode.training.monitor import StepLimits
-from resode.training.plan import Plan, choose_device, choose_precision, resolve
+from resode.training.plan import Plan, choose_precision, resolve
 from resode.training.processes import interruption
 from resode.training.recipe import RECIPES, make_recipe
 from resode.training.run import train

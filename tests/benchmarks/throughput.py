@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 from torch.utils.data import DataLoader, Dataset
 
+from resode.checks import choose_device
 from resode.networks import build
 from resode.training.data.datasets import ImageData
-from resode.training.plan import choose_device, choose_precision
+from resode.training.plan import choose_precision
 from tests.benchmarks.training_step import bare_steps, random_images, resode_steps
 
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
