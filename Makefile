@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test bench docs linkcheck clean
+.PHONY: demo test bench mutants docs linkcheck trust oldest surface clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -22,6 +22,31 @@ test: $(STAMP)
 bench: $(STAMP) .bench/.installed
 	PYTHONPATH=.bench/peers $(BIN)/python -m tests.benchmarks.speed --growth --diffrax .bench/diffrax/bin/python \
 	  --json .bench/speed.json --figure .bench/work_precision.png
+
+mutants: .venv/.mutants
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.trust.mutants all --count 200
+
+.venv/.mutants: constraints.txt $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,mutants]'
+	touch $@
+
+# The whole campaign; a second call goes on where the first was stopped. The short part of it is in `make test`.
+trust: $(STAMP) .trust/.installed
+	PYTHONPATH=.trust/tools OMP_NUM_THREADS=1 $(BIN)/python -m tests.trust
+
+surface: $(STAMP)
+	$(BIN)/python -m tests.trust.surface --write
+
+# The oldest versions that pyproject.toml allows; OLDEST="torch=2.13.0+cpu" where an index lacks one.
+oldest: $(STAMP)
+	$(PYTHON) -m venv .oldest
+	$(BIN)/python -m tests.trust.oldest $(OLDEST) > .oldest/constraints.txt
+	.oldest/bin/python -m pip install --quiet --constraint .oldest/constraints.txt --editable '.[dev,tensorboard]'
+	OMP_NUM_THREADS=1 .oldest/bin/python -m pytest --numprocesses 2
+
+.trust/.installed: tests/trust/tools.txt | $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .trust/tools --requirement $<
+	touch $@
 
 docs: .venv/.docs
 	$(BIN)/sphinx-build -W --keep-going docs docs/_build/html
@@ -46,4 +71,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf .venv .bench runs .pytest_cache .ruff_cache build dist docs/_build docs/_generated docs/gallery
+	rm -rf .venv .bench .mutants .trust .oldest runs .pytest_cache .ruff_cache build dist docs/_build docs/_generated docs/gallery

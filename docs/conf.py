@@ -9,9 +9,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 os.environ.setdefault("RESODE_FAST", "1")  # the claims at their small size; RESODE_FAST=0 runs them in full
 
 import docstrings  # noqa: E402
+import notebooks  # noqa: E402
 import tables  # noqa: E402
 
 import resode  # noqa: E402
+from resode.explorer import explorer_page, read_spectra  # noqa: E402
 
 project = "resode"
 author = "the resode developers"
@@ -67,9 +69,10 @@ sphinx_gallery_conf = {
 
 # The look
 html_theme = "furo"
-html_title = f"resode {release}"
+html_title = f"resode {release}"  # the version stands in every page's header
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_extra_path = ["_generated/extra"]  # what `setup` writes there lies beside the pages
 html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#0072B2", "color-brand-content": "#0072B2"},
     "dark_css_variables": {"color-brand-primary": "#56B4E9", "color-brand-content": "#56B4E9"},
@@ -83,8 +86,22 @@ linkcheck_anchors = False
 linkcheck_timeout = 20
 
 
+def extra():
+    """What lies beside the pages: the explorer of a trained network, the tutorial's notebook."""
+    place = ROOT / "docs" / "_generated" / "extra"
+    place.mkdir(parents=True, exist_ok=True)
+    notebooks.write(ROOT / "docs" / "tutorial.md", place / "tutorial.ipynb")
+    page = explorer_page(
+        read_spectra(ROOT / "docs" / "explorer.csv"),
+        title="Stability explorer",
+        source="The last two blocks of the demo's network at a test image: all 512 eigenvalues.",
+    )
+    (place / "explorer.html").write_text(page, encoding="utf-8")
+
+
 def setup(app):
     """The hooks of this site."""
+    extra()
     app.connect("autodoc-process-docstring", docstrings.escape, priority=100)  # before napoleon
     app.connect("doctree-read", docstrings.alias)
     app.connect("builder-inited", tables.write, priority=900)  # after the gallery has run

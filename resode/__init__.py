@@ -53,8 +53,9 @@ if TYPE_CHECKING:
     from resode.training.compare import compare
     from resode.training.evaluate import load
     from resode.training.run import train
+    from resode.training.sweep import sweep
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Imported when it is first asked for, so that solving doesn't wait for analyses, figures and training.
 _LAZY = {
@@ -77,6 +78,7 @@ _LAZY = {
     "resode.training.compare": ("compare",),
     "resode.training.evaluate": ("load",),
     "resode.training.run": ("train",),
+    "resode.training.sweep": ("sweep",),
 }
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 _ROOMS = ("analysis", "fields", "networks", "plots", "shortcuts", "training")
@@ -131,6 +133,7 @@ __all__ = [
     "step_limit",
     "steps",
     "swap_report",
+    "sweep",
     "train",
 ]
 
@@ -140,7 +143,14 @@ def __getattr__(name: str) -> Any:
         return import_module(f"resode.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'resode' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    try:
+        return getattr(import_module(_HOME[name]), name)
+    except ModuleNotFoundError as error:
+        if not _HOME[name].startswith("resode.training"):
+            raise
+        raise ModuleNotFoundError(
+            f"resode.{name} needs {error.name}: pip install 'resode[train]'", name=error.name
+        ) from error
 
 
 def __dir__() -> list[str]:

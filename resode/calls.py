@@ -35,6 +35,49 @@ def call(model: nn.Module, x: Any) -> Any:
     return model(*x)
 
 
+def kind_of(x: Any) -> str:
+    """What came where a floating tensor was wanted, and what to do about it.
+
+    Example:
+        >>> import torch
+        >>> kind_of(torch.ones(1, dtype=torch.int64)), kind_of(None)
+        ('torch.int64: convert it with x.float()', 'NoneType')
+    """
+    if isinstance(x, Tensor):
+        return f"{x.dtype}: convert it with x.float()" if not x.is_complex() else str(x.dtype)
+    array = hasattr(x, "__array__") or isinstance(x, list | tuple)
+    name = f"{'numpy.' if type(x).__module__ == 'numpy' else ''}{type(x).__name__}"
+    dtype = getattr(x, "dtype", None)
+    of = "" if dtype is None else f" of {dtype}"
+    return f"{name}{of}{': convert it with torch.as_tensor(x)' if array else ''}"
+
+
+def mixed_dtypes(error: Exception, field: Any, x: Tensor) -> TypeError | None:
+    r"""What to say where torch refused a field because its weights have another dtype than the state.
+
+    Example:
+        >>> import torch
+        >>> x, field = torch.ones(1, 2, dtype=torch.float64), nn.Linear(2, 2)
+        >>> print(mixed_dtypes(RuntimeError("mat1 and mat2 must have the same dtype"), field, x))
+        a field and its state have one dtype: Linear has float32 weights, the state is float64. Convert
+        the state, x.to(torch.float32), or the field, field.to(torch.float64).
+    """
+    if not isinstance(field, nn.Module) or not _MIXED.search(str(error)):
+        return None
+    dtypes = {p.dtype for p in field.parameters() if p.is_floating_point()} - {x.dtype}
+    if not dtypes:
+        return None
+    weights, state = (str(d).removeprefix("torch.") for d in (dtypes.pop(), x.dtype))
+    return TypeError(
+        f"a field and its state have one dtype: {type(field).__name__} has {weights} weights, the state is "
+        f"{state}. Convert the state, x.to(torch.{weights}), or the field, field.to(torch.{state})."
+    )
+
+
+_MIXED = re.compile(r"same dtype|should be the same|scalar type")
+"""In what torch says of a matrix product, a convolution and other operations."""
+
+
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """The tensors in nested tuples, lists, mappings (Hugging Face's outputs are mappings) and dataclasses."""
     if isinstance(value, Tensor):

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from resode.checks import check_number
+from resode.checks import check_number, checked
 from resode.stability import (
     eigenvalue_step_limit,
     imaginary_stability_interval,
@@ -40,6 +40,7 @@ STABLE, UNSTABLE = "#1B1B1B", "#D55E00"
 DASHES = ("-", "--", "-.", ":")
 
 
+@checked
 def stability_region(
     method_or_methods: Method | Sequence[Method],
     eigenvalues: Any = None,
@@ -174,6 +175,7 @@ def _window(tableaus: list[ButcherTableau], z: Complexes | None) -> tuple[float,
     return left - margin, right, -top - margin, top + margin
 
 
+@checked
 def amplification(method_or_methods: Method | Sequence[Method], path: Path = None) -> Figure:
     """Draw |R| along the negative real and the positive imaginary axis, for one method or several.
 
@@ -218,6 +220,7 @@ def amplification(method_or_methods: Method | Sequence[Method], path: Path = Non
     return _finished(figure, path)
 
 
+@checked
 def transient_growth(growth: Any, path: Path = None) -> Figure:
     """Draw ‖R(ηJ)ⁿ‖₂ over the step n, for one result of `resode.analysis.transient_growth` or several.
 
@@ -248,6 +251,7 @@ def transient_growth(growth: Any, path: Path = None) -> Figure:
     return _finished(_figure_of(ax), path)
 
 
+@checked
 def edge(check: Any, path: Path = None) -> Figure:
     """Draw the simulation on either side of a step limit, a result of `theory.measures.edge.edge_check`.
 
@@ -272,6 +276,7 @@ def edge(check: Any, path: Path = None) -> Figure:
     return _finished(_figure_of(ax), path)
 
 
+@checked
 def bifurcation(result: Any, path: Path = None) -> Figure:
     """Draw where the orbits of a scalar map settle, over the step size: `resode.analysis.rest.bifurcation`.
 
@@ -291,6 +296,7 @@ def bifurcation(result: Any, path: Path = None) -> Figure:
     return _finished(_figure_of(ax), path)
 
 
+@checked
 def training_curves(metrics: Mapping[str, Sequence[float]], path: Path = None) -> Figure:
     """Draw a run's loss, error, learning rate and F evaluations over its epochs.
 
@@ -342,6 +348,7 @@ def training_curves(metrics: Mapping[str, Sequence[float]], path: Path = None) -
 _SPLITS = {"train": COLOURS[0], "validation": COLOURS[2], "test": UNSTABLE, "eval": COLOURS[3]}
 
 
+@checked
 def comparison(compared: Any, path: Path = None) -> Figure:
     """Draw the errors of several runs over their epochs, one colour a configuration.
 
@@ -388,6 +395,7 @@ def comparison(compared: Any, path: Path = None) -> Figure:
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
+@checked
 def swap_accuracy(report: Any, path: Path = None) -> Figure:
     """Draw the same weights' accuracy and drift against the solver's step, and blocks' distance from an ODE.
 
@@ -462,6 +470,7 @@ def _against_step(
             ax.plot([row.step_size], [value], "o", color=colour, label="as trained", **ring)
 
 
+@checked
 def group_spectra(groups: Sequence[Any], methods: Method | Sequence[Method], path: Path = None) -> Figure:
     """Draw the eigenvalues hλ of a network's blocks over the methods' stability regions, one panel a group.
 
@@ -504,6 +513,7 @@ def group_spectra(groups: Sequence[Any], methods: Method | Sequence[Method], pat
     return _finished(figure, path)
 
 
+@checked
 def step_limits(records: Sequence[Any], path: Path = None) -> Figure:
     """Draw what training does to a network's step limits: amplification, growing modes, limits by update.
 
@@ -598,6 +608,7 @@ def _finished(figure: Figure, path: Path) -> Figure:
     return figure
 
 
+@checked
 def cobweb(web: Any, path: Path = None) -> Figure:
     """Draw a scalar map, the diagonal, and the staircase of an orbit: `resode.analysis.rest.scan.cobweb`.
 
@@ -617,6 +628,7 @@ def cobweb(web: Any, path: Path = None) -> Figure:
     return _finished(_figure_of(ax), path)
 
 
+@checked
 def phase_portrait(portrait: Any, path: Path = None) -> Figure:
     """Draw the flow of a one- or two-dimensional field and its fixed points, filled where stable.
 
@@ -651,6 +663,7 @@ def phase_portrait(portrait: Any, path: Path = None) -> Figure:
     return _finished(_figure_of(ax), path)
 
 
+@checked
 def depth_profile(profile: Any, path: Path = None) -> Figure:
     """Draw a depth profile, a result of `resode.profile_depth`: six panels over the blocks.
 
@@ -689,6 +702,7 @@ def depth_profile(profile: Any, path: Path = None) -> Figure:
     return _finished(figure, path)
 
 
+@checked
 def block_gains(diagnosis: Any, path: Path = None) -> Figure:
     """Draw the gains of a random perturbation by block, a result of `resode.diagnose`; outliers are marked.
 

@@ -20,10 +20,10 @@ DIRECTIVE = re.compile(r"^\.\. auto(\w+):: (\S+)\n((?:[ \t]+\S.*\n)*)", flags=re
 
 PACKAGES = (
     "resode",
-    *(f"resode.{name}" for name in "analysis blocks fields networks solve stability".split()),
+    *(f"resode.{name}" for name in "analysis blocks explorer fields networks solve stability".split()),
 )
 MODULES = ("resode.plots", "resode.shortcuts")
-TRAINING = "compare data divergence evaluate fit monitor predict processes recipe refining report run"
+TRAINING = "callbacks compare data divergence evaluate fit loggers monitor parent predict processes recipe refining report run sweep"
 
 INTERNAL = {
     "resode.training.evaluate": {
@@ -33,7 +33,8 @@ INTERNAL = {
         "read_weights",
         "recomputations_of_last_call",
     },
-    "resode.training.processes": {"losing"},
+    "resode.training.processes": {"losing", "interruption"},
+    "resode.training.run": {"check_plan"},
 }
 """What a module shares with others of the package, and with nobody else."""
 

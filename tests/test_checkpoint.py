@@ -151,3 +151,16 @@ def test_without_gradients_nothing_is_checked_or_kept(field):
         y, stats = odeint(field, torch.ones(2, 2, dtype=DOUBLE), torch.tensor([0.0, 1.0]), gradient="checkpoint",
                           return_stats=True)  # fmt: skip
     assert not y.requires_grad and stats.nfe_backward == 0
+
+
+@pytest.mark.parametrize("kw", [dict(rtol=1e-9, atol=1e-9), dict(method="rk4", n_steps=40)], ids=str)
+def test_a_second_derivative_outlives_the_solution(kw):
+    """y' = −a y² from 1 is 1 / (1 + a) at t = 1: 2 / (1 + a)³, when only the first derivative is held."""
+
+    def end(a):
+        ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+        y0 = torch.ones(1, dtype=torch.float64)
+        return odeint(lambda t, y: -a * y**2, y0, ends, gradient="checkpoint", **kw)[-1].sum()
+
+    a = torch.tensor(1.0, dtype=torch.float64)
+    assert torch.autograd.functional.hessian(end, a).item() == pytest.approx(0.25, abs=1e-6)

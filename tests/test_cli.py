@@ -108,7 +108,7 @@ def test_wrong_usage_lists_what_is_right(arguments, words, tmp_path, monkeypatch
         (["stability", "RUN", "--solvers", ""], ["--solvers needs at least one"]),
         (["stability", "RUN", "rk4"], ["one run at a time"]),
         (["train", "--run-dir", "RUN"], ["is never overwritten", "--resume"]),
-        (["train", "--resume", "RUN", "--lr", "0.1"], ["keeps the settings", "lr"]),
+        (["train", "--resume", "RUN", "--lr", "0.1"], ["ends later than its parent stands", "more epochs"]),
         (["train", "--config", "RUN/config.yaml", "--recipe", "paper"], ["--recipe changes nothing"]),
         (["train", "--config", "RUN/config.yaml", "--gamma", "0.5"], ["gamma belongs to the step schedule"]),
         (["train", "--resume", "RUN", "--data-dir", "images"], ["neither data_dir nor download"]),
@@ -166,6 +166,22 @@ def test_methods_lists_all():
     assert rows[-1][:4] == ["rkl2_S", "2", "S, 2 to 1000", "fixed steps"]
     assert rows[1 + list(METHODS).index("dopri5")][:4] == ["dopri5", "5", "7", "adaptive"]
     assert rows[1 + list(METHODS).index("gauss4")][3] == "implicit, fixed steps"
+
+
+def test_models_prints_a_networks_groups():
+    output = resode("models", "resnet50").output
+    assert re.search(r"layer3\s+14×14\s+1024\s+6\s+7,098,368\s+1,464,336,384", output)
+    assert re.search(r"all\s+1000\s+16\s+25,557,032\s+4,089,184,256", output)
+    output = resode("models", "maxout", "--image-size", "8", "--option", "in_channels=1").output
+    assert "a sample is 1×8×8" in output
+    for arguments, message in (
+        (["models", "resnet21"], "6n + 2"),
+        (["models", "resnet20", "--option", "widht=3"], "Did you mean width"),
+        (["models", "--image-size", "8"], "name it"),
+        (["models", "maxout", "--image-size", "7"], "below 8×8"),
+    ):
+        result = resode(*arguments)
+        assert result.exit_code == 2 and message in " ".join(result.output.split())
 
 
 def test_models_lists_parameters():

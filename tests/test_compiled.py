@@ -1,5 +1,6 @@
 """Compiled steps give the eager result, are kept, and say why where they can't be had."""
 
+import numpy as np
 import pytest
 import torch
 from problems import van_der_pol
@@ -7,6 +8,7 @@ from torch import nn
 
 from resode import MaxStepsReached, SolverError, odeint
 from resode.solve import compiled
+from resode.solve.implicit.compiled import LARGEST, UNROLLED, Factors
 
 # torch's own, while it compiles.
 pytestmark = [
@@ -234,3 +236,136 @@ def test_an_error_of_the_field_comes_out_as_itself(traced):
         odeint(wrong, start(), T, compile=True)
     with pytest.raises(ValueError, match="must keep the state's shape"):
         odeint(lambda t, y: y[:1], start(), T, compile=True)
+
+
+# --- implicit methods
+
+
+class Stiff(nn.Module):
+    """A slow curve, y → cos(t + phase), that rows are drawn to at rates up to 1e4, with a weight of its own."""
+
+    def __init__(self, batch=4):
+        super().__init__()
+        self.rate = nn.Parameter(torch.logspace(1, 4, batch, dtype=DOUBLE))
+        self.mix = nn.Parameter(torch.tensor([[1.0, 0.5], [-0.3, 2.0]], dtype=DOUBLE))
+
+    def forward(self, t, y):
+        rate = self.rate[: len(y), None] if y.ndim > 1 else self.rate[0]
+        return -rate * ((y - torch.cos(t)) @ self.mix) - torch.sin(t) + 0.1 * torch.sin(3 * y)
+
+
+@pytest.mark.parametrize(
+    ("method", "per_sample", "way"),
+    [
+        ("radau5", True, "gradient"),
+        ("trbdf2", False, "gradient"),
+        ("sdirk2", True, "back"),
+        ("kvaerno5", True, "outputs"),
+    ],
+)
+def test_implicit_results_gradients_and_steps_are_the_eager_ones(traced, method, per_sample, way):
+    """Newton's iteration leaves a hundredth of the tolerance a step; the field's slope, 1e4, is in the times' gradient."""
+    tol, field, found = 1e-4, Stiff(), []
+    t = torch.tensor([0.5, 0.4995], dtype=DOUBLE) if way == "back" else T  # back, what decays grows
+    for compile in (False, True):
+        y0, times = (1 + 0.1 * start(4)).requires_grad_(), t.clone().requires_grad_()
+        with torch.set_grad_enabled(way == "gradient"):
+            y, stats = odeint(field, y0, times, method=method, rtol=tol, atol=tol, per_sample=per_sample,
+                              compile=compile, return_stats=True)  # fmt: skip
+        grads = (
+            torch.autograd.grad(y.sin().sum(), [y0, times, *field.parameters()]) if y.requires_grad else ()
+        )
+        found.append((y.detach(), grads, torch.as_tensor(stats.n_steps).double()))
+    (y, grads, steps), (compiled_y, compiled_grads, compiled_steps) = found
+    assert float(((y - compiled_y).abs() / (1 + y.abs())).max()) < 5 * tol
+    for a, b in zip(grads, compiled_grads, strict=True):
+        assert float((a - b).norm()) < 1e-3 * float(a.norm())
+    assert float((compiled_steps - steps).abs().max()) <= 0.05 * float(steps.max()) + 1
+    assert traced
+
+
+def test_implicit_gradients_are_those_of_the_steps_that_were_taken(traced):
+    """Steps held fixed, finite differences see the derivative that the way back gives: y' = −w(y − cos t)."""
+    w, y0 = torch.tensor(50.0, dtype=DOUBLE, requires_grad=True), torch.ones(1, 1, dtype=DOUBLE)
+
+    def end(w):
+        return odeint(lambda t, y: -w * (y - torch.cos(t)), y0, T[[0, -1]], method="radau5", rtol=1e-10, atol=1e-10,
+                      per_sample=True, compile=True)[-1, 0, 0]  # fmt: skip
+
+    # y = (w² cos t + w sin t)/(1 + w²) + c e^(−wt): at t = 3 the last term is gone.
+    t, v = float(T[-1]), float(w.detach())
+    c, s = np.cos(t), np.sin(t)
+    exact = ((2 * v * c + s) * (1 + v**2) - (v**2 * c + v * s) * 2 * v) / (1 + v**2) ** 2
+    (slope,) = torch.autograd.grad(end(w), w)
+    assert float(slope) == pytest.approx(exact, rel=1e-6)
+
+
+def test_generated_code_of_an_implicit_method():
+    """One state and two stages one by one, so that the code is short."""
+    rate = torch.tensor([1.0, 1e2, 1e4], dtype=DOUBLE)[:, None]
+    kw = dict(rtol=1e-6, atol=1e-6, per_sample=True, method="sdirk2", return_stats=True)
+
+    def field(t, y):
+        return -rate * (y - torch.cos(t))
+
+    y0 = torch.zeros(3, 1, dtype=DOUBLE)
+    expected, cost = odeint(field, y0, T, **kw)
+    y, stats = odeint(field, y0, T, compile=True, **kw)
+    assert torch.allclose(y, expected, rtol=0, atol=2e-6)
+    assert torch.equal(stats.n_accepted, cost.n_accepted)
+    assert (stats.n_newton >= stats.n_accepted).all() and (stats.n_jacobians > 0).all()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 6, UNROLLED, UNROLLED + 1])
+def test_elimination_is_numpys_solution(n):
+    """Several right-hand sides of matrices that need their rows exchanged: zeros on the diagonal, scales apart."""
+    rng = np.random.default_rng(n)
+    matrices = rng.standard_normal((40, n, n)) * 10.0 ** rng.integers(-6, 7, (40, n, 1))
+    if n > 1:
+        matrices[:20, range(n), range(n)] = 0
+    factors = Factors(torch.from_numpy(matrices).permute(1, 2, 0))
+    for _ in range(2):
+        right = rng.standard_normal((n, 40))
+        expected = np.linalg.solve(matrices, right.T[..., None])[..., 0].T
+        bound = 1e3 * np.finfo(float).eps * np.linalg.cond(matrices) * abs(expected).max(0)
+        assert (abs(factors.solve(torch.from_numpy(right)).numpy() - expected) <= bound).all()
+
+
+def test_samples_do_not_wait_for_each_other(traced):
+    """A sample at rest takes few steps beside a stiff one, and its result is that of its own solve."""
+    field, y0 = Stiff(2), torch.tensor([[1.0, 1.0], [3.0, -2.0]], dtype=DOUBLE)
+    kw = dict(method="sdirk2", rtol=1e-4, atol=1e-4, per_sample=True, compile=True)
+    both = odeint(field, y0, T, **kw)
+    alone = odeint(field, y0[:1], T, **kw)
+    assert torch.allclose(both[:, :1], alone, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("field", "options"),
+    [
+        (lambda t, y: -1e6 * (y - torch.cos(20 * t)), dict(max_steps=5)),
+        (lambda t, y: -torch.sqrt(y) - 1, dict()),
+    ],
+)
+def test_failures_of_implicit_steps_are_the_eager_ones(traced, field, options):
+    y0, raised = torch.ones(2, 1, dtype=DOUBLE), []
+    for compile in (False, True):
+        with pytest.raises(SolverError) as error:
+            odeint(field, y0, 2 * T[[0, -1]], method="sdirk2", per_sample=True, rtol=1e-4, atol=1e-4, compile=compile,
+                   **options)  # fmt: skip
+        raised.append((type(error.value), error.value.sample, error.value.time))
+    assert raised[0][:2] == raised[1][:2]
+    assert raised[0][2] == pytest.approx(raised[1][2], rel=1e-2)
+
+
+def test_what_compiled_implicit_steps_do_not_take_is_said(traced):
+    y0 = start().abs()
+    with pytest.warns(UserWarning, match="fixed steps of radau5, which is implicit"):
+        odeint(van_der_pol, y0, T[:2], method="radau5", n_steps=2, compile=True)
+    with pytest.warns(UserWarning, match=f"implicit method on {LARGEST + 1} entries"):
+        odeint(lambda t, y: -y, torch.ones(LARGEST + 1, dtype=DOUBLE), T[:2], method="radau5", compile=True)
+    with pytest.warns(UserWarning, match="without compiling"):
+        y = odeint(branching, y0, T, method="radau5", compile=True)
+    assert torch.equal(y, odeint(branching, y0, T, method="radau5"))
+    with pytest.raises(TypeError, match="needs the field's Jacobian"):
+        odeint(lambda t, y: -y.detach(), y0, T, method="radau5", compile=True)

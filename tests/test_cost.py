@@ -76,6 +76,9 @@ EVERY_NETWORK = [
     ("resnetv2_50", {"shortcut": "coupling", "width": 8}),
     ("odenet20", {"shortcut": "D", "solver": "rk4", "substeps": 2, "learn_step": True}),
     ("odenet20", {"weights": "linear", "solver": "midpoint", "gradient": "checkpoint"}),
+    ("nin", {"norm": "batch", "num_classes": 7}),
+    ("maxout", {"norm": "batch", "hidden_pieces": 2}),
+    ("dsn", {"norm": "group"}),
     ("residual_mlp5", {"hidden": 7, "solver": "kutta3", "learn_step": "channel"}),
 ]
 
@@ -83,7 +86,7 @@ EVERY_NETWORK = [
 @pytest.mark.parametrize(("name", "options"), EVERY_NETWORK)
 @pytest.mark.parametrize("size", [32, 19])
 def test_formula_and_count_agree_for_every_network(name, options, size):
-    if "mlp" in name:
+    if "image_size" in NETWORKS[name].options:
         options = {**options, "image_size": size}
     with torch.device("meta"):
         model = build(name, **options)

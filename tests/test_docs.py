@@ -6,6 +6,8 @@ above a block leaves it to the reader.
 """
 
 import ast
+import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -15,7 +17,13 @@ import torch
 import resode
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", *(p for p in ROOT.glob("docs/**/*.md") if "_build" not in p.parts)])
+PAGES = sorted(
+    [
+        ROOT / "README.md",
+        ROOT / "README.zh.md",
+        *(p for p in ROOT.glob("docs/**/*.md") if "_build" not in p.parts),
+    ]
+)
 BLOCK = re.compile(
     r"(?:^<!-- needs (?P<needs>[^>]+) -->\n)?^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<printed>.*?)^```\n)?",
     flags=re.S | re.M,
@@ -131,3 +139,47 @@ def test_pictures_and_linked_files_are_there(page):
 def test_decisions_stay_short():
     for path in (ROOT / "docs" / "decisions").glob("[0-9]*.md"):
         assert len(path.read_text().splitlines()) <= 20, path.name
+
+
+def test_the_tutorials_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    """The site offers it; its cells are the page's blocks, in a format that Jupyter reads."""
+    spec = importlib.util.spec_from_file_location("notebooks", ROOT / "docs" / "notebooks.py")
+    assert spec is not None and spec.loader is not None
+    notebooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(notebooks)
+    notebooks.write(ROOT / "docs" / "tutorial.md", tmp_path / "tutorial.ipynb")
+    notebook = json.loads((tmp_path / "tutorial.ipynb").read_text())
+    monkeypatch.chdir(tmp_path)
+    names: dict = {"__name__": "__notebook__"}
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert len(code) == len(blocks(ROOT / "docs" / "tutorial.md")) >= 8
+    for cell in code:
+        exec("".join(cell["source"]), names)
+    text = "".join("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "markdown")
+    assert ".md)" not in text and "{raw}" not in text and "```text" not in text
+    assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
+
+
+def code_of(page: Path, kinds: str) -> list[str]:
+    """The page's blocks of code without their comments."""
+    found = re.findall(rf"^```(?:{kinds})\n(.*?)^```\n", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    return [re.sub(r"\s+#.*$", "", block, flags=re.M).strip() for block in found]
+
+
+def test_the_chinese_readme_has_the_readmes_commands():
+    """Shorter, so that each line of its code is one of the README's, and in its order within a block."""
+    lines = [line for block in code_of(ROOT / "README.md", "sh|python") for line in block.splitlines()]
+    for block in code_of(ROOT / "README.zh.md", "sh|python"):
+        at = 0
+        for line in block.splitlines():
+            assert line in lines[at:], f"README.md has no longer: {line}"
+            at = lines.index(line, at)
+    text = (ROOT / "README.zh.md").read_text(encoding="utf-8")
+    for term in ("残差块", "前向欧拉法", "恒等快捷连接", "梯度高速公路", "不动点", "稳定域"):
+        assert term in text, term
+
+
+def test_the_chinese_tutorial_has_the_tutorials_examples():
+    assert code_of(ROOT / "docs" / "zh" / "tutorial.md", "python|text") == code_of(
+        ROOT / "docs" / "tutorial.md", "python|text"
+    )

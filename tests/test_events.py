@@ -73,8 +73,51 @@ def test_gradcheck_of_the_whole_event():
             func, y0, t0, event_fn=lambda t, y: y[0] ** 2 - level * (1 + 0.1 * t), rtol=1e-10, atol=1e-10
         )
 
-    inputs = (scalar([0.2, 1.5]), scalar(0.1), scalar(0.7), scalar(0.9))
-    assert torch.autograd.gradcheck(run, [x.requires_grad_() for x in inputs], eps=1e-5, atol=1e-6)
+    inputs = [x.requires_grad_() for x in (scalar([0.2, 1.5]), scalar(0.1), scalar(0.7), scalar(0.9))]
+    assert torch.autograd.gradcheck(run, inputs, eps=1e-5, atol=1e-6)
+    assert torch.autograd.gradgradcheck(run, inputs, eps=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("kw", [dict(rtol=1e-11, atol=1e-12), dict(method="rk4", step_size=0.01)], ids=str)
+def test_second_derivatives_through_an_event(kw, per_sample):
+    """x' = −x from x0 is 1/2 at τ = ln(2 x0), where z' = 2z from 1 is (2 x0)²: −1/x0² and 8, which were both 0."""
+
+    def run(x0):
+        y0 = torch.stack([x0, torch.ones_like(x0)])
+        y0 = y0.expand(2, 2) if per_sample else y0
+        t, y = odeint_event(
+            lambda t, y: y * scalar([-1.0, 2.0]),
+            y0,
+            scalar(0.0),
+            event_fn=lambda t, y: y[..., 0] - 0.5,
+            per_sample=per_sample,
+            **kw,
+        )
+        return t.sum(), y[-1, ..., 1].sum()
+
+    x0, n = scalar(1.5), 2 if per_sample else 1
+    time, state = (lambda x: run(x)[0]), (lambda x: run(x)[1])
+    for f, right in ((time, -n / 1.5**2), (state, 8 * n)):
+        assert torch.autograd.functional.hessian(f, x0).item() == pytest.approx(right, abs=1e-5)
+        assert torch.func.jacrev(torch.func.jacrev(f))(x0).item() == pytest.approx(right, abs=1e-5)
+
+
+def test_an_event_needs_no_derivative_where_no_gradient_is_asked_for():
+    """torch has none of heaviside, and numpy gives none: as in torchdiffeq, both end a solve all the same."""
+    zero = scalar(0.0)
+    for event in (
+        lambda t, y: torch.heaviside(y[0] - 0.5, zero) - 0.5,
+        lambda t, y: torch.from_numpy(y.numpy() - 0.5),
+    ):
+        t, _ = odeint_event(lambda t, y: -y, scalar([1.0]), zero, event_fn=event)
+        assert t.item() == pytest.approx(math.log(2), abs=1e-7)
+    start = scalar([1.0]).requires_grad_()
+    t, _ = odeint_event(
+        lambda t, y: -y, start, zero, event_fn=lambda t, y: torch.heaviside(y[0] - 0.5, zero) - 0.5
+    )
+    with pytest.raises(ValueError, match="no gradient"):
+        t.backward()
 
 
 @pytest.mark.parametrize("options", [{}, {"method": "rk4", "step_size": 0.01}])

@@ -1,12 +1,13 @@
 """A block's gradient in its two parts, and shortcuts as matrices."""
 
 import copy
+import math
 
 import pytest
 import torch
 from torch import nn
 
-from resode import ResidualStack
+from resode import ResidualStack, odeint
 from resode.analysis import gradient_parts, shortcut_matrix
 from resode.fields import BottleneckField, ConvField, MLPField
 from resode.networks import build
@@ -121,3 +122,23 @@ def test_a_gate_that_depends_on_x_has_no_matrix():
         shortcut_matrix(gated, torch.ones(3))
     with pytest.raises(TypeError, match="floating-point"):
         shortcut_matrix(gated, torch.ones(1, 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("method", ["dopri5", "dopri8", "bosh3", "rk4"])
+def test_second_derivatives_in_the_times(method, per_sample):
+    """y' = −t y is y(T) = exp((s² − T²)/2): ∂²/∂T² = (T² − 1) y, ∂²/∂s² = (s² + 1) y and ∂²/∂s∂T = −s T y."""
+    how = dict(n_steps=100) if method == "rk4" else dict(rtol=1e-8, atol=1e-10)
+    y0 = torch.ones(2, 1, dtype=torch.float64)
+
+    def end(times):
+        t = times[:, None].expand(2, 2) if per_sample else times
+        return odeint(lambda t, y: -t * y, y0, t, method=method, per_sample=per_sample, **how)[-1].mean()
+
+    s, e = 0.5, 1.2
+    y = math.exp((s**2 - e**2) / 2)
+    right = y * torch.tensor([[s**2 + 1, -s * e], [-s * e, e**2 - 1]], dtype=torch.float64)
+    times = torch.tensor([s, e], dtype=torch.float64)
+    twice = torch.func.jacrev(torch.func.jacrev(end))
+    for hessian in (twice(times), torch.autograd.functional.hessian(end, times)):
+        assert torch.allclose(hessian, right, rtol=0, atol=1e-6)

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from resode.cli import app
 from resode.cli.terminal import report, table
-from resode.networks import build, load_weights
+from resode.networks import build, load_weights, read_weights
 from resode.tables import csv_text, read_csv, read_records, records_text
 from resode.training.data.archives import DataError
 from resode.training.evaluate import load
@@ -214,3 +214,29 @@ def test_a_lack_of_memory_is_told_as_one(tmp_path, capsys):
     assert report(RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. can't allocate memory")) == 1
     assert report(RuntimeError("could not create a primitive descriptor")) == 1
     assert capsys.readouterr().err.count("there is not enough memory for this. Take smaller batches") == 2
+
+
+@pytest.mark.parametrize("at", range(8, 400, 28))
+def test_a_damaged_file_of_weights_is_refused(tmp_path, at):
+    """Bytes of a torch file's directory, which stands at its end, changed: zipfile's errors are no message."""
+    path = tmp_path / "w.pt"
+    torch.save({"w": torch.ones(2)}, path)
+    content = bytearray(path.read_bytes())
+    content[-at : -at + 4] = b"\xff\xff\xff\x7f"
+    path.write_bytes(content)
+    try:
+        found = read_weights(path)
+    except ValueError as error:
+        assert str(path) in str(error)
+    else:
+        assert torch.equal(found["w"], torch.ones(2))
+
+
+@pytest.mark.parametrize("content", ["80027d7101580c732d", "806a4ac3", "802e7265", "80027d7100580100000077"])
+def test_a_damaged_pickle_of_weights_is_refused(tmp_path, content):
+    """Found by fuzzing: torch's reader ends with struct.error, LookupError and others."""
+    (tmp_path / "w.pt").write_bytes(bytes.fromhex(content))
+    with pytest.raises(
+        ValueError, match=r"w\.pt is damaged, or not what torch\.save makes|w\.pt holds other"
+    ):
+        read_weights(tmp_path / "w.pt")

@@ -466,17 +466,28 @@ def test_train_mode_batch_norm_is_refused_in_implicit_blocks():
     stack.eval()(torch.randn(3, 4))
 
 
+@pytest.mark.parametrize("options", [{}, {"n_steps": 2}])
+def test_a_jacobian_that_is_not_finite_is_named(options):
+    """torch.where takes the branch −y, and the gradient of both: NaN at once, though no value is."""
+
+    def field(t, y):
+        return torch.where(t < 2, -y, y * math.nan)
+
+    with pytest.raises(resode.SolverError, match=r"its Jacobian holds infinities or NaN.*torch\.where"):
+        odeint(field, times(1.0), times(0.0, 1.0), method="sdirk2", **options)
+
+
+def test_an_empty_state_stays_empty():
+    for options in ({}, {"n_steps": 2}):
+        assert odeint(lambda t, y: -y, times(), times(0.0, 1.0), method="radau5", **options).shape == (2, 0)
+
+
 def test_transforms_of_torch_func_are_refused():
     def value(y0):
         return odeint(lambda t, y: -y, y0, times(0.0, 1.0), method="implicit_euler", n_steps=2)[-1].sum()
 
     with pytest.raises(TypeError, match=r"torch\.func"):
         torch.func.grad(value)(times(1.0))
-
-
-def test_compiling_is_without_effect_and_says_so():
-    with pytest.warns(UserWarning, match="radau5, which is implicit"):
-        odeint(lambda t, y: -y, times(1.0), times(0.0, 1.0), method="radau5", compile=True)
 
 
 def test_the_stiff_benchmark_runs_and_radau5_is_beside_scipys():

@@ -13,6 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "resode"
 MAY_IMPORT = {
     "checks": set(),
     "tables": {"checks"},
+    "results": set(),
+    "progress": set(),
     "modes": set(),
     "symbols": set(),
     "calls": set(),
@@ -29,10 +31,20 @@ MAY_IMPORT = {
     "networks": {"blocks", "fields", "shortcuts", "formulas", "state_dicts"},
     "analysis": {"tableaus", "stability", "jacobian", "solve", "blocks", "formulas"},
     "plots": {"tableaus", "stability"},
+    "explorer": {"tableaus", "stability"},
     "training": {"networks", "analysis", "blocks", "solve", "jacobian", "stability", "tableaus", "plots"},
     "__main__": {"cli"},
 }
-EVERYWHERE = {"calls", "checks", "tables", "modes", "symbols", "whole_blocks"}  # import none but each other
+EVERYWHERE = {
+    "calls",
+    "checks",
+    "tables",
+    "modes",
+    "progress",
+    "results",
+    "symbols",
+    "whole_blocks",
+}  # import none but each other
 ON_TOP = {"cli", "__init__"}  # may import everything
 LAZY = {"analysis": {"plots"}}  # inside a function only: a result's .plot()
 QUESTIONS = ["steps", "depth", "rest", "diagnose", "swap"]  # of analysis; each may import those before it

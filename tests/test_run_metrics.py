@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from resode import plots
 from resode.cli import app
 from resode.training import memory
+from resode.training.loggers import TensorBoard
 from resode.training.loop import Interrupted
-from resode.training.monitor import TensorBoard
 from resode.training.run import train
 
 
@@ -144,6 +144,6 @@ def test_tensorboard_gets_every_epoch_once_also_of_a_resumed_run(tmp_path, monke
 def test_a_missing_tensorboard_is_said_before_anything_is_trained(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    result = CliRunner().invoke(app, ["train", "--tensorboard", "--run-dir", str(tmp_path / "run")])
+    result = CliRunner().invoke(app, ["train", "--logger", "tensorboard", "--run-dir", str(tmp_path / "run")])
     assert result.exit_code == 1 and "pip install 'resode[tensorboard]'" in result.output
     assert not (tmp_path / "run").exists()

@@ -17,7 +17,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import resode
 from resode import ODEBlock, ResidualStack, odeint, odeint_adjoint, odeint_event, solve_ivp
-from resode.solve.events import root
+from resode.solve.events import roots
 
 DOUBLE = torch.float64
 ONE = torch.ones(1, dtype=DOUBLE)
@@ -169,10 +169,11 @@ def test_the_search_takes_as_many_evaluations_as_halving_at_most():
         calls = []
 
         def counted(s, f=f, calls=calls):
-            calls.append(s)
-            return f(s)
+            calls.append(s.item())
+            return np.array([f(s.item())])
 
-        assert root(counted, 0.0, 1.0, f(0.0), f(1.0)) == pytest.approx(0.3, abs=1e-15)
+        ends = (np.array([s]) for s in (0.0, 1.0, f(0.0), f(1.0)))
+        assert roots(counted, *ends).item() == pytest.approx(0.3, abs=1e-15)
         assert len(calls) <= (14 if name == "smooth" else 60), name
 
 
@@ -343,21 +344,41 @@ def test_the_adjoint_reaches_replicas_and_modules_in_args(monkeypatch):
         assert module.linear.weight.grad.item() == pytest.approx(E1, abs=1e-6)
 
 
+HELD = {
+    "module": lambda module: (module, ()),
+    "closure": lambda module: (lambda t, y: module(t, y), ()),
+    "method": lambda module: (module.forward, ()),
+    "args": lambda module: (lambda t, y, m: m(t, y), (module,)),
+}
+
+
+@pytest.mark.parametrize("held", HELD.values(), ids=HELD)
 @pytest.mark.parametrize("kw", [{}, dict(method="rk4", n_steps=20)])
-def test_compiled_steps_see_hooks_that_come_and_go(kw, monkeypatch):
+def test_compiled_steps_see_hooks_that_come_and_go(kw, held, monkeypatch):
+    """Wherever the field keeps the module, and those of all modules too."""
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, fullgraph=True, backend="eager"))
     module = Decay()
+    field, args = held(module)
 
     def end():
         with torch.no_grad():
-            return odeint(module, ONE, SPAN, compile=True, **kw)[-1].item()
+            return odeint(field, ONE, SPAN, args=args, compile=True, **kw)[-1].item()
+
+    def twice(m, i, out):
+        return 2 * out if m is module.linear else None
 
     assert end() == pytest.approx(E1, abs=1e-6)
-    hook = module.linear.register_forward_hook(lambda m, i, out: 2 * out)
-    assert end() == pytest.approx(math.exp(-2), abs=1e-5)
-    hook.remove()
-    assert end() == pytest.approx(E1, abs=1e-6)
+    for register in (
+        module.linear.register_forward_hook,
+        nn.modules.module.register_module_forward_hook,
+    ):
+        hook = register(twice)
+        try:
+            assert end() == pytest.approx(math.exp(-2), abs=1e-5)
+        finally:
+            hook.remove()
+        assert end() == pytest.approx(E1, abs=1e-6)
 
 
 @pytest.mark.parametrize("args", [0, -1, 1.5, torch.tensor(2.0), "no"])
@@ -390,6 +411,7 @@ def test_times_are_read_to_their_own_rounding():
     s = solve_ivp(decay, (0, 0.1), torch.ones(1), t_eval=times)
     assert s.y[-1].item() == pytest.approx(math.exp(-0.1), abs=1e-6) and s.t[-1].item() == 0.1
     assert s(times)[-1].item() == pytest.approx(math.exp(-0.1), abs=1e-6)
+    assert solve_ivp(decay, (0, 0.1), torch.ones(1), t_eval=times.numpy()).t[-1].item() == 0.1
     s = solve_ivp(decay, torch.tensor([0.1, 0.7]), torch.ones(1), t_eval=[0.1, 0.7])
     assert s.y[-1].item() == pytest.approx(math.exp(-0.6), abs=1e-6)
     for outside in ([0.0, 0.1 + 1e-9], torch.tensor([0.0, 0.1 + 1e-6])):
@@ -571,10 +593,14 @@ def test_what_the_transforms_do_not_follow_says_so():
 
         with pytest.raises(TypeError, match=f"gradient='{gradient}' has a way back of its own.*'autograd'"):
             grad(end)(ONE)
-    with pytest.raises(TypeError, match="goes by the values of t"):
+    with pytest.raises(TypeError, match=r"goes by the values of t.*shape \(T, B\)"):
         vmap(lambda s: odeint(decay, ONE, torch.stack([0 * s, s]), method="rk4", n_steps=3))(torch.ones(2))
     t = grad(lambda y: odeint_event(decay, y, scalar(0.0), event_fn=lambda t, y: y - 0.5)[0])(ONE)
     assert t.item() == pytest.approx(1, abs=1e-6)  # t = ln(2 y0)
+    with pytest.raises(TypeError, match=r"vmap hides\. Solve the batch in one call.*its own event"):
+        vmap(lambda y: odeint_event(decay, y, scalar(0.0), event_fn=lambda t, y: y - 0.5, **steps("rk4"))[0])(
+            torch.stack([ONE, ONE])
+        )
 
 
 class Field(nn.Module):

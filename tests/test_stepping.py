@@ -195,6 +195,16 @@ def test_a_derivative_of_another_structure_is_refused(field, message):
             solve()
 
 
+def test_a_derivative_of_another_dtype_is_refused_as_that_of_one_tensor_is():
+    """torch.cat would make float64 of it, with the rounding of float32."""
+    field = lambda t, y: {**nested(t, y), "x": -y["x"].float()}  # noqa: E731
+    for solve in (lambda: odeint(field, NESTED, times(0.0, 1.0)), lambda: solve_ivp(field, (0, 1), NESTED)):
+        with pytest.raises(
+            TypeError, match=r"keep the state's dtype: the state is torch.float64.*torch.float32"
+        ):
+            solve()
+
+
 def test_mixed_dtypes_are_refused_by_name():
     with pytest.raises(
         ValueError, match=r"y0\['a'\] torch.float32 on cpu, y0\['b'\]\[0\] torch.float64 on cpu"

@@ -13,8 +13,8 @@ from theory import __main__ as command
 from theory import seeds, verdict
 
 CLAIMS = [
-    *(f"A{n}" for n in range(1, 9)),
-    *(f"B{n}" for n in range(1, 10)),
+    *(f"A{n}" for n in range(1, 10)),
+    *(f"B{n}" for n in range(1, 14)),
     *(f"C{n}" for n in range(1, 12)),
 ]
 

@@ -420,6 +420,7 @@ def test_a_loader_gives_what_its_tensors_give():
 
 def test_a_terminal_shows_how_far_it_is(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr("resode.progress.AFTER", 0.0)  # it waits two seconds
     profile_depth(Net(first_of_chunk, times(-3)).eval(), states())
     shown = capsys.readouterr().err
     assert "profile: 3 samples" in shown and "block 1 of 1" in shown and shown.endswith(" \r")

@@ -31,9 +31,10 @@ from resode.training.evaluate import calibration_batches, load, plain_batches, s
 from resode.training.evaluate import evaluate as evaluate_run
 from resode.training.files import DamagedFile, RunError, pack, read_yaml, unpack, write_atomically
 from resode.training.folder import FolderTaken, NoSuchRun, RunFolder
-from resode.training.loop import Interrupted, interruption
+from resode.training.loop import Interrupted
 from resode.training.monitor import StepLimits
 from resode.training.plan import Plan, choose_device, choose_precision, resolve
+from resode.training.processes import interruption
 from resode.training.recipe import RECIPES, make_recipe
 from resode.training.run import train
 from resode.training.task import ClassificationTask
@@ -423,8 +424,8 @@ def test_a_second_interrupt_stops_at_once():
 
 def test_a_resumed_run_keeps_its_settings(tmp_path):
     run = tiny_run(tmp_path / "run", epochs=1)
-    with pytest.raises(ValueError, match=r"keeps the settings it was started with, got lr"):
-        train(Tiny(), resume=run.path, lr=1.0)
+    with pytest.raises(ValueError, match=r"keeps the settings it was started with, got recipe"):
+        train(Tiny(), recipe="fast", resume=run.path)
     with pytest.raises(RunError, match=r"trained a model of your own, .*Tiny. Pass it again"):
         train(resume=run.path)
     with pytest.raises(ValueError, match=r"keeps its data: it has digits, got cifar10"):

@@ -11,17 +11,21 @@ ones by :math:`\prod J_l`. For *normal* :math:`J_l` of spectral radius at most r
 and for any :math:`J_l` with :math:`\|J_l\|_2 \le \varepsilon < 1` the smallest singular value of
 :math:`\prod (I + J_l)` is at least :math:`(1 - \varepsilon)^L`.
 
-**Assumptions.** Normality (:math:`J J^\top = J^\top J`) is what makes the norm equal to the spectral radius.
+**Assumptions.** Normality (:math:`J J^\top = J^\top J`) is what makes the norm equal to the spectral
+radius.
 
 **Not claimed.** The popular form leaves normality out, and is wrong: the nilpotent blocks
 :math:`\begin{pmatrix}0&a\\0&0\end{pmatrix}` and their transposes, in turn, have r = 0, yet their residual
 product grows like :math:`\mu^L`, :math:`\mu = a/2 + \sqrt{1 + a^2/4}`, and their plain product is
 :math:`a^L`. Nor does the upper bound rule out vanishing: with :math:`J = -0.9\,I` it allows :math:`1.9^L`
-while :math:`0.1^L` is left. Only the lower bound excludes that, and it falls with L too.
+while :math:`0.1^L` is left. Only the lower bound excludes that, and it falls with L too. Nor is :math:`(1 +
+\varepsilon)^L` "nearly linear", :math:`1 + \varepsilon L`: it is within :math:`(\varepsilon L)^2 / 2` of
+that, relatively, which is small for :math:`\varepsilon L \ll 1` alone. At :math:`\varepsilon = 0.05` and
+:math:`L = 100` the one is 131.5, the other 6.
 
 **Source.** Horn & Johnson, *Matrix Analysis*, 2nd ed. 2013, sections 2.5 (normal matrices) and 7.3; for the
-gradient of plain chains Pascanu, Mikolov & Bengio, *On the difficulty of training recurrent neural networks*,
-ICML 2013.
+gradient of plain chains Pascanu, Mikolov & Bengio, *On the difficulty of training recurrent neural
+networks*, ICML 2013.
 
 The picture shows the gain by depth between its two bounds, beside plain chains and the counterexample.
 """
@@ -92,9 +96,17 @@ def measured(name, depth=L):
 gains = {name: measured(name) for name in chains}
 
 # %%
+# "Nearly linear", tried with chains of J = εI at L = 100: the norm over 1 + εL, less 1.
+
+excess = {
+    e: float(product_norm([linear(e * signs.abs())] * L, torch.ones(1, 2, dtype=F64)).norm) / (1 + e * L) - 1
+    for e in (1e-5, 1e-4, 1e-3, 0.05)
+}
+
+# %%
 # A stack that is not linear has other Jacobians at every state; the bounds hold with their norms, which are
-# at most those of the weights, because tanh is nowhere steeper than 1. (Nor are they far below: its slope is
-# above a fifth where ``abs(z) < 1.4``.)
+# at most those of the weights, because tanh is nowhere steeper than 1. (Nor are they far below: its slope
+# is above a fifth where ``abs(z) < 1.4``.)
 
 torch.manual_seed(shifted(0))
 fields = [nn.Sequential(nn.Linear(width, width), nn.Tanh()).double() for _ in range(short)]
@@ -142,6 +154,10 @@ for a in (0.05, 1.0):
     at_most(f"nilpotent, a = {a:g}: spectral radius", 1e-7, found.radii.max())
     agree("  norm, μ^L where the popular bound is 1", mu(a) ** short, found.norm, rtol=1e-10)
     agree("  plain, a^L where the popular bound is 0", a**short, found.plain, rtol=1e-10)
+for e in (1e-5, 1e-4):
+    series = (e * L) ** 2 / 2 * (1 - 1 / L)
+    agree(f"J = {e:g} I: norm over 1 + εL, less 1: the next term", series, excess[e], rtol=2 * e * L)
+agree("J = 0.05 I: norm over 1 + εL, which is 6", 131.501258 / 6, 1 + excess[0.05], rtol=1e-8)
 agree("J = −0.9 I: norm, 0.1^L where 1.9^L is allowed", 0.1**short, gains["J = −0.9 I"].norm, rtol=1e-10)
 at_most("tanh stack: norm over ∏(1+ε)", rounding, (real.norm / real.upper).max())
 at_least("  smallest singular value over ∏(1−ε)", 1 / rounding, (real.smallest / real.lower).min())

@@ -11,7 +11,10 @@ kind                   :math:`S x`                           :math:`S^\top g`
 identity               x                                     g
 padded (option A)      every other pixel, channels of zeros  those pixels; zero at all the others
 projection (option B)  a strided 1×1 convolution, Wx         :math:`W^\top g` at those pixels, else zero
+projection (option C)  a 1×1 convolution of stride 1         :math:`W^\top g`
+pooled (option D)      2×2 means, then a 1×1 convolution     a quarter of :math:`W^\top g` at all four pixels
 gated                  αx, α learnt                          αg, while α itself gets gᵀx
+highway, constant gate :math:`(1 - T)\,x`                    :math:`(1 - T)\,g`
 ====================== ===================================== ==========================================
 
 **Assumptions.** S is linear, and the gradient is that of the shortcut's path alone.
@@ -27,13 +30,21 @@ eq. 6 to 8, `arXiv:1603.05027 <https://arxiv.org/abs/1603.05027>`_.
 The picture shows where each kind sends a gradient of ones back to, and the gradient through many gates.
 """
 
+import math
+
 import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
 from resode.analysis import gradient_parts, shortcut_matrix
 from resode.fields import ConvField
-from resode.shortcuts import GatedShortcut, InputGatedShortcut, PadShortcut, ProjectionShortcut
+from resode.shortcuts import (
+    GatedShortcut,
+    HighwayShortcut,
+    InputGatedShortcut,
+    PadShortcut,
+    ProjectionShortcut,
+)
 from theory.measures.gains import gradient_norms
 from theory.seeds import shifted
 from theory.verdict import FAST, agree, at_least
@@ -61,15 +72,43 @@ def pixels_back(g):
 
 
 projection = ProjectionShortcut(channels, 2 * channels, 2).double()
-weight = projection[0].weight.detach()[:, :, 0, 0]  # (out, in)
+same = ProjectionShortcut(channels, channels, 1).double()
+pooled = ProjectionShortcut(channels, 2 * channels, 2, average_pool=True).double()
+
+
+def weight_back(shortcut, g):
+    """Wᵀg at every pixel of g, W the shortcut's 1×1 convolution (out, in)."""
+    [conv] = [m for m in shortcut.modules() if isinstance(m, nn.Conv2d)]
+    return torch.einsum("oi,bohw->bihw", conv.weight.detach()[:, :, 0, 0], g)
+
+
+class Carry(nn.Module):
+    """What a highway layer's gate lets through of x; its gate has bias b and no weights."""
+
+    def __init__(self, bias):
+        super().__init__()
+        self.highway = HighwayShortcut(channels, kernel_size=1, bias=bias)
+        nn.init.zeros_(self.highway.transform.weight)
+
+    def forward(self, x):
+        return self.highway(x, torch.zeros_like(x))
+
+
+carry = Carry(-2.0).double()
 kinds = {
     "identity": (nn.Identity(), lambda g: g),
     "padded (A)": (
         PadShortcut(channels, 2 * channels, 2, zeros="behind"),
         lambda g: pixels_back(g[:, :channels]),
     ),
-    "projection (B)": (projection, lambda g: pixels_back(torch.einsum("oi,bohw->bihw", weight, g))),
+    "projection (B)": (projection, lambda g: pixels_back(weight_back(projection, g))),
+    "projection (C)": (same, lambda g: weight_back(same, g)),
+    "pooled (D)": (
+        pooled,
+        lambda g: weight_back(pooled, g).repeat_interleave(2, 2).repeat_interleave(2, 3) / 4,
+    ),
     "gated": (GatedShortcut(alpha).double(), lambda g: alpha * g),
+    "highway": (carry, lambda g: (1 - 1 / (1 + math.exp(2.0))) * g),
 }
 
 # %%
@@ -123,16 +162,17 @@ second = a * (1 - a) * (g * x).sum(1, keepdim=True) * soft.score.weight.detach()
 # Figure
 # ------
 
-fig, axes = plt.subplots(1, 5, figsize=(13, 3), layout="constrained", width_ratios=(1, 1, 1, 1, 1.6))
+fig, axes = plt.subplots(2, 4, figsize=(12, 5.6), layout="constrained")
+*maps, curves = axes.flat
 bound = max(float(where.abs().max()) for where in reached.values())
-for ax, (name, where) in zip(axes[:4], reached.items(), strict=True):
+for ax, (name, where) in zip(maps, reached.items(), strict=True):
     image = ax.imshow(where.numpy(), cmap="RdBu", vmin=-bound, vmax=bound)
     ax.set(xticks=[], yticks=[], title=f"{name}\n{zeros[name]:.0%} gets nothing")
-fig.colorbar(image, ax=axes[3], label="Sᵀ1, first channel")
+fig.colorbar(image, ax=axes[0], shrink=0.8, label="Sᵀ1, first channel")
 for value, norms in through.items():
-    axes[4].semilogy(range(depth + 1), norms.flip(0), label=f"α = {value}")
-axes[4].set(xlabel="gated shortcuts passed", ylabel="‖gradient‖ / ‖g‖", title="gates multiply: α^L")
-axes[4].legend()
+    curves.semilogy(range(depth + 1), norms.flip(0), label=f"α = {value}")
+curves.set(xlabel="gated shortcuts passed", ylabel="‖gradient‖ / ‖g‖", title="gates multiply: α^L")
+curves.legend()
 
 # %%
 # Verdict
@@ -145,7 +185,8 @@ for name in kinds:
 agree("gated: dL/dα, gᵀx", float((g * x).sum()), alpha_gradient, rtol=1e-12)
 agree("padded (A): share of pixels without gradient", 0.75, zeros["padded (A)"])
 agree("projection (B): the same", 0.75, zeros["projection (B)"])
-agree("identity: the same", 0, zeros["identity"])
+for name in ("identity", "projection (C)", "pooled (D)", "highway"):
+    agree(f"{name}: the same", 0, zeros[name])
 for value, norms in through.items():
     agree(f"100 gates of {value}: ‖gradient‖ / ‖g‖", value**100, norms[0], rtol=1e-12)
 agree("input gate: error of αg + the second term", 0, (whole - a * g - second).abs().max(), atol=1e-13)

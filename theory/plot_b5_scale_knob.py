@@ -4,9 +4,13 @@ B5 · Scale knob
 
 **Claim.** In :math:`y = x + \alpha F(x)` the number :math:`\alpha` scales the eigenvalues of the block to
 :math:`1 + \alpha\lambda(J)`, and the loss falls with it at the rate :math:`dL/d\alpha = v^\top F(x)`, with
-:math:`v` the gradient behind the block. The gradients before and behind a block turn against each other where
+:math:`v` the gradient behind the block. The gradients before and behind a block turn against each other
+where
 
 .. math:: \alpha\, v^\top J v < -\lVert v\rVert^2 .
+
+So the step at which a block's two gradients turn is read off one backward pass, :math:`\alpha = -\lVert
+v\rVert^2 / (v^\top J v)`, before any step of that length is taken.
 
 **Not claimed.** That gradients conflict as :math:`\alpha` grows, whatever :math:`J`. They do along an
 eigenvector where :math:`\alpha\lambda` passes -1: there the iteration oscillates, and past -2 it diverges.
@@ -109,6 +113,18 @@ many = torch.logspace(-1.3, 1.3, 20 if FAST else 80).tolist()
 never = torch.stack([conflict(directions[:, -1], a) for a in many])
 falls = torch.stack([conflict(directions[:, 0], a) for a in many])
 
+
+# The same turns read at a tiny step, from v and J alone: along that eigenvector, and along random
+# directions.
+def read_off(v):
+    stack = ResidualStack(field, depth=1, step_size=1e-3)
+    return float(gradient_conflict(stack, x, loss_fn=lambda z, _: z @ v).turning_step[0, 0])
+
+
+read_turn, read_never = read_off(directions[:, 0]), read_off(directions[:, -1])
+some = [directions[:, 0] + 0.05 * torch.randn(width) for _ in range(5)]
+read_error = max(abs(read_off(v) / turning(lambda a, v=v: conflict(v, a), 0.0, 10.0) - 1) for v in some)
+
 # By autograd's own function: ``jacobian`` takes a field, and warns of a whole block.
 block = torch.autograd.functional.jacobian(lambda x: x + 0.3 * field(x[None])[0], x[0])
 block_eigenvalues = torch.linalg.eigvals(block)
@@ -159,6 +175,9 @@ agree(
 agree("eigenvalues -1, -5, v = (1, 1): α where the last block turns", 1 / 3, last, atol=1e-9)
 agree("rotation at α = 0.6: cosine", 1 / math.sqrt(1.36), turned[-1, 0], atol=1e-12)
 agree("nonlinear: α where the gradients turn", -1 / parts[0].item(), measured_turn, rtol=1e-8)
+agree("  the same read off one pass, turning_step", -1 / parts[0].item(), read_turn, rtol=1e-10)
+agree("  along five random directions: read over bisected, less 1, worst", 0.0, read_error, atol=1e-8)
+agree("  one over it along the positive direction, which never turns", 0.0, 1 / read_never)
 at_least("nonlinear, positive direction: least cosine up to α = 20", 0.0, never.min())
 agree("eigenvalues of the block are 1 + αλ, worst", 0.0, apart, atol=1e-12)
 agree(

@@ -12,8 +12,8 @@ the very images that it is trained on is higher. Residual networks of the same l
 digits, measured here each time, and the networks of the original experiment on CIFAR-10, plain and residual
 with 20 and 56 layers, from stored curves where there are any.
 
-**Not claimed.** That it is overfitting: the *training* error is compared. Nor that it is a lack of capacity,
-or that plain networks cannot be trained with other means or more time.
+**Not claimed.** That it is overfitting: the *training* error is compared. Nor that it is a lack of
+capacity, or that plain networks cannot be trained with other means or more time.
 
 **Source.** He, Zhang, Ren & Sun, *Deep Residual Learning for Image Recognition* (2015), arXiv:1512.03385,
 figures 1 and 6.
@@ -66,22 +66,19 @@ final = {kind: losses[kind][..., -10:].mean(-1) for kind in kinds}  # (depths, s
 #
 # .. code-block:: console
 #
-#    for model in plain20 plain56 resnet20 resnet56; do
-#        resode train --model $model --data cifar10 --data-dir PATH --recipe paper --run-dir runs/$model
-#    done
-#    python -m theory.degradation runs/plain20 runs/plain56 runs/resnet20 runs/resnet56
+#    python -m tests.benchmarks.table --data PATH --out FOLDER --epochs 10 \
+#        --only plain20 plain56 resnet20 resnet56
+#    python -m tests.benchmarks.table --out FOLDER --store
 #
-# 64,000 updates each, in the original experiment's settings: hours on a GPU. Without them this part says
-# "not measured" and claims nothing.
+# with errors of training images as they are, in evaluation mode. This part can fail only where these curves
+# are stored. Without them it says "not measured" and claims nothing.
 models = ("plain20", "plain56", "resnet20", "resnet56")
 cifar = degradation.read()
 missing = [model for model in models if model not in cifar]
 if missing:
     print(f"CIFAR-10: not measured. Missing in docs/results/degradation.csv: {', '.join(missing)}.")
-    for model in missing:
-        command = "resode train --data cifar10 --data-dir PATH --recipe paper"
-        print(f"  {command} --model {model} --run-dir runs/{model}")
-    print("  python -m theory.degradation " + " ".join(f"runs/{model}" for model in models))
+    print("  python -m tests.benchmarks.table --data PATH --out FOLDER --only " + " ".join(missing))
+    print("  python -m tests.benchmarks.table --out FOLDER --store")
 
 # %%
 # **Figure.**
@@ -114,8 +111,9 @@ for axis in (left, middle, right) if cifar else (left, middle):
     axis.legend(fontsize=8)
 
 # %%
-# **Verdict.** Plain: the deepest must lose by a factor of two, far beyond the spread over seeds. Residual: no
-# more than three standard deviations of a run above the shallowest, and never above a tenth of chance, ln 10.
+# **Verdict.** Plain: the deepest must lose by a factor of two, far beyond the spread over seeds. Residual:
+# no more than three standard deviations of a run above the shallowest, and never above a tenth of chance,
+# ln 10.
 plain, residual = final["plain"].mean(1), final["residual"].mean(1)
 at_least(f"plain: training loss, {depths[-1]} blocks to {depths[0]}", 2.0, plain[-1] / plain[0])
 rise = (errors["plain"][-1] - errors["plain"][0]).mean()
@@ -126,8 +124,8 @@ at_most(f"residual: training error at {depths[-1]} blocks", 0.05, errors["residu
 at_least(f"training loss at {depths[-1]} blocks, plain to residual", 5.0, plain[-1] / residual[-1])
 
 # %%
-# On CIFAR-10 the last epoch's training errors are compared, in percent; ResNet-56 may be as bad as ResNet-20
-# and no worse.
+# On CIFAR-10 the last epoch's training errors are compared, in percent; ResNet-56 may be as bad as
+# ResNet-20 and no worse.
 if not missing:
     last = {model: cifar[model]["train_error"][-1] for model in models}
     at_least("CIFAR-10: training error of plain56 above plain20", last["plain20"], last["plain56"])

@@ -14,10 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from resode.analysis.depth.lesion import unfused_attention
 from resode.analysis.depth.losses import batch_of
 from resode.calls import call, tensors_in
+from resode.checks import checked
 from resode.formulas import Cost
 from resode.modes import evaluating
 
 
+@checked
 def count(model: nn.Module, x: Any) -> Cost:
     """Parameters, and the multiply-adds of one forward pass in evaluation mode, a sample.
 

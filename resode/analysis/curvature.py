@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from resode.checks import check_number, check_whole, warn_user
+from resode.checks import check_number, check_whole, checked, warn_user
 from resode.jacobian.lanczos import largest
 
 Loss = Callable[[Any, Any], Tensor]
@@ -24,6 +24,7 @@ Loss = Callable[[Any, Any], Tensor]
 _BASIS_BYTES = 2**30
 
 
+@checked
 def max_learning_rate(
     model: nn.Module,
     loss_fn: Loss,
@@ -78,6 +79,7 @@ def max_learning_rate(
     return factor / steepest
 
 
+@checked
 def largest_hessian_eigenvalue(
     model: nn.Module,
     loss_fn: Loss,
@@ -89,8 +91,15 @@ def largest_hessian_eigenvalue(
 ) -> float:
     """λ_max of the loss's Hessian in the trainable parameters, by Lanczos on Hessian-vector products.
 
-    Arguments and errors as `max_learning_rate`; warns where the residual is above `tol` after `max_iter`
-    products.
+    Errors as `max_learning_rate`; warns where the residual is above `tol` after `max_iter` products.
+
+    Args:
+        model: in the mode in which it is looked at.
+        loss_fn: `loss_fn(model(x), target)`, a number.
+        data: (x, target).
+        batch_size: samples at once; None for all.
+        tol: residual relative to λ_max at which it ends.
+        max_iter: products at most.
 
     Example:
         >>> model = nn.Linear(2, 1, bias=False).double()

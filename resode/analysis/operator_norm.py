@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from resode.checks import check_number, check_whole
+from resode.checks import check_number, check_whole, checked
 from resode.jacobian.lanczos import largest
 from resode.jacobian.products import full_precision
 
@@ -20,6 +20,7 @@ _ITERATIONS = 20  # of a bounded norm in a call, at most; five as a rule
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
+@checked
 def operator_norm(conv: nn.Module, input_shape: Sequence[int], *, rtol: float = 1e-6) -> float:
     r"""‖A‖₂ = max ‖Ax‖₂/‖x‖₂ of the linear part A of a convolution on inputs of one shape.
 
@@ -49,6 +50,7 @@ def operator_norm(conv: nn.Module, input_shape: Sequence[int], *, rtol: float = 
     return max(float(top.value[0]), 0.0) ** 0.5
 
 
+@checked
 def bound_operator_norm(conv: nn.Module, input_shape: Sequence[int], bound: float = 1.0) -> nn.Module:
     r"""Keep a convolution's operator norm at `bound` or below, whatever an optimizer does to its weights.
 

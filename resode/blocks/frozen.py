@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from resode.checks import check_number
+from resode.calls import mixed_dtypes
+from resode.checks import check_number, checked
 from resode.symbols import one_module
 
 
@@ -46,6 +47,7 @@ class StochasticDepth(nn.Module):
         tensor([[1., 1.]])
     """
 
+    @checked
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = probability("p", p)
@@ -192,6 +194,9 @@ class FrozenStatistics:
 def takes_time(field: nn.Module) -> bool:
     """Whether a module is a field of (t, x): its forward has two required positional arguments.
 
+    Raises:
+        TypeError: it takes the time last, or more than these two.
+
     Example:
         >>> takes_time(nn.Linear(2, 2))
         False
@@ -201,7 +206,15 @@ def takes_time(field: nn.Module) -> bool:
     except (TypeError, ValueError):  # a compiled or scripted forward may have none
         return False
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in positional and p.default is p.empty for p in parameters) == 2
+    needed = [p.name for p in parameters if p.kind in positional and p.default is p.empty]
+    if len(needed) > 2 or (
+        len(needed) == 2 and needed[1] in ("t", "time") and needed[0] not in ("t", "time")
+    ):
+        raise TypeError(
+            f"a field is F(x), or F(t, x) with the depth time first: {type(field).__name__}.forward takes "
+            f"{', '.join(needed)}. Wrap it in an nn.Module that does."
+        )
+    return len(needed) == 2
 
 
 def evaluate(
@@ -232,6 +245,8 @@ def evaluate(
     except RuntimeError as raised:
         if "leaf Variable that requires grad is being used in an in-place" in str(raised):
             raise ValueError(error) from raised
+        if mixed := mixed_dtypes(raised, field, y):
+            raise mixed from raised
         raise
     if y._version != version:
         raise ValueError(error)

@@ -17,12 +17,13 @@ from resode.blocks.frozen import (
     refuse_low_precision,
 )
 from resode.blocks.stack import solver_method
-from resode.checks import one_of
+from resode.calls import kind_of
+from resode.checks import checked, one_of
 from resode.solve.fixed import equal_steps
 from resode.solve.gradient import GRADIENTS
 from resode.solve.odeint import odeint
 from resode.solve.options import tolerances
-from resode.solve.problem import CALLBACKS
+from resode.solve.problem import CALLBACKS, check_field
 from resode.solve.result import Stats
 from resode.solve.step import as_stage
 from resode.symbols import one_module
@@ -63,6 +64,7 @@ class ODEBlock(nn.Module):
         tensor([[0.3679]])
     """
 
+    @checked
     def __init__(
         self,
         func: Callable[[Tensor, Tensor], Tensor],
@@ -80,6 +82,7 @@ class ODEBlock(nn.Module):
         if not (math.isfinite(start) and math.isfinite(end)) or start == end:
             raise ValueError(f"t must be two different finite times, got {t}.")
         one_of("gradient", gradient, GRADIENTS)
+        check_field(func)
         self.func = func
         self.t = (start, end)
         self.rtol, self.atol = tolerances(torch.float64, rtol, atol)
@@ -111,6 +114,8 @@ class ODEBlock(nn.Module):
     @one_module
     def forward(self, x: Tensor) -> Tensor:
         """The state at t[1], of x's shape (B, *state)."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a floating tensor, got {kind_of(x)}.")
         fixed, implicit = self.n_steps is not None, not self._tableau.explicit
         func = self.func
         if not fixed and x.is_floating_point():

@@ -29,7 +29,8 @@ from resode.blocks.frozen import (
     refuse_low_precision,
     takes_time,
 )
-from resode.checks import check_whole, one_of
+from resode.calls import kind_of
+from resode.checks import check_whole, checked, did_you_mean, one_of
 from resode.formulas import Cost, Shape, cost_of
 from resode.solve.adaptive import Progress, adaptive_solve
 from resode.solve.control import Control
@@ -109,6 +110,7 @@ class ResidualStack(Checked):
         (torch.Size([2, 4]), 12)
     """
 
+    @checked
     def __init__(
         self,
         fields: nn.Module | Sequence[nn.Module],
@@ -135,7 +137,8 @@ class ResidualStack(Checked):
             kinds = ", ".join(sorted({type(m).__name__ for m in modules})) or "an empty sequence"
             raise TypeError(f"fields must be an nn.Module or a non-empty sequence of them, got {kinds}.")
         if shared and depth is None:
-            raise ValueError("a shared field needs depth, the number of blocks that use it.")
+            hint = _parts_of(fields)
+            raise ValueError(f"a shared field needs depth, the number of blocks that use it.{hint}")
         if depth is not None:
             depth = check_whole("depth", depth, 1)
         if not shared and depth not in (None, len(modules)):
@@ -261,7 +264,7 @@ class ResidualStack(Checked):
             solution, as where ηλ = 1 for an eigenvalue λ of the field, which it names.
         """
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise TypeError(f"x must be a floating tensor, got {getattr(x, 'dtype', type(x).__name__)}.")
+            raise TypeError(f"x must be a floating tensor, got {kind_of(x)}.")
         self._check(x)
         path, cost = [x], _Cost()
         if self._tableau.adaptive or not self._tableau.explicit:
@@ -672,6 +675,17 @@ def _like(s: Any, p: Tensor) -> Any:
     return s.to(p.dtype) if isinstance(s, Tensor) else s
 
 
+def _parts_of(module: Any) -> str:
+    """What else was meant by a sequence that is a module."""
+    if not isinstance(module, nn.Sequential):
+        return ""
+    return (
+        f" An nn.Sequential is one field: for a block for each of its {len(module)} children, if these are "
+        "branches F(x) without the shortcut, pass list(sequential). Whole blocks that add x themselves are "
+        "made stacks of by resode.convert."
+    )
+
+
 def solver_method(solver: Any) -> ButcherTableau:
     """The method of this name, or a tableau as it is; a ValueError for anything else."""
     if isinstance(solver, ButcherTableau):
@@ -680,5 +694,6 @@ def solver_method(solver: Any) -> ButcherTableau:
     if tableau is None:
         raise ValueError(
             f"solver must be one of {', '.join(NATIVE)}, or {ON_DEMAND} with S stages; got {solver!r}."
+            f"{did_you_mean(solver, NATIVE)}"
         )
     return tableau

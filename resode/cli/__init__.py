@@ -14,9 +14,9 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit(f"the command resode needs {error.name}: pip install 'resode[train]'") from error
 
-from resode.cli import inspecting, predicting, train, trained
+from resode.cli import inspecting, predicting, sweeping, train, trained
 
-__all__ = ["app", "inspecting", "main", "predicting", "train", "trained"]
+__all__ = ["app", "inspecting", "main", "predicting", "sweeping", "train", "trained"]
 
 
 def main() -> None:

@@ -165,6 +165,72 @@ def diagnose(
     store(output or figures_of(run or weights), "diagnosis", found, figure=bool(found.rows))
 
 
+@command(
+    "resode explore",
+    "resode explore runs/demo -o demo.html",
+    "resode explore eigenvalues.csv --methods rk4,rkl2_8",
+    "resode explore --model my.module:network --weights my.safetensors --shape 3,32,32",
+)
+def explore(
+    what: Annotated[
+        Path | None, typer.Argument(help="Run folder, weights, or a CSV of eigenvalues.", metavar="[RUN|CSV]")
+    ] = None,
+    output: Annotated[Path, flag("The file.", None, "-o", "--output")] = Path("explore.html"),
+    methods: Annotated[str, typer.Option(help="Drawn at first, with commas.")] = "euler,rk4",
+    samples: Annotated[int, typer.Option(help="For a network: inputs to look at.", min=1)] = 1,
+    model: Annotated[str | None, flag("A network's name, or package.module:function.")] = None,
+    weights: Annotated[Path | None, flag("Its weights (.safetensors); fresh ones without.")] = None,
+    data: Annotated[str | None, flag("Data set whose test images are taken.")] = None,
+    data_dir: Annotated[Path | None, flag("Where its data lies.")] = None,
+    shape: Annotated[str | None, flag("Random inputs of this shape instead, with commas.")] = None,
+    blocks: Annotated[str | None, flag("Names of the modules that are blocks, with * and ?.")] = None,
+) -> None:
+    """Write a page to explore stability with, as one HTML file.
+
+    Stability regions, order stars and growth of any method; drag the step, and the eigenvalues of every block
+    move over the region. The table is one of `resode stability`, of `resode profile`, or of two columns real
+    and imaginary. Nothing is fetched, and no server is needed.
+    """
+    from resode.explorer import explorer_page, read_spectra
+    from resode.training.files import replacing
+
+    names = _methods(separated(methods, str, "--methods"))
+    title, source = "Stability explorer", "An example. Type eigenvalues of your own below."
+    spectra = []
+    if what is not None and what.suffix.lower() == ".csv":
+        of_network = {
+            "--model": model,
+            "--weights": weights,
+            "--data": data,
+            "--shape": shape,
+            "--blocks": blocks,
+        }
+        if given := [name for name, value in of_network.items() if value is not None]:
+            raise ValueError(f"{', '.join(given)}: for a network, and {what} is a table.")
+        spectra, title = read_spectra(what), what.name
+        source = f"{sum(len(s.eigenvalues) for s in spectra):,} eigenvalues"
+    elif what is not None or model is not None or weights is not None:
+        network, x, _ = _looked_at(what, model, weights, data, data_dir, shape, samples, "cpu")
+        spectra, source = _spectra(network, x, names, blocks)
+        title = what.name if what is not None else str(model or weights)
+    with replacing(output) as path:
+        path.write_text(explorer_page(spectra, title=title, source=source, methods=names), encoding="utf-8")
+    say(f"page {output}")
+
+
+def _spectra(network: Any, x: Any, methods: list[str], blocks: str | None) -> tuple[list[Any], str]:
+    """The eigenvalues of every block at some inputs, and what they are."""
+    from resode.analysis.steps.block_limits import block_limits
+    from resode.explorer import spectra_of
+
+    groups = list(block_limits(network, x, methods, blocks=blocks))
+    outer = "" if all(row.complete for group in groups for row in group.rows) else "the outer "
+    spectra = spectra_of(groups)
+    count = sum(len(s.eigenvalues) for s in spectra)
+    inputs = "one input" if len(x) == 1 else f"{len(x)} inputs"
+    return spectra, f"{outer}{count:,} eigenvalues of {len(spectra)} blocks at {inputs}"
+
+
 @command("resode report runs/demo", "resode report runs/demo --output demo.html")
 def report(
     run: Annotated[Path, typer.Argument(help="Run folder.", metavar="RUN", show_default=False)],
@@ -201,6 +267,12 @@ def compare(
 
     folder = _writable(out or Path())
     found = compare_runs(runs)
+    print_comparison(found)
+    store(folder, "compare", found)
+
+
+def print_comparison(found: Any) -> None:
+    """The table of several runs, and what its reader must know."""
     columns = ["configuration", "runs", "epoch", "parameters", "test err %", "train err %"]
     columns += ["seconds", "images/s", "F calls"]
     rows = [
@@ -227,7 +299,6 @@ def compare(
         say()
     for note in found.notes:
         say(note)
-    store(folder, "compare", found)
 
 
 def _spread(value: Any, form: str, times: float = 1, mean: bool = False) -> str:

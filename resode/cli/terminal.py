@@ -182,7 +182,7 @@ def report(error: Exception) -> int:
     if isinstance(error, usage):
         complain(_usage_message(error))
         return 2
-    if isinstance(error, ModuleNotFoundError) and error.name == "tensorboard":
+    if isinstance(error, ModuleNotFoundError) and "pip install 'resode[" in str(error):
         complain(str(error))
         return 1
     if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in TRAIN_EXTRA:

@@ -52,6 +52,7 @@ def recipe_settings(chosen: dict[str, Any]) -> dict[str, Any]:
     "resode train --model odenet20 --solver rk4 --epochs 10",
     "resode train --model resnet20 --data cifar10 --data-dir PATH --epochs 3",
     "resode train --resume runs/odenet20-digits-…",
+    "resode train --resume runs/demo --epochs 40 --lr 0.02 --run-dir runs/longer",
     "resode train --config runs/demo/config.yaml --seed 1",
     "resode train --eval-solver rk4 --eval-substeps 2 --refine-at 10",
     "torchrun --nproc-per-node 2 -m resode train --model resnet20 --data cifar10",
@@ -68,7 +69,7 @@ def train(
     substeps: Annotated[int | None, flag("Solver steps a block.", _MODEL)] = None,
     option: Annotated[list[str] | None, flag("NAME=VALUE for the network; repeatable.", _MODEL)] = None,
     run_dir: Annotated[Path | None, flag("New run folder. Default runs/<model>-<data>-<time>.", _RUN)] = None,
-    resume: Annotated[Path | None, flag("Go on with an unfinished run folder.", _RUN)] = None,
+    resume: Annotated[Path | None, flag("Go on with a run; with other settings, as a new one.", _RUN)] = None,
     config: Annotated[Path | None, flag("Settings from a YAML file; flags win.", _RUN)] = None,
     device: Annotated[str | None, flag("auto, cpu, cuda, cuda:N or mps. Default auto.", _RUN)] = None,
     quiet: Annotated[bool, flag("Print nothing but errors.", _RUN, "--quiet")] = False,
@@ -78,9 +79,7 @@ def train(
     step_limits: Annotated[
         bool, typer.Option("--step-limits", help="Record and draw every group's step limits as it trains.")
     ] = False,
-    tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="Also write RUN/tensorboard, to watch it with TensorBoard.")
-    ] = False,
+    logger: Annotated[str | None, flag("tensorboard, wandb, or csv: every update's loss.", _RUN)] = None,
     **chosen: Any,
 ) -> None:
     """Train a network into a run folder."""
@@ -88,19 +87,24 @@ def train(
     flags = {name: value for name, value in names.items() if value is not None} | recipe_settings(chosen)
     if download:
         flags["download"] = True
-    settings = _settings(flags, _model_options(option, solver, substeps), config)
+    settings = chosen_settings(flags, network_options(option, solver, substeps), config)
 
-    from resode.training.monitor import FILE, StepLimits, TensorBoard
+    from resode.training.monitor import FILE, StepLimits
     from resode.training.run import train as train_network
 
     step_limits = step_limits or (resume is not None and (resume / FILE).exists())
-    settings["callbacks"] = ([StepLimits()] if step_limits else []) + ([TensorBoard()] if tensorboard else [])
-    train_network(resume=resume, run_dir=run_dir, progress=not quiet, **settings)
+    settings["callbacks"] = [StepLimits()] if step_limits else []
+    train_network(resume=resume, run_dir=run_dir, progress=not quiet, logger=logger, **settings)
 
 
-def _settings(flags: dict[str, Any], options: dict[str, Any], config: Path | None) -> dict[str, Any]:
-    """What `resode.train` is called with: the settings of a file, and the flags over them."""
-    stored = {} if config is None else _read(config, flags)
+def chosen_settings(
+    flags: dict[str, Any], options: dict[str, Any], config: Path | None, *, grid: bool = False
+) -> dict[str, Any]:
+    """What `resode.train` is called with: the settings of a file, and the flags over them.
+
+    A file with a grid may hold what a sweep does besides, and options of the network among its settings.
+    """
+    stored = {} if config is None else _read(config, flags, grid)
     options = stored.pop("model_options", {}) | options
     for given, other in (("epochs", "updates"), ("updates", "epochs")):
         if given in flags:
@@ -117,7 +121,7 @@ _KINDS = {"model": str, "data": str, "data_dir": str, "download": bool, "device"
 _STORED = [*_KINDS, "model_options", "solver", "substeps", *SETTINGS]
 
 
-def _read(config: Path, flags: dict[str, Any]) -> dict[str, Any]:
+def _read(config: Path, flags: dict[str, Any], grid: bool) -> dict[str, Any]:
     """The settings in a file: a few of one's own, or all of a run's config.yaml."""
     from resode.training.files import read_yaml
     from resode.training.folder import check_format
@@ -129,7 +133,7 @@ def _read(config: Path, flags: dict[str, Any]) -> dict[str, Any]:
     record = stored.pop("record", None)
     if not isinstance(record, dict | None):
         raise ValueError(f"{config}: record is what a run stores about itself, got {record!r}. Leave it out.")
-    for name in stored:
+    for name in () if grid else stored:
         known("setting", name, _STORED, f"{config}: ")
     for name, kind in _KINDS.items():
         if stored.get(name) is None:
@@ -179,24 +183,16 @@ def own_model(name: str | None) -> Any:
     return found
 
 
-def _model_options(pairs: list[str] | None, solver: str | None, substeps: int | None) -> dict[str, Any]:
+def network_options(
+    pairs: list[str] | None, solver: str | None = None, substeps: int | None = None
+) -> dict[str, Any]:
     """Options of the network, from NAME=VALUE and the flags that have names of their own."""
+    from resode.training.sweep.grid import plain_value
+
     options: dict[str, Any] = {}
     for pair in pairs or []:
         name, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"--option takes NAME=VALUE, got {pair!r}. For example --option shortcut=B.")
-        options[name] = _value(value)
+        options[name] = plain_value(value)
     return options | {k: v for k, v in (("solver", solver), ("substeps", substeps)) if v is not None}
-
-
-def _value(text: str) -> Any:
-    """A number, True or False where the text is one, else the text."""
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text

@@ -11,7 +11,7 @@ import typer
 
 from resode.checks import did_you_mean, known
 from resode.cli.terminal import command, figures_of, flag, say, separated, store, table
-from resode.cli.train import own_model
+from resode.cli.train import network_options, own_model
 from resode.solve.options import EXPLICIT
 from resode.tableaus import METHODS, MOST_STAGES, ON_DEMAND, get_tableau, on_demand
 from resode.tables import short, short_complex
@@ -251,6 +251,7 @@ def _run_stability(
     data_dir: Path | None,
 ) -> None:
     from resode.analysis.steps.block_limits import block_limits
+    from resode.explorer import spectra_of, spectra_text
     from resode.training.evaluate import images_of, load, plain_batches
     from resode.training.files import replacing
 
@@ -308,6 +309,10 @@ def _run_stability(
         with replacing(path) as unfinished:
             plots.group_spectra(groups, methods, unfinished)
         say(f"\nfigure {path}")
+        eigenvalues = path.with_name("eigenvalues.csv")  # what `resode explore` reads
+        with replacing(eigenvalues) as unfinished:
+            unfinished.write_text(spectra_text(spectra_of(groups)), encoding="utf-8")
+        say(f"table  {eigenvalues}")
 
 
 def _verdicts(group: Any, methods: list[str]) -> list[str]:
@@ -344,6 +349,46 @@ def _runs() -> list[str]:
     )
 
 
+def _groups(name: str, options: dict[str, Any], image_size: int | None) -> None:
+    """Print a network's table by group."""
+    import torch
+
+    from resode.checks import check_whole
+    from resode.formulas import cost_of
+    from resode.networks import architecture, find
+
+    network = find(name)
+    classes = options.get("num_classes", network.options["num_classes"])
+    size = 224 if image_size is None and classes == 1000 else 32 if image_size is None else image_size
+    check_whole("image_size", size, 1)
+    if "image_size" in network.options and "in_features" not in options:
+        options = {"image_size": size} | options
+    with torch.device("meta"):
+        model = network(**options)
+        channels = options.get("in_channels", network.options["in_channels"])
+        shape = (channels, size, size)
+        if options.get("in_features") is not None:
+            shape = (options["in_features"],)
+        groups = architecture(model, shape)
+
+    def row(called: str, blocks: int, cost: Any) -> list[str]:
+        places = "×".join(map(str, cost.shape[1:])) if len(cost.shape) > 1 else ""
+        return [
+            called,
+            places,
+            str(cost.shape[0]) if cost.shape else "",
+            str(blocks) if blocks else "",
+            f"{cost.parameters:,}",
+            f"{cost.macs:,}",
+        ]
+
+    rows = [row(group.name, group.blocks, group.cost) for group in groups]
+    total = cost_of(model, shape)
+    rows.append(row("all", sum(group.blocks for group in groups), total))
+    say(f"{name}: {network.description}; a sample is {'×'.join(map(str, shape))}.\n")
+    table(["group", "output", "channels", "blocks", "parameters", "multiply-adds"], rows)
+
+
 @command("resode methods")
 def methods() -> None:
     """List the Runge-Kutta methods."""
@@ -363,12 +408,20 @@ def methods() -> None:
 
 
 @command(
-    "resode models", "resode train --model odenet32", "resode train --model resnet20 --option shortcut=B"
+    "resode models", "resode models resnet50", "resode models resnet20 --option shortcut=B --image-size 64"
 )
-def models() -> None:
-    """List the networks and their options."""
+def models(
+    name: Annotated[str | None, typer.Argument(help="A network, to see its groups.", metavar="NAME")] = None,
+    option: Annotated[list[str] | None, flag("NAME=VALUE for the network; repeatable.")] = None,
+    image_size: Annotated[int | None, flag("Height and width. Default 32, or 224 for ImageNet.")] = None,
+) -> None:
+    """List the networks and their options, or one network's groups."""
     from resode.networks import FAMILIES, NETWORKS
 
+    if name is not None:
+        return _groups(name, network_options(option), image_size)
+    if option or image_size is not None:
+        raise ValueError("--option and --image-size are of one network: name it, resode models resnet50.")
     rows = [
         [name, f"{network.parameter_count():,}", network.description] for name, network in NETWORKS.items()
     ]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from resode.checks import check_whole
+from resode.checks import check_whole, checked
 from resode.formulas import Cost, Shape, cost_of
 from resode.symbols import one_node
 
@@ -30,6 +30,7 @@ class Augmented(nn.Module):
         torch.Size([4, 2])
     """
 
+    @checked
     def __init__(self, block: nn.Module, *, extra: int, dim: int = 1, keep: bool = False) -> None:
         super().__init__()
         self.block = block
@@ -87,6 +88,7 @@ class KnownPlusLearned(nn.Module):
         tensor([[-1., -1.]])
     """
 
+    @checked
     def __init__(self, known: Callable[..., Tensor], learned: nn.Module) -> None:
         super().__init__()
         self.known = known

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from resode.checks import check_whole
+from resode.checks import check_whole, checked
 from resode.fields.parts import SqueezeExcitation, make_activation, make_conv, make_norm
 from resode.formulas import Cost, Shape, chain
 from resode.symbols import one_node
@@ -57,6 +57,7 @@ class ConvField(ImageField):
         torch.Size([2, 16, 8, 8])
     """
 
+    @checked
     def __init__(
         self,
         channels: int,
@@ -114,6 +115,7 @@ class BottleneckField(ImageField):
         (torch.Size([16, 16, 3, 3]), torch.Size([2, 64, 8, 8]))
     """
 
+    @checked
     def __init__(
         self,
         channels: int,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from resode.checks import check_whole
+from resode.checks import check_whole, checked
 from resode.fields.parts import make_activation
 from resode.formulas import Cost, Shape, chain
 from resode.symbols import one_node
@@ -43,6 +43,7 @@ class MLPField(nn.Module):
         torch.Size([3, 64])
     """
 
+    @checked
     def __init__(
         self, width: int, *, hidden: int | None = None, activation: str = "relu", zero_init_last: bool = False
     ) -> None:

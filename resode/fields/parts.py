@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from resode.checks import check_whole, one_of
+from resode.checks import check_whole, checked, one_of
 from resode.formulas import Cost, Shape, chain
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -25,11 +25,13 @@ NORMS = ("batch", "group", "none")
 """Normalizations by name; `make_norm` says what each is."""
 
 
+@checked
 def make_activation(name: str) -> nn.Module:
     """The activation called `name` in ACTIVATIONS, never in place."""
     return ACTIVATIONS[one_of("activation", name, ACTIVATIONS)]()
 
 
+@checked
 def make_norm(kind: str, channels: int) -> nn.Module:
     """Normalization of images (batch, channels, height, width).
 
@@ -58,6 +60,7 @@ def make_norm(kind: str, channels: int) -> nn.Module:
     return nn.Identity()
 
 
+@checked
 def make_conv(
     in_channels: int, out_channels: int, size: int, stride: int = 1, *, norm: str, groups: int = 1
 ) -> nn.Conv2d:
@@ -66,6 +69,14 @@ def make_conv(
     The weights' variance is 2 / fan-out, as in the residual networks' published code. Without norms
     (norm "none") it is 2 / fan-in, which keeps the state's second moment from layer to layer, and the
     convolution has a bias, zero at first, which a norm would supply.
+
+    Args:
+        in_channels: of the input.
+        out_channels: of the output.
+        size: of the kernel.
+        stride: of the kernel.
+        norm: what follows: "none" or a norm's name.
+        groups: of channels.
 
     Source:
         He et al. (2015), Delving Deep into Rectifiers, arXiv:1502.01852.
@@ -96,6 +107,7 @@ class SqueezeExcitation(nn.Module):
         torch.Size([2, 16, 8, 8])
     """
 
+    @checked
     def __init__(self, channels: int, reduction: int = 16) -> None:
         super().__init__()
         units = check_whole("channels", channels, 1) / check_whole("reduction", reduction, 1)

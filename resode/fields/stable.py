@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from resode.checks import check_number, check_whole, one_of
+from resode.checks import check_number, check_whole, checked, one_of
 from resode.fields.parts import MONOTONE, make_activation
 from resode.formulas import Cost, Shape
 from resode.symbols import one_node
@@ -102,6 +102,7 @@ class AntisymmetricField(StableField):
         True
     """
 
+    @checked
     def __init__(
         self, size: int, *, kernel_size: int | None = None, gamma: float = 0.0, activation: str = "tanh"
     ) -> None:
@@ -145,6 +146,7 @@ class ParabolicField(StableField):
         True
     """
 
+    @checked
     def __init__(self, size: int, *, kernel_size: int | None = None, activation: str = "tanh") -> None:
         super().__init__(size, kernel_size=kernel_size, activation=activation)
         self.weight, self.bias = self._operator(size)
@@ -188,6 +190,7 @@ class HamiltonianField(StableField):
         True
     """
 
+    @checked
     def __init__(
         self, size: int, *, kernel_size: int | None = None, activation: str = "tanh", leapfrog: float = 0.0
     ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from resode.checks import check_number, check_whole
+from resode.checks import check_number, check_whole, checked
 from resode.formulas import Cost, Shape, cost_of
 from resode.symbols import one_node
 
@@ -39,6 +39,7 @@ class SoftThresholdField(nn.Module):
         ([[-2.0, 0.0, 0.25, 0.0]], [0.5])
     """
 
+    @checked
     def __init__(self, branch: nn.Module, *, threshold: float = 0.1, channels: int | None = None) -> None:
         super().__init__()
         check_number("threshold", threshold, least=0)

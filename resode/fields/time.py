@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from resode.checks import check_whole, one_of
+from resode.checks import check_whole, checked, one_of
 from resode.fields.conv import ImageField
 from resode.fields.dense import check_width
 from resode.fields.parts import make_activation, make_conv, make_norm
@@ -13,6 +13,7 @@ from resode.formulas import Cost, Shape, cost_of
 from resode.symbols import one_node
 
 
+@checked
 @one_node
 def append_time(t: Tensor | float, x: Tensor, dim: int) -> Tensor:
     """X with the time t as one more feature or channel in dimension `dim`.
@@ -48,6 +49,7 @@ class TimeMLPField(nn.Module):
         torch.Size([3, 2])
     """
 
+    @checked
     def __init__(
         self, width: int, *, hidden: int | None = None, activation: str = "tanh", zero_init_last: bool = False
     ) -> None:
@@ -95,6 +97,7 @@ class TimeConvField(ImageField):
         torch.Size([2, 8, 4, 4])
     """
 
+    @checked
     def __init__(
         self, channels: int, *, norm: str = "group", activation: str = "relu", zero_init_last: bool = False
     ) -> None:
@@ -131,6 +134,7 @@ class Autonomous(nn.Module):
         torch.Size([3, 2])
     """
 
+    @checked
     def __init__(self, field: nn.Module) -> None:
         super().__init__()
         self.field = field

@@ -1,7 +1,8 @@
 r"""Lanczos methods for a batch of operators at once: singular values, and the top of symmetric operators.
 
 A product takes vectors (rows, n) and gives A_s v_s for every row s: one call of a batched field's vjp or jvp
-serves all samples. Bases are kept and orthogonalized twice, so that nothing is lost to rounding.
+serves all samples. Bases are kept and orthogonalized, twice where little is left, so that nothing is lost to
+rounding.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor
 
 Operator = Callable[[Tensor], Tensor]
+
+_KEPT = 0.1  # of a vector's length, above which one pass makes it orthogonal to ten roundings
+_LOOK = 5  # steps between two looks at the largest singular value
 
 
 @dataclass
@@ -89,19 +93,21 @@ def orthogonalized(w: Tensor, basis: Tensor, eps: float) -> tuple[Tensor, Tensor
 
     Where rounding alone is left, the basis spans an invariant space, and the vector is 0.
     """
-    size = w.norm(dim=1)
+    size = norm = w.norm(dim=1)
     column = torch.zeros(basis.shape[:2], dtype=w.dtype, device=w.device)
     for _ in range(2):
         h = (basis @ w[..., None])[..., 0]
-        w = w - (h[:, None] @ basis)[:, 0]
+        w = torch.baddbmm(w[:, None], h[:, None], basis, alpha=-1)[:, 0]
         column += h
-    norm = w.norm(dim=1)
+        before, norm = norm, w.norm(dim=1)
+        if bool((norm >= _KEPT * before).all()):  # what rounding left of the basis is not blown up
+            break
     norm = torch.where(norm > 8 * eps * size, norm, 0.0)
     return w / torch.where(norm > 0, norm, 1.0)[:, None] * (norm > 0)[:, None], column, norm
 
 
 def singular_values(
-    product: Operator, transposed: Operator, start: Tensor, steps: int
+    product: Operator, transposed: Operator, start: Tensor, steps: int, rtol: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     r"""Approximate singular values from a random start, by Golub and Kahan's bidiagonalization.
 
@@ -110,6 +116,7 @@ def singular_values(
         transposed: u (batch, m) to Aᵀu (batch, n).
         start: random vectors, shape (batch, n).
         steps: products with each; min(m, n) of them give all.
+        rtol: end once the residual of every largest value is at most this part of it.
 
     Returns:
         (values, residuals), shape (batch, k), values descending: the first converge to the largest from
@@ -124,36 +131,49 @@ def singular_values(
         >>> values
         tensor([[3.0000, 0.5000]])
     """
-    right: list[Tensor] = [start / start.norm(dim=1, keepdim=True)]
-    left: list[Tensor] = []
+    steps = min(steps, start.shape[1])
+    v = start / start.norm(dim=1, keepdim=True)
+    right = start.new_empty(len(start), steps, start.shape[1])
+    left = right[:0]
     alphas: list[Tensor] = []
     betas: list[Tensor] = []
-    for _ in range(min(steps, start.shape[1])):
-        u, alpha = _orthogonal(product(right[-1]), left)
-        left.append(u)
+    for k in range(steps):
+        right[:, k] = v
+        image = product(v)
+        if k == 0:
+            left = image.new_empty(len(image), min(steps, image.shape[1]), image.shape[1])
+        left[:, k], alpha = _orthogonal(image, left[:, :k])
+        v, beta = _orthogonal(transposed(left[:, k]), right[:, : k + 1])
         alphas.append(alpha)
-        v, beta = _orthogonal(transposed(u), right)
-        right.append(v)
         betas.append(beta)
-        if len(left) >= u.shape[1]:
-            break
-    bidiagonal = torch.diag_embed(torch.stack(alphas, 1))
-    if len(betas) > 1:
-        bidiagonal = bidiagonal + torch.diag_embed(torch.stack(betas[:-1], 1), offset=1)
-    vectors, values, _ = torch.linalg.svd(bidiagonal)
-    return values, betas[-1][:, None].abs() * vectors[:, -1].abs()
+        last = k + 1 in (steps, left.shape[2])
+        if last or (rtol and (k + 1) % _LOOK == 0):
+            values, residuals = _of_bidiagonal(alphas, betas, whole=k + 1 == left.shape[2])
+            if last or bool((residuals[:, 0] <= rtol * values[:, 0]).all()):
+                return values, residuals
+    raise AssertionError("at least one step")
 
 
-def _orthogonal(w: Tensor, basis: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _of_bidiagonal(alphas: list[Tensor], betas: list[Tensor], whole: bool) -> tuple[Tensor, Tensor]:
+    """Singular values of B, UᵀA = B (v_1 … v_{k+1})ᵀ with α on its diagonal and β above it, and residuals."""
+    bidiagonal = torch.nn.functional.pad(torch.diag_embed(torch.stack(alphas, 1)), (0, 1))
+    bidiagonal = bidiagonal + torch.diag_embed(torch.stack(betas, 1), offset=1)[:, :-1]
+    if whole:  # no row of A is left: B has its singular values
+        values = torch.linalg.svdvals(bidiagonal)
+        return values, torch.zeros_like(values)
+    vectors, values, _ = torch.linalg.svd(bidiagonal[..., :-1])
+    return values, betas[-1][:, None] * vectors[:, -1].abs()
+
+
+def _orthogonal(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """The vectors w freed of the basis and normalized, and their lengths.
 
     Where nothing is left, the basis spans an invariant space: another vector goes on from there, length 0.
     """
-    known = torch.stack(basis, 1) if basis else w.new_zeros(len(w), 0, w.shape[1])
     eps = 4 * torch.finfo(w.dtype).eps
-    free, _, norm = orthogonalized(w, known, eps)
+    free, _, norm = orthogonalized(w, basis, eps)
     if bool((norm == 0).any()):
-        noise = orthogonalized(random_start(*w.shape, like=w, seed=len(basis) + 1), known, eps)[0]
+        noise = orthogonalized(random_start(*w.shape, like=w, seed=basis.shape[1] + 1), basis, eps)[0]
         free = torch.where((norm == 0)[:, None], noise, free)
     return free, norm
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from resode.calls import kind_of, mixed_dtypes
+from resode.checks import checked
 from resode.whole_blocks import called
 
 Field = Callable[[Tensor], Tensor]
@@ -18,6 +20,7 @@ Field = Callable[[Tensor], Tensor]
 _ENTRIES = 2**21  # entries of a replicated state, so that the graph of F over it stays in memory
 
 
+@checked
 def jacobian(field: Field, x: Tensor) -> Tensor:
     r"""Dense Jacobian J_ij = ∂F(x)_i / ∂x_j of every sample, i and j in the order of `x[0].flatten()`.
 
@@ -96,8 +99,7 @@ def check_field(field: Field, x: Tensor) -> Tensor:
     if not callable(field):
         raise TypeError(f"a field is a callable F(x), got {type(field).__name__}.")
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        came = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"x must be a floating-point tensor, got {came}.")
+        raise TypeError(f"x must be a floating-point tensor, got {kind_of(x)}.")
     if x.ndim < 2 or x.numel() == 0:
         raise ValueError(
             f"x must have shape (batch, *state) with at least one entry, got {tuple(x.shape)}. "
@@ -112,7 +114,12 @@ def check_field(field: Field, x: Tensor) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
         state = x.detach().clone()
         version = state._version
-        y = called(field, state)
+        try:
+            y = called(field, state)
+        except RuntimeError as error:
+            if mixed := mixed_dtypes(error, field, x):
+                raise mixed from error
+            raise
         if state._version != version:
             raise ValueError(
                 "a field must not change its input: F writes into x, as ReLU(inplace=True) does when it "

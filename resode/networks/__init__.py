@@ -1,6 +1,8 @@
-"""Networks by name: ResNets, ODE-ResNets, plain and highway networks, perceptrons."""
+"""Networks by name: ResNets, ODE-ResNets, plain and highway networks, perceptrons, and older rivals."""
 
+from resode.networks.architecture import Group, architecture
 from resode.networks.common import StochasticDepth, Style
+from resode.networks.comparators import DeeplySupervisedNet, FitNet, Maxout, MaxoutNet, NetworkInNetwork
 from resode.networks.imagenet import ImageNetPreActResNet, ImageNetResNet
 from resode.networks.odenet import ODENet, preact_names
 from resode.networks.perceptron import PlainMLP, ResidualMLP
@@ -13,11 +15,17 @@ __all__ = [
     "FAMILIES",
     "NETWORKS",
     "CifarResNet",
+    "DeeplySupervisedNet",
     "Family",
+    "FitNet",
+    "Group",
     "HighwayNet",
     "ImageNetPreActResNet",
     "ImageNetResNet",
+    "Maxout",
+    "MaxoutNet",
     "Network",
+    "NetworkInNetwork",
     "ODENet",
     "PlainMLP",
     "PreActResNet",
@@ -25,6 +33,7 @@ __all__ = [
     "StochasticDepth",
     "Style",
     "WeightsMismatch",
+    "architecture",
     "available",
     "build",
     "find",

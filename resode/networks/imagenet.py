@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from resode.checks import check_whole
+from resode.checks import check_whole, checked
 from resode.fields import make_activation, make_norm
 from resode.formulas import Cost, Shape, chain
 from resode.networks.common import IMAGENET, Style, advance, check_images, head, make_stem
@@ -59,6 +59,7 @@ class ImageNetResNet(Checked):
         torch.Size([2, 7])
     """
 
+    @checked
     def __init__(
         self,
         depth: int = 50,
@@ -137,6 +138,7 @@ class ImageNetPreActResNet(Checked):
         torch.Size([2, 7])
     """
 
+    @checked
     def __init__(
         self,
         depth: int = 50,

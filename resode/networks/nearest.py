@@ -96,14 +96,16 @@ def _candidates(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, 
 
 def _groups(name: str) -> tuple[int, int, int, int]:
     """Blocks of a named network's four groups, 0 where it has none; told without building it."""
-    family, depth = re.match(r"(\D+?)_?(\d+)", name).groups()  # pyright: ignore[reportOptionalMemberAccess]
-    depth = int(depth)
+    found = re.match(r"(\D+?)_?(\d+)", name)
+    if found is None:  # networks without numbered depth, which have no groups
+        return (0, 0, 0, 0)
+    family, depth = found[1], int(found[2])
     imagenet = family in ("resnet", "seresnet", "resnetv", "plain", "resnext", "wide_resnet")
     if family == "resnetv":
         depth = int(re.sub(r"\D", "", name.partition("_")[2]))
     if imagenet and depth in IMAGENET_BLOCKS and (depth not in (26, 200) or name.endswith("d")):
         return IMAGENET_BLOCKS[depth][1]
-    if family in ("residual_mlp", "plain_mlp", "highway"):
+    if family in ("residual_mlp", "plain_mlp", "highway", "fitnet"):
         return (0, 0, 0, 0)
     n = (depth - 2) // 9 if family == "preact" and depth >= 164 else (depth - 2) // 6
     return (n, n, n, 0)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from resode.blocks import ResidualStack
-from resode.checks import check_whole
+from resode.checks import check_whole, checked
 from resode.fields import ConvField, make_activation, make_norm
 from resode.formulas import Cost, Shape, chain
 from resode.networks.common import SMALL, Style, check_images, head, make_drop, make_stem
@@ -59,6 +59,7 @@ class ODENet(Checked):
         ...     stack.solver = "euler"
     """
 
+    @checked
     def __init__(
         self,
         depth: int = 20,
@@ -146,6 +147,7 @@ class ODENet(Checked):
         return head(chain(shape, *groups), self.linear)
 
 
+@checked
 def preact_names(model: ODENet) -> dict[str, str]:
     """The name of every parameter and buffer of `model` in the pre-activation ResNet of its depth.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from resode.blocks import ResidualStack
-from resode.checks import check_whole, one_of
+from resode.checks import check_whole, checked, one_of
 from resode.fields import MLPField, make_activation
 from resode.formulas import Cost, Shape, chain
 from resode.networks.common import Style, advance
@@ -50,6 +50,7 @@ class ResidualMLP(Checked):
         (torch.Size([2, 10]), 100)
     """
 
+    @checked
     def __init__(
         self,
         depth: int,
@@ -129,6 +130,7 @@ class PlainMLP(Checked):
         torch.Size([2, 10])
     """
 
+    @checked
     def __init__(
         self,
         depth: int,

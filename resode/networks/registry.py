@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from resode.checks import did_you_mean, warn_user
+from resode.checks import checked, did_you_mean, warn_user
 from resode.networks.common import IMAGENET, SMALL, Style
+from resode.networks.comparators import DeeplySupervisedNet, FitNet, MaxoutNet, NetworkInNetwork
 from resode.networks.imagenet import IMAGENET_BLOCKS, ImageNetPreActResNet, ImageNetResNet
 from resode.networks.odenet import ODENet
 from resode.networks.perceptron import PlainMLP, ResidualMLP
@@ -220,7 +221,13 @@ _NO_OWN_NAME = (26, 200)
 
 def _single() -> dict[str, Network]:
     """The networks whose names stand alone; they come before a family's."""
-    found = [_network("highway19", "highway network (Srivastava et al. 2015)", HighwayNet)]
+    found = [
+        _network("highway19", "highway network (Srivastava et al. 2015)", HighwayNet),
+        _network("maxout", "maxout network, no shortcuts (Goodfellow et al. 2013)", MaxoutNet),
+        _network("nin", "network in network, no shortcuts (Lin et al. 2014)", NetworkInNetwork),
+        _network("dsn", "deeply supervised network, companion losses (Lee et al. 2015)", DeeplySupervisedNet),
+        _network("fitnet19", "thin deep maxout network, no shortcuts (Romero et al. 2015)", FitNet),
+    ]
 
     def add(name: str, description: str, depth: int, *, style: Style = IMAGENET, **bottleneck: int) -> None:
         network = _network(name, description, ImageNetResNet, depth, style=style)
@@ -310,11 +317,13 @@ Every name of a family is found ("resnet26" too); iteration gives the published 
 """
 
 
+@checked
 def available() -> list[str]:
     """Names of the published networks; `FAMILIES` has the rules for the others."""
     return list(NETWORKS)
 
 
+@checked
 def find(name: str) -> Network:
     """The network called `name`.
 
@@ -341,6 +350,7 @@ def find(name: str) -> Network:
     )
 
 
+@checked
 def build(name: str, **options: Any) -> nn.Module:
     """The network called `name`, freshly initialized.
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor, nn
 
-from resode.checks import check_whole
+from resode.checks import check_whole, checked
 from resode.fields import make_activation, make_conv, make_norm
 from resode.formulas import Cost, Shape, chain, cost_of
 from resode.networks.common import (
@@ -293,6 +293,7 @@ class CifarResNet(Checked):
         torch.Size([2, 10])
     """
 
+    @checked
     def __init__(
         self,
         depth: int = 20,
@@ -351,6 +352,7 @@ class PreActResNet(Checked):
         torch.Size([2, 10])
     """
 
+    @checked
     def __init__(
         self,
         blocks: int,
@@ -420,6 +422,7 @@ class HighwayNet(Checked):
         torch.Size([2, 10])
     """
 
+    @checked
     def __init__(
         self,
         *,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pickle
 import pickletools
+import struct
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from resode.checks import checked
 from resode.networks.names import renamed, unwrapped
 from resode.networks.nearest import nearest
 from resode.state_dicts import WeightsMismatch, mismatch
@@ -23,6 +25,7 @@ from resode.state_dicts import WeightsMismatch, mismatch
 Module = TypeVar("Module", bound=nn.Module)
 
 
+@checked
 def load_weights(model: Module, source: str | Path | Mapping[str, Any]) -> Module:
     """Put weights into a network, strictly: every name must be there, and none too many.
 
@@ -75,8 +78,12 @@ def load_weights(model: Module, source: str | Path | Mapping[str, Any]) -> Modul
     return model
 
 
+@checked
 def read_weights(path: str | Path) -> dict[str, Any]:
     """What a safetensors or torch file holds, on the CPU; told apart by its first bytes.
+
+    Args:
+        path: of the file.
 
     Raises:
         ValueError, FileNotFoundError, ImportError: as `load_weights`.
@@ -89,20 +96,18 @@ def read_weights(path: str | Path) -> dict[str, Any]:
     if start[8:9] == b"{":  # eight bytes of length, then JSON
         return _safetensors(path)
     foreign = next((kind for mark, kind in _NOT_READ.items() if start.startswith(mark)), None)
-    if start[:2] == b"PK" and zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-        names = [member.filename for member in members]
-        unpacked, most = sum(member.file_size for member in members), _RATIO * path.stat().st_size
-        if unpacked > most:
-            raise ValueError(
-                f"{path} would take {unpacked:,} bytes, more than {_RATIO} times its own size ({most:,}), "
-                "and torch stores weights unpacked. Nothing was read; get the file from a source you trust."
-            )
-        if names and all(name.endswith(".npy") for name in names):
-            foreign = "a NumPy archive"
-        elif any(name.endswith("/constants.pkl") for name in names):
-            foreign = "a TorchScript program"
+    members = _members(path) if start[:2] == b"PK" else []
+    names = [member.filename for member in members]
+    unpacked, most = sum(member.file_size for member in members), _RATIO * path.stat().st_size
+    if unpacked > most:
+        raise ValueError(
+            f"{path} would take {unpacked:,} bytes, more than {_RATIO} times its own size ({most:,}), "
+            "and torch stores weights unpacked. Nothing was read; get the file from a source you trust."
+        )
+    if names and all(name.endswith(".npy") for name in names):
+        foreign = "a NumPy archive"
+    elif any(name.endswith("/constants.pkl") for name in names):
+        foreign = "a TorchScript program"
     if foreign:
         raise ValueError(
             f"{path} is {foreign}, and weights are read from safetensors or torch files: make a dictionary "
@@ -121,13 +126,29 @@ def read_weights(path: str | Path) -> dict[str, Any]:
             "safetensors.torch.save_file; or, of a file that you trust, pass load_weights what "
             f"torch.load({str(path)!r}, weights_only=False) gives."
         ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except Exception as error:  # damaged bytes end torch's reader in many ways: struct.error, LookupError, …
         raise ValueError(
             f"{path} is damaged, or not what torch.save makes of a state dict: {error}."
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a state dict, and holds a {type(content).__name__}.")
     return content
+
+
+def _members(path: Path) -> list[zipfile.ZipInfo]:
+    """What a zip file's directory lists; a ValueError where it is damaged, in any of zipfile's ways."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.infolist()
+    except (
+        zipfile.BadZipFile,
+        ValueError,
+        NotImplementedError,
+        OverflowError,
+        OSError,
+        struct.error,
+    ) as error:
+        raise ValueError(f"{path} is damaged, or no torch file: {error}. Get it again.") from error
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from resode.checks import check_number, check_whole, one_of
+from resode.checks import check_number, check_whole, checked, one_of
 from resode.formulas import Cost, Shape, chain, cost_of
 from resode.symbols import one_node
 
@@ -66,6 +66,7 @@ class PadShortcut(nn.Module):
                   [0., 0.]]]])
     """
 
+    @checked
     def __init__(
         self, in_channels: int, out_channels: int, stride: int = 1, *, zeros: str = "around"
     ) -> None:
@@ -125,6 +126,7 @@ class ProjectionShortcut(nn.Sequential):
         torch.Size([2, 24, 4, 4])
     """
 
+    @checked
     def __init__(
         self,
         in_channels: int,
@@ -168,6 +170,7 @@ class GatedShortcut(nn.Module):
         [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]
     """
 
+    @checked
     def __init__(self, alpha: float = 1.0) -> None:
         super().__init__()
         check_number("alpha", alpha)
@@ -202,6 +205,7 @@ class InputGatedShortcut(nn.Module):
         0.5
     """
 
+    @checked
     def __init__(self, channels: int, *, alpha: float = 0.9) -> None:
         super().__init__()
         _check_sizes(channels=channels)
@@ -265,6 +269,7 @@ class HighwayShortcut(nn.Module):
         tensor([[0.1192, 0.1192, 0.1192]])
     """
 
+    @checked
     def __init__(self, size: int, *, kernel_size: int | None = None, bias: float = -2.0) -> None:
         super().__init__()
         _check_sizes(size=size)
@@ -296,6 +301,7 @@ class HighwayShortcut(nn.Module):
         return cost_of(self.transform, shape)
 
 
+@checked
 def make_shortcut(
     kind: str,
     in_channels: int,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from resode.checks import checked
 from resode.symbols import one_node
 
 TOLERANCE = 1e-6
@@ -13,6 +14,7 @@ TOLERANCE = 1e-6
 _SWEEPS, _STEPS, _DAMPING = 10, 60, 1e-13
 
 
+@checked
 @one_node
 def doubly_stochastic(logits: Tensor) -> Tensor:
     r"""The doubly stochastic matrix diag(e^f) exp(M) diag(e^g) of logits M.

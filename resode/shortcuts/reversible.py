@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from resode.checks import check_number
+from resode.checks import check_number, checked
 from resode.formulas import Cost, Shape, cost_of
 from resode.symbols import one_node
 
@@ -87,6 +87,7 @@ class AdditiveCoupling(_Reversible):
         True
     """
 
+    @checked
     def __init__(self, f: nn.Module, g: nn.Module, *, dim: int = 1) -> None:
         super().__init__()
         self.f, self.g, self.dim = f, g, dim
@@ -128,8 +129,14 @@ def _check_even(x: Tensor, dim: int) -> None:
         raise ValueError(f"a coupling cuts dimension {dim} in halves: got x {tuple(x.shape)}.")
 
 
+@checked
 def invertible_depth(gamma: float, dtype: torch.dtype = torch.float32, tol: float = 1e-3) -> float:
     r"""Blocks of momentum γ that can be undone: the L with ε γ⁻ᴸ = tol; 0 for γ = 0, inf for γ = 1.
+
+    Args:
+        gamma: γ, the momentum, from 0 to 1.
+        dtype: of the state, whose rounding is ε.
+        tol: relative error of the recovered state that is allowed.
 
     Example:
         >>> [int(invertible_depth(0.9, dtype)) for dtype in (torch.float32, torch.float64)]
@@ -171,6 +178,7 @@ class MomentumStack(_Reversible):
         True
     """
 
+    @checked
     def __init__(self, branches: Sequence[nn.Module], gamma: float = 0.9) -> None:
         super().__init__()
         if not len(branches):

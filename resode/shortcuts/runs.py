@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from resode.checks import check_whole, one_of
+from resode.checks import check_whole, checked, one_of
 from resode.formulas import Cost, Shape
 from resode.shortcuts.reversible import AdditiveCoupling, MomentumStack
 from resode.shortcuts.streams import AttentionResidual, HyperConnection, from_streams, to_streams
@@ -24,6 +24,7 @@ class ToStreams(nn.Module):
         streams: how many copies.
     """
 
+    @checked
     def __init__(self, streams: int) -> None:
         super().__init__()
         self.streams = check_whole("streams", streams, 1)
@@ -53,6 +54,7 @@ class FromStreams(nn.Module):
         return Cost(0, 0, shape[1:])
 
 
+@checked
 def make_run(
     kind: str,
     branches: Sequence[nn.Module],

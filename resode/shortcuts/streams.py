@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from resode.checks import check_whole
+from resode.checks import check_whole, checked
 from resode.formulas import Cost, Shape, cost_of
 from resode.shortcuts.doubly_stochastic import doubly_stochastic
 from resode.symbols import one_node
 
 
+@checked
 @one_node
 def to_streams(x: Tensor, streams: int) -> Tensor:
     """Copies of a state: x (batch, *features) -> (batch, streams, *features).
@@ -32,6 +33,7 @@ def to_streams(x: Tensor, streams: int) -> Tensor:
     return x[:, None].expand(-1, streams, *x.shape[1:]).clone()
 
 
+@checked
 def from_streams(x: Tensor) -> Tensor:
     """The mean of the streams: x (batch, streams, *features) -> (batch, *features)."""
     return x.mean(1)
@@ -99,6 +101,7 @@ class HyperConnection(nn.Module):
         tensor([1.0000, 1.0000, 1.0000, 1.0000])
     """
 
+    @checked
     def __init__(
         self,
         branch: nn.Module,
@@ -259,6 +262,7 @@ class AttentionResidual(nn.Module):
                 [0.3333, 0.3333, 0.3333]])
     """
 
+    @checked
     def __init__(self, branches: list[nn.Module], features: int) -> None:
         super().__init__()
         if not len(branches):

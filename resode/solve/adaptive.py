@@ -60,14 +60,11 @@ class Progress:
     n_rejected: np.ndarray
     implicit: np.ndarray | None = None  # what implicit steps took, (4, B)
 
-    def stats(self, device: torch.device | str = "cpu") -> Stats:
+    def stats(self) -> Stats:
         """The counts, one entry a sample."""
-        accepted, rejected = torch.from_numpy(self.n_accepted), torch.from_numpy(self.n_rejected)
-        counts = (torch.from_numpy(self.nfe), accepted + rejected, accepted, rejected)
-        nfe, n_steps, n_accepted, n_rejected = (c.to(device) for c in counts)
-        if self.implicit is None:
-            return Stats(nfe, n_steps, n_accepted, n_rejected)
-        return Stats(nfe, n_steps, n_accepted, n_rejected, 0, *torch.from_numpy(self.implicit).to(device))
+        nfe, kept, refused = map(torch.from_numpy, (self.nfe, self.n_accepted, self.n_rejected))
+        implicit = () if self.implicit is None else torch.from_numpy(self.implicit)
+        return Stats(nfe, kept + refused, kept, refused, 0, *implicit)
 
 
 class Adaptive:
@@ -147,7 +144,7 @@ class Adaptive:
             return torch.tensor(times[:, 0].tolist(), dtype=self.real, device=self.x.device).unbind(0)
         return torch.from_numpy(times).to(self.x.device, self.real).view(-1, *self.column).unbind(0)
 
-    def _as_size(self, size: np.ndarray) -> Time:
+    def as_size(self, size: np.ndarray) -> Time:
         """Signed step sizes (B,) as factors of the state."""
         if not self.column:
             return self.forward * size.item()
@@ -213,7 +210,7 @@ class Adaptive:
             told = (self.as_times(time[None])[0], x, torch.from_numpy(size)[0]) if callbacks else None
             if callbacks is not None and told is not None:
                 callbacks.step(*told)
-            h = self._as_size(size)
+            h = self.as_size(size)
             at = time + stage_times * (forward * size)
             at[-1] = attempt.end
             if not tableau.looks_ahead:  # a rounding must not take a stage beyond the end
@@ -300,7 +297,7 @@ class Adaptive:
         small = (d0 < 1e-5) | (d1 < 1e-5)
         h0 = np.where(small, 1e-6, 0.01 * d0 / d1.clip(min=1e-30)).clip(max=span)
         # With gradients on where they are: a field may take one of its own, as a Hamiltonian's does.
-        k1 = self.f(self.as_times((self.time + self.forward * h0)[None])[0], x + self._as_size(h0) * k0)
+        k1 = self.f(self.as_times((self.time + self.forward * h0)[None])[0], x + self.as_size(h0) * k0)
         d2 = self._norm(k1.detach() - k0.detach(), scale) / np.where(h0 == 0, 1.0, h0)
         steepest = np.maximum(d1, d2)
         h1 = np.where(

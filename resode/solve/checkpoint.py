@@ -40,26 +40,30 @@ class Recomputation:
     """Runs pieces, and once more when their gradient is asked for; those calls of f are `nfe_backward`.
 
     The graph of a piece holds this object weakly and the solution's last node holds it, where Python's
-    collector sees it: a field that keeps its own solution is then no more than a cycle of Python objects.
+    collector sees it: a field that keeps its own solution is then no more than a cycle of Python objects. A
+    gradient that can be differentiated again needs the pieces when the solution is gone: they then hold it.
 
     Args:
         f: the field, which counts.
         stats: of the whole solve, once they are known.
         pieces: all that were run.
+        owners: for each, one function that gives this object, or None where it is gone.
     """
 
     f: Counted
     stats: Stats | None = None
     pieces: list[Callable[..., Any]] = field(default_factory=list)
+    owners: list[list[Callable[[], Any]]] = field(default_factory=list)
 
     def __call__(self, piece: Callable[..., Any], *tensors: Any) -> Any:
         """What piece(second, *tensors) gives, second being whether it runs a second time."""
-        ran, number, owner = False, len(self.pieces), weakref.ref(self)
+        ran, number, owner = False, len(self.pieces), [weakref.ref(self)]
         self.pieces.append(piece)
+        self.owners.append(owner)
 
         def run(*tensors: Any) -> Any:
             nonlocal ran
-            second, ran, recomputation = ran, True, owner()
+            second, ran, recomputation = ran, True, owner[0]()
             assert recomputation is not None
             return recomputation.run(number, second, *tensors)
 
@@ -79,6 +83,11 @@ class Recomputation:
             if second and self.stats is not None:
                 self.stats.nfe_backward += self.f.calls - before
                 self.f.calls = before
+
+    def outlive(self) -> None:
+        """Lets the pieces hold this object, for a gradient of the gradient."""
+        for owner in self.owners:
+            owner[0] = lambda: self
 
     def finish(self, path: Tensor, stats: Stats) -> Tensor:
         """The whole solution, which now holds what the way back needs."""
@@ -114,6 +123,8 @@ class _Holding(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled():
+            ctx.held.outlive()
         if not keeps_graph():
             Variable._execution_engine.queue_callback(partial(setattr, ctx, "held", None))
         return None, grads[0]

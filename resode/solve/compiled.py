@@ -12,6 +12,7 @@ import types
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -158,7 +159,7 @@ class _Attempt:
     polynomial: Tensor | None
 
 
-class _NotStuck(Exception):
+class NotStuck(Exception):
     """What was at its smallest step compiled was not so on the host, by a rounding."""
 
 
@@ -204,8 +205,8 @@ def compiled_solve(
     except SolverError:
         raise
     except Exception as error:
-        if not isinstance(error, _NotStuck):
-            _warn_of_eager(error)
+        if not isinstance(error, NotStuck):
+            warn_of_eager(error)
         return adaptive_solve(tableau, f, x, times, control, resume)
     path, calls = _between(solve, passed, outputs, (x, at[0]))
     return [*path, solve.x], replace(solve.progress, nfe=solve.progress.nfe + calls)
@@ -218,12 +219,12 @@ def _attempts(solve: Adaptive, outputs: np.ndarray, key: Any) -> list[_Attempt]:
     device, dtype = x.device, control.dtype
     dense = outputs.shape[-1] > 0
     window = 1 if torch.is_grad_enabled() else WINDOW.get(device.type, 1)
-    run = _compiled(_attempt_of, key, x, tableau, _settings(control), solve.forward, dense, window)
+    run = compiled_for(_attempt_of, key, x, tableau, constants(control), solve.forward, dense, window)
     p = solve.progress
     rows = [solve.time, p.step, *p.errors, np.zeros_like(p.step), p.n_accepted, p.n_rejected]
     state = torch.from_numpy(np.stack(rows).astype(NUMPY[dtype])).to(device)
     end = torch.from_numpy(solve.end).to(device)
-    tolerance = (_tensor(control.rtol, x), _tensor(control.atol, x))
+    tolerance = (as_real(control.rtol, x), as_real(control.atol, x))
     ahead = np.broadcast_to(solve.forward * outputs, (len(solve.time), outputs.shape[-1]))
     ahead = torch.from_numpy(ahead.copy()).to(device)
     calls = tableau.b_row[-1][0] + 1
@@ -251,7 +252,7 @@ def _attempts(solve: Adaptive, outputs: np.ndarray, key: Any) -> list[_Attempt]:
             if stuck or (solve.standstills >= STANDSTILLS).any():
                 _place(solve, was.x, was.k0, was.state, calls)
                 next(solve.steps(), None)  # raises, with the reason
-                raise _NotStuck
+                raise NotStuck
             if failed and window == 1:
                 x, k0 = was.x, was.k0  # so that no infinity enters their graph
         if dense:
@@ -327,12 +328,12 @@ def compiled_steps(key: Any) -> Callable[..., Tensor]:
                     time = torch.as_tensor(begin, dtype=torch.float64, device=x.device)
                     size = torch.as_tensor(h, device=x.device)  # each sample's own in x's dtype, as they come
                     size = size if size.ndim else size.double()
-                    x = _compiled(_steps_of, key, x, tableau, steps)(f, time, x, size)
+                    x = compiled_for(_steps_of, key, x, tableau, steps)(f, time, x, size)
                     done += steps
                     continue
                 except Exception as error:
                     failed = True
-                    _warn_of_eager(error)
+                    warn_of_eager(error)
             x = equal_steps(tableau, f, begin, x, h, n - done)
             done = n
         return x
@@ -351,7 +352,7 @@ def key_of(func: Callable[..., Any]) -> Any:
     return type(func) if code is None else code
 
 
-def _compiled(
+def compiled_for(
     make: Callable[..., Callable[..., Any]], key: Any, x: Tensor, *settings: Any
 ) -> Callable[..., Any]:
     """`make(*settings)`, compiled for states like x, one for each field and each choice of settings."""
@@ -362,8 +363,7 @@ def _compiled(
         options["cpp_wrapper"] = x.numel() <= SMALL
         if x.ndim and x.shape[-1] < 8:
             options["cpp.simdlen"] = 1
-    # torch.compile does not look whether hooks have come or gone since.
-    settings = (*settings, tuple(options.items()), _hooks(key))
+    settings = (*settings, tuple(options.items()), _global_hooks())
     kept = _KEPT.setdefault(key, {})
     if (make, *settings) not in kept:
         function = make(*settings[:-2])
@@ -371,21 +371,32 @@ def _compiled(
         own = types.FunctionType(
             function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__
         )
-        kept[make, *settings] = torch.compile(own, fullgraph=True, options=options)
+        kept[make, *settings] = partial(
+            _looking_at_hooks, torch.compile(own, fullgraph=True, options=options)
+        )
     return kept[make, *settings]
 
 
-def _hooks(key: Any) -> tuple[int, ...]:
-    """Which hooks a module and its submodules have; the number of a hook is never given again."""
-    if not isinstance(key, torch.nn.Module):
-        return ()
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return tuple(number for m in key.modules() for kind in kinds for number in getattr(m, kind))
+def _looking_at_hooks(compiled: Callable[..., Any], *args: Any) -> Any:
+    """compiled(*args), seeing hooks of modules that have come or gone since, which torch skips by default."""
+    from torch._dynamo import config as dynamo  # seconds, which only who compiles should spend
+
+    before, dynamo.skip_nnmodule_hook_guards = dynamo.skip_nnmodule_hook_guards, False
+    try:
+        return compiled(*args)
+    finally:
+        dynamo.skip_nnmodule_hook_guards = before
+
+
+def _global_hooks() -> tuple[int, ...]:
+    """Which hooks all modules have, at which no guard looks; a hook's number is never given again."""
+    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    return tuple(n for kind in kinds for n in getattr(torch.nn.modules.module, f"_global_{kind}"))
 
 
 def _guards_of_the_field(guards: Sequence[Any]) -> list[bool]:
     """Which guards to check at a call: not those of our own method and control, which can't change."""
-    return [re.match(r"(tableau|control)(\W|$)", guard.name) is None for guard in guards]
+    return [re.match(r"(tableau|control|rule)(\W|$)", guard.name) is None for guard in guards]
 
 
 def _attempt_of(
@@ -415,16 +426,18 @@ def _steps_of(tableau: ButcherTableau, n: int) -> Callable[..., Any]:
     return run
 
 
-def _settings(control: Control) -> Control:
+def constants(control: Control) -> Control:
     """What is constant in a graph; tolerances are its inputs, the rest plays no part in it."""
     return replace(control, rtol=0.0, atol=0.0, max_steps=1, first_step=None)
 
 
-def _tensor(value: Any, x: Tensor) -> Tensor:
+def as_real(value: Any, x: Tensor) -> Tensor:
+    """A number as a tensor of the real dtype of x."""
     return torch.as_tensor(value, dtype=x.dtype.to_real(), device=x.device)
 
 
-def _warn_of_eager(error: Exception) -> None:
+def warn_of_eager(error: Exception) -> None:
+    """Says that a field is solved without compiling, and why."""
     lines = [line.strip() for line in str(error).split("\n") if line.strip()]
     reason = " ".join(lines[: 2 if len(lines) > 1 and lines[1].startswith("Explanation") else 1])
     warn_user(

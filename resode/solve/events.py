@@ -1,4 +1,4 @@
-r"""Solving until an event, and the gradient of its time.
+r"""Where in a step an event lies, and the gradient of its time: one for all, or each sample its own.
 
 An event is a zero of c(t, y), or a time at which a c of booleans flips. Every step is looked at in eighths,
 so that two zeros within a step are seen where an eighth's end lies between them; the first is taken. At the
@@ -6,7 +6,9 @@ event time τ, c(τ, y(τ)) = 0 gives, with ċ = ∂c/∂t + ∂c/∂y · f,
 
     dτ = − dc / ċ,        dy(τ) = dy|_τ fixed + f(τ, y) dτ,
 
-where dc is the change of c at fixed time, through y and through the parameters of c.
+where dc is the change of c at fixed time, through y and through the parameters of c. With per_sample every
+number here is one a sample, (B,), and a sample stays at its event while others go on; the one event of a
+coupled state is the case B = 1.
 
 Source:
     Chen, Amos & Nickel, Learning Neural Event Functions for Ordinary Differential Equations (2021);
@@ -16,7 +18,6 @@ Source:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,51 +28,60 @@ import torch
 from torch import Tensor
 
 from resode.jacobian.products import first_jvp
-from resode.solve.adaptive import Adaptive
-from resode.solve.control import Callbacks
-from resode.solve.fixed import Grid, one_step
-from resode.solve.foreign import foreign_methods, stops_at_events
 from resode.solve.host import decided, is_transformed, moves, plain
-from resode.solve.implicit.steps import step_rule
-from resode.solve.native import (
-    Evaluations,
-    call_torchdiffeq,
-    fixed_field,
-    segments,
-    zero_with_gradient,
-)
-from resode.solve.options import SolveSettings
-from resode.solve.result import MaxStepsReached, NonFiniteState, Stats
-from resode.solve.step import Field, all_finite
-from resode.tableaus import ButcherTableau
+from resode.solve.native import as_column
 
 Event = Callable[[Tensor, Any], Any]
-"""c(t, y), one number, of a 0-D t and the state."""
+"""c(t, y), one number, of a 0-D t and the state; or (B,), of t of shape (B, 1, …, 1) and a batch."""
 
+ON_VALUES = (
+    "a solve ends where the event's value says",
+    "Solve the batch in one call: odeint_event with per_sample=True gives each sample its own event.",
+)
 
 PARTS = 8
 """An event's sign is looked at this often within a step."""
 
 
-def combined(event_fn: Callable[..., Any], t0: Tensor, y0: Any) -> Event:
-    """One number that starts positive and first reaches 0 where some entry of event_fn does.
+def from_start(event_fn: Callable[..., Any], t0: Tensor, y0: Any, per_sample: bool) -> Event:
+    """An event that starts positive and first reaches 0 where an entry of event_fn does; one number, or (B,).
 
     It is 0 from the start where an entry is.
 
+    Args:
+        event_fn: of (t, y), a tensor; one number a sample, (B,), where per_sample.
+        t0: the start, 0-D, or with per_sample each sample's own, (B,).
+        y0: the state there.
+        per_sample: whether each sample has its own event.
+
     Raises:
-        TypeError, ValueError: event_fn gives no finite tensor.
+        TypeError, ValueError: event_fn gives something else, or no finite tensor at the start.
     """
+
+    def event(t: Tensor, y: Any) -> Tensor:
+        c = event_fn(t, y)
+        if not isinstance(c, Tensor):
+            raise TypeError(f"event_fn must return a tensor, got {type(c).__name__}.")
+        if per_sample and c.shape != y.shape[:1]:
+            raise ValueError(
+                f"with per_sample=True event_fn must return one number a sample, shape ({len(y)},), got "
+                f"{tuple(c.shape)}. t has shape {tuple(t.shape)} there: t.reshape(-1) goes with y[:, 0]."
+            )
+        return signed(c)
+
     with torch.no_grad():
-        first = event_fn(t0, y0)
-    if not isinstance(first, Tensor):
-        raise TypeError(f"event_fn must return a tensor, got {type(first).__name__}.")
-    if first.numel() == 0 or not torch.isfinite(first).all():
+        first = event(as_column(t0, y0, per_sample), y0)
+    values = np.array(decided(first, *ON_VALUES), float)
+    if values.size == 0 or not np.isfinite(values).all():
         raise ValueError(
-            f"event_fn must be finite and not empty at t[0]; got {first.tolist()} at t={float(t0):.9g}."
+            f"event_fn must be finite and not empty at t[0]; got {values.tolist()} at "
+            f"t={float(plain(t0).reshape(-1)[0]):.9g}. Give one that is finite at the start, not NaN."
         )
-    signs = torch.sign(signed(first))
-    signs = torch.where(signs == 0, 1, signs)  # the solve ends there, whatever they are
-    return lambda t, y: torch.min(signed(event_fn(t, y)) * signs)
+    # Where it is 0 the solve ends there, whatever the sign.
+    signs = torch.from_numpy(np.where(values < 0, -1, 1)).to(first.device)
+    if per_sample:
+        return lambda t, y: event(t, y) * signs
+    return lambda t, y: torch.min(event(t, y) * signs)
 
 
 def signed(c: Tensor) -> Tensor:
@@ -85,262 +95,146 @@ def signed(c: Tensor) -> Tensor:
     return 2 * c.to(torch.int8) - 1 if c.dtype == torch.bool else c
 
 
-def solve_to_event(
-    func: Callable[..., Any],
-    y0: Tensor,
-    t: Tensor,
-    settings: SolveSettings,
-    event: Event,
-    callbacks: Callbacks | None = None,
-) -> tuple[Tensor, Tensor, Stats]:
-    """The event's time (0-D, without gradient), the states at t[0] and there (2, *state), the cost.
-
-    Args:
-        func: the field of (t, y).
-        y0: the state at t[0].
-        t: two times: the start, and one that gives the direction.
-        settings: the method and its options.
-        event: positive at the start.
-        callbacks: told of every step.
+def numbers(event: Event, time: np.ndarray, y: Tensor, per_sample: bool = False) -> np.ndarray:
+    """The event's values at times (B,), on the host, without gradient, (B,).
 
     Raises:
-        MaxStepsReached: no event.
-    """
-    counted = Evaluations(func)
-    if isinstance(settings.method, str):
-        time, path = _by_torchdiffeq(counted, y0, t, settings, event, callbacks)
-        return time.detach().to(t.dtype), path, Stats(counted.calls, None, None, None)
-    run = _fixed if settings.fixed else _adaptive
-    time, y, n_steps = run(counted, y0, t, settings.method, settings, event, callbacks)
-    stats = Stats(counted.calls, *n_steps)
-    return torch.tensor(time, dtype=t.dtype, device=t.device), torch.stack([y0, y]), stats
-
-
-def _by_torchdiffeq(
-    counted: Evaluations,
-    y0: Tensor,
-    t: Tensor,
-    settings: SolveSettings,
-    event: Event,
-    callbacks: Callbacks | None,
-) -> tuple[Tensor, Tensor]:
-    if not stops_at_events(str(settings.method)):
-        able = [name for name in foreign_methods() if stops_at_events(name)]
-        raise ValueError(
-            f"{settings.method!r} can't stop at an event; use a method of resode's or {', '.join(able)}."
-        )
-    return call_torchdiffeq(counted, y0, t, settings, callbacks, event_fn=event)
-
-
-def _adaptive(
-    counted: Evaluations,
-    y0: Tensor,
-    t: Tensor,
-    tableau: ButcherTableau,
-    settings: SolveSettings,
-    event: Event,
-    callbacks: Callbacks | None,
-) -> tuple[float, Tensor, tuple[int, int, int]]:
-    control, real = settings.control(y0, callbacks), y0.dtype.to_real()
-    start, forward = float(plain(t)[0]), 1 if t[1] > t[0] else -1
-    y = y0
-    if moves(t):
-        y = y - counted(t[0].detach().to(y0.device, real), y) * zero_with_gradient(t[0], real)
-    if value_of(event, start, y0) <= 0:
-        return start, y, (0, 0, 0)
-    progress = None
-    for times, _, f in segments(counted, np.array([start, forward * math.inf]), settings, real):
-        solve = Adaptive(tableau, f, y, times[0], times[-1], control, progress)
-        for step in solve.steps():
-            k0, k1 = step.slopes
-            within = Within(step.start.item(), step.end.item(), step.x, k0, step.x_end, k1)
-            at = within.ending(_step_to(tableau, f, within.begin, step.x, k0))
-            if (time := within.first_zero(event, at)) is not None:
-                accepted, rejected = solve.progress.n_accepted.item(), solve.progress.n_rejected.item()
-                return time, at(time), (accepted + rejected, accepted, rejected)
-        y, progress = solve.x, solve.progress
-    raise AssertionError("the last segment has no end")
-
-
-def _fixed(
-    counted: Evaluations,
-    y0: Tensor,
-    t: Tensor,
-    tableau: ButcherTableau,
-    settings: SolveSettings,
-    event: Event,
-    callbacks: Callbacks | None,
-) -> tuple[float, Tensor, tuple[int, int, int]]:
-    size = settings.step_size if settings.step_size is not None else settings.options.get("step_size")
-    if size is None:
-        raise ValueError(f"{tableau.name} takes fixed steps: to find an event it needs step_size.")
-    grid: Grid | None = settings.grid()
-    perturb = bool(settings.options.get("perturb", False))
-    callback = None if callbacks is None else callbacks.step
-    begin, direction = plain(t).tolist()
-    start, h = begin, math.copysign(float(size), direction - begin)
-    field = fixed_field(counted, y0, -math.inf, math.inf, False)
-    y, take = y0, step_rule(tableau, False)
-    if moves(t):
-        y = y - field(start, y) * zero_with_gradient(t[0], y0.dtype.to_real())
-    if value_of(event, start, y0) <= 0:
-        return start, y, (0, 0, 0)
-    for n in range(1, settings.max_steps + 1):
-        begin, end = start + (n - 1) * h, start + n * h
-        y1, k0 = one_step(tableau, field, begin, y, h, callback, perturb, take)
-        if not all_finite(y1):
-            raise NonFiniteState(
-                f"the state is infinite or NaN at t={end:.9g}, before an event, with steps of {size:g}: "
-                "take smaller ones, or check the field.",
-                time=end,
-                step_size=float(size),
-            )
-        within = Within(begin, end, y, k0, y1)
-        at = _along(grid, field, within) if grid else _step_to(tableau, field, begin, y, k0)
-        at = within.ending(at)
-        if (time := within.first_zero(event, at)) is not None:
-            return time, at(time), (n, n, 0)
-        y = y1
-    raise MaxStepsReached(
-        f"max_steps={settings.max_steps} steps of {size:g} met no event; they ended at t={begin + h:.9g}. "
-        "Check event_fn's sign and t's direction, take larger steps, or raise max_steps.",
-        time=begin + h,
-        step_size=float(size),
-    )
-
-
-def between_ends(h: Any, x: Tensor, k0: Tensor, x1: Tensor, k1: Tensor | None) -> list[Tensor]:
-    """The states at the ends of a step's parts, on the polynomial through both ends with their slopes.
-
-    Args:
-        h: the step, signed; a number, or one a sample that broadcasts to x.
-        x: the state at the start.
-        k0: F there.
-        x1: the state at the end.
-        k1: F there, where it is known.
+        TypeError, ValueError: it gives something else, or NaN.
     """
     with torch.no_grad():
-        s = torch.arange(1, PARTS, dtype=torch.float64) / PARTS
-        if k1 is None:
-            rows, known = [1 - s**2, s - s**2, s**2], [x, h * k0, x1]
-        else:
-            rows = [(1 + 2 * s) * (1 - s) ** 2, s * (1 - s) ** 2, s**2 * (3 - 2 * s), s**3 - s**2]
-            known = [x, h * k0, x1, h * k1]
-        inner = torch.stack(rows, 1).to(x) @ torch.stack(known).reshape(len(known), -1)
-        return [x, *inner.reshape(-1, *x.shape), x1]
-
-
-@dataclass
-class Within:
-    """A step, as the search for events within it needs it.
-
-    Args:
-        begin: where it starts.
-        end: where it ends.
-        x: the state at the start.
-        k0: F there.
-        x1: the state at the end.
-        k1: F there, where it is known.
-    """
-
-    begin: float
-    end: float
-    x: Tensor
-    k0: Tensor
-    x1: Tensor
-    k1: Tensor | None = None
-
-    def ending(self, at: Callable[[float], Tensor]) -> Callable[[float], Tensor]:
-        """The states within, `at`, with the step's own at its end."""
-        return lambda time: self.x1 if time == self.end else at(time)
-
-    @cached_property
-    def grid(self) -> list[float]:
-        """The ends of its parts."""
-        size = self.end - self.begin
-        return [*(self.begin + i / PARTS * size for i in range(PARTS)), self.end]
-
-    @cached_property
-    def states(self) -> list[Tensor]:
-        """The states there, roughly between."""
-        return between_ends(self.end - self.begin, self.x, self.k0, self.x1, self.k1)
-
-    def first_zero(self, event: Event, at: Callable[[float], Tensor]) -> float | None:
-        """The first time at which an event, positive at the start, reaches 0; None where it does not.
-
-        Args:
-            event: positive at the start.
-            at: the states within.
-        """
-        for i in range(PARTS):
-            if value_of(event, self.grid[i + 1], self.states[i + 1]) <= 0:
-                if (time := self.zero(event, at, i)) is not None:
-                    return time
-        return None
-
-    def zero(self, event: Event, at: Callable[[float], Tensor], part: int) -> float | None:
-        """Where the event falls to 0, by rough states in a part; None where exact ones have no zero."""
-        a, b = part, part + 1
-
-        def value(time: float) -> float:
-            return value_of(event, time, at(time))
-
-        while (after := value(self.grid[b])) > 0 and b < PARTS:
-            a, b = b, b + 1
-        while (before := value(self.grid[a])) <= 0 and a > 0:
-            a, b, after = a - 1, a, before
-        return root(value, self.grid[a], self.grid[b], before, after) if before > 0 >= after else None
-
-
-def _along(grid: Grid, f: Field, step: Within) -> Callable[[float], Tensor]:
-    """The state at a time within a step of a grid: as the grid interpolates."""
-    return lambda time: grid.between(f, time, step.begin, step.x, step.k0, step.end, step.x1)
-
-
-def _step_to(
-    tableau: ButcherTableau, f: Field, begin: float, x: Tensor, k0: Tensor
-) -> Callable[[float], Tensor]:
-    """The state at a time within a step: the method's own step from the start to it."""
-    take = step_rule(tableau, False)
-
-    def at(time: float) -> Tensor:
-        h = time - begin
-        real = x.dtype.to_real()
-        times = [torch.tensor(begin + c * h, dtype=real, device=x.device) for c in tableau.stage_times]
-        return take(tableau, f, times, x, h, k0)[1]
-
-    return at
-
-
-def value_of(event: Event, time: float, y: Tensor) -> float:
-    """The event's value, without gradient."""
-    with torch.no_grad():
-        c = event(torch.tensor(time, dtype=y.dtype.to_real(), device=y.device), y)
+        c = event(column(time, y, per_sample), y)
     if isinstance(c, Tensor):
-        if c.numel() != 1:
+        if c.numel() != len(time):
             raise ValueError(
                 f"an event must return one number, got a tensor of shape {tuple(c.shape)}. Give every "
                 "entry an event of its own; odeint_event takes them together."
             )
-        c = decided(signed(c), "a solve ends where the event's value says")
-        c = c if isinstance(c, int | float) else np.array(c).item()
-    elif isinstance(c, bool):
-        c = 2 * c - 1
+        c = decided(signed(c).reshape(-1), *ON_VALUES)
+    else:
+        c = [2 * c - 1 if isinstance(c, bool) else c]
     try:
-        value = float(c)
+        values = np.array([float(value) for value in c])
     except (TypeError, ValueError):
-        raise TypeError(f"an event must return one number, or yes or no; got {c!r}.") from None
-    if math.isnan(value):
+        raise TypeError(f"an event must return one number, or yes or no; got {c[0]!r}.") from None
+    if np.isnan(values).any():
+        i = int(np.isnan(values).argmax())
         raise ValueError(
-            f"event_fn must return numbers, got NaN at t={time:.9g}. Keep it defined past the event."
+            f"event_fn must return numbers, got NaN at t={float(time[i]):.9g}{which(i, per_sample)}. "
+            "Keep it defined past the event."
         )
-    return value
+    return values
 
 
-def root(value: Callable[[float], float], a: float, b: float, before: float, after: float) -> float:
-    """A time, to rounding, at which a function that is before > 0 at a and after ≤ 0 at b comes to be ≤ 0."""
-    ends = (np.array([float(s)]) for s in (a, b, before, after))
-    return roots(lambda s: np.array([value(s.item())]), *ends).item()
+def column(s: np.ndarray, y: Tensor, per_sample: bool) -> Tensor:
+    """Numbers (B,) as a field of y takes its time: 0-D, or (B, 1, …, 1) per sample, in y's real dtype."""
+    s = s if per_sample else s.reshape(())
+    return as_column(torch.from_numpy(np.asarray(s)).to(y.device, y.dtype.to_real()), y, per_sample)
+
+
+def which(i: int, per_sample: bool) -> str:
+    """The sample in words, where each has its own event."""
+    return f", sample {i}" if per_sample else ""
+
+
+@dataclass
+class Within:
+    """A step of each sample, B = 1 for a coupled state, as the search for events within it needs it.
+
+    Args:
+        begin: where it starts, (B,).
+        end: where it ends, (B,); the start again for a sample that did not take it.
+        x: the state at the start.
+        k0: F there.
+        x_end: the state at the end.
+        exact: the states at times within, (B,), by the solver's own steps or interpolant.
+        per_sample: whether the states are a batch.
+        k1: F at the end, where it is known.
+    """
+
+    begin: np.ndarray
+    end: np.ndarray
+    x: Tensor
+    k0: Tensor
+    x_end: Tensor
+    exact: Callable[[Within, np.ndarray], Tensor]
+    per_sample: bool = False
+    k1: Tensor | None = None
+
+    def __post_init__(self):
+        batch = len(self.begin)
+        self.part = np.zeros(batch, int)  # in which rough states have the event, from 0 on
+        # Times before and after the event, and the exact values there; NaN where not looked for yet.
+        self.around = np.full((4, batch), np.nan)
+
+    def of(self, s: np.ndarray) -> Tensor:
+        """Numbers (B,) as factors of the states."""
+        return column(s, self.x, self.per_sample)
+
+    def time(self, part: np.ndarray | int) -> np.ndarray:
+        """Where parts of the step end, (B,)."""
+        inner = self.begin + part / PARTS * (self.end - self.begin)
+        return np.where(np.equal(part, PARTS), self.end, inner)
+
+    def state(self, time: np.ndarray) -> Tensor:
+        """The states at times (B,) within; at the steps' ends, those there."""
+        if (at_end := time == self.end).all():
+            return self.x_end
+        inner = self.exact(self, time)
+        return torch.where(self.of(at_end) != 0, self.x_end, inner) if at_end.any() else inner
+
+    @cached_property
+    def states(self) -> list[Tensor]:
+        """The states at the parts' ends, those between by a polynomial through both with their slopes."""
+        with torch.no_grad():
+            h, s = self.of(self.end - self.begin), torch.arange(1, PARTS, dtype=torch.float64) / PARTS
+            if self.k1 is None:
+                rows, known = [1 - s**2, s - s**2, s**2], [self.x, h * self.k0, self.x_end]
+            else:
+                rows = [(1 + 2 * s) * (1 - s) ** 2, s * (1 - s) ** 2, s**2 * (3 - 2 * s), s**3 - s**2]
+                known = [self.x, h * self.k0, self.x_end, h * self.k1]
+            inner = torch.stack(rows, 1).to(self.x) @ torch.stack(known).reshape(len(known), -1)
+            return [self.x, *inner.reshape(-1, *self.x.shape), self.x_end]
+
+    def bracket(self, values: Callable[..., np.ndarray], part: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Around the falls to 0 that rough states have in parts (B,), of the samples marked, as `around`.
+
+        Args:
+            values: of times (B,) and states, (B,).
+            part: from 0 on.
+            mask: (B,).
+        """
+        a, b = part, part + 1
+
+        def at(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            time = self.time(part)
+            return time, values(time, self.state(time))
+
+        (time_b, after), on = at(b), mask
+        while (on := on & (after > 0) & (b < PARTS)).any():
+            a, b = np.where(on, b, a), b + on
+            time_b, after = at(b)
+        (time_a, before), on = at(a), mask
+        while (on := on & (before <= 0) & (a > 0)).any():
+            time_b, after, a = np.where(on, time_a, time_b), np.where(on, before, after), a - on
+            time_a, before = at(a)
+        return np.stack([time_a, time_b, before, after])
+
+    def zeros(self, values: Callable[..., np.ndarray], around: np.ndarray) -> np.ndarray:
+        """The times of zeros within brackets, (B,), to rounding."""
+        return roots(lambda s: values(s, self.state(s)), *around)
+
+    def merged(self, other: Within, mask: np.ndarray) -> Within:
+        """These steps, but another's for the samples marked."""
+        if mask.all():
+            return other
+        marked = self.of(mask) != 0
+        pairs = [(vars(other)[name], vars(self)[name]) for name in ("begin", "end", "x", "k0", "x_end")]
+        begin, end = (np.where(mask, *pair) for pair in pairs[:2])
+        x, k0, x_end = (torch.where(marked, *pair) for pair in pairs[2:])
+        step = Within(begin, end, x, k0, x_end, other.exact, self.per_sample)
+        step.part = np.where(mask, other.part, self.part)
+        step.around = np.where(mask, other.around, self.around)
+        return step
 
 
 def roots(
@@ -424,7 +318,7 @@ class _WithoutGradient(torch.autograd.Function):
 def with_event_gradient(
     func: Callable[..., Any], event: Event, event_t: Tensor, y: Any, start: Tensor
 ) -> tuple[Tensor, Any]:
-    """The event's time and state, as they were, with the gradients of the implicit function.
+    """The event's time and state, as they were, with the implicit function's derivatives to second order.
 
     Args:
         func: the field of (t, y).
@@ -443,6 +337,8 @@ def with_event_gradient(
 
     real = parts[0].dtype.to_real()
     time, began = (s.detach().to(parts[0].device, real) for s in (event_t, start))
+    if not any(map(moves, parts)) and not moves(event(beside(time, parts[0]), y)):
+        return event_t, y  # nobody asks for a gradient, which event_fn need not have
     slope = func(beside(time, parts[0]), y)
     slopes = [d.detach() for d in (slope if isinstance(y, tuple) else (slope,))]
     way = time - began
@@ -463,10 +359,22 @@ def with_event_gradient(
     if still.all():
         return event_t, rebuild(parts)
     at = [p - beside(shift, p) * d for p, d in zip(parts, slopes, strict=True)]
-    change = event(beside(time - shift, parts[0]), rebuild(at))
-    change = torch.where(still, 0.0, (change - change.detach()) / torch.where(still, 1.0, rate))
-    event_t = event_t - change.to(event_t)
-    return event_t, rebuild([p - d * beside(change.to(real), p) for p, d in zip(parts, slopes, strict=True)])
+
+    def moved(time: Tensor, parts: Sequence[Tensor], dt: Tensor) -> Any:
+        """The state dt later, with derivatives to second order in dt: a step of the midpoint rule."""
+        k = slope if isinstance(slope, tuple) else (slope,)
+        half = [p + 0.5 * beside(dt, p) * d for p, d in zip(parts, k, strict=True)]
+        k = func(beside(time + 0.5 * dt, parts[0]), rebuild(half))
+        k = k if isinstance(k, tuple) else (k,)
+        return rebuild([p + beside(dt, p) * d for p, d in zip(parts, k, strict=True)])
+
+    # Newton's method from the event's time, whose steps are 0 and have derivatives: the first is right to
+    # first order in what the solution depends on, the second to second order.
+    dt = torch.zeros_like(time)
+    for state in (lambda dt: rebuild(at), lambda dt: moved(time - shift, at, dt)):
+        change = event(beside(time - shift + dt, parts[0]), state(dt))
+        dt = dt - torch.where(still, 0.0, (change - change.detach()) / torch.where(still, 1.0, rate)).to(dt)
+    return event_t + dt.to(event_t), moved(time, parts, dt)
 
 
 def _rate(
@@ -493,6 +401,13 @@ def _rate(
         value = event(s, rebuild(at))
         if not value.requires_grad:
             return torch.zeros_like(time)
-        rate, *rates = torch.autograd.grad(value.sum(), (s, *at), allow_unused=True, materialize_grads=True)
+        try:
+            rate, *rates = torch.autograd.grad(
+                value.sum(), (s, *at), allow_unused=True, materialize_grads=True
+            )
+        except RuntimeError as error:
+            if "is not implemented" not in str(error):
+                raise
+            return torch.zeros_like(time)  # as heaviside and other jumps, of which torch has no derivative
     along = [(r.conj() * d).real for r, d in zip(rates, slopes, strict=True)]
     return rate.reshape(time.shape) + sum(c.reshape(*time.shape, -1).sum(-1) for c in along)

@@ -140,7 +140,14 @@ def newton_failed(at: Standing, residual: float, rate: float, fixed: bool = Fals
                 f" The matrix I − ηγJ is near singular: the field grows with λ ≈ {number(eigenvalue)} "
                 f"there, and {what}the step times λ is {number(signed * gamma[i] * eigenvalue)}, near 1."
             )
-    if fixed:
+    if not _derivative_is_finite(at):
+        reason = " The field is finite there, but its Jacobian holds infinities or NaN."
+        advice = (
+            "torch.where passes on the NaN of the branch that it does not take, and √ and norms have no "
+            "derivative at 0: choose the argument by torch.where, not the result, or add a small number "
+            "under the root."
+        )
+    elif fixed:
         advice = "Take shorter steps, or a field that does not grow (Re λ ≤ 0), which any step suits."
     else:
         advice = (
@@ -155,6 +162,17 @@ def newton_failed(at: Standing, residual: float, rate: float, fixed: bool = Fals
         rate=rate,
         **at.about(eigenvalue),
     )
+
+
+def _derivative_is_finite(at: Standing) -> bool:
+    """Whether the sums of the columns of the sample's Jacobian are finite; True where they can't be had."""
+    try:
+        with torch.enable_grad():
+            x = at.x.detach().clone().requires_grad_()
+            (grad,) = torch.autograd.grad(at.part(at.field(at.t, x)).sum(), x)
+        return bool(torch.isfinite(at.part(grad)).all())
+    except Exception:  # whatever a field may raise, the failure that is being explained comes first
+        return True
 
 
 def nothing_finite(at: Standing, k: list[Tensor]) -> SolverError:

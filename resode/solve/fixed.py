@@ -53,15 +53,15 @@ def within(s: Time, low: Any, high: Any) -> Time:
     return min(max(s, low), high)
 
 
-def opened(start: float, end: float, dtype: torch.dtype, *, both: bool = True) -> tuple[float, float]:
-    """The least and the largest time strictly between start and end, or strictly above start alone.
+def opened(start: float, end: float, dtype: torch.dtype) -> tuple[float, float]:
+    """The least and the largest time strictly between start and end.
 
     Each is a neighbour of its end in `dtype`, in which a field is given its time.
     """
     low, high = sorted((start, end))
     ends = torch.tensor([low, high], dtype=dtype)
     inner = torch.nextafter(ends, ends.flip(0))
-    return float(inner[0]), float(inner[1]) if both else high
+    return float(inner[0]), float(inner[1])
 
 
 @dataclass(frozen=True)

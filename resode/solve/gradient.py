@@ -26,11 +26,12 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves
 
 from resode.solve.control import Callbacks
-from resode.solve.events import Event, solve_to_event
+from resode.solve.events import Event
 from resode.solve.native import solve
 from resode.solve.options import SolveSettings
 from resode.solve.result import SolverError, Stats
 from resode.solve.step import as_stage
+from resode.solve.to_event import solve_to_event
 from resode.tableaus import ButcherTableau
 
 GRADIENTS = ("autograd", "checkpoint", "adjoint")

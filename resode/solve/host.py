@@ -17,7 +17,13 @@ def plain(x: Tensor) -> Tensor:
     return x.detach()
 
 
-def decided(x: Tensor, what: str) -> Any:
+FIXED_STEPS_OR_ONE_CALL = (
+    "Under vmap take fixed steps (n_steps or step_size), or solve the batch in one call, with "
+    "per_sample=True for steps of each sample's own."
+)
+
+
+def decided(x: Tensor, what: str, advice: str = FIXED_STEPS_OR_ONE_CALL) -> Any:
     """The numbers of a tensor on which the host decides, as `tolist` gives them.
 
     Raises:
@@ -26,10 +32,7 @@ def decided(x: Tensor, what: str) -> Any:
     inner = x
     while is_transformed(inner):
         if _functorch.is_batchedtensor(inner):
-            raise TypeError(
-                f"{what}, which torch.func.vmap hides. Under vmap take fixed steps (n_steps or step_size), "
-                "or solve the batch in one call, with per_sample=True for steps of each sample's own."
-            )
+            raise TypeError(f"{what}, which torch.func.vmap hides. {advice}")
         inner = _functorch.get_unwrapped(inner)
     return x.detach().tolist()
 

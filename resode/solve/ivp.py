@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resode.checks import one_of
+from resode.checks import checked, one_of
+from resode.results import Result
 from resode.solve.control import MAX_STEPS
 from resode.solve.dense import Step, interpolate
-from resode.solve.events import Event, Within, value_of
+from resode.solve.events import Event, Within, numbers
 from resode.solve.problem import State, checked_args
 from resode.solve.result import MaxStepsReached, Stats
 from resode.solve.states import Passing, States
@@ -24,8 +25,8 @@ from resode.solve.stepping import DenseOutput, Walk, as_times, begin, inside
 from resode.tableaus import ButcherTableau
 
 
-@dataclass
-class Solution:
+@dataclass(repr=False)
+class Solution(Result):
     """What `solve_ivp` gives back.
 
     Args:
@@ -39,6 +40,8 @@ class Solution:
         t_events: for every event the times of its zeros, (E,); None without events.
         y_events: and the states there, (E, *y0.shape).
     """
+
+    _columns = ("t", "y")
 
     t: Tensor
     y: Any
@@ -61,6 +64,7 @@ class Solution:
         return self.sol(t)
 
 
+@checked
 def solve_ivp(
     func: Callable[..., Any],
     t_span: Sequence[float] | Tensor,
@@ -227,22 +231,27 @@ class _Watch:
     ) -> tuple[float, Tensor] | None:
         """Notes the zeros within a step; the time and state of one that ends the solve, or None."""
         k0, k1 = step.slopes
-        within = Within(step.start.item(), step.end.item(), step.x, k0, step.x_end, k1)
-        at = within.ending(lambda s: interpolate(tableau, f, [step], np.array([s]), forward, False)[0][0])
-        points = list(zip(within.grid, within.states, strict=True))
-        before = self.values or [value_of(event, *points[0]) for event in self.events]
+
+        def exact(_: Within, time: np.ndarray) -> Tensor:
+            return interpolate(tableau, f, [step], time, forward, False)[0][0]
+
+        begin, end = step.start.astype(float), step.end.astype(float)
+        within = Within(begin, end, step.x, k0, step.x_end, exact, k1=k1)
+        points = [(within.time(i), x) for i, x in enumerate(within.states)]
+        before = self.values or [numbers(event, *points[0]).item() for event in self.events]
         values = [
-            [b, *(value_of(e, *p) for p in points[1:])] for e, b in zip(self.events, before, strict=True)
+            [b, *(numbers(e, *p).item() for p in points[1:])]
+            for e, b in zip(self.events, before, strict=True)
         ]
         zeros = [
             (time, i)
             for i, (event, v) in enumerate(zip(self.events, values, strict=True))
-            for time in _zeros(within, event, at, v, self.direction[i], self.values is None)
+            for time in _zeros(within, event, v, self.direction[i], self.values is None)
         ]
         self.values = [v[-1] for v in values]
         for time, i in sorted(zeros, key=lambda zero: forward * zero[0]):
             self.times[i].append(time)
-            self.states[i].append(at(time) if time != within.begin else step.x)
+            self.states[i].append(within.state(np.array([time])) if time != within.begin else step.x)
             if len(self.times[i]) >= self.limits[i]:
                 return time, self.states[i][-1]
         return None
@@ -254,23 +263,23 @@ class _Watch:
 
 
 def _zeros(
-    within: Within,
-    event: Event,
-    at: Callable[[float], Tensor],
-    values: list[float],
-    direction: float,
-    is_first: bool,
+    within: Within, event: Event, values: list[float], direction: float, is_first: bool
 ) -> list[float]:
     """The times of an event's zeros within a step, at whose parts' ends it has the given values."""
     times: list[float] = []
     if is_first and values[0] == 0 and direction * values[1] >= 0:
-        times.append(within.begin)
+        times.append(within.begin.item())
     for i, (before, after) in enumerate(pairwise(values)):
         falls, rises = before > 0 >= after, before < 0 <= after
         if (falls and direction <= 0) or (rises and direction >= 0):
             sign = 1.0 if falls else -1.0
-            time = within.zero(lambda t, y, s=sign: s * value_of(event, float(t), y), at, i)
-            times += [] if time is None or time in times else [time]
+
+            def value(t: np.ndarray, y: Tensor, sign: float = sign) -> np.ndarray:
+                return sign * numbers(event, t, y)
+
+            around = within.bracket(value, np.array([i]), np.array([True]))
+            if around[2] > 0 >= around[3] and (time := within.zeros(value, around).item()) not in times:
+                times.append(time)
     return times
 
 

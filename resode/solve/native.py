@@ -20,11 +20,12 @@ from resode.solve.diagnosis import explain, number, spectrum
 from resode.solve.fixed import equal_steps, fixed_solve, grid_solve, opened, own_steps, within
 from resode.solve.foreign import foreign_solve
 from resode.solve.host import moves, plain
+from resode.solve.implicit.compiled import compiled_implicit_solve
 from resode.solve.implicit.steps import ImplicitStep, check_implicit, step_rule, steps_by
 from resode.solve.options import SolveSettings, tolerances
 from resode.solve.result import NonFiniteState, SolverError, Stats
 from resode.solve.states import States
-from resode.solve.step import Counted, Field, all_finite, as_stage, explicit_step
+from resode.solve.step import Counted, Field, all_finite, as_stage, explicit_step, moved_along
 from resode.stability.multistep import ORDER
 from resode.tableaus import ButcherTableau
 
@@ -302,7 +303,7 @@ def _adaptive(
 
     if moves(t):
         # The steps are held fixed; ∂y/∂t_i = f(t_i, y_i), and moving t_0 moves the start back along f.
-        start = start - field(at(t[0]), start) * moved(t[0])
+        start = moved_along(field, at(t[0]) + moved(t[0]), start, -moved(t[0]))
     times_asked = np.array(plain(t).tolist(), np.float64)
     changes = np.any(times_asked[1:] != times_asked[:-1], axis=tuple(range(1, t.ndim)))
     distinct = times_asked[np.append(True, changes)]
@@ -316,7 +317,8 @@ def _adaptive(
             later, progress = checkpointed_solve(tableau, recomputation, f, state, times, control, progress)
         elif settings.compile_for is not None:
             key = settings.compile_for
-            later, progress = compiled_solve(tableau, counted, state, times, control, progress, key)
+            solved = compiled_solve if tableau.explicit else compiled_implicit_solve
+            later, progress = solved(tableau, counted, state, times, control, progress, key)
         else:
             later, progress = adaptive_solve(tableau, f, state, times, control, progress, path)
         state = later.pop()
@@ -328,7 +330,7 @@ def _adaptive(
     if len(distinct) < len(t):
         result = result[np.append(0, changes.cumsum()).tolist()]
     if moves(t):
-        result = torch.stack([y + field(at(s), y) * moved(s) for s, y in zip(t, result, strict=True)])
+        result = torch.stack([moved_along(field, at(s), y, moved(s)) for s, y in zip(t, result, strict=True)])
     if progress is None:
         zero = torch.zeros(start.shape[0] if settings.per_sample else 1, dtype=torch.int64)
         stats = Stats(zero + counted.calls, zero, zero, zero)

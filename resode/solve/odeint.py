@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from resode.checks import one_of, warn_user
+from resode.checks import checked, one_of, warn_user
 from resode.solve.compiled import COMPILED_OPTIONS, key_of
 from resode.solve.control import MAX_STEPS
-from resode.solve.events import combined, solve_to_event, with_event_gradient
+from resode.solve.events import from_start, with_event_gradient
 from resode.solve.gradient import GRADIENTS, Adjoint, WayBack, adjoint_params
 from resode.solve.host import is_transformed
 from resode.solve.native import solve
@@ -22,6 +22,7 @@ from resode.solve.problem import (
     FlatField,
     State,
     callbacks_of,
+    check_field,
     check_per_sample,
     check_state,
     check_times,
@@ -30,11 +31,13 @@ from resode.solve.problem import (
     flatten,
     largest_rms,
     leaves_like,
+    of_one_dtype,
 )
-from resode.solve.sample_events import sample_event, solve_to_own_events
+from resode.solve.to_event import solve_to_event
 from resode.tableaus import ButcherTableau
 
 
+@checked
 def odeint(
     func: Callable[..., Any],
     y0: State,
@@ -97,13 +100,15 @@ def odeint(
         compile: take steps as compiled graphs (torch.compile): seconds at the first call with a field, then
             several times faster where the field is small. Kept for the field across calls, times,
             tolerances and batch sizes; equal to the eager result but for rounding. A field that can't be
-            compiled, or an option or callback that compiled steps don't know, is solved without, with a
+            compiled, an option or callback that compiled steps don't know, fixed steps of an implicit method,
+            or an implicit method on more than 16 entries (of a sample) is solved without, with a
             warning.
         return_stats: also give the `Stats`.
 
     Returns:
         The states at t, shape (T, *y0.shape) (in y0's structure), or (states, Stats). They have
-        gradients for y0, t and what func uses; a module's unused parameters get 0. With event_fn (time,
+        gradients for y0, t (of adaptive steps to second order) and what func uses; a module's unused
+        parameters get 0. With event_fn (time,
         states at t[0] and at that time), the time 0-D and without gradient; see `odeint_event`.
 
     Raises:
@@ -141,6 +146,7 @@ def odeint(
     return _odeint(func, y0, t, settings, event_fn, args, adjoint, compile=compile, return_stats=return_stats)
 
 
+@checked
 def odeint_adjoint(
     func: Callable[..., Any],
     y0: State,
@@ -231,6 +237,7 @@ def odeint_adjoint(
     return _odeint(func, y0, t, settings, event_fn, args, adjoint, return_stats=return_stats)
 
 
+@checked
 def odeint_event(
     func: Callable[..., Any],
     y0: State,
@@ -256,7 +263,7 @@ def odeint_event(
 
     Returns:
         The event's time, 0-D or (B,), and the states at t0 and there, (2, *y0.shape) or a tuple of them; both
-        with gradients of the event's time moving. With return_stats also the Stats.
+        with first and second derivatives as the event's time moves. With return_stats also the Stats.
 
     Raises:
         MaxStepsReached: no event.
@@ -293,7 +300,7 @@ def odeint_event(
     leaves, structure = tree_flatten(path)
     last: Any = leaves[0][-1] if isinstance(path, Tensor) else tuple(p[-1] for p in leaves)
     if isinstance(path, Tensor):
-        event = sample_event(event_fn) if per_sample else combined(event_fn, start.detach().to(event_t), y0)
+        event = from_start(event_fn, start.detach().to(event_t), y0, per_sample)
     else:
 
         def on_structure(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -301,7 +308,7 @@ def odeint_event(
 
         given = on_structure(field)
         field = lambda t, parts: tuple(leaves_like(given(t, parts), structure))  # noqa: E731
-        event = combined(on_structure(event_fn), start.detach().to(event_t), tuple(tree_leaves(y0)))
+        event = from_start(on_structure(event_fn), start.detach().to(event_t), tuple(tree_leaves(y0)), False)
     event_t, last = with_event_gradient(field, event, event_t, last, start.expand(event_t.shape))
     ends = (last,) if isinstance(path, Tensor) else last
     leaves = [torch.cat([p[:-1], y[None]]) for p, y in zip(leaves, ends, strict=True)]
@@ -323,6 +330,7 @@ def _odeint(
 ) -> Any:
     """Checks, makes the state one tensor, solves, and gives back what was asked for."""
     args = checked_args(args)
+    check_field(func, args)
     tableau, options, checkpoint = settings.method, settings.options, settings.checkpoint
     if is_transformed() and (checkpoint or adjoint is not None):
         raise TypeError(
@@ -354,10 +362,11 @@ def _odeint(
         settings = replace(settings, checkpoint=torch.is_grad_enabled())
     if compile and _compiles(settings, callbacks, event_fn):
         settings = replace(settings, compile_for=key_of(func))
-    field = (lambda t, y: func(t, y, *args)) if args else func
+    told = of_one_dtype(func, state)
+    field = (lambda t, y: told(t, y, *args)) if args else told
     event = None
-    if event_fn is not None and not per_sample:
-        event = combined(event_fn, t.detach()[0].to(state.device, state.dtype.to_real()), y0)
+    if event_fn is not None:
+        event = from_start(event_fn, t.detach()[0].to(state.device, state.dtype.to_real()), y0, per_sample)
     if split is not None:
         field = FlatField(field, split)
         settings = _norm_on_tuples(settings, split)
@@ -370,10 +379,8 @@ def _odeint(
             event = on_parts
 
     if adjoint is None:
-        if event_fn is None:
+        if event is None:
             event_t, (path, stats) = None, solve(field, state, t, settings, callbacks)
-        elif event is None:
-            event_t, path, stats = solve_to_own_events(field, state, t, settings, event_fn)
         else:
             event_t, path, stats = solve_to_event(field, state, t, settings, event, callbacks)
     else:
@@ -421,8 +428,8 @@ def _compiles(settings: SolveSettings, callbacks: Any, event_fn: Any) -> bool:
     """Whether compiled steps can do what is asked; a warning where they can't."""
     known = () if settings.fixed else COMPILED_OPTIONS
     reasons = [f"options[{name!r}]" for name in settings.options if name not in known]
-    if isinstance(settings.method, ButcherTableau) and not settings.method.explicit:
-        reasons.append(f"{settings.method.name}, which is implicit")
+    if isinstance(settings.method, ButcherTableau) and not settings.method.explicit and settings.fixed:
+        reasons.append(f"fixed steps of {settings.method.name}, which is implicit")
     reasons += ["callbacks"] if callbacks is not None else []
     reasons += ["event_fn"] if event_fn is not None else []
     reasons += ["gradient='checkpoint'"] if settings.checkpoint and not settings.fixed else []

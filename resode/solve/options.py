@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resode.checks import check_whole, one_of, warn_user
+from resode.checks import WrongNumber, check_whole, described, did_you_mean, one_of, warn_user
 from resode.solve.control import MAX_STEPS, Callbacks, Control, Tolerance, controller_filter
 from resode.solve.fixed import INTERPOLATIONS, Grid, grid_of_size
 from resode.solve.foreign import foreign_methods, foreign_options
@@ -210,7 +210,8 @@ def resolve_method(method: str | ButcherTableau | None) -> ButcherTableau | str:
     if method in others:
         return str(method)
     raise ValueError(
-        f"unknown method {method!r}; the methods are {', '.join(NATIVE)}, {ON_DEMAND} with S stages, "
+        f"unknown method {method!r}.{did_you_mean(method, [*NATIVE, *others])} "
+        f"The methods are {', '.join(NATIVE)}, {ON_DEMAND} with S stages, "
         f"and through the installed torchdiffeq {', '.join(others)}."
     )
 
@@ -230,7 +231,7 @@ def tolerances(
     fine = dtype.to_real() == torch.float64
     r = (1e-7 if fine else 1e-6) if rtol is None else rtol
     a = (1e-9 if fine else 1e-8) if atol is None else atol
-    r, a = (x if isinstance(x, Tensor) and x.ndim else float(x) for x in (r, a))
+    r, a = _tolerance("rtol", r), _tolerance("atol", a)
     pair = [torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in (r, a)]
     valid = all((torch.isfinite(x) & (x >= 0)).all() for x in pair) and not (pair[0] + pair[1] == 0).any()
     if not valid or any(isinstance(x, Tensor) and x.requires_grad for x in (r, a)):
@@ -246,6 +247,15 @@ def tolerances(
         )
         r = r.clamp(min=finest) if isinstance(r, Tensor) else finest
     return r, a
+
+
+def _tolerance(name: str, x: Any) -> Tolerance:
+    if isinstance(x, Tensor) and x.ndim and x.numel() and x.layout == torch.strided and not x.is_complex():
+        return x
+    try:
+        return float("no number" if isinstance(x, str | bytes | bool) else x)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise WrongNumber(f"{name} must be a number, or a tensor of them, got {described(x)}.") from error
 
 
 def _show(x: Tolerance) -> str:

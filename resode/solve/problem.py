@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import (
     TreeSpec,
     keystr,
@@ -18,6 +19,7 @@ from torch.utils._pytree import (
     tree_unflatten,
 )
 
+from resode.calls import kind_of, mixed_dtypes
 from resode.checks import warn_user
 from resode.solve.control import Callbacks, Tolerance
 from resode.solve.host import decided
@@ -38,7 +40,7 @@ def check_state(y0: Any) -> None:
     for name, y in leaves:
         if not isinstance(y, Tensor):
             raise TypeError(
-                f"y0 must be a tensor, or tensors in tuples, lists and dicts; {name} is a {type(y).__name__}."
+                f"y0 must be a tensor, or tensors in tuples, lists and dicts; {name} is a {kind_of(y)}."
             )
         if not (y.is_floating_point() or y.is_complex()):
             raise TypeError(
@@ -70,6 +72,67 @@ def checked_args(args: Any) -> tuple[Any, ...]:
     return tuple(args)
 
 
+OWN_TIMES = (
+    "Solve the batch in one call: t of shape (T, B) with per_sample=True gives each sample its own times."
+)
+
+
+def check_field(func: Any, args: tuple[Any, ...] = ()) -> None:
+    """Refuses a func that cannot be called as func(t, y, *args), by its signature where it has one.
+
+    Example:
+        >>> check_field(torch.nn.Linear(2, 2))
+        Traceback (most recent call last):
+        TypeError: func is called as func(t, y), and Linear.forward takes input alone. Wrap it,
+        lambda t, y: func(y); or take resode.ResidualStack, whose fields are F(x).
+    """
+    if torch.compiler.is_compiling() or not callable(func):
+        return
+    module = isinstance(func, nn.Module)
+    code = getattr(type(func).forward if module else func, "__code__", None)
+    if code is not None and code.co_argcount == 2 + len(args) + module and not code.co_kwonlyargcount:
+        return  # a signature takes 30 µs
+    try:
+        parameters = inspect.signature(func.forward if module else func).parameters.values()
+    except (TypeError, ValueError):  # compiled, or written in C
+        return
+    kinds = [p.kind for p in parameters]
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed, given = sum(p.default is p.empty for p in named), 2 + len(args)
+    if needed <= given and (given <= len(named) or inspect.Parameter.VAR_POSITIONAL in kinds):
+        return
+    kind = type(func).__name__
+    name = f"{kind}.forward" if module else getattr(func, "__name__", kind)
+    takes = ", ".join(p.name for p in named) or "nothing"
+    called = f"func is called as func(t, y{', *args' if args else ''})"
+    if needed > given:
+        raise TypeError(f"{called}, and {name} takes {takes}. Pass the others by args=, or wrap it.")
+    if len(named) == 1:
+        raise TypeError(
+            f"{called}, and {name} takes {takes} alone. Wrap it, lambda t, y: func(y); or take "
+            "resode.ResidualStack, whose fields are F(x)."
+        )
+    further = "1 further argument" if len(args) == 1 else f"{len(args)} further arguments"
+    raise TypeError(f"{called}, with {further}, and {name} takes {takes}.")
+
+
+def of_one_dtype(func: Any, y: Tensor) -> Any:
+    """func; where its weights have another dtype than the state, one that says so where that fails."""
+    weights = next(func.parameters(), None) if isinstance(func, nn.Module) else None
+    if weights is None or weights.dtype == y.dtype or torch.compiler.is_compiling():
+        return func
+
+    def explained(*inputs: Any) -> Any:
+        try:
+            return func(*inputs)
+        except RuntimeError as error:
+            if mixed := mixed_dtypes(error, func, y):
+                raise mixed from error
+            raise
+
+    return explained
+
+
 def check_times(t: Any, is_event: bool = False, batch: int | None = None) -> None:
     """Refuses a t that is no monotone, finite, floating vector, or (T, batch) of each sample's own times."""
     if not isinstance(t, Tensor) or not t.is_floating_point():
@@ -90,7 +153,7 @@ def check_times(t: Any, is_event: bool = False, batch: int | None = None) -> Non
         raise ValueError(
             f"with event_fn, t must hold two times, the start and one for the direction; got {len(t)}."
         )
-    times = np.array(decided(t, "the solver goes by the values of t"), np.float64)
+    times = np.array(decided(t, "the solver goes by the values of t", OWN_TIMES), np.float64)
     if not np.isfinite(times).all():
         raise ValueError("t must be finite; it holds an infinity or NaN.")
     steps = np.diff(times, axis=0) if own else np.diff(times)[:, None]
@@ -199,6 +262,11 @@ class FlatField:
             raise ValueError(
                 f"a field must keep the state's shape: got a {type(parts).__name__} of shapes "
                 f"{[tuple(s) for s in self.split.shapes]}, F(x) gave {got}."
+            )
+        if {d.dtype for d in given} != {y.dtype} and not torch.is_autocast_enabled(y.device.type):
+            raise TypeError(  # torch.cat would promote what a single tensor is refused for
+                f"a field must keep the state's dtype: the state is {y.dtype}, F(x) gave "
+                f"{[d.dtype for d in given]}. Convert the field's parameters and constants with .to(x.dtype)."
             )
         return torch.cat([d.reshape(-1) for d in given])
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from resode.results import Result
 
-@dataclass
-class Stats:
+
+@dataclass(repr=False)
+class Stats(Result):
     """What a solve cost.
 
     Every entry is an int, or a (B,) int64 tensor when each of B samples has its own step. Steps are
@@ -99,7 +102,8 @@ class NewtonNotConverged(SolverError):
         rate: what the last iteration left of the correction before; at least 1 where they grew.
     """
 
-    def __init__(self, message: str, *, residual: float, rate: float, **about: Any):
+    # With defaults, because a pickle is made anew from the message alone, and gets the figures afterwards.
+    def __init__(self, message: str, *, residual: float = math.nan, rate: float = math.nan, **about: Any):
         super().__init__(message, **about)
         self.residual, self.rate = residual, rate
 

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from resode.checks import warn_user
+from resode.checks import checked, warn_user
 from resode.solve.adaptive import Adaptive, Progress
 from resode.solve.control import MAX_STEPS
 from resode.solve.dense import Step, interpolate
@@ -26,12 +27,14 @@ from resode.solve.problem import (
     FlatField,
     Split,
     State,
+    check_field,
     check_per_sample,
     check_state,
     checked_args,
     flat_tolerance,
     flatten,
     largest_rms,
+    of_one_dtype,
 )
 from resode.solve.result import MaxStepsReached
 from resode.solve.step import Field, all_finite
@@ -270,7 +273,9 @@ def begin(
     if fixed and given:
         raise ValueError(f"{', '.join(given)} steer adaptive steps; these are fixed.")
     extra = checked_args(args)
-    field: Callable[..., Any] = partial(_last, func, extra) if extra else func
+    check_field(func, extra)
+    told = of_one_dtype(func, tree_leaves(y0)[0])
+    field: Callable[..., Any] = partial(_last, told, extra) if extra else told
     state, split = (y0, None) if isinstance(y0, Tensor) else flatten(y0)
     for name in ("rtol", "atol"):
         settings[name] = flat_tolerance(name, settings[name], y0)
@@ -311,6 +316,7 @@ class SolverStep:
         return self.sol(t)
 
 
+@checked
 def steps(
     func: Callable[..., Any],
     y0: State,
@@ -394,8 +400,11 @@ def _span(t_span: Any, endless: bool) -> tuple[float, float]:
 
 
 def as_times(t: Any) -> Tensor:
-    """Times as a tensor without gradient; Python's numbers are float64."""
-    return t.detach() if isinstance(t, Tensor) else torch.as_tensor(np.asarray(t, np.float64))
+    """Times as a tensor without gradient; Python's numbers are float64, numpy's floats what they are."""
+    if isinstance(t, Tensor):
+        return t.detach()
+    given = np.asarray(t)
+    return torch.as_tensor(given if given.dtype in (np.float16, np.float32) else given.astype(np.float64))
 
 
 def inside(t: Tensor, start: float, end: float, coarse: float = 0.0) -> Tensor | None:

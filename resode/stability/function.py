@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from resode.checks import checked
 from resode.stability.polynomials import common_factor, divide
 from resode.tableaus import ButcherTableau, get_tableau
 
@@ -91,13 +92,8 @@ def rounding_of(tableau: ButcherTableau) -> Callable[[complex], bool] | None:
     return touches
 
 
-def _of_recurrence(
-    rows: Sequence[Sequence[Fraction]], weights: Sequence[Fraction] | None, most: int | None = None
-) -> Fractions:
-    """R = 1 + Σ w_j d_j, where d_j = μ d_{j−1} + ν d_{j−2} + z (μ̃ (1 + d_{j−1}) + γ̃), as a polynomial.
-
-    Its coefficients up to z^most, or all of them.
-    """
+def _of_recurrence(rows: Sequence[Sequence[Fraction]], weights: Sequence[Fraction] | None) -> Fractions:
+    """R = 1 + Σ w_j d_j, where d_j = μ d_{j−1} + ν d_{j−2} + z (μ̃ (1 + d_{j−1}) + γ̃), as a polynomial."""
     weights = (*[Fraction(0)] * (len(rows) - 1), Fraction(1)) if weights is None else weights
     before, d = [Fraction(0)], [Fraction(0)]
     total = [Fraction(1), *[Fraction(0)] * len(rows)]
@@ -109,11 +105,11 @@ def _of_recurrence(
         for k, c in enumerate(before):
             new[k] += nu * c
         new[1] += slope + at_start
-        before, d = d, new if most is None else new[: most + 1]
+        before, d = d, new
         if w:
             for k, c in enumerate(d):
                 total[k] += w * c
-    return _trimmed(total if most is None else total[: most + 1])
+    return _trimmed(total)
 
 
 def stability_product(tableau: ButcherTableau, product: Callable[[Any], Any], x: Any) -> Any:
@@ -186,6 +182,7 @@ def _without_rounding(poly: list[Fraction], size: float) -> list[Fraction]:
     return [c if abs(c) > 64 * _EPS * size**k or k == 0 else Fraction(0) for k, c in enumerate(poly)]
 
 
+@checked
 def stability_coefficients(method: str | ButcherTableau) -> tuple[Fractions, Fractions]:
     r"""R(z) = P(z)/Q(z) as exact fractions.
 
@@ -215,6 +212,7 @@ def stability_coefficients(method: str | ButcherTableau) -> tuple[Fractions, Fra
     return _coefficients(get_tableau(method))
 
 
+@checked
 def stability_function(method: str | ButcherTableau, z: Tensor) -> Tensor:
     r"""Growth factor R(z) of one step on x' = λx, with z = ηλ.
 

@@ -10,6 +10,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from resode.checks import checked
+from resode.results import Result
 from resode.stability.function import rounding_of, stability_coefficients
 from resode.stability.polynomials import roots_lie_right
 from resode.stability.recurrences import EXACT_UP_TO, RecurrenceRays
@@ -29,6 +31,7 @@ def rays_of_tableau(
     return RayPolynomials(*stability_coefficients(tableau), growth, rounding_of(tableau))
 
 
+@checked
 def stable_intervals(method: str | ButcherTableau, direction: complex = -1.0) -> tuple[Interval, ...]:
     """Every interval of r > 0 with |R(r·direction)| ≤ 1, in order, ends correct to the last digit.
 
@@ -65,6 +68,7 @@ def _first_exit(intervals: Sequence[Interval]) -> float:
     return intervals[0][1] if intervals and intervals[0][0] == 0 else 0.0
 
 
+@checked
 def real_stability_interval(method: str | ButcherTableau) -> float:
     """The largest r such that [−r, 0] lies in the stability region; inf if it is unbounded.
 
@@ -77,6 +81,7 @@ def real_stability_interval(method: str | ButcherTableau) -> float:
     return _first_exit(stable_intervals(method, -1.0))
 
 
+@checked
 def imaginary_stability_interval(method: str | ButcherTableau) -> float:
     """The largest r such that i[−r, r] lies in the stability region; 0 if no segment does, inf if all does.
 
@@ -90,7 +95,7 @@ def imaginary_stability_interval(method: str | ButcherTableau) -> float:
 
 
 @dataclass(frozen=True)
-class StabilityProperties:
+class StabilityProperties(Result):
     """What a method's R(z) says of it: a row of the methods' table.
 
     Args:
@@ -117,6 +122,7 @@ class StabilityProperties:
         return ", ".join(letter for letter, holds in having if holds) or "–"
 
 
+@checked
 def stability_properties(method: str | ButcherTableau) -> StabilityProperties:
     """Order, stages, intervals, and A-, L- and I-stability of a method, all decided with exact fractions.
 

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resode.checks import check_number, check_whole
+from resode.checks import check_number, check_whole, checked
+from resode.results import Result
 from resode.stability.binding import binding
 from resode.stability.intervals import Interval, rays_of_tableau
 from resode.stability.multistep import EXPLICIT_ADAMS, AdamsRays
@@ -24,8 +25,8 @@ _CHUNK = 65536  # rays at a time
 _EPS = 2.0**-52
 
 
-@dataclass(frozen=True, eq=False)
-class StepLimit:
+@dataclass(frozen=True, eq=False, repr=False)
+class StepLimit(Result):
     """The largest stable step, and what it rests on.
 
     For a batch every number is an array (a tensor, where a tensor came in) of the batch's shape, `intervals`
@@ -55,6 +56,18 @@ class StepLimit:
         complete: whether all eigenvalues were computed; else `growing` lists those modes that were found.
         decaying_eigenvalue: the λ that sets `decaying_step`, in the way of `limiting_eigenvalue`.
     """
+
+    _columns = (
+        "method",
+        "step",
+        "decaying_step",
+        "limiting_eigenvalue",
+        "contraction_step",
+        "converged",
+        "decaying_converged",
+        "condition",
+        "error",
+    )
 
     step: Any
     limiting_eigenvalue: Any
@@ -201,6 +214,7 @@ def _show(value: Any) -> str:
     return f"{value.real:.6g} {'±' if value.imag > 0 else '-'} {abs(value.imag):.6g}i"
 
 
+@checked
 def eigenvalue_step_limit(
     eigenvalues: Any,
     method: str | ButcherTableau = "euler",

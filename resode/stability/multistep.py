@@ -65,7 +65,7 @@ class AdamsRays:
             first, last = a[..., :1], a[..., -1:]
             inside &= np.abs(first[..., 0]) > np.abs(last[..., 0])
             a = (first.conj() * a - last * a[..., ::-1].conj())[..., :-1]
-            a = a / np.abs(a).max(axis=-1, keepdims=True)
+            a = a / np.maximum(np.abs(a).max(axis=-1, keepdims=True), 1e-300)  # 0 of roots on the circle
         return inside
 
     def _turn(self, unit: complex, low: float, high: float) -> float:

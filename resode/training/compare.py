@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from resode.checks import checked
 from resode.networks import NETWORKS
+from resode.results import Result
 from resode.tables import csv_text
 from resode.training.files import DamagedFile, RunError
 from resode.training.folder import RunFolder
@@ -89,8 +91,8 @@ class Configuration:
     nfe: Spread | None = None
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Result):
     """Several configurations side by side.
 
     Args:
@@ -133,6 +135,7 @@ class Comparison:
         return plots.comparison(self, path)
 
 
+@checked
 def compare(runs: Iterable[str | Path]) -> Comparison:
     """Lay runs side by side; those that differ in their seed alone are one configuration.
 

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from resode.analysis.depth.depth_step import depth_step
 from resode.analysis.diagnose.diagnose import diagnose, too_fast
 from resode.analysis.diagnose.findings import Finding
+from resode.checks import checked
 
 SAMPLES = 8
 """Images that are looked at."""
@@ -21,6 +22,7 @@ BLAMED = ("non-finite", "overstep", "stiff", "explosion", "strong-block", "learn
 """Causes that make training diverge, the first of which is told."""
 
 
+@checked
 def why_diverged(
     network: nn.Module, state: Mapping[str, Tensor], images: Tensor, labels: Tensor, lr: float
 ) -> Finding | None:

@@ -16,8 +16,9 @@ from torch.nn.functional import cross_entropy
 from resode import networks
 from resode.blocks import ODEBlock, ResidualStack
 from resode.blocks.solving import set_solver, solving_modules
-from resode.checks import check_whole, known, one_of
+from resode.checks import check_whole, checked, known, one_of
 from resode.modes import evaluating
+from resode.results import Result
 from resode.training.data import Batches, ImageData, load_data
 from resode.training.data.datasets import DATASETS
 from resode.training.files import RunError, unpack
@@ -30,7 +31,7 @@ EVALUATION_BATCH = 500
 
 
 @dataclass(frozen=True)
-class Score:
+class Score(Result):
     """How a network does on some images.
 
     Args:
@@ -49,6 +50,7 @@ class Score:
     seconds: float
 
 
+@checked
 def load(run: str | Path, *, model: Model | None = None, device: str = "cpu") -> nn.Module:
     """A trained network, from its run folder or weights file.
 
@@ -131,6 +133,7 @@ def _check_size(
         )
 
 
+@checked
 def evaluate(
     run: str | Path | nn.Module,
     data: str | ImageData | None = None,
@@ -205,6 +208,7 @@ def plain_batches(
     return Batches(images, labels, EVALUATION_BATCH, mean=data.mean, std=data.std, train=False, device=device)
 
 
+@checked
 def calibration_batches(data: ImageData, count: int, device: torch.device | str = "cpu") -> Batches:
     """Training images to measure batch-norm statistics at: at random, cropped and mirrored as in training.
 
@@ -244,6 +248,7 @@ def calibration_batches(data: ImageData, count: int, device: torch.device | str 
     )
 
 
+@checked
 def score(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Score:
     """Evaluate a network as it is, in evaluation mode and float32.
 

@@ -31,6 +31,16 @@ class RunError(RuntimeError):
 
     exit_code = 1
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By the message that it has: some kinds make theirs from other arguments."""
+        return _error_again, (type(self), str(self), vars(self))
+
+
+def _error_again(kind: type[RunError], message: str, about: Mapping[str, Any]) -> RunError:
+    error = kind.__new__(kind, message)
+    vars(error).update(about)
+    return error
+
 
 class SettingsError(RunError):
     """A file of settings is missing or holds something else."""
@@ -129,14 +139,24 @@ def read_json(text: str, path: str | Path) -> Any:
         raise DamagedFile(f"{path} is no sound JSON file: {error}.") from error
 
 
+_INT = "tag:yaml.org,2002:int"
+_PLAIN_INT = re.compile(r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]+|0|[1-9][0-9_]*)$")
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number, as everyone writes it."""
+    """YAML in which 1e-4 is a number, as everyone writes it, and 1:10 is text, not 70 in base 60."""
 
 
 # add_implicit_resolver copies the parent's table first, so SafeLoader stays as it was.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
+
+
+for _first, _kinds in _Loader.yaml_implicit_resolvers.items():
+    _Loader.yaml_implicit_resolvers[_first] = [
+        (tag, _PLAIN_INT if tag == _INT else pattern) for tag, pattern in _kinds
+    ]
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-from resode.checks import check_whole, one_of
+from resode.checks import check_whole, checked, one_of
 
 __all__ = ["fit"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
+@checked
 def fit(
     model: nn.Module,
     x: Tensor,

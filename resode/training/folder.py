@@ -19,7 +19,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -99,6 +99,37 @@ class FolderTaken(RunError):
     exit_code = 2
 
 
+class FolderInUse(RunError):
+    """Another process is writing into the folder."""
+
+
+@contextmanager
+def exclusive(path: Path, message: str) -> Iterator[None]:
+    """Holds a lock file, removed afterwards; a FolderInUse with this message where another process has it."""
+    try:
+        file = path.open("w")
+    except OSError as error:
+        raise unusable(path.parent, error) from error
+    with file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise FolderInUse(message) from error
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                path.unlink()
+
+
+def remove_unfinished(files: Iterable[Path]) -> None:
+    """Remove those that were being written when their process was killed."""
+    for left in filter(_unfinished, files):
+        with suppress(OSError):
+            left.unlink()
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """Everything a resumed run needs: named tensors, and counters and settings that JSON can hold."""
@@ -164,28 +195,16 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other processes from writing into the folder; a RunError where one is at it."""
-        path = self.path / LOCK
+        """Keeps other processes from writing into the folder; a FolderInUse where one is at it."""
+        message = f"{self.path} is in use by another process. Wait for it, or stop it."
+        ours = False
         try:
-            file = path.open("w")
-        except OSError as error:
-            raise unusable(self.path, error) from error
-        with file:
-            try:
-                if fcntl is not None:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise RunError(
-                    f"{self.path} is in use by another process. Wait for it, or stop it."
-                ) from error
-            for left in filter(_unfinished, self.path.rglob(".*")):
-                with suppress(OSError):
-                    left.unlink()
-            try:
+            with exclusive(self.path / LOCK, message):
+                ours = True
+                remove_unfinished(self.path.rglob(".*"))
                 yield
-            finally:
-                with suppress(OSError):
-                    path.unlink()
+        finally:
+            if ours:
                 self._discard_if_empty()
 
     def _discard_if_empty(self) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -32,7 +31,7 @@ from resode.training.evaluate import evaluations_of_last_call, recomputations_of
 from resode.training.files import RunError, pack
 from resode.training.folder import FORMAT, Checkpoint, RunFolder
 from resode.training.monitor import Callback
-from resode.training.processes import LostProcess, Processes, losing
+from resode.training.processes import Interrupted, Processes, interruption, losing
 from resode.training.progress import Progress
 from resode.training.refining import refinable, refine, refined_momentum
 from resode.training.task import ClassificationTask
@@ -42,19 +41,6 @@ LOOK_EVERY = 1.0
 
 AVERAGE_BATCHES = 50
 """Training batches that the statistics of averaged weights are measured on."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """A run was asked to stop, and has saved where it was.
-
-    Args:
-        message: what was saved, and how to go on.
-        signum: the signal that asked.
-    """
-
-    def __init__(self, message: str, signum: int) -> None:
-        super().__init__(message)
-        self.signum = signum
 
 
 class CompilerFailed(RunError):
@@ -551,31 +537,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
-
-
-@contextmanager
-def interruption(*, insist: bool = True) -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying of them; a second one interrupts at once, if it insists.
-
-    torchrun repeats signals by itself, and kills after 30 s. The list that it yields stays empty outside the
-    main thread, where Python sets no handlers.
-    """
-    asked: list[int] = []
-
-    def ask(signum: int, frame: object) -> None:
-        if asked and insist:
-            raise KeyboardInterrupt
-        asked.append(signum)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    except LostProcess:
-        before[signal.SIGTERM] = signal.SIG_IGN  # torchrun ends the others: they shall first say why
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

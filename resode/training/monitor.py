@@ -1,17 +1,20 @@
-"""Watching a run: what it does to the stability of a network's blocks, and TensorBoard."""
+"""Watching a run: what it does to the stability of a network's blocks."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from resode.analysis.depth.losses import LossFunction
+from resode.analysis.diagnose.diagnose import diagnose
+from resode.analysis.diagnose.page import Diagnosis
 from resode.analysis.steps.block_limits import BlockLimit, block_limit
 from resode.analysis.steps.blocks import block_groups
-from resode.checks import check_number, check_whole
+from resode.checks import check_number, check_whole, checked
 from resode.jacobian.linearize import check_field
 from resode.jacobian.spectrum import SpectrumOptions, spectrum
 from resode.modes import evaluating, own_random_state
@@ -88,6 +91,7 @@ class StepLimits:
         ('rk4', '')
     """
 
+    @checked
     def __init__(
         self,
         images: Tensor | None = None,
@@ -212,56 +216,70 @@ class StepLimits:
         return plots.step_limits(self.records, path)
 
 
-class TensorBoard:
-    """Writes every epoch's metrics for TensorBoard into RUN/tensorboard: `tensorboard --logdir RUN`.
+class Watch:
+    """Step limits and diagnoses of a network that is trained in a loop of one's own.
 
-    A row appears with the first update after its epoch; a resumed run writes all of its rows again, which
-    TensorBoard shows once.
+    Call it after each update. The network, its mode and the random state stay as they were. For Lightning's
+    Trainer there is `resode.training.callbacks.TrainerWatch`.
+
+    Args:
+        images: fixed inputs, in the network's format, whose states are watched.
+        target: their targets, for the diagnosis's gradients; None for none.
+        every: updates between two records of the step limits; None for none.
+        diagnose_every: updates between two diagnoses; None for none.
+        lr: what the diagnosis compares with the largest stable learning rate; None for nothing.
+        loss_fn: of the network's output and the target; None for the diagnosis's own.
 
     Raises:
-        ModuleNotFoundError: tensorboard is not installed.
+        ValueError: nothing is watched, or a number is out of its range.
+
+    Example:
+        >>> import torch
+        >>> from resode import ResidualStack
+        >>> stack = ResidualStack([nn.Linear(4, 4), nn.Linear(4, 4)])
+        >>> watch = Watch(torch.ones(2, 4), every=2)
+        >>> for update in range(4):
+        ...     _ = watch(stack, update)
+        >>> [record.update for record in watch.step_limits.records]
+        [0, 2]
     """
 
-    def __init__(self) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ModuleNotFoundError(
-                "--tensorboard needs the package tensorboard, which is not installed: "
-                "pip install 'resode[tensorboard]'",
-                name="tensorboard",
-            ) from error
-        self._open = SummaryWriter
-        self._writer: Any = None
-        self._written = 0
+    @checked
+    def __init__(
+        self,
+        images: Tensor,
+        target: Tensor | None = None,
+        *,
+        every: int | None = 100,
+        diagnose_every: int | None = None,
+        lr: float | None = None,
+        loss_fn: LossFunction | None = None,
+    ) -> None:
+        if every is None and diagnose_every is None:
+            raise ValueError("there is nothing to watch: give every=, diagnose_every= or both.")
+        for name, value in (("every", every), ("diagnose_every", diagnose_every)):
+            if value is not None:
+                check_whole(name, value, 1)
+        self.every, self.diagnose_every = every, diagnose_every
+        self.images, self.target, self.lr, self.loss_fn = images, target, lr, loss_fn
+        self.step_limits = StepLimits(images, every=every)
+        self.diagnoses: list[tuple[int, Diagnosis]] = []
 
-    def after_update(self, loop: Any) -> None:
-        """Write the epochs that have ended since."""
-        if self._writer is None:
-            # What a run wrote before it was resumed is purged from step 0 on, and stands in loop.rows.
-            self._writer = self._open(str(loop.folder.path / "tensorboard"), purge_step=0)
-        if self._written < len(loop.rows):
-            self._write(loop.rows)
+    def __call__(self, network: nn.Module, update: int) -> Diagnosis | None:
+        """Look at the network where it is time to.
 
-    def after_run(self, loop: Any) -> None:
-        """Write the rest."""
-        if self._writer is not None:
-            self._write(loop.rows)
-            self._writer.close()
+        Args:
+            network: as it is after the update.
+            update: the number of updates made.
 
-    def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        for row in rows[self._written :]:
-            for name, value in row.items():
-                if name not in ("epoch", "update") and value == value:
-                    self._writer.add_scalar(_TAGS.get(name, name), value, row["update"])
-        self._written = len(rows)
-        self._writer.flush()
-
-
-_TAGS = {
-    f"{split}_{what}": f"{what}/{split}"
-    for split in ("train", "validation", "test", "eval")
-    for what in ("loss", "accuracy")
-}
-_TAGS |= {"lr": "learning rate", "images_per_second": "images per second", "nfe": "F evaluations/forward"}
-_TAGS |= {"nfe_backward": "F evaluations/backward", "eval_nfe": "F evaluations/eval"}
+        Returns:
+            The diagnosis that was made, if any; its `findings` are empty where nothing is unusual.
+        """
+        if self.every is not None and update % self.every == 0:
+            self.step_limits.record(network, update)
+        if self.diagnose_every is None or update % self.diagnose_every:
+            return None
+        with own_random_state(self.images.device):
+            found = diagnose(network, self.images, self.target, loss_fn=self.loss_fn, lr=self.lr)
+        self.diagnoses.append((update, found))
+        return found

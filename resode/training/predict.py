@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from resode.checks import checked
+from resode.results import Result
 from resode.tables import csv_text
 from resode.training.data import Batches
 from resode.training.data.archives import DataError
@@ -39,8 +41,8 @@ class Prediction:
     probabilities: tuple[float, ...]
 
 
-@dataclass(frozen=True)
-class Predictions:
+@dataclass(frozen=True, repr=False)
+class Predictions(Result):
     """What a network sees in several images.
 
     Args:
@@ -80,6 +82,7 @@ class _Image:
     changes: tuple[str, ...] = ()
 
 
+@checked
 def predict(
     run: str | Path,
     images: Sequence[str | Path] | np.ndarray | Tensor,

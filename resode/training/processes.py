@@ -11,6 +11,8 @@ import functools
 import itertools
 import os
 import re
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from resode.checks import checked
 from resode.training.files import RunError
 
 T = TypeVar("T")
@@ -38,6 +41,19 @@ class LostProcess(RunError):
             "another process of this run ended, so this one stops too; the last checkpoint is sound. "
             f"Go on with --resume and as many processes as before, or fewer. ({first})"
         )
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was asked to stop, and has saved where it was.
+
+    Args:
+        message: what was saved, and how to go on.
+        signum: the signal that asked.
+    """
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.signum = signum
 
 
 class FailedElsewhere(RunError):
@@ -255,6 +271,7 @@ def losing() -> Iterator[None]:
         raise LostProcess(error) from error
 
 
+@checked
 def synchronise_norms(network: nn.Module) -> Callable[[], None]:
     """Let a network's batch norms take their statistics over the batches of all processes.
 
@@ -284,3 +301,31 @@ def synchronise_norms(network: nn.Module) -> Callable[[], None]:
             setattr(parent, name, child)
 
     return restore
+
+
+@contextmanager
+def interruption(*, insist: bool = True) -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of dying of them; a second one interrupts at once, if it insists.
+
+    torchrun repeats signals by itself, and kills after 30 s. The list that it yields stays empty outside the
+    main thread, where Python sets no handlers.
+    """
+    asked: list[int] = []
+
+    def ask(signum: int, frame: object) -> None:
+        if asked and insist:
+            raise KeyboardInterrupt
+        asked.append(signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    except LostProcess:
+        before[signal.SIGTERM] = signal.SIG_IGN  # torchrun ends the others: they shall first say why
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from resode.checks import check_number, known, one_of
+from resode.checks import check_number, checked, known, one_of
 from resode.solve.options import NATIVE
 
 SCALED_FROM = 128
@@ -295,6 +295,7 @@ RECIPES: dict[str, Recipe] = {
 """Named settings to start from; lay changes over one with `make_recipe`."""
 
 
+@checked
 def make_recipe(base: str | Recipe = "fast", **changes: Any) -> Recipe:
     """A recipe with some settings changed.
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from resode.blocks import ResidualStack
 from resode.blocks.solving import stacks_of
+from resode.checks import checked
 
 _REFUSED = (
     "only the blocks of a ResidualStack can be refined, and this network has none. "
@@ -16,6 +17,7 @@ _REFUSED = (
 )
 
 
+@checked
 def refinable(network: nn.Module) -> list[ResidualStack]:
     """A network's stacks.
 
@@ -30,6 +32,7 @@ def refinable(network: nn.Module) -> list[ResidualStack]:
     return stacks
 
 
+@checked
 def refine(network: nn.Module, times: int = 1) -> None:
     """Put `stack.refine(2)` in the place of every stack of a network, so many times.
 
@@ -57,6 +60,7 @@ def refine(network: nn.Module, times: int = 1) -> None:
                     setattr(module, name, finer[child])
 
 
+@checked
 def refined_momentum(network: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
     """A refined copy of a network with momentum in the place of its weights.
 

@@ -21,7 +21,7 @@ from resode.analysis.swap.report import SwapReport, swap_report
 from resode.blocks import ResidualStack
 from resode.blocks.solving import stacks_of
 from resode.blocks.statistics import tracked_norms
-from resode.checks import check_whole
+from resode.checks import check_whole, checked
 from resode.tableaus import METHODS
 from resode.tables import short, short_complex
 from resode.training.data.datasets import ImageData
@@ -50,6 +50,7 @@ p, li { overflow-wrap: anywhere; } details { margin: .8rem 0; }
 """
 
 
+@checked
 def write_report(
     run: str | Path,
     path: str | Path | None = None,

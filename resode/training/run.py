@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
@@ -12,16 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from resode.blocks.solving import other_solver, solving_modules
-from resode.checks import lacks_memory
+from resode.checks import checked, lacks_memory
 from resode.modes import evaluating, own_random_state
+from resode.networks import find
+from resode.results import Result
 from resode.solve import SolverError
 from resode.tableaus import get_tableau
 from resode.training.data import Batches, ImageData, load_data
 from resode.training.evaluate import EVALUATION_BATCH, evaluate, load, plain_batches
 from resode.training.files import RunError, replacing
 from resode.training.folder import RunFolder
+from resode.training.loggers import Logger, logger_callback
 from resode.training.memory import forget_peak, peak_memory
 from resode.training.monitor import Callback, StepLimits
+from resode.training.parent import Parent
 from resode.training.plan import (
     Model,
     Plan,
@@ -77,8 +82,8 @@ class Summary(TypedDict):
     eval_accuracy: NotRequired[float]
 
 
-@dataclass(frozen=True)
-class Run:
+@dataclass(frozen=True, repr=False)
+class Run(Result):
     """A finished run.
 
     Args:
@@ -95,7 +100,12 @@ class Run:
     summary: Summary
     metrics: dict[str, list[float]]
 
+    def _table(self) -> dict[str, Any]:
+        """An epoch a row."""
+        return dict(self.metrics)
 
+
+@checked
 def train(
     model: Model | None = None,
     data: str | ImageData | None = None,
@@ -109,6 +119,7 @@ def train(
     resume: str | Path | None = None,
     progress: bool = True,
     callbacks: Sequence[Callback] = (),
+    logger: str | Logger | None = None,
     penalty: Callable[[nn.Module, Tensor], Tensor] | None = None,
     **settings: Any,
 ) -> Run:
@@ -130,11 +141,14 @@ def train(
         data_dir: where CIFAR-10 lies; None for the environment variable RESODE_DATA.
         download: fetch CIFAR-10 where it is not there.
         device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1" or "mps".
-        resume: an unfinished run's folder; its stored settings apply, so none of them may be given. A model
-            or data set of one's own is given again.
+        resume: a run's folder. Without settings the run goes on in it, to its end. With settings, such as
+            epochs=40 or lr=0.01, a new run goes on from its last checkpoint with these; `run_dir` is the new
+            run's, and its config.yaml names the parent. A model or data set of one's own is given again.
         progress: whether to print what happens.
         callbacks: called after every update and after the run, such as `resode.training.monitor.StepLimits`;
             given again to a resumed run.
+        logger: "tensorboard", "wandb" or "csv" (every update's loss, in updates.csv), or an object with
+            `log_metrics` and `finalize`, as Lightning's loggers have; given again to a resumed run.
         penalty: of the network and the images of a batch, added to the loss, such as
             `resode.analysis.StepLimitPenalty`; given again to a resumed run.
         **settings: of `Recipe`, over those of `recipe`: epochs=3, lr=0.1, ….
@@ -154,17 +168,26 @@ def train(
         >>> len(run.metrics["train_loss"])
         1
     """
+    _check_installed()
+    watching = [*callbacks, *([] if logger is None else [logger_callback(logger)])]
     processes = Processes.found()
     place = choose_device(device) if processes.size == 1 else device_of(device, processes)
     with processes.joined(place):
+        parent = None
         if resume is not None:
-            given = {"recipe": recipe, "model_options": model_options, "run_dir": run_dir, **settings}
+            given = {"recipe": recipe, "model_options": model_options}
             folder = RunFolder(resume)
             config = processes.from_first(lambda: RunFolder.open(resume).read_config())
             with processes.together():
                 plan = Plan.stored(config, model, data, data_dir, given)
                 check_data_place(plan.data, data_dir, download)
                 _check_same_penalty((plan.record or {}).get("penalty"), _penalty_name(penalty))
+            if settings or run_dir is not None:
+                parent = processes.from_first(lambda: Parent.of(folder))
+                with processes.together():
+                    plan = parent.changed(plan, settings)
+                place_of_it = run_dir or parent.next_folder()
+                folder = processes.from_first(lambda: RunFolder.create(place_of_it))
         else:
             with processes.together():
                 plan = Plan.new(model, data, recipe, model_options, data_dir, settings)
@@ -178,12 +201,20 @@ def train(
                 device=place,
                 processes=processes,
                 download=download,
-                resumed=resume is not None,
+                resumed=resume is not None and parent is None,
                 show=progress,
-                callbacks=callbacks,
+                callbacks=watching,
+                parent=parent,
                 penalty=penalty,
             )
             return _train(asked)
+
+
+def _check_installed() -> None:
+    """Lightning takes seconds to import, which is left to the loop; that it is there is found out before."""
+    for name in ("lightning", "rich"):
+        if find_spec(name) is None:
+            raise ModuleNotFoundError(f"training needs {name}: pip install 'resode[train]'", name=name)
 
 
 @dataclass(frozen=True)
@@ -199,6 +230,7 @@ class _Request:
     show: bool
     callbacks: Sequence[Callback]
     penalty: Callable[[nn.Module, Tensor], Tensor] | None
+    parent: Parent | None = None
 
 
 @dataclass(frozen=True)
@@ -245,7 +277,7 @@ def _train(asked: _Request) -> Run:
             else:
                 config = make_config(asked.plan, job.recipe, data, job.network, asked.device)
                 config["record"] |= {"penalty": _penalty_name(asked.penalty), "processes": processes.size}
-                processes.from_first(lambda: folder.write_config(config))
+                _begin(job, loop, config)
             loop.settings = processes.from_first(folder.read_config)
             progress.heading()
             for row in loop.rows:
@@ -266,7 +298,7 @@ def _prepared(asked: _Request, data: ImageData) -> _Job:
     torch.manual_seed(plan.recipe.seed)
     options = dict(plan.options)
     if isinstance(plan.model, str):
-        options = {"in_channels": data.train_images.shape[1], "num_classes": len(data.classes)} | options
+        options = _of_images(plan.model, data) | options
     network = make_network(plan.model, options).to(device)
     recipe = resolve(plan.recipe, data, network, device)
     if recipe.channels_last:
@@ -281,6 +313,15 @@ def _prepared(asked: _Request, data: ImageData) -> _Job:
     return _Job(asked, data, network, options, recipe, training, held_out)
 
 
+def _of_images(name: str, data: ImageData) -> dict[str, int]:
+    """The options of a network by name that the images decide."""
+    channels, height, width = data.train_images.shape[1:]
+    options = {"in_channels": channels, "num_classes": len(data.classes)}
+    if "image_size" in find(name).options and height == width:
+        options["image_size"] = height
+    return options
+
+
 def _check_job(job: _Job) -> None:
     if (job.recipe.warmup_updates or 0) >= job.updates:
         raise ValueError(
@@ -291,6 +332,21 @@ def _check_job(job: _Job) -> None:
     for callback in job.asked.callbacks:
         if isinstance(callback, StepLimits):
             callback.check(job.network, next(iter(job.held_out["test"]))[0])
+
+
+def check_plan(plan: Plan, data: ImageData, folder: RunFolder) -> None:
+    """What `train` would refuse before the first update, found on the CPU; nothing is trained or written.
+
+    Raises:
+        ValueError, TypeError: as those of `train`.
+    """
+    _check_installed()
+    cpu = torch.device("cpu")
+    asked = _Request(
+        plan, folder, cpu, Processes(), download=False, resumed=False, show=False, callbacks=(), penalty=None
+    )
+    with own_random_state(cpu):
+        _check_job(_prepared(asked, data))
 
 
 def _loop(job: _Job) -> TrainingLoop:
@@ -324,6 +380,18 @@ def _loop(job: _Job) -> TrainingLoop:
         callbacks=asked.callbacks,
         processes=asked.processes,
     )
+
+
+def _begin(job: _Job, loop: TrainingLoop, config: dict[str, Any]) -> None:
+    """Write the settings of a new run; one that has a parent begins with its checkpoint."""
+    processes, folder, parent = job.asked.processes, job.asked.folder, job.asked.parent
+    if parent is not None:
+        config["record"] |= {"parent": str(parent.path.resolve()), "parent_epoch": parent.epoch}
+        loop.restore(parent.checkpoint)
+        parent.check_length(job.updates, loop.update)
+        processes.from_first(lambda: folder.write_checkpoint(parent.checkpoint))  # no run without it
+        loop.progress.say(f"goes on from {parent.path}, after update {loop.update} of now {job.updates}")
+    processes.from_first(lambda: folder.write_config(config))
 
 
 def _take_up(job: _Job, loop: TrainingLoop) -> None:

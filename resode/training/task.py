@@ -20,6 +20,9 @@ from resode.training.recipe import Recipe
 class ClassificationTask(lightning.LightningModule):
     """Image classification by SGD, with a recipe's loss, optimizer and learning rate.
 
+    A network with a method `with_companion_loss(images, labels, done)` gives its logits and what it adds to
+    the loss there, `done` the share of the run that is; see `resode.networks.DeeplySupervisedNet`.
+
     Args:
         network: from images (B, C, H, W) to logits (B, classes).
         recipe: the settings.
@@ -40,6 +43,9 @@ class ClassificationTask(lightning.LightningModule):
         self.recipe = recipe
         self.updates = updates
         self.penalty = penalty
+        self.taught = getattr(network, "with_companion_loss", None)
+        self.done: Tensor  # the share of the run, where a compiled update reads it
+        self.register_buffer("done", torch.zeros(()), persistent=False)
         self._result = self._eager_result
         if recipe.compile:
             on_gpu = next(network.parameters()).device.type == "cuda"
@@ -56,8 +62,15 @@ class ClassificationTask(lightning.LightningModule):
         return {"loss": loss, "correct": correct}
 
     def _eager_result(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.network(images).float()
+        companions = None
+        if self.taught is None:
+            logits = self.network(images).float()
+        else:
+            logits, companions = self.taught(images, labels, self.done)
+            logits = logits.float()
         loss = cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
+        if companions is not None:
+            loss = loss + companions
         if self.penalty is not None:
             loss = loss + self.penalty(self.network, images)
         with torch.no_grad():
@@ -88,6 +101,8 @@ class ClassificationTask(lightning.LightningModule):
         rate = self.recipe.learning_rate(update, self.updates)
         for group in optimizer.param_groups:
             group["lr"] = rate
+        if self.taught is not None:
+            self.done.fill_(update / self.updates)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """What a Trainer calls before every update."""

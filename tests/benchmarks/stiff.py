@@ -1,6 +1,6 @@
 """Stiff problems: error, steps and evaluations of implicit methods beside scipy's Radau and BDF and diffrax's Kvaerno5.
 
-python -m tests.benchmarks.stiff [long|detest|brusselator|robertsons] [--tolerance 1e-6] [--only D,E4] [--diffrax PYTHON]
+python -m tests.benchmarks.stiff [long|detest|brusselator|robertsons] [--tolerance 1e-6] [--only D,E4] [--methods kvaerno5] [--diffrax PYTHON]
 
 Errors are those at the end and at nine times between, over atol + rtol |y*|, at worst over times and entries; y* by
 scipy's Radau at a ten-thousandth of the tolerance. Steps are attempted ones (scipy's: accepted), evaluations count one
@@ -10,7 +10,9 @@ for a Jacobian (scipy's: none; diffrax does not count them).
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -117,8 +119,9 @@ def brusselator_rows(rtol: float, n: int = 64, end: float = 1.0) -> Iterator[tup
 def robertsons(rtol: float, peer: str | None = None) -> Iterator[tuple]:
     """256 Robertson systems with rates of their own to t = 40, in one call; scipy's Radau one by one.
 
-    The error is the median over 16 systems of the largest over their entries, over the tolerance; ours is the median of
-    three calls.
+    The error is the median over 16 systems of the largest over their entries, over the tolerance. Times are the least
+    of eight calls after the first (eager ones of three; diffrax's of eight with each of its settings; scipy is called once),
+    in [] the processor's of the same call.
     """
     rates, atol, end = robertson_rates(), 1e-4 * rtol, 40.0
     k, start = torch.from_numpy(rates).T, torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
@@ -138,30 +141,33 @@ def robertsons(rtol: float, peer: str | None = None) -> Iterator[tuple]:
         return float(np.median((np.abs(y[:16] - exact) / (atol + rtol * np.abs(exact))).max(1)))
 
     y0, t = start.expand(len(rates), 3).clone(), torch.tensor([0.0, end], dtype=torch.float64)
-    begin = time.perf_counter()
+    begin, spent = time.perf_counter(), sum(os.times()[:4])
     found = one_by_one(rtol, atol)
-    seconds = time.perf_counter() - begin
+    seconds, spent = time.perf_counter() - begin, sum(os.times()[:4]) - spent
     steps = int(np.mean([len(s.t) - 1 for s in found]))
     yield (
-        "scipy Radau",
+        f"scipy Radau [{spent:.2f}]",
         error(np.array([s.y[:, -1] for s in found])),
         steps,
         sum(s.nfev for s in found),
         seconds,
     )
-    for method in ("radau5", "kvaerno5"):
+    for method, compile in itertools.product(("radau5", "kvaerno5"), (False, True)):
         times = []
-        for _ in range(3):
-            begin = time.perf_counter()
+        for _ in range(9 if compile else 4):
+            begin, spent = time.perf_counter(), sum(os.times()[:4])
             with torch.no_grad():
                 y, stats = resode.odeint(field, y0, t, method=method, rtol=rtol, atol=atol, per_sample=True,
-                                         return_stats=True)  # fmt: skip
-            times.append(time.perf_counter() - begin)
+                                         compile=compile, return_stats=True)  # fmt: skip
+            times.append((time.perf_counter() - begin, sum(os.times()[:4]) - spent))
         steps = int(stats.n_steps.double().mean())
-        yield method, error(y[-1].numpy()), steps, int(stats.nfe.sum()), sorted(times)[1]
+        best, spent = min(times[1:])
+        what = f"{method}, compiled (first call {times[0][1]:.0f} s of processor)" if compile else method
+        yield what + f" [{spent:.2f}]", error(y[-1].numpy()), steps, int(stats.nfe.sum()), best
     if peer:
         got = json.loads(_peer(peer, "robertsons", rtol, atol))
-        yield "diffrax Kvaerno5", error(np.array(got["y"])), int(got["steps"]), "–", got["seconds"]
+        name = f"diffrax Kvaerno5 [{got['processor']:.2f}]"
+        yield name, error(np.array(got["y"])), int(got["steps"]), "–", got["seconds"]
 
 
 def _sparsity(n: int):
@@ -176,13 +182,15 @@ def _sparsity(n: int):
 
 
 def main() -> None:
-    """Prints a table, each line when it is there."""
+    """Prints a table, each line when it is there; of the DETEST problems the medians too."""
     parser = argparse.ArgumentParser()
     parser.add_argument(
         "what", nargs="?", choices=("long", "detest", "brusselator", "robertsons"), default="long"
     )
     parser.add_argument("--tolerance", type=float, default=1e-6)
     parser.add_argument("--diffrax", metavar="PYTHON", help="an interpreter that has diffrax")
+    parser.add_argument("--methods", default="kvaerno5,radau5", help="ours, of long and detest")
+    parser.add_argument("--others", default="Radau,BDF", help="scipy's, likewise; '' for none")
     parser.add_argument("--only", default="", help="of DETEST: classes or problems, as A,E4")
     given = parser.parse_args()
     print(HEAD + "\n|" + " --- |" * 7, flush=True)
@@ -193,12 +201,23 @@ def main() -> None:
     else:
         chosen = [p for p in DETEST if p.name.startswith(tuple(given.only.split(",")))]
         problems = chosen if given.what == "detest" else PROBLEMS.values()
-        found = ((p.name, row) for p in problems for row in rows(p, given.tolerance, peer=given.diffrax))
+        named = given.methods.split(","), [name for name in given.others.split(",") if name]
+        found = (
+            (p.name, row) for p in problems for row in rows(p, given.tolerance, *named, peer=given.diffrax)
+        )
+    made: dict[str, list[tuple]] = {}
     for name, (method, error, steps, nfe, seconds) in found:
+        made.setdefault(method, []).append((error, steps, nfe))
         counts = " | ".join(n if isinstance(n, str) else f"{n:,}" for n in (steps, nfe))
         print(
             f"| {name} | {method} | {given.tolerance:g} | {error:.2g} | {counts} | {seconds:.2f} |",
             flush=True,
+        )
+    for method, counts in made.items() if given.what == "detest" else ():
+        columns = [sorted(c)[len(c) // 2] for c in zip(*counts, strict=True) if not isinstance(c[0], str)]
+        print(
+            f"| median of {len(counts)} | {method} | {given.tolerance:g} | "
+            + " | ".join(f"{c:.3g}" for c in columns)
         )
 
 

@@ -118,7 +118,10 @@ def table(found: list[Row]) -> str:
     text = "| case | way | ms (quartiles) | ratio | bar | rms error |\n|---|---|---|---|---|---|\n"
     for row in found:
         ratio = "" if row.ratio is None else f"{row.ratio:.3f} of {row.over}"
-        bar = "" if row.bar is None else f"{'met' if (row.ratio or 0) <= row.bar else 'missed'}: {row.bar:g}"
+        bar = ""
+        if row.bar is not None:
+            verdict = "not measured" if row.ratio is None else "met" if row.ratio <= row.bar else "missed"
+            bar = f"{verdict}: {row.bar:g}"
         error = "" if row.error is None else f"{row.error:.2g}"
         spread = f"{row.milliseconds:.4g}" + (
             f" ({row.low:.4g} to {row.high:.4g})" if row.low == row.low else ""

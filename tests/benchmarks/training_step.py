@@ -6,7 +6,8 @@ One process, in turn, by rounds:
            uint8, moving average of the weights, tallies, Lightning's Fabric
   compiled the same with --compile
   bare     resode's network, precision, memory format and fused SGD; ready-made images, and nothing else
-Ratios are medians over the rounds of times in one round. `--kinds` compares precisions and memory formats.
+Ratios are medians over the rounds of times in one round. `--solvers` compares odenet20 under rk4 and Euler's method,
+`--kinds` precisions and memory formats.
 Run it on a machine that does nothing else.
 """
 
@@ -14,7 +15,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,40 +178,74 @@ def resode_steps(
     return steps
 
 
-def compare(batch: int, steps: int, rounds: int, clock: Callable[[], float]) -> None:
+Contestants = Mapping[str, Callable[[], None]]
+Ratio = tuple[str, str, float | None]
+"""One over the other, and what it is to be at most."""
+
+
+def networks(batch: int, steps: int, folder: str) -> tuple[Contestants, Sequence[Ratio]]:
+    """resnet20 in plain torch, as resode trains it, compiled, and bare."""
     precision = choose_precision(CPU)
     data = random_images(batch * steps)
     images = (data.train_images.float() / 255 - 0.5) / 0.25
-    with tempfile.TemporaryDirectory() as folder:
-        contestants = {
-            "plain": plain_steps(images, data.train_labels, batch),
-            "resode": resode_steps(data, batch, precision, folder, compile=False),
-            "compiled": resode_steps(data, batch, precision, folder, compile=True),
-            "bare": bare_steps(images, data.train_labels, batch, precision == "bf16"),
-        }
-        times: dict[str, list[float]] = {name: [] for name in contestants}
-        for number in range(rounds + 1):
-            names = list(contestants) if number % 2 else list(contestants)[::-1]
-            for name in names:
-                begun = clock()
-                contestants[name]()
-                if number:  # the first round warms up
-                    times[name].append((clock() - begun) / steps)
-    print(f"precision that auto takes here: {precision}; {rounds} rounds of {steps} steps each")
-    for name, seconds in times.items():
-        show(name, [batch / s for s in seconds])
-    ratios_of = (
+    contestants = {
+        "plain": plain_steps(images, data.train_labels, batch),
+        "resode": resode_steps(data, batch, precision, folder, compile=False),
+        "compiled": resode_steps(data, batch, precision, folder, compile=True),
+        "bare": bare_steps(images, data.train_labels, batch, precision == "bf16"),
+    }
+    return contestants, [
         ("resode", "plain", 0.55),
         ("compiled", "plain", 0.55),
         ("resode", "bare", 1.05),
         ("bare", "plain", None),
-    )
+    ]
+
+
+def solvers(batch: int, steps: int, folder: str) -> tuple[Contestants, Sequence[Ratio]]:
+    """odenet20 under rk4, four evaluations a block, beside Euler's one; eager and compiled."""
+    data, precision = random_images(batch * steps), choose_precision(CPU)
+    contestants = {
+        f"{solver}{', compiled' if compile else ''}": resode_steps(
+            data,
+            batch,
+            precision,
+            f"{folder}/{solver}{compile}",
+            compile=compile,
+            model="odenet20",
+            options={"solver": solver},
+        )
+        for solver in ("euler", "rk4")
+        for compile in (False, True)
+    }
+    return contestants, [
+        ("rk4", "euler", 4.1),
+        ("rk4, compiled", "euler, compiled", 3.5),
+        ("rk4, compiled", "euler", 3.5),
+    ]
+
+
+def compare(
+    contestants: Contestants, ratios_of: Sequence[Ratio], images: int, rounds: int, clock: Callable[[], float]
+) -> None:
+    """Times of so many images each, in turn, and their ratios."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(rounds + 1):
+        names = list(contestants) if number % 2 else list(contestants)[::-1]
+        for name in names:
+            begun = clock()
+            contestants[name]()
+            if number:  # the first round warms up
+                times[name].append(clock() - begun)
+    print(f"precision that auto takes here: {choose_precision(CPU)}; {rounds} rounds of {images} images each")
+    for name, seconds in times.items():
+        show(name, [images / s for s in seconds])
     for one, other, bar in ratios_of:
         ratios = sorted(a / b for a, b in zip(times[one], times[other], strict=True))
         low, high = statistics.quantiles(ratios, n=4)[::2] if len(ratios) > 1 else (ratios[0], ratios[0])
         aim = "" if bar is None else f"  aim: at most {bar}"
         print(
-            f"{one + '/' + other:<16}{statistics.median(ratios):6.3f}  (quartiles {low:.3f} to {high:.3f}){aim}"
+            f"{one + ' / ' + other:<34}{statistics.median(ratios):6.3f}  (quartiles {low:.3f} to {high:.3f}){aim}"
         )
 
 
@@ -255,6 +290,7 @@ def one_step(model: str, bf16: bool, layout: torch.memory_format, batch: int) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kinds", action="store_true", help="precisions and memory formats instead")
+    parser.add_argument("--solvers", action="store_true", help="odenet20 under rk4 and under Euler's method")
     parser.add_argument("--model", default="resnet20", help="of --kinds")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--steps", type=int, default=3, help="in a round")
@@ -269,7 +305,9 @@ def main() -> None:
     if options.kinds:
         kinds(options.model, options.batch, options.rounds, clock)
     else:
-        compare(options.batch, options.steps, options.rounds, clock)
+        with tempfile.TemporaryDirectory() as folder:
+            made = (solvers if options.solvers else networks)(options.batch, options.steps, folder)
+            compare(*made, options.batch * options.steps, options.rounds, clock)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from resode.analysis.depth.losses import LossFunction, sample_losses
+from resode.checks import checked
 from resode.jacobian.products import rows
+from resode.results import Result
 
 
 def cosine(a: Tensor, b: Tensor, batch: int) -> Tensor:
@@ -27,6 +29,7 @@ def cosine(a: Tensor, b: Tensor, batch: int) -> Tensor:
     return ((a * b).sum(1) / torch.where(sizes > 0, sizes, torch.nan)).to(dtype)
 
 
+@checked
 def class_means(states: Tensor, labels: Tensor) -> Tensor:
     """For each sample the mean state of the other samples of its class; nan where it is the only one.
 
@@ -47,6 +50,7 @@ def class_means(states: Tensor, labels: Tensor) -> Tensor:
     return (same @ flat / torch.where(count > 0, count, torch.nan)).reshape(states.shape)
 
 
+@checked
 def correction_along(path: Tensor, target: Tensor) -> Tensor:
     r"""Cosine of every block's increment x_{l+1} − x_l with what is left to the target, t − x_l.
 
@@ -84,8 +88,8 @@ def correction_along(path: Tensor, target: Tensor) -> Tensor:
     return torch.stack([cosine(y - x, t - x, path.shape[1]) for (x, y), t in pairs])
 
 
-@dataclass(frozen=True, eq=False)
-class BoostingAlong:
+@dataclass(frozen=True, eq=False, repr=False)
+class BoostingAlong(Result):
     """What every block of a path does to the prediction z_l = head(x_l).
 
     Args:
@@ -99,6 +103,7 @@ class BoostingAlong:
     losses: Tensor
 
 
+@checked
 @torch.no_grad()
 def boosting_along(
     path: Tensor, head: Callable[[Tensor], Any], target: Any = None, *, loss_fn: LossFunction | None = None

@@ -19,12 +19,15 @@ from resode.analysis.depth.tracing import Addition
 from resode.blocks import ResidualStack
 from resode.blocks.frozen import FrozenStatistics, moving_norms
 from resode.calls import hooked
+from resode.checks import checked
 from resode.jacobian.krylov import KrylovSchur
 from resode.jacobian.lanczos import random_start, singular_values
 from resode.jacobian.linearize import Field, check_field
 from resode.jacobian.products import Combination, JacobianProducts, rows
+from resode.results import Result
 
 
+@checked
 def loss_gradient_norms(
     model: nn.Module,
     blocks: Sequence[nn.Module],
@@ -104,8 +107,8 @@ def split_gradient(a: Addition, g: Tensor) -> tuple[Tensor, Tensor]:
     return identity, block_products(a, 1).pulled_back(g) - identity
 
 
-@dataclass(frozen=True, eq=False)
-class GradientParts:
+@dataclass(frozen=True, eq=False, repr=False)
+class GradientParts(Result):
     """The gradient at a block's input, by the two ways that it took.
 
     Args:
@@ -122,6 +125,7 @@ class GradientParts:
         return self.identity + self.residual
 
 
+@checked
 def gradient_parts(
     field: Field, x: Tensor, g: Tensor, *, shortcut: Field | None = None, step_size: float = 1.0
 ) -> GradientParts:
@@ -179,6 +183,7 @@ def _gradient_at(name: str, f: Field, x: Tensor, g: Tensor) -> Tensor:
     return torch.zeros_like(x) if product is None else product
 
 
+@checked
 def shortcut_matrix(shortcut: Field, x: Tensor) -> Tensor:
     r"""A linear shortcut as a matrix: S(x) = S x, found by evaluating it on every unit state.
 
@@ -225,8 +230,8 @@ def _sum_to(g: Tensor, addend: Tensor) -> Tensor:
     return g if g.shape == addend.shape else g.sum_to_size(addend.shape)
 
 
-@dataclass(frozen=True, eq=False)
-class ProductNorm:
+@dataclass(frozen=True, eq=False, repr=False)
+class ProductNorm(Result):
     r"""The gradient's gain through a whole stack, against what single blocks tell.
 
     Args:
@@ -242,6 +247,8 @@ class ProductNorm:
         residual: of the norm's singular vectors, relative to it.
     """
 
+    _columns = ("norm", "smallest", "upper", "lower", "plain", "plain_bound")
+
     norm: Tensor
     smallest: Tensor
     upper: Tensor
@@ -254,6 +261,7 @@ class ProductNorm:
     residual: Tensor
 
 
+@checked
 def product_norm(
     fields: ResidualStack | Sequence[Field], x: Tensor, *, step_size: float = 1.0, steps: int = 60
 ) -> ProductNorm:

@@ -15,6 +15,9 @@ from resode.analysis.depth.losses import LossFunction, batch_of, parts, predicti
 from resode.analysis.depth.sums import ScaledBranches
 from resode.analysis.depth.tracing import Addition, trace
 from resode.calls import call, tensors_in
+from resode.checks import checked
+from resode.progress import Progress
+from resode.results import Result
 
 Edits = Sequence[tuple[Addition, float]]
 """Blocks, and what their ηF is multiplied by."""
@@ -89,7 +92,7 @@ def evaluated(
 
 
 @dataclass(frozen=True)
-class Lesion:
+class Lesion(Result):
     """A network without one of its blocks.
 
     Args:
@@ -105,6 +108,7 @@ class Lesion:
     output_change: float
 
 
+@checked
 def lesion_study(
     model: nn.Module,
     x: Any,
@@ -113,6 +117,7 @@ def lesion_study(
     blocks: str | Sequence[str] | None = None,
     loss_fn: LossFunction | None = None,
     batch_size: int = 32,
+    progress: bool = True,
 ) -> list[Lesion]:
     """Run the network without each of its blocks in turn; weights are not changed.
 
@@ -125,6 +130,7 @@ def lesion_study(
         loss_fn: another loss, one number a sample or a mean over samples; it need not be differentiable, so
             that the share of wrong answers will do.
         batch_size: samples at once.
+        progress: say on a terminal how far it is, after two seconds.
 
     Raises:
         ValueError: the model has no residual block, or `blocks` names none.
@@ -145,11 +151,16 @@ def lesion_study(
     if not traced:
         raise ValueError("no residual block was found to remove. Name the blocks with blocks=.")
     measure = _against(model, x, target, loss_fn, batch_size)
-    return [Lesion(a.name, *measure([(a, 0.0)])) for a in traced]
+    found = []
+    with Progress("lesions", progress) as say:
+        for number, a in enumerate(traced, 1):
+            say(f"without {a.name}, {number} of {len(traced)}")
+            found.append(Lesion(a.name, *measure([(a, 0.0)])))
+    return found
 
 
-@dataclass(frozen=True)
-class StepScan:
+@dataclass(frozen=True, repr=False)
+class StepScan(Result):
     """The loss of a network whose residual branches are all multiplied by c.
 
     Args:
@@ -166,6 +177,7 @@ class StepScan:
     rise: float
 
 
+@checked
 def step_scan(
     model: nn.Module,
     x: Any,
@@ -175,8 +187,19 @@ def step_scan(
     rise: float = 0.5,
     loss_fn: LossFunction | None = None,
     batch_size: int = 32,
+    progress: bool = True,
 ) -> StepScan:
     """The critical step: how far every block's step can be lengthened before the loss gives way.
+
+    Args:
+        model: in eval mode.
+        x: inputs, as in `resode.profile_depth`.
+        target: of the loss.
+        factors: what every step is multiplied by; 1 is always among them.
+        rise: the loss gives way where it exceeds its value at 1 by this share.
+        loss_fn: as in `lesion_study`.
+        batch_size: samples at once.
+        progress: say on a terminal how far it is, after two seconds.
 
     Raises:
         ValueError: the model has no residual block.
@@ -194,14 +217,18 @@ def step_scan(
     if not traced:
         raise ValueError("no residual block was found, so there is no step to scale.")
     wanted = sorted({1.0, *map(float, factors)})
-    losses = [evaluated(model, x, target, [(a, c) for a in traced], loss_fn, batch_size)[0] for c in wanted]
+    losses = []
+    with Progress("steps", progress) as say:
+        for c in wanted:
+            say(f"times {c:g}, {len(losses) + 1} of {len(wanted)}")
+            losses.append(evaluated(model, x, target, [(a, c) for a in traced], loss_fn, batch_size)[0])
     base = losses[wanted.index(1.0)]
     broken = [c for c, v in zip(wanted, losses, strict=True) if c > 1 and not v <= base + rise * abs(base)]
     return StepScan(wanted, losses, min(broken, default=float("inf")), rise)
 
 
 @dataclass(frozen=True)
-class Reordering:
+class Reordering(Result):
     """A network with two of its blocks swapped.
 
     Args:
@@ -221,6 +248,7 @@ class Reordering:
     output_change: float
 
 
+@checked
 def reordering_study(
     model: nn.Module,
     x: Any,
@@ -230,6 +258,7 @@ def reordering_study(
     blocks: str | Sequence[str] | None = None,
     loss_fn: LossFunction | None = None,
     batch_size: int = 32,
+    progress: bool = True,
 ) -> list[Reordering]:
     """Swap pairs of like blocks and measure what that does; nearest neighbours first.
 
@@ -245,6 +274,7 @@ def reordering_study(
         blocks: names of modules to take as blocks instead of the residual additions, as in `lesion_study`.
         loss_fn: as in `lesion_study`.
         batch_size: samples at once.
+        progress: say on a terminal how far it is, after two seconds.
 
     Raises:
         ValueError: there are no two like residual blocks.
@@ -281,9 +311,11 @@ def reordering_study(
     pairs.sort(key=lambda p: p[2] - p[1])
     measure = _against(model, x, target, loss_fn, batch_size)
     found = []
-    for name, i, j in pairs[:max_pairs]:
-        with _swapped(model.get_submodule(name), i, j):
-            found.append(Reordering(name, i, j, *measure(())))
+    with Progress("reordering", progress) as say:
+        for number, (name, i, j) in enumerate(pairs[:max_pairs], 1):
+            say(f"pair {number} of {min(max_pairs, len(pairs))}")
+            with _swapped(model.get_submodule(name), i, j):
+                found.append(Reordering(name, i, j, *measure(())))
     return found
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,10 +30,12 @@ from resode.analysis.depth.losses import (
 )
 from resode.analysis.depth.tracing import Addition, Trace, trace
 from resode.calls import call, tensors_in
-from resode.checks import check_whole
+from resode.checks import check_whole, checked
 from resode.jacobian.lanczos import random_start, singular_values
 from resode.jacobian.products import JacobianProducts, rows
 from resode.jacobian.spectrum import SpectrumOptions, formed
+from resode.progress import Progress
+from resode.results import Result
 from resode.tableaus import ButcherTableau, get_tableau
 from resode.tables import plain_table, records_text, short
 
@@ -160,8 +161,8 @@ class GroupGradient:
     exact: bool
 
 
-@dataclass(frozen=True)
-class DepthProfile:
+@dataclass(frozen=True, repr=False)
+class DepthProfile(Result):
     """What `profile_depth` found.
 
     Args:
@@ -191,6 +192,9 @@ class DepthProfile:
         from resode import plots
 
         return plots.depth_profile(self, path)
+
+    def _headline(self) -> str:
+        return f"{len(self.rows)} residual additions, {self.samples} samples"
 
     def __str__(self) -> str:
         columns = ["block", "kind", "η", "‖x‖", "‖F‖/‖x‖", "dead", "grad", "id·res", "max Re λ", "limit"]
@@ -226,6 +230,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
+@checked
 def profile_depth(
     model: nn.Module,
     x: Any,
@@ -237,6 +242,7 @@ def profile_depth(
     spectra: int = 2,
     lesions: bool = True,
     batch_size: int = 32,
+    progress: bool = True,
 ) -> DepthProfile:
     r"""Profile every residual addition of a network: ours or anyone's, of images or of sequences.
 
@@ -257,6 +263,7 @@ def profile_depth(
         spectra: samples whose Jacobians are looked at, the first ones; 0 leaves that out.
         lesions: run the network once without each block.
         batch_size: samples at once; more are taken in parts.
+        progress: say on a terminal how far it is, after two seconds.
 
     Returns:
         DepthProfile; print it, `.to_csv(path)`, `.plot(path)`.
@@ -286,7 +293,7 @@ def profile_depth(
     spectra_found: list[BlockSpectrum] = []
     groups: list[GroupGradient] = []
     pieces: list[_Part] = []
-    with torch.inference_mode(False), _Progress() as progress:
+    with torch.inference_mode(False), Progress("profile", progress) as say:
         stream = batches(x, target, device)
         first, wanted = next(stream)
         batch = batch_of(first)
@@ -294,13 +301,13 @@ def profile_depth(
         for whole, aim in itertools.chain([(first, wanted)], stream):
             for some, own, size in parts(whole, aim, batch_size):
                 pieces.append(_profile_part(model, some, own, size, blocks, loss_fn, lesions=lesions))
-                progress(f"{sum(p.samples for p in pieces)} samples")
+                say(f"{sum(p.samples for p in pieces)} samples")
         _check_random(model, part(first, 0, min(2, batch), batch))
         if spectra > 0:
             traced = trace(model, part(first, 0, count, batch), blocks, streams=True)
             seen: Counter[str] = Counter()  # additions of each module
             for number, a in enumerate(traced.additions, 1):
-                progress(f"spectrum of block {number} of {len(traced.additions)}, {a.name}")
+                say(f"spectrum of block {number} of {len(traced.additions)}, {a.name}")
                 spectra_found.append(block_spectrum(a, model, count, tableau, seen[a.module]))
                 seen[a.module] += 1
             groups = _groups(traced, spectra_found, count)
@@ -314,25 +321,6 @@ def profile_depth(
     return DepthProfile(
         found, groups, loss, samples, has_target, pieces[0].traced.refused, pieces[0].traced.outside
     )
-
-
-class _Progress:
-    """One line on a terminal's standard error that says how far a profile is, and goes at its end."""
-
-    def __enter__(self) -> _Progress:
-        self.shown = 0
-        return self
-
-    def __call__(self, text: str) -> None:
-        if sys.stderr is not None and sys.stderr.isatty():
-            sys.stderr.write(f"\r{('profile: ' + text).ljust(self.shown)}")
-            sys.stderr.flush()
-            self.shown = len(text) + 9
-
-    def __exit__(self, *exception: object) -> None:
-        if self.shown:
-            sys.stderr.write(f"\r{' ' * self.shown}\r")
-            sys.stderr.flush()
 
 
 def _check_mode(model: nn.Module) -> None:

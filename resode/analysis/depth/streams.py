@@ -21,15 +21,17 @@ from torch.utils import _pytree as pytree
 from resode.analysis.depth.losses import batch_of
 from resode.analysis.depth.stream_modules import count_and_branch
 from resode.calls import ModuleCall, call, hooked, is_floating, matching, recorded, tensors_in
+from resode.checks import checked
 from resode.modes import evaluating
+from resode.results import Result
 from resode.tables import csv_text, plain_table, short
 
 _EXACT = 1e-3  # of a mixture, relative; float32 blocks whose streams are nearly alike leave 1e-4
 _APART = 1e-3  # streams closer to one another than this are moved by as much
 
 
-@dataclass(frozen=True, eq=False)
-class StreamProfile:
+@dataclass(frozen=True, eq=False, repr=False)
+class StreamProfile(Result):
     """The mixing of streams, block by block.
 
     Args:
@@ -38,6 +40,8 @@ class StreamProfile:
             averages its streams within itself.
         residue: of each, ‖Y − AX‖/‖Y‖ in the worst position.
     """
+
+    _columns = ("names", "residue")
 
     names: tuple[str, ...]
     mixing: tuple[Tensor, ...] = field(repr=False)
@@ -85,12 +89,16 @@ class StreamProfile:
         )
         return [[name, a.shape[-1], *numbers] for name, a, *numbers in parts]
 
+    def _headline(self) -> str:
+        return f"{len(self.names)} blocks with several residual streams"
+
     def __str__(self) -> str:
         heads = ["block", "streams", "rows - 1", "columns - 1", "‖product‖", "residue"]
         rows = [[name, str(n), *(short(v) for v in numbers)] for name, n, *numbers in self._rows()]
         return "\n".join(plain_table(heads, rows))
 
 
+@checked
 def stream_mixing(
     model: nn.Module,
     x: Any,
@@ -249,8 +257,8 @@ def _least_squares(x: Tensor, y: Tensor) -> tuple[Tensor, float]:
     return a, left.max().item()
 
 
-@dataclass(frozen=True, eq=False)
-class DepthAttention:
+@dataclass(frozen=True, eq=False, repr=False)
+class DepthAttention(Result):
     """What layers read of all that was before them.
 
     Args:
@@ -260,11 +268,14 @@ class DepthAttention:
         residue: of each reader, what is left over of its output, relative, in the worst position.
     """
 
+    _columns = ("names", "residue")
+
     names: tuple[str, ...]
     weights: Tensor
     residue: tuple[float, ...]
 
 
+@checked
 def depth_attention(
     model: nn.Module, x: Any, *, readers: str | Sequence[str] | None = None
 ) -> DepthAttention:
@@ -343,6 +354,7 @@ def _read_of(stack: Tensor, output: Tensor) -> tuple[Tensor, float] | None:
     return None
 
 
+@checked
 def map_limit(step_matrix: Any, eigenvalue: complex = -1.0, *, most: float = 1e6) -> float:
     r"""The first η at which a step map G(ηλ) has an eigenvalue beyond 1, as `StepLimit` means it.
 
@@ -362,7 +374,7 @@ def map_limit(step_matrix: Any, eigenvalue: complex = -1.0, *, most: float = 1e6
     """
 
     def grows(h: float) -> bool:
-        g = step_matrix(h * complex(eigenvalue))
+        g = torch.as_tensor(step_matrix(h * complex(eigenvalue)))
         return torch.linalg.eigvals(g.detach().to(torch.complex128)).abs().max().item() > 1 + 1e-9
 
     low, high = 0.0, 1e-6

@@ -23,12 +23,15 @@ from resode.analysis.diagnose.page import Diagnosis, DiagnosisRow, Training, Who
 from resode.analysis.diagnose.solver import solver_findings
 from resode.blocks import ResidualStack
 from resode.blocks.frozen import FrozenStatistics
+from resode.checks import checked
 from resode.modes import evaluating
+from resode.progress import Progress
 from resode.tableaus import get_tableau
 
 _PRODUCTS = 8  # with the loss's Hessian, for the learning rate's limit
 
 
+@checked
 def diagnose(
     model: nn.Module,
     x: Any,
@@ -39,6 +42,7 @@ def diagnose(
     solvers: str | Sequence[str] = ("rk4",),
     blocks: str | Sequence[str] | None = None,
     seed: int = 0,
+    progress: bool = True,
 ) -> Diagnosis:
     r"""What is wrong with a network, if anything: on one page, with advice.
 
@@ -58,6 +62,7 @@ def diagnose(
         solvers: a method, or several, that a `ResidualStack` may be swapped to, for the forecast.
         blocks: names of modules to take as blocks instead of tracing, as in `resode.profile_depth`.
         seed: of the random perturbations.
+        progress: say on a terminal how far it is, after two seconds.
 
     Returns:
         Diagnosis; print it, `.findings`, `.ok`, `.to_csv(path)`, `.plot(path)`.
@@ -95,12 +100,14 @@ def diagnose(
     if samples == 1:
         notes.append("One sample alone: how much the samples differ is unknown.")
     some = part(x, 0, min(SAMPLES, samples), samples)
-    with evaluating(model):
+    with evaluating(model), Progress("diagnosis", progress) as say:
         m = measure(model, x, target, loss_fn, blocks, seed)
+        say("what the measures tell")
         found = findings(m)
         if m.non_finite is None or "reach" in m.non_finite[1]:  # an overflow, which a step may have brought
             found = _with_solver(found, solver_findings(model, some, m))
         finite = m.non_finite is None and m.solver_error is None
+        say("forecasts of a swap")
         swap = _forecasts(model, x, solvers) if finite else {}
     training = None
     if lr is not None and target is not None and finite:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from resode.analysis.diagnose.measures import BlockMeasures, Measures, NormMeasures, WeightMeasures
+from resode.results import Result
 
 WHOLE = "whole network"
 
@@ -43,7 +44,7 @@ CONSEQUENCES = ("norm-statistics", "dead", "strong-block", "collapse")
 
 
 @dataclass(frozen=True)
-class Finding:
+class Finding(Result):
     """One thing that is wrong.
 
     Args:
@@ -129,11 +130,11 @@ _NORMED = 0.02  # median deviation of log ‖F‖ of siblings up to which a norm
 _FREE = 0.1  # how little a branch depends on ‖x‖ behind a norm
 
 
-def findings(m: Measures, thresholds: Thresholds = THRESHOLDS) -> list[Finding]:
+def findings(m: Measures) -> list[Finding]:
     """What is wrong with the network that was measured, without its solver and its learning rate."""
     if m.non_finite is not None:
         return [_non_finite(m.non_finite)]
-    t = thresholds
+    t = THRESHOLDS
     local = [*_norm_statistics(m, t), *_shortcuts(m, t), *_dead(m, t), *_idle(m, t), *_strong(m, t)]
     local += [*_heavy(m, t), *_through_time(m, t), *_flat_head(m, t), *_switched_off(m, t)]
     return first_causes(m, local) or _whole(m, t)

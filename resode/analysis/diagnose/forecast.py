@@ -20,7 +20,9 @@ from resode.analysis.depth.losses import batch_of, part, prediction
 from resode.blocks import ResidualStack
 from resode.blocks.solving import block_name, named_stacks, other_solver
 from resode.calls import call, hooked
+from resode.checks import checked
 from resode.modes import evaluating
+from resode.results import Result
 from resode.tableaus import get_tableau
 
 INPUTS = 64
@@ -34,7 +36,7 @@ LOSES = 0.45
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Forecast(Result):
     """What the same weights do under another solver.
 
     Args:
@@ -50,6 +52,7 @@ class Forecast:
     verdict: str
 
 
+@checked
 def forecast(model: nn.Module, x: Any, solver: str, substeps: int = 1) -> Forecast:
     """What swapping the solver of every `ResidualStack` will do to the outputs.
 

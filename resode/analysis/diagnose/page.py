@@ -12,6 +12,7 @@ from typing import Any
 
 from resode.analysis.diagnose.findings import WHOLE, Finding
 from resode.analysis.diagnose.forecast import Forecast
+from resode.results import Result
 from resode.tables import records_text, short
 
 WIDTH = 80
@@ -74,8 +75,8 @@ class Training:
     ratio: float
 
 
-@dataclass(frozen=True)
-class Diagnosis:
+@dataclass(frozen=True, repr=False)
+class Diagnosis(Result):
     """What is wrong with a network, if anything.
 
     Args:

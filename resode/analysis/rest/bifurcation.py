@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resode.checks import check_number, check_whole
+from resode.checks import check_number, check_whole, checked
+from resode.results import Result
 from resode.solve.step import rk_step
 from resode.tableaus import ButcherTableau, explicit_tableau
 
 
-@dataclass(frozen=True, eq=False)
-class Bifurcation:
+@dataclass(frozen=True, eq=False, repr=False)
+class Bifurcation(Result):
     """Where orbits settle, by step size.
 
     Args:
@@ -63,6 +64,7 @@ class Bifurcation:
         return plots.bifurcation(self, path)
 
 
+@checked
 def bifurcation(
     field: Callable[[Tensor], Tensor],
     step_sizes: Tensor,

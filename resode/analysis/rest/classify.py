@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from resode.analysis.rest.fixed_points import SMALL, newton_direction, solver_slope
-from resode.checks import check_number
+from resode.checks import check_number, checked
 from resode.jacobian.linearize import Field, check_field, dense_jacobian
 from resode.jacobian.spectrum import SpectrumOptions, spectrum
+from resode.results import Result
 from resode.stability.function import amplification
 from resode.stability.unstable_rays import Complexes, Floats
 from resode.tableaus import ButcherTableau, get_tableau
@@ -25,8 +26,8 @@ _LEAST = 240  # products with a Jacobian that is not formed: the rightmost eigen
 _SAFETY = 16.0  # times the first-order error: what may make a part of an eigenvalue count as 0
 
 
-@dataclass(frozen=True, eq=False)
-class Classification:
+@dataclass(frozen=True, eq=False, repr=False)
+class Classification(Result):
     """What fixed points are.
 
     Args:
@@ -91,6 +92,7 @@ def _rest(dtype: torch.dtype) -> float:
     return 1e-6 if dtype == torch.float64 else 1e-3
 
 
+@checked
 def classify(
     field: Field, x: Tensor, *, solver: str | ButcherTableau | None = None, step_size: float | None = None
 ) -> Classification:

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resode.checks import check_number, check_whole, warn_user
+from resode.checks import check_number, check_whole, checked, warn_user
 from resode.jacobian.gmres import gmres
 from resode.jacobian.lanczos import random_start
 from resode.jacobian.linearize import Field, check_field, dense_jacobian
 from resode.jacobian.matrices import DENSE_LIMIT
 from resode.jacobian.products import JacobianProducts
+from resode.results import Result
 from resode.solve.step import combine, stages
 from resode.tableaus import ButcherTableau, explicit_tableau, get_tableau
 
@@ -33,8 +34,8 @@ _FACTORS = 8  # samples whose large Jacobian stays factorized
 _SAME = 1e-6  # distance, relative to 1 + ‖x‖, at which two points are one
 
 
-@dataclass(frozen=True, eq=False)
-class FixedPoints:
+@dataclass(frozen=True, eq=False, repr=False)
+class FixedPoints(Result):
     """What `find_fixed_points` found, one a start, or `find_several_fixed_points`, without repetition.
 
     Args:
@@ -77,6 +78,7 @@ class FixedPoints:
         return "\n".join([head, *lines])
 
 
+@checked
 def find_fixed_points(
     field: Field,
     x0: Tensor,
@@ -150,6 +152,7 @@ def find_fixed_points(
     )
 
 
+@checked
 def find_several_fixed_points(
     field: Field,
     x0: Tensor,

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from resode.analysis.rest.classify import classify
 from resode.analysis.rest.fixed_points import find_fixed_points, find_several_fixed_points
-from resode.checks import check_number, check_whole
+from resode.checks import check_number, check_whole, checked
 from resode.jacobian.linearize import Field, check_field, dense_jacobian
+from resode.results import Result
 from resode.solve.step import rk_step
 from resode.stability import eigenvalue_step_limit, stability_function
 from resode.tableaus import ButcherTableau, explicit_tableau, get_tableau
@@ -23,8 +24,8 @@ from resode.tableaus import ButcherTableau, explicit_tableau, get_tableau
 _NEAR = 1e-6
 
 
-@dataclass(frozen=True, eq=False)
-class StabilityLoss:
+@dataclass(frozen=True, eq=False, repr=False)
+class StabilityLoss(Result):
     """Where a fixed point or a cycle of a solver's map stops being stable as the step grows.
 
     Args:
@@ -48,6 +49,7 @@ def _map(field: Field, tableau: ButcherTableau, h: float) -> Field:
     return lambda x: rk_step(tableau, lambda t, x: field(x), 0.0, x, h)
 
 
+@checked
 def stability_losses(
     field: Field, x0: Tensor, max_step: float, *, solver: str | ButcherTableau = "euler", max_period: int = 4
 ) -> list[StabilityLoss]:
@@ -184,6 +186,7 @@ def _cycle(
     return None
 
 
+@checked
 def lyapunov_exponents(
     field: Field | Sequence[Field],
     x0: Tensor,
@@ -249,8 +252,8 @@ def lyapunov_exponents(
     return torch.where(lost[:, None], torch.nan, total / counted)
 
 
-@dataclass(frozen=True, eq=False)
-class Cobweb:
+@dataclass(frozen=True, eq=False, repr=False)
+class Cobweb(Result):
     """A scalar map, and an orbit of it: `x` and `y` the graph, `orbit` the states, shape (n + 1,)."""
 
     solver: str
@@ -266,6 +269,7 @@ class Cobweb:
         return plots.cobweb(self, path)
 
 
+@checked
 def cobweb(
     field: Field,
     x0: float,
@@ -276,6 +280,14 @@ def cobweb(
     window: tuple[float, float] | None = None,
 ) -> Cobweb:
     """The map x ← (one step of size η) of a one-dimensional field, with an orbit, for a cobweb diagram.
+
+    Args:
+        field: F(x) on states (1, 1).
+        x0: where the orbit starts.
+        step_size: η.
+        solver: an explicit method.
+        n_steps: of the orbit.
+        window: the x between which the map is drawn; None for the orbit's own, and some more.
 
     Example:
         >>> web = cobweb(lambda x: x * (1 - x), 0.1, 1.0, n_steps=3)
@@ -296,8 +308,8 @@ def cobweb(
         return Cobweb(get_tableau(solver).name, step_size, grid[:, 0], step(grid)[:, 0], path)
 
 
-@dataclass(frozen=True, eq=False)
-class PhasePortrait:
+@dataclass(frozen=True, eq=False, repr=False)
+class PhasePortrait(Result):
     """A one- or two-dimensional field on a grid, with its fixed points.
 
     Args:
@@ -319,6 +331,7 @@ class PhasePortrait:
         return plots.phase_portrait(self, path)
 
 
+@checked
 def phase_portrait(
     field: Callable[[Tensor], Tensor], *window: tuple[float, float], points: int = 41
 ) -> PhasePortrait:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from resode.analysis.steps.blocks import block_groups
 from resode.jacobian.linearize import check_field
 from resode.jacobian.spectrum import SpectrumOptions, spectrum
+from resode.progress import Progress
+from resode.results import Result
 from resode.stability.function import amplification
 from resode.stability.limits import bounds, plain
 from resode.stability.spectra import Spectrum, limits
@@ -51,8 +53,8 @@ class BlockLimit:
     estimate: float = float("nan")
 
 
-@dataclass(frozen=True)
-class GroupLimits:
+@dataclass(frozen=True, repr=False)
+class GroupLimits(Result):
     """The step limits of one group.
 
     Args:
@@ -80,6 +82,7 @@ def block_limits(
     *,
     blocks: str | None = None,
     budget: int = SpectrumOptions.budget,
+    progress: bool = True,
 ) -> Iterator[GroupLimits]:
     """Step limits of every block, at the states that images reach there.
 
@@ -92,6 +95,7 @@ def block_limits(
         solvers: explicit methods' names.
         blocks: names of the modules that are the blocks, see `block_groups`.
         budget: products a sample for large states.
+        progress: say on a terminal how far it is, after two seconds.
 
     Yields:
         The groups, in the network's order, each when it is done.
@@ -106,10 +110,13 @@ def block_limits(
     for group in block_groups(network, images, blocks):
         group.check_finite()
         rows, spectra = [], []
-        for block, (field, x, step) in enumerate(zip(group.fields, group.states, group.steps, strict=True)):
-            limits, eigenvalues = _block_limits(field, x, solvers, step, block, options)
-            rows += limits
-            spectra.append(step * eigenvalues)
+        with Progress(group.name, progress) as say:
+            blocks_of = zip(group.fields, group.states, group.steps, strict=True)
+            for block, (field, x, step) in enumerate(blocks_of):
+                say(f"eigenvalues of block {block}, the last is {len(group.fields) - 1}")
+                limits, eigenvalues = _block_limits(field, x, solvers, step, block, options)
+                rows += limits
+                spectra.append(step * eigenvalues)
         yield GroupLimits(group.name, group.shape, group.solver, group.steps, rows, spectra)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resode.checks import check_number, check_whole, warn_user
+from resode.checks import check_number, check_whole, checked, warn_user
 from resode.jacobian.lanczos import largest
 from resode.jacobian.linearize import check_field
 from resode.jacobian.products import JacobianProducts, full_precision
@@ -38,6 +38,7 @@ _LANCZOS = 1e-3  # relative residual of their distances from 0
 _KNOWN = 1e-3  # of ‖J‖: an error up to which a search's eigenvalue is one
 
 
+@checked
 def design_method(
     eigenvalues: Any, stages: int, order: int = 1, *, x: Tensor | None = None, damping: float = 0.0
 ) -> ButcherTableau:

@@ -10,7 +10,7 @@ import torch
 
 from resode.analysis.steps.contraction import contraction_limits
 from resode.analysis.steps.nonnormal import contraction_steps, logarithmic_norms
-from resode.checks import warn_user
+from resode.checks import checked, warn_user
 from resode.jacobian.linearize import check_field, jacobian
 from resode.jacobian.matrices import DENSE_LIMIT, Matrices, checked_matrices, spectral_norms
 from resode.jacobian.spectrum import SpectrumOptions, matrix_spectrum, spectrum
@@ -24,6 +24,7 @@ from resode.tableaus import ButcherTableau, get_tableau
 BUDGET = SpectrumOptions.budget
 
 
+@checked
 def max_stable_step(
     field_or_jacobian: Any = None,
     x: torch.Tensor | None = None,
@@ -84,6 +85,7 @@ def max_stable_step(
     return limit.step
 
 
+@checked
 def step_limit(
     field_or_jacobian: Any = None,
     x: torch.Tensor | None = None,
@@ -103,6 +105,17 @@ def step_limit(
     `converged`; else it is an upper bound, or nothing is known, and the printed line says so. For a matrix
     the contraction limit and the logarithmic norm stand beside the spectral limit, because eigenvalues alone
     do not bound what a non-normal matrix does for a while.
+
+    Args:
+        field_or_jacobian: J (1/time) of shape (n, n) or (…, n, n), or a field F(x) in eval mode, with x.
+        x: states, shape (batch, *state), where a field is given.
+        eigenvalues: the spectrum, shape (n,) or (…, n): alone, or with its matrix.
+        solver: a name in METHODS, or a tableau, or "explicit_adams".
+        k: eigenvalues to hold on to where J is not formed.
+        growth: (N, tol) allows |R|^N ≤ 1 + tol instead of |R| ≤ 1.
+        matrix_free: of a field: True seeks outer eigenvalues by products first, False forms J, None decides.
+        rtol: of a field, matrix-free: relative accuracy of the limit.
+        budget: of a field, matrix-free: products a sample.
 
     Returns:
         StepLimit; for a batch, and for a field, what it holds has the batch's shape.

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import scipy  # whose submodules are loaded when first named
 
-from resode.checks import check_number, check_whole
+from resode.checks import check_number, check_whole, checked
 from resode.jacobian.matrices import Matrices, checked_matrices, spectral_norms
 from resode.jacobian.spectrum import matrix_spectrum
+from resode.results import Result
 from resode.stability import stability_coefficients, stability_properties
 from resode.stability.function import stability_product
 from resode.stability.limits import like, plain
@@ -28,6 +29,7 @@ from resode.tableaus import ButcherTableau, get_tableau
 _FAR = 1e8  # times 1/‖J‖: more than the contraction limit of any method with a thousand stages
 
 
+@checked
 def logarithmic_norm(jacobian: Any) -> Any:
     r"""μ₂(J) = λ_max((J + J*)/2), the rate at which ‖x‖₂ can grow under x' = Jx.
 
@@ -60,6 +62,7 @@ def logarithmic_norms(values: Matrices) -> Floats:
     return np.asarray(np.linalg.eigvalsh(symmetric)[..., -1], dtype=float)
 
 
+@checked
 def contraction_step(jacobian: Any, method: str | ButcherTableau = "euler") -> Any:
     r"""sup{h : ‖R(sJ)‖₂ ≤ 1 for all 0 ≤ s ≤ h}: up to this step no step enlarges any perturbation.
 
@@ -210,8 +213,8 @@ def _below(hermitian: Matrices, slack: float) -> bool:
     return True
 
 
-@dataclass(frozen=True, eq=False)
-class TransientGrowth:
+@dataclass(frozen=True, eq=False, repr=False)
+class TransientGrowth(Result):
     """How powers of one step's matrix grow before they decay.
 
     For a batch, `peak`, `peak_step` and `complete` have the batch's shape and `norms` one more dimension.
@@ -239,6 +242,7 @@ class TransientGrowth:
         return plots.transient_growth(self, path)
 
 
+@checked
 def transient_growth(
     jacobian: Any, step_size: float, method: str | ButcherTableau = "euler", *, n_steps: int = 100
 ) -> TransientGrowth:

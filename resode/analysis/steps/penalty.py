@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from resode.analysis.steps.blocks import block_groups
-from resode.checks import check_number, check_whole
+from resode.checks import check_number, check_whole, checked
 from resode.jacobian.krylov import KrylovSchur
 from resode.jacobian.linearize import Field
 from resode.jacobian.products import JacobianProducts, full_precision
@@ -47,6 +47,7 @@ class StepLimitPenalty:
         [-0.14, 0.0]
     """
 
+    @checked
     def __init__(
         self,
         solver: str | ButcherTableau | None,
@@ -86,12 +87,12 @@ class StepLimitPenalty:
         with torch.enable_grad(), full_precision():
             copies = x.repeat_interleave(k, dim=0).requires_grad_()
             y = field(copies)
-            if not y.requires_grad:
+            if not y.requires_grad:  # of x: J = 0
                 return x.new_zeros(())
             (pulled,) = torch.autograd.grad(
                 y, copies, basis.reshape(copies.shape), create_graph=True, allow_unused=True
             )
-            if pulled is None or not pulled.requires_grad:
+            if pulled is None:
                 return x.new_zeros(())
             projected = pulled.reshape(rows, k, n) @ basis.transpose(1, 2)
             z = step * _eigenvalues(projected.double())

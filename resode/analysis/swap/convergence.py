@@ -10,11 +10,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from resode.checks import check_whole
+from resode.checks import check_whole, checked
+from resode.results import Result
 
 
-@dataclass(frozen=True)
-class DepthConvergence:
+@dataclass(frozen=True, repr=False)
+class DepthConvergence(Result):
     """Errors by depth.
 
     Args:
@@ -32,6 +33,7 @@ class DepthConvergence:
     order: float
 
 
+@checked
 def depth_convergence(
     make: Callable[[int], Callable[[Tensor], Tensor]],
     x: Tensor,

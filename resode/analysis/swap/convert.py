@@ -20,6 +20,7 @@ from resode.blocks import ODEBlock, ResidualStack
 from resode.blocks.solving import other_solver, stacks_of
 from resode.blocks.stack import solver_method
 from resode.calls import ModuleCall, call, matching, recorded, tensors_in, within
+from resode.checks import checked
 from resode.modes import evaluating
 
 _KINDS = {
@@ -94,6 +95,7 @@ class _Stack(ResidualStack):
     state: tuple[int, ...] = ()
 
 
+@checked
 def convert(
     model: nn.Module, x: Any, *, solver: str = "euler", blocks: str | Sequence[str] | None = None
 ) -> Converted:

@@ -18,7 +18,7 @@ from resode.analysis.swap.bseries import Tree, modified_coefficient, symmetry, t
 from resode.blocks import ResidualStack
 from resode.blocks.solving import block_name, named_stacks, other_solver
 from resode.calls import hooked
-from resode.checks import check_whole, warn_user
+from resode.checks import check_whole, checked, warn_user
 from resode.jacobian.linearize import check_field
 from resode.jacobian.products import first_jvp
 from resode.modes import evaluating
@@ -187,6 +187,7 @@ def kinks(field: nn.Module, x: Tensor) -> list[str]:
     return sorted(seen.found)
 
 
+@checked
 def modified_field(stack: ResidualStack, order: int = 1) -> ModifiedField:
     r"""The field whose exact flow a stack follows: backward error analysis of its blocks.
 
@@ -247,6 +248,7 @@ def modified_field(stack: ResidualStack, order: int = 1) -> ModifiedField:
     return ModifiedField(stack, order)
 
 
+@checked
 def distance_from_ode(stack: ResidualStack, x: Tensor) -> Tensor:
     r"""How far each block is from the flow of its own F: ‖h^p f_{p+1}‖ / ‖F‖ at the states of a pass.
 

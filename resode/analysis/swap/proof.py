@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from resode.blocks.solving import other_solver, stacks_of
-from resode.checks import check_number, check_whole
+from resode.checks import check_number, check_whole, checked
 from resode.tableaus import get_tableau
 
 Choice = tuple[str, int]
@@ -61,6 +61,7 @@ class SwapProof:
         ([('euler', 1), ('euler', 2), ('midpoint', 1)], ('euler', 1))
     """
 
+    @checked
     def __init__(
         self,
         network: nn.Module,

@@ -17,7 +17,10 @@ from resode.analysis.swap.modified import BlockDistance, block_distances
 from resode.blocks import ResidualStack
 from resode.blocks.solving import other_solver, stacks_of
 from resode.blocks.statistics import measure_statistics, put_back, tracked_norms
+from resode.checks import checked
 from resode.modes import evaluating
+from resode.progress import Progress
+from resode.results import Result
 from resode.tableaus import get_tableau
 from resode.tables import plain_table, read_records, records_text, short
 
@@ -70,8 +73,8 @@ class SwapRow:
         return self.kept - self.accuracy
 
 
-@dataclass(frozen=True)
-class SwapReport:
+@dataclass(frozen=True, repr=False)
+class SwapReport(Result):
     """What `swap_report` found.
 
     Args:
@@ -236,6 +239,10 @@ class SwapReport:
 
         return plots.swap_accuracy(self, path)
 
+    def _headline(self) -> str:
+        accuracies = (f"{r.solver} {100 * r.accuracy:.1f} %" for r in self.rows)
+        return f"{len(self.rows)} rows, as they are: {', '.join(accuracies)}"
+
     def __str__(self) -> str:
         recalibrated = any(row.accuracy_recalibrated is not None for row in self.rows)
         columns = ["solver", "substeps", "forecast", "accuracy", "recalibrated", "drift", "F calls", ""]
@@ -256,6 +263,7 @@ class SwapReport:
         return "\n".join(lines)
 
 
+@checked
 def swap_report(
     model: nn.Module,
     loader: Batches,
@@ -263,6 +271,7 @@ def swap_report(
     substeps: Sequence[int] = (1, 2, 4),
     *,
     recalibrate: Batches | bool = True,
+    progress: bool = True,
 ) -> SwapReport:
     """Accuracy, logit drift and cost of the same weights under other solvers and steps, by cause.
 
@@ -279,6 +288,7 @@ def swap_report(
         substeps: equal steps a block for the others.
         recalibrate: what statistics are measured anew at: training batches, or True for the loader's inputs
             without their labels; False not to.
+        progress: say on a terminal how far it is, after two seconds.
 
     Returns:
         The report; str() is a table, .rows the data, .to_csv and .plot write it.
@@ -313,10 +323,13 @@ def swap_report(
     trained = next(iter(came_with)) if len(came_with) == 1 else None
     swap = _Swap(model, stacks, _reusable(loader), *_calibration(model, loader, recalibrate))
     rows = []
-    for name, n in wanted:
-        own = trained is not None and trained == (name, trained[1] if get_tableau(name).adaptive else n)
-        rows.append(swap.row(name, n, own))
-    return SwapReport(rows, swap.calibration, *block_distances(model, swap.some))
+    with Progress("swap", progress) as say:
+        for number, (name, n) in enumerate(wanted, 1):
+            say(f"{name}{'' if n is None else f', substeps {n}'}, {number} of {len(wanted)}")
+            own = trained is not None and trained == (name, trained[1] if get_tableau(name).adaptive else n)
+            rows.append(swap.row(name, n, own))
+        say("the blocks' distances from an ODE")
+        return SwapReport(rows, swap.calibration, *block_distances(model, swap.some))
 
 
 # By what share the outputs must be nearer under statistics over all evaluations to leave those of training.

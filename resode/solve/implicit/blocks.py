@@ -15,6 +15,7 @@ Source:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -109,6 +110,19 @@ def _block(tableau: ButcherTableau, a: np.ndarray, first: int, stop: int) -> Sta
     return StageBlock(first, stop, own, before, values, to_modes.T, to_stages, predictor)
 
 
+def lagrange(nodes: Sequence[float], at: Any) -> list[list[Any]]:
+    """Weights of the values at some nodes in the polynomial through them, at each of some points."""
+    weights = []
+    for x in at:
+        row = [x * 0 + 1 for _ in nodes]
+        for j, r in enumerate(nodes):
+            for s in nodes:
+                if s != r:
+                    row[j] = row[j] * (x - s) / (r - s)
+        weights.append(row)
+    return weights
+
+
 def _extrapolation(times: tuple[float, ...], stage: int) -> Row:
     """A stage from those before it: the last one at the same time, or a parabola through three of them."""
     same = [j for j in range(stage) if abs(times[j] - times[stage]) < 1e-12]
@@ -118,8 +132,5 @@ def _extrapolation(times: tuple[float, ...], stage: int) -> Row:
     for j in range(stage):
         if all(abs(times[j] - times[i]) > 1e-3 for i in chosen) and len(chosen) < 3:
             chosen.append(j)
-    weights = []
-    for j in chosen:
-        others = [times[i] for i in chosen if i != j]
-        weights.append((j, float(np.prod([(times[stage] - s) / (times[j] - s) for s in others]))))
-    return tuple(weights)
+    (weights,) = lagrange([times[j] for j in chosen], [times[stage]])
+    return tuple(zip(chosen, map(float, weights), strict=True))

@@ -13,7 +13,7 @@ from torch import Tensor
 from resode.solve.control import Control
 from resode.solve.failures import Standing, newton_failed
 from resode.solve.host import decided, is_transformed, moves, plain
-from resode.solve.implicit.blocks import StageBlock, stage_blocks
+from resode.solve.implicit.blocks import StageBlock, lagrange, stage_blocks
 from resode.solve.implicit.gradient import implicit
 from resode.solve.implicit.newton import Newton
 from resode.solve.implicit.systems import systems_at
@@ -24,7 +24,8 @@ from resode.tableaus import ButcherTableau
 COUNTS = 4
 """Jacobians, factorisations, Newton iterations and linear iterations, of each sample."""
 
-_FAR = 4.0  # a step this many times longer than the last one is not foretold by it
+FAR = 4.0
+"""A step that is so many times longer than the last one is not foretold by it."""
 
 
 class ImplicitStep:
@@ -54,6 +55,7 @@ class ImplicitStep:
         self.rate = np.zeros(0)  # of the slowest Newton iteration of the last step, NaN where there was none
         # Sizes and stages (s, B, n) of the last steps taken.
         self.last: tuple[np.ndarray, Tensor] | None = None
+        self.given: Tensor | None = None  # the stages (s, B, n) of the next step where they are known
         self.failed, self.calls, self.spent = (np.zeros(0, np.int64) for _ in range(3))
         self.total, self.total_calls = np.zeros((COUNTS, 1), np.int64), np.zeros(1, np.int64)
         # Of the samples that failed, the last correction over what was asked of it, and its rate.
@@ -202,8 +204,11 @@ class _Attempt:
                 values.append(value.detach())
             return torch.stack(values) - stages
 
-        with torch.no_grad():
-            stages = self._solved(block, residual, self._start(block, k, k0), bases)
+        if step.given is not None:
+            stages, has_graph[0] = step.given[block.first : block.stop], asked
+        else:
+            with torch.no_grad():
+                stages = self._solved(block, residual, self._start(block, k, k0), bases)
         if asked and (has_graph[0] or any(moves(s) for s in (*times, self.size) if isinstance(s, Tensor))):
             stages = self._with_gradient(block, times, bases, stages)
         if len(step.blocks) == 1:
@@ -221,10 +226,10 @@ class _Attempt:
             return zeros
         sizes, stages = last
         with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = np.where((sizes != 0) & (abs(self.h) <= _FAR * abs(sizes)), self.h / sizes, np.nan)
-        c = np.array(self.step.tableau.stage_times)
+            ratio = np.where((sizes != 0) & (abs(self.h) <= FAR * abs(sizes)), self.h / sizes, np.nan)
+        c = self.step.tableau.stage_times
         at = 1 + np.multiply.outer(c, ratio)  # in units of the last step, (s, B)
-        weights = np.stack([np.prod([(at - s) / (r - s) for s in c if s != r], 0) for r in c], 1)  # (s, s, B)
+        weights = np.array(lagrange(c, at))  # (s, s, B)
         weights = torch.from_numpy(np.nan_to_num(weights)).to(zeros)[..., None]
         return (weights * stages).sum(1)
 

@@ -34,7 +34,7 @@ def without_hooks() -> Any:
     return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
-def jacobian_rows(y: Tensor, x: Tensor, create_graph: bool = False) -> Tensor:
+def jacobian_rows(y: Tensor, x: Tensor) -> Tensor:
     """∂y/∂x of each row, (B, n, n), for y and x of shape (B, n) whose rows do not interact.
 
     All of its rows in one backward pass where torch can batch it, else in one pass each.
@@ -46,12 +46,12 @@ def jacobian_rows(y: Tensor, x: Tensor, create_graph: bool = False) -> Tensor:
         count = min(many, n - first)
         directions = torch.zeros(count, batch, n, dtype=y.dtype, device=y.device)
         directions[torch.arange(count), :, torch.arange(first, first + count)] = 1
-        parts.append(_pulled_back(y, x, directions, create_graph))
-    return torch.cat(parts).transpose(0, 1)
+        parts.append(_pulled_back(y, x, directions))
+    return torch.cat(parts).transpose(0, 1) if parts else y.new_zeros(batch, 0, 0)
 
 
-def _pulled_back(y: Tensor, x: Tensor, directions: Tensor, create_graph: bool) -> Tensor:
-    settings = dict(retain_graph=True, create_graph=create_graph, allow_unused=True)
+def _pulled_back(y: Tensor, x: Tensor, directions: Tensor) -> Tensor:
+    settings = dict(retain_graph=True, allow_unused=True)
     if len(directions) > 4:  # fewer are faster one by one
         try:
             (product,) = torch.autograd.grad(y, x, directions, is_grads_batched=True, **settings)

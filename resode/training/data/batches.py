@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resode.checks import check_whole
+from resode.checks import check_whole, checked
 
 
 class Batches:
@@ -63,6 +63,7 @@ class Batches:
         (11, torch.Size([128, 1, 8, 8]))
     """
 
+    @checked
     def __init__(
         self,
         images: Tensor,

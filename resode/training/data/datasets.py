@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resode.checks import warn_user
+from resode.checks import checked, warn_user
 from resode.training.data import cifar
 from resode.training.data.archives import DataError, fetch, replacing
 from resode.training.data.batches import check_images
@@ -123,6 +123,7 @@ def _tensor(values: Any) -> Any:
     return values
 
 
+@checked
 def load_data(
     name: str,
     data_dir: str | Path | None = None,
