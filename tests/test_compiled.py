@@ -7,7 +7,7 @@ from problems import van_der_pol
 from torch import nn
 
 from resode import MaxStepsReached, SolverError, odeint
-from resode.solve import compiled
+from resode.solve import compiled, kept
 from resode.solve.implicit.compiled import LARGEST, UNROLLED, Factors
 
 # torch's own, while it compiles.
@@ -39,7 +39,7 @@ def traced(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(compiled, "solve_by_rows", lambda *_: None)
-    monkeypatch.setattr(compiled, "_KEPT", type(compiled._KEPT)())
+    monkeypatch.setattr(kept, "_KEPT", type(kept._KEPT)())
     torch._dynamo.reset()
     return graphs
 

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from resode.checks import checked, one_of, warn_user
-from resode.solve.compiled import COMPILED_OPTIONS, key_of
+from resode.solve.compiled import COMPILED_OPTIONS
 from resode.solve.control import MAX_STEPS
 from resode.solve.events import from_start, with_event_gradient
 from resode.solve.gradient import GRADIENTS, Adjoint, WayBack, adjoint_params
 from resode.solve.host import is_transformed
+from resode.solve.kept import key_of
 from resode.solve.native import solve
 from resode.solve.options import SolveSettings, resolve_method
 from resode.solve.problem import (

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
-LARGEST = 4_000
-"""Formulas with more operations than this gain nothing over torch's own kernels."""
+LARGEST = 1_000
+"""More operations a row take long to compile, and gain little over torch's own kernels."""
 
 aten = torch.ops.aten
 
@@ -30,8 +31,9 @@ class NotByRows(Exception):
 class Formulas:
     """Operations on numbers, each kept once: a number is an index into `nodes`, (operation, arguments…).
 
-    The leaves are ("number", value), ("t",), ("x", i), ("shared", input, offset) for an entry of a tensor that
-    all rows share, and ("own", input, offset, stride) for one of each row's own, at offset + stride · row.
+    The leaves are ("number", value), ("t",), ("x", i), ("shared", input, offset) for an entry of a tensor
+    that all rows share, and ("own", input, offset, stride) for one of each row's own, at
+    offset + stride · row.
     """
 
     def __init__(self, largest: int = LARGEST) -> None:
@@ -57,13 +59,13 @@ class Formulas:
         return self.nodes[i][1] if self.nodes[i][0] == "number" else None
 
     def plus(self, a: int, b: int) -> int:
-        """a + b, where 0 adds nothing."""
+        """The sum, where 0 adds nothing."""
         if self.value_of(a) == 0:
             return b
         return a if self.value_of(b) == 0 else self.add("add", a, b)
 
     def times(self, a: int, b: int) -> int:
-        """a · b, where 1 changes nothing and 0, as the factor of an adjoint, is 0."""
+        """The product, where 1 changes nothing and 0, as the factor of an adjoint, is 0."""
         for one, other in ((a, b), (b, a)):
             if self.value_of(one) == 1:
                 return other
@@ -77,11 +79,12 @@ class Value:
     """A tensor of the graph: its numbers in one row, with length 1 along the axis of the rows."""
 
     numbers: np.ndarray  # of Formulas, or offsets into the input `source`
-    axis: int | None = None  # of the rows, counted from the end (−1 the last); None where all rows share it
+    axis: int | None = None  # of the rows, counted from the end (−1 the last); None for none
     source: int | None = None
 
     @property
     def ndim(self) -> int:
+        """How many dimensions it has."""
         return self.numbers.ndim
 
     def dim(self, d: int) -> int:
@@ -95,8 +98,8 @@ class Value:
 UNARY = {
     name: getattr(aten, name).default
     for name in (
-        "neg", "sin", "cos", "tan", "exp", "log", "sqrt", "tanh", "sigmoid", "abs", "sign", "atan", "asin", "acos",
-        "sinh", "cosh", "erf", "expm1", "log1p", "reciprocal", "rsqrt",
+        "neg", "sin", "cos", "tan", "exp", "log", "sqrt", "tanh", "sigmoid", "abs", "sign", "atan", "asin",
+        "acos", "sinh", "cosh", "erf", "expm1", "log1p", "reciprocal", "rsqrt",
     )
 }  # fmt: skip
 COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
@@ -126,11 +129,11 @@ class Reader:
             elif node.op == "get_attr":
                 values[node] = self._constant(getattr(graph, str(node.target)))
             elif node.op == "output":
-                (out,) = fx.node.map_arg(node.args[0], values.__getitem__)  # type: ignore[misc]
+                (out,) = map_arg(node.args[0], values.__getitem__)
                 return out
             else:
-                args = fx.node.map_arg(node.args, values.__getitem__)
-                kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
+                args = map_arg(node.args, values.__getitem__)
+                kwargs = map_arg(node.kwargs, values.__getitem__)
                 values[node] = self._call(node, args, dict(kwargs))
         raise NotByRows("it gives nothing")
 
@@ -146,9 +149,12 @@ class Reader:
         target: Any = node.target
         if target is operator.getitem:
             return args[0][args[1]]
+        if not isinstance(target, torch._ops.OpOverload) and all(isinstance(a, int) for a in args):
+            return target(*args)  # lengths
         name = target.overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else str(target)
         found = node.meta.get("val")
-        if isinstance(found, Tensor) and found.dtype not in (self.dtype, torch.bool):
+        indices = bool(args) and isinstance(args[0], np.ndarray)
+        if isinstance(found, Tensor) and found.dtype not in (self.dtype, torch.bool) and not indices:
             raise NotByRows(f"{name} has dtype {found.dtype}, the state {self.dtype}")
         if name in UNARY:
             return self._elementwise(name, *args)
@@ -175,26 +181,21 @@ class Reader:
         at = None if axis is None or value.axis is not None or -axis > value.ndim else value.ndim + axis
         if at is not None and numbers.shape[at] == self.rows:
             first = numbers.take([0], at)
-            if source is None:
-                if (numbers != first).any():
-                    raise NotByRows("it has constants of each sample's own")
-            else:
-                stride = numbers.take([1], at) - first
-                steps = np.arange(self.rows or 0).reshape([-1 if d == at else 1 for d in range(value.ndim)])
-                if (numbers != first + stride * steps).any():
-                    raise NotByRows("each sample's own numbers do not lie evenly")
-                load = np.vectorize(lambda o, s: self.formulas.add("own", source, int(o), int(s)), otypes=[np.int64])
-                varied = stride != 0
-                own = load(first, stride) if varied.any() else self._shared(first, source)
-                return own
-            return first
-        return numbers if source is None else self._shared(numbers, source)
+            if (numbers != first).any():
+                raise NotByRows("it tells samples apart by their place in the batch")
+            numbers = first
+        return numbers if source is None else self._leaves("shared", source, numbers)
 
-    def _shared(self, offsets: np.ndarray, source: int) -> np.ndarray:
+    def own(self, source: int, shape: Sequence[int], d: int) -> Value:
+        """The input `source`, of which each row has its own part along dimension d."""
+        offsets = np.arange(math.prod(shape), dtype=np.int64).reshape(tuple(shape)).take([0], d)
+        return Value(self._leaves("own", source, offsets, math.prod(shape[d + 1 :])), d - len(shape))
+
+    def _leaves(self, kind: str, source: int, offsets: np.ndarray, *stride: int) -> np.ndarray:
         if offsets.size > LARGEST:
-            raise NotByRows("it has many weights")
-        load = np.vectorize(lambda o: self.formulas.add("shared", source, int(o)), otypes=[np.int64])
-        return load(offsets) if offsets.size else offsets
+            raise NotByRows(f"it uses more than {LARGEST} weights")
+        loads = [self.formulas.add(kind, source, o, *stride) for o in offsets.reshape(-1).tolist()]
+        return np.array(loads, np.int64).reshape(offsets.shape)
 
     def _elementwise(self, op: str | Callable[..., int], *given: Any) -> Value:
         values = [self._value(x) for x in given]
@@ -203,7 +204,7 @@ class Reader:
             raise NotByRows("it mixes samples")
         axis = axes.pop() if axes else None
         arrays = [self._loaded(v, axis) for v in values]
-        make = op if callable(op) else lambda *a: self.formulas.add(op, *a)
+        make = op if callable(op) else lambda *a: self.formulas.add(op, *map(self._as_number, a))
         wide = np.broadcast_arrays(*arrays)
         numbers = [make(*map(int, entry)) for entry in zip(*(a.reshape(-1) for a in wide), strict=True)]
         return Value(np.array(numbers, np.int64).reshape(wide[0].shape), axis)
@@ -211,41 +212,38 @@ class Reader:
     def _as_number(self, i: int) -> int:
         return self.formulas.add("as_number", i) if self.formulas.nodes[i][0] in TRUTHS else i
 
-    def _arithmetic(self, op: str, *given: Any) -> Value:
-        return self._elementwise(lambda *a: self.formulas.add(op, *map(self._as_number, a)), *given)
-
     def _op_add(self, a: Any, b: Any, alpha: float = 1) -> Value:
-        return self._arithmetic("add", a, b if alpha == 1 else self._arithmetic("mul", b, alpha))
+        return self._elementwise("add", a, b if alpha == 1 else self._elementwise("mul", b, alpha))
 
     def _op_sub(self, a: Any, b: Any, alpha: float = 1) -> Value:
-        return self._arithmetic("sub", a, b if alpha == 1 else self._arithmetic("mul", b, alpha))
+        return self._elementwise("sub", a, b if alpha == 1 else self._elementwise("mul", b, alpha))
 
     def _op_rsub(self, a: Any, b: Any, alpha: float = 1) -> Value:
         return self._op_sub(b, a, alpha)
 
     def _op_mul(self, a: Any, b: Any) -> Value:
-        return self._arithmetic("mul", a, b)
+        return self._elementwise("mul", a, b)
 
     def _op_div(self, a: Any, b: Any, rounding_mode: str | None = None) -> Value:
         if rounding_mode is not None:
             raise NotByRows("div with rounding is not known by rows")
-        return self._arithmetic("div", a, b)
+        return self._elementwise("div", a, b)
 
     def _op_addcmul(self, x: Any, a: Any, b: Any, value: float = 1) -> Value:
         return self._op_add(x, self._op_mul(a, b), value)
 
     def _op_pow(self, base: Any, exponent: Any) -> Value:
         if not isinstance(exponent, (int, float)):
-            return self._arithmetic("pow", base, exponent)
+            return self._elementwise("pow", base, exponent)
         simple = {0.5: "sqrt", -1: "reciprocal", -0.5: "rsqrt"}.get(exponent)
         if simple:
             return self._elementwise(simple, base)
         if exponent in (1, 2, 3, 4):
             power = base
             for _ in range(int(exponent) - 1):
-                power = self._arithmetic("mul", power, base)
+                power = self._elementwise("mul", power, base)
             return power
-        return self._arithmetic("pow", base, float(exponent))
+        return self._elementwise("pow", base, float(exponent))
 
     def _op_relu(self, x: Any) -> Value:
         return self._op_where(self._elementwise("le", x, 0.0), 0.0, x)
@@ -268,7 +266,15 @@ class Reader:
         return self._op_clamp(x, None, max)
 
     def _op_where(self, truth: Any, a: Any, b: Any) -> Value:
-        return self._elementwise(lambda c, x, y: self.formulas.add("where", c, *map(self._as_number, (x, y))), truth, a, b)
+        def make(c: int, x: int, y: int) -> int:
+            return self.formulas.add("where", self._as_truth(c), self._as_number(x), self._as_number(y))
+
+        return self._elementwise(make, truth, a, b)
+
+    def _as_truth(self, i: int) -> int:
+        if self.formulas.nodes[i][0] not in TRUTHS:
+            raise NotByRows("it takes numbers for truths")
+        return i
 
     def _op_logical_and(self, a: Any, b: Any) -> Value:
         return self._truths("and", a, b)
@@ -282,29 +288,29 @@ class Reader:
     _op_bitwise_and, _op_bitwise_or, _op_bitwise_not = _op_logical_and, _op_logical_or, _op_logical_not
 
     def _truths(self, op: str, *given: Value) -> Value:
-        if any(self.formulas.nodes[i][0] not in TRUTHS for v in given for i in v.numbers.flat):
-            raise NotByRows(f"logical {op} of numbers is not known by rows")
-        return self._elementwise(op, *given)
+        return self._elementwise(lambda *a: self.formulas.add(op, *map(self._as_truth, a)), *given)
 
     def _op_lt(self, a: Any, b: Any) -> Value:
-        return self._arithmetic("lt", a, b)
+        return self._elementwise("lt", a, b)
 
     def _op_le(self, a: Any, b: Any) -> Value:
-        return self._arithmetic("le", a, b)
+        return self._elementwise("le", a, b)
 
     def _op_gt(self, a: Any, b: Any) -> Value:
-        return self._arithmetic("gt", a, b)
+        return self._elementwise("gt", a, b)
 
     def _op_ge(self, a: Any, b: Any) -> Value:
-        return self._arithmetic("ge", a, b)
+        return self._elementwise("ge", a, b)
 
     def _op_eq(self, a: Any, b: Any) -> Value:
-        return self._arithmetic("eq", a, b)
+        return self._elementwise("eq", a, b)
 
     def _op_ne(self, a: Any, b: Any) -> Value:
-        return self._arithmetic("ne", a, b)
+        return self._elementwise("ne", a, b)
 
-    def _op_sum(self, x: Value, dims: Sequence[int] | None = None, keepdim: bool = False, dtype: Any = None) -> Value:
+    def _op_sum(
+        self, x: Value, dims: Sequence[int] | None = None, keepdim: bool = False, dtype: Any = None
+    ) -> Value:
         every = range(x.ndim) if not dims else dims
         dims = sorted({x.dim(d) for d in every}, reverse=True)
         numbers = self._loaded(x, None)
@@ -321,15 +327,19 @@ class Reader:
                 axis = before - sum(d < before for d in dims) - numbers.ndim
         return Value(numbers, axis)
 
-    def _op_mean(self, x: Value, dims: Sequence[int] | None = None, keepdim: bool = False, dtype: Any = None) -> Value:
+    def _op_mean(
+        self, x: Value, dims: Sequence[int] | None = None, keepdim: bool = False, dtype: Any = None
+    ) -> Value:
         total = self._op_sum(x, dims, keepdim)
-        return self._arithmetic("mul", total, total.numbers.size / x.numbers.size)
+        return self._elementwise("mul", total, total.numbers.size / x.numbers.size)
 
     def _op_mm(self, a: Value, b: Value) -> Value:
         if b.axis is not None:
             if a.axis is not None or b.axis != -1:
                 raise NotByRows("a product of matrices mixes samples")
-            return self._op_transpose(self._op_mm(self._op_transpose(b, 0, 1), self._op_transpose(a, 0, 1)), 0, 1)
+            return self._op_transpose(
+                self._op_mm(self._op_transpose(b, 0, 1), self._op_transpose(a, 0, 1)), 0, 1
+            )
         if a.axis == -1:
             raise NotByRows("a product of matrices mixes samples")
         left, right = self._loaded(a, None), self._loaded(b, None)
@@ -370,6 +380,11 @@ class Reader:
         at = (slice(None),) * d + (slice(start, end, step),)
         return Value(x.numbers[at], x.axis, x.source)
 
+    def _op_sym_size(self, x: Value, d: int) -> int:
+        d = d % x.ndim
+        whole = x.axis is not None and d == x.ndim + x.axis
+        return (self.rows or 1) if whole else x.numbers.shape[d]
+
     def _op_unsqueeze(self, x: Value, d: int) -> Value:
         d = d % (x.ndim + 1)
         axis = x.axis
@@ -401,9 +416,7 @@ class Reader:
     def _op_expand(self, x: Value, shape: Sequence[int], implicit: bool = False) -> Value:
         front = len(shape) - x.ndim
         own = None if x.axis is None else x.ndim + x.axis + front
-        size = [
-            x.numbers.shape[d - front] if d == own or n == -1 else n for d, n in enumerate(shape)
-        ]
+        size = [x.numbers.shape[d - front] if d == own or n == -1 else n for d, n in enumerate(shape)]
         return Value(np.broadcast_to(x.numbers, size), x.axis, x.source)
 
     def _op_view(self, x: Value, shape: Sequence[int]) -> Value:
@@ -462,7 +475,9 @@ class Reader:
         self, x: Value, part: Value, d: int = 0, start: Any = None, end: Any = None, step: int = 1
     ) -> Value:
         own = None if x.axis is None else x.ndim + x.axis
-        if d % x.ndim == own or (own is None and part.axis is not None and d % x.ndim == part.ndim + part.axis):
+        if d % x.ndim == own or (
+            own is None and part.axis is not None and d % x.ndim == part.ndim + part.axis
+        ):
             if start in (None, 0) and step == 1 and (end is None or end >= (self.rows or 0)):
                 return part
             raise NotByRows("it picks samples")
@@ -574,7 +589,7 @@ def _pulled_back(f: Formulas, op: str, args: list[int], i: int, bar: int) -> lis
     }
     if op in two_sided:
         return two_sided[op]()
-    slope: dict[str, Callable[[], int]] = {
+    one_sided: dict[str, Callable[[], int]] = {
         "neg": lambda: f.number(-1.0),
         "sin": lambda: add("cos", a),
         "cos": lambda: add("neg", add("sin", a)),
@@ -597,4 +612,4 @@ def _pulled_back(f: Formulas, op: str, args: list[int], i: int, bar: int) -> lis
         "log1p": lambda: add("reciprocal", f.plus(one, a)),
         "reciprocal": lambda: add("neg", square(i)),
     }
-    return [(a, f.times(bar, slope[op]()))]
+    return [(a, f.times(bar, one_sided[op]()))]

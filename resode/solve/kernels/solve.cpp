@@ -41,13 +41,14 @@ using Steps = std::vector<std::pair<double, double>>;  // start and size > 0 of 
 inline V load(const S* from) { return V::loadu(from); }
 
 #define INLINE inline __attribute__((always_inline))
+#define NOT_INLINE __attribute__((noinline))
 
-static INLINE void field(const V& t, const V* x, const S* shared, const V* own, V* dx) {
+@INLINE_FIELD@ void field(const V& t, const V* x, const S* shared, const V* own, V* dx) {
 @FIELD@
 }
 
 #if @WAY_BACK@
-static INLINE void pull(const V& t, const V* x, const S* shared, const V* own, const V* bar, V* xbar,
+@INLINE_FIELD@ void pull(const V& t, const V* x, const S* shared, const V* own, const V* bar, V* xbar,
                         V* sharedbar, V* ownbar) {
 @PULL@
 }

@@ -15,6 +15,9 @@ from resode.tableaus import ButcherTableau
 INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "and": "&", "or": "|",
          "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}  # fmt: skip
 
+INLINED = 128
+"""Fields of so many operations stand in the code of a step; larger ones, once, as a function."""
+
 TEMPLATE = Path(__file__).with_name("solve.cpp")
 
 
@@ -92,6 +95,7 @@ def source(tableau: ButcherTableau, formulas: Formulas, field: Sequence[int], ba
         "POWERS": str(powers),
         "POLYNOMIAL": polynomial,
         "POLYNOMIAL_BACK": weights,
+        "INLINE_FIELD": "static INLINE" if len(formulas.nodes) <= INLINED else "static NOT_INLINE",
         "WAY_BACK": str(int(back is not None)),
     }
     for name, value in filled.items():
@@ -188,4 +192,3 @@ def _expression(formulas: Formulas, i: int, place: dict[tuple, str]) -> str:
         case _ if op in INFIX:
             return f"n{args[0]} {INFIX[op]} n{args[1]}"
     return f"n{args[0]}.{op}()"
-
