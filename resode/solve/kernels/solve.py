@@ -209,6 +209,7 @@ class _Kernel:
             raise NotByRows("its tensors have several dtypes")
         for node in graph.graph.find_nodes(op="call_method", target="item"):
             node.replace_all_uses_with(node.args[0])  # a number that changed between calls came as a tensor
+            graph.graph.erase_node(node)
         graph.recompile()
         self.tableau, self.per_sample = tableau, per_sample
         self.needs_gradient = [torch.is_grad_enabled() and bool(e.requires_grad) for e in examples]
