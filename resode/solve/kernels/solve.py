@@ -152,8 +152,8 @@ def solve_by_rows(solve: Adaptive, outputs: np.ndarray, key: Any) -> ByRows | No
             LOG.info("solved by graphs of steps, because %s", reason)
         return None
     request = _Request(
-        solve.tableau, f, solve.control, solve.progress, solve.time, solve.end, outputs, solve.forward,
-        solve.k0.detach().contiguous(),
+        tableau=solve.tableau, field=f, control=solve.control, progress=solve.progress, time=solve.time,
+        end=solve.end, outputs=outputs, forward=solve.forward, k0=solve.k0.detach().contiguous(),
     )  # fmt: skip
     token = _REQUEST.set(request)
     try:
@@ -339,10 +339,12 @@ class _Kernel:
         flat = [i.detach().to(inputs[self.x_at].dtype).contiguous() for i in inputs]
         addresses = (ctypes.c_void_p * max(len(flat), 1))(*(i.data_ptr() for i in flat))
         job = _Job(
-            self.rows, outputs.shape[-1], int(outputs.ndim > 1), min(control.max_steps, 2**62),
-            torch.get_num_threads(), int(not self.per_sample), request.forward, float(control.rtol),
-            float(control.atol), control.min_step, control.max_step, control.longest, control.safety,
-            control.shrink, control.grow, first, second, third, 1 / order,
+            rows=self.rows, outputs=outputs.shape[-1], own_outputs=int(outputs.ndim > 1),
+            max_steps=min(control.max_steps, 2**62), threads=torch.get_num_threads(),
+            shared_step=int(not self.per_sample), forward=request.forward, rtol=float(control.rtol),
+            atol=float(control.atol), min_step=control.min_step, max_step=control.max_step,
+            longest=control.longest, safety=control.safety, shrink=control.shrink, grow=control.grow,
+            b1=first, b2=second, b3=third, power=1 / order,
         )  # fmt: skip
         places |= {"end": end, "at": at, "inputs": addresses}
         for name, place in places.items():
