@@ -7,12 +7,8 @@ for rounding.
 
 from __future__ import annotations
 
-import re
-import types
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,6 +29,8 @@ from resode.solve.control import NUMPY, Control, decide, plan
 from resode.solve.dense import Step
 from resode.solve.failures import too_many_steps
 from resode.solve.fixed import equal_steps
+from resode.solve.kept import compiled_for
+from resode.solve.kernels.solve import solve_by_rows
 from resode.solve.result import SolverError
 from resode.solve.step import Counted, Field, Time, as_stage, combine, increment, stages
 from resode.tableaus import ButcherTableau
@@ -42,9 +40,6 @@ WINDOW = {"cuda": 8}
 
 EVALUATIONS = 16
 """About how many evaluations of the field one graph of fixed steps holds."""
-
-SMALL = 2**16
-"""States up to this many entries are served by C++ between the kernels."""
 
 RECENT = 256
 """How many attempts are held before those that passed no output are dropped."""
@@ -191,6 +186,15 @@ def compiled_solve(
         )
     outputs = at[1:-1].T
     try:
+        if (found := solve_by_rows(solve, outputs, key)) is not None:
+            calls = tableau.b_row[-1][0] + 1
+            tried = found.state[5:].sum(0).numpy() - solve.progress.n_accepted - solve.progress.n_rejected
+            f.calls += calls * int(tried.max())
+            _place(solve, found.x, found.k0, found.state, calls)
+            if ((solve.end - solve.time) * solve.forward > 0).any():
+                next(solve.steps(), None)  # raises, with the reason
+                raise NotStuck
+            return [*at_the_ends(list(found.path), outputs, solve, (x, at[0])), solve.x], solve.progress
         passed = _attempts(solve, outputs, key)
     except SolverError:
         raise
@@ -328,64 +332,6 @@ def compiled_steps(key: Any) -> Callable[..., Tensor]:
         return x
 
     return advance
-
-
-_KEPT: weakref.WeakKeyDictionary[Any, dict[Any, Callable[..., Any]]] = weakref.WeakKeyDictionary()
-
-
-def key_of(func: Callable[..., Any]) -> Any:
-    """What compiled functions are kept for: a module, or the code that functions of one text share."""
-    if isinstance(func, torch.nn.Module):
-        return func
-    code = getattr(func, "__code__", None) or getattr(getattr(func, "__func__", None), "__code__", None)
-    return type(func) if code is None else code
-
-
-def compiled_for(
-    make: Callable[..., Callable[..., Any]], key: Any, x: Tensor, *settings: Any
-) -> Callable[..., Any]:
-    """`make(*settings)`, compiled for states like x, one for each field and each choice of settings."""
-    options: dict[str, Any] = {"guard_filter_fn": _guards_of_the_field}
-    if x.device.type == "cpu":
-        # Small states spend their time between kernels, and in vectors that a short last dimension leaves
-        # mostly empty.
-        options["cpp_wrapper"] = x.numel() <= SMALL
-        if x.ndim and x.shape[-1] < 8:
-            options["cpp.simdlen"] = 1
-    settings = (*settings, tuple(options.items()), _global_hooks())
-    kept = _KEPT.setdefault(key, {})
-    if (make, *settings) not in kept:
-        function = make(*settings[:-2])
-        # Compiled graphs are kept by code object, a few for each: every field gets a code object of its own.
-        own = types.FunctionType(
-            function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__
-        )
-        kept[make, *settings] = partial(
-            _looking_at_hooks, torch.compile(own, fullgraph=True, options=options)
-        )
-    return kept[make, *settings]
-
-
-def _looking_at_hooks(compiled: Callable[..., Any], *args: Any) -> Any:
-    """compiled(*args), seeing hooks of modules that have come or gone since, which torch skips by default."""
-    from torch._dynamo import config as dynamo  # seconds, which only who compiles should spend
-
-    before, dynamo.skip_nnmodule_hook_guards = dynamo.skip_nnmodule_hook_guards, False
-    try:
-        return compiled(*args)
-    finally:
-        dynamo.skip_nnmodule_hook_guards = before
-
-
-def _global_hooks() -> tuple[int, ...]:
-    """Which hooks all modules have, at which no guard looks; a hook's number is never given again."""
-    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
-    return tuple(n for kind in kinds for n in getattr(torch.nn.modules.module, f"_global_{kind}"))
-
-
-def _guards_of_the_field(guards: Sequence[Any]) -> list[bool]:
-    """Which guards to check at a call: not those of our own method and control, which can't change."""
-    return [re.match(r"(tableau|control|rule)(\W|$)", guard.name) is None for guard in guards]
 
 
 def _attempt_of(

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from resode.checks import checked, one_of, warn_user
-from resode.solve.compiled import COMPILED_OPTIONS, key_of
+from resode.solve.compiled import COMPILED_OPTIONS
 from resode.solve.control import MAX_STEPS
 from resode.solve.events import from_start, with_event_gradient
 from resode.solve.gradient import GRADIENTS, Adjoint, WayBack, adjoint_params
 from resode.solve.host import followed
+from resode.solve.kept import key_of
 from resode.solve.native import solve
 from resode.solve.options import SolveSettings, resolve_method
 from resode.solve.problem import (
@@ -99,7 +100,8 @@ def odeint(
             constant memory, up to the tolerance.
         compile: take steps as compiled graphs (torch.compile): seconds at the first call with a field, then
             several times faster where the field is small. Kept for the field across calls, times,
-            tolerances and batch sizes; equal to the eager result but for rounding. A field that can't be
+            tolerances and batch sizes; equal to the eager result but for rounding. On the CPU, small systems
+            whose rows don't mix are carried to the end in one call of generated C++. A field that can't be
             compiled, an option or callback that compiled steps don't know, fixed steps of an implicit method,
             or an implicit method on more than 16 entries (of a sample) is solved without, with a
             warning.

@@ -107,8 +107,9 @@ def small_systems(rounds: int, diffrax: str | None) -> list[Row]:
             {name: lambda solve=solve: solve(y0, t) for name, solve in solvers.items()}, rounds
         )
     found += rows("256 Van der Pol systems", seconds, over, bars, errors)
-    if diffrax:
-        found.append(by_diffrax(diffrax, y0, t, tol, rounds, exact))
+    peer = by_diffrax(diffrax, y0, t, tol, rounds, exact) if diffrax else None
+    if peer:
+        found += beside(peer, "", seconds, errors, {"per sample": 1.0, "whole": 0.8})
 
     start = y0.clone().requires_grad_()
     seconds = in_turns(
@@ -126,13 +127,16 @@ def small_systems(rounds: int, diffrax: str | None) -> list[Row]:
         "whole, eager": 0.8,
         "whole, compiled": 0.4,
     }
-    return found + rows("256 Van der Pol systems, gradient to y0", seconds, over, bars)
+    found += rows("256 Van der Pol systems, gradient to y0", seconds, over, bars)
+    if peer:
+        found += beside(peer, ", gradient", seconds, {}, {"per sample": 0.6, "whole": 0.8})
+    return found
 
 
-def by_diffrax(python: str, y0, t, tol: float, rounds: int, exact) -> Row:
-    """One row of diffrax, in its own process: not in turns."""
+def by_diffrax(python: str, y0, t, tol: float, rounds: int, exact) -> dict:
+    """What diffrax takes for the same solves, in its own process: not in turns."""
     with tempfile.TemporaryDirectory() as folder:
-        given, result = Path(folder) / "given.npz", Path(folder) / "y.npy"
+        given, result = Path(folder) / "given.npz", Path(folder) / "y.npz"
         np.savez(given, y0=y0.numpy(), t=t.numpy(), tol=tol)
         script = Path(__file__).with_name("diffrax_peer.py")
         done = subprocess.run(
@@ -140,9 +144,26 @@ def by_diffrax(python: str, y0, t, tol: float, rounds: int, exact) -> Row:
             capture_output=True, text=True, check=True, env={"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"},
         )  # fmt: skip
         told = json.loads(done.stdout.splitlines()[-1])
-        error = float((torch.from_numpy(np.load(result)) - exact).square().mean().sqrt())
-    name = f"diffrax {told['version']} (jitted; its own process)"
-    return rows("256 Van der Pol systems", {name: told["seconds"]}, {}, errors={name: error})[0]
+        told["errors"] = {
+            way: float(
+                (torch.from_numpy(np.load(result)[way.replace(" ", "_")]) - exact).square().mean().sqrt()
+            )
+            for way in ("per sample", "whole")
+        }
+    return told
+
+
+def beside(peer: dict, what: str, seconds: dict, errors: dict, bars: dict) -> list[Row]:
+    """Rows of compiled solves over diffrax's: one for each way of choosing steps."""
+    found = []
+    for way, bar in bars.items():
+        theirs, own = f"{way}, diffrax {peer['version']} (jitted, max_steps 512)", f"{way}, compiled"
+        both = {theirs: peer["seconds"][way + what], own: seconds[own]}
+        known = {theirs: peer["errors"][way], own: errors[own]} if errors else {}
+        found += rows(
+            f"256 Van der Pol systems{what}, beside diffrax", both, {own: theirs}, {own: bar}, known
+        )
+    return found
 
 
 class MLP(nn.Module):

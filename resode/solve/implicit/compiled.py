@@ -24,7 +24,7 @@ from torch.func import vjp, vmap
 
 from resode.checks import warn_user
 from resode.solve.adaptive import STANDSTILLS, Adaptive, Progress, adaptive_solve, between, error_norm
-from resode.solve.compiled import NotStuck, as_real, compiled_for, constants, warn_of_eager
+from resode.solve.compiled import NotStuck, as_real, constants, warn_of_eager
 from resode.solve.control import NUMPY, Attempt, Control, decide, plan
 from resode.solve.dense import Step
 from resode.solve.failures import too_many_steps
@@ -32,6 +32,7 @@ from resode.solve.implicit.blocks import StageBlock, lagrange, stage_blocks
 from resode.solve.implicit.newton import MOST, TRUSTED
 from resode.solve.implicit.steps import FAR, ImplicitStep, newton_tolerance
 from resode.solve.implicit.systems import DenseSystems
+from resode.solve.kept import compiled_for
 from resode.solve.result import SolverError
 from resode.solve.step import Counted, as_stage, combine, increment
 from resode.tableaus import ButcherTableau

@@ -1,0 +1,1 @@
+"""Whole solves in one call of generated code."""
