@@ -447,6 +447,12 @@ def test_what_changes_between_calls_counts(count, monkeypatch):
     for scale in (1.1, 1.2, 0.9, 1.2):  # from the second on, torch makes it an input of the graph
         field.scale = scale
         same(draw(5, 2))
+    gradients = []
+    for compile in (False, True):  # of a kernel with inputs that have none: the number
+        y = odeint(field, draw(5, 2), t, rtol=1e-6, atol=1e-7, per_sample=True, compile=compile)
+        gradients.append(torch.autograd.grad((y[-1] ** 2).sum(), [field.mu, field.weight]))
+    for a, b in zip(*gradients, strict=True):
+        assert torch.allclose(a, b, rtol=1e-8)
     same(draw(5, 4)[:, ::2])  # not contiguous
     assert len(count) >= 5
     start = draw(5, 2)

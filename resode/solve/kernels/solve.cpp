@@ -1,5 +1,6 @@
 // Error-controlled Runge-Kutta steps by rows; resode/solve/kernels/source.py fills the places between @.
 #include <torch/csrc/inductor/cpp_prefix.h>
+#include <ATen/cpu/vec/vec.h>  // the prefix has it only where there are vector instructions
 #include <algorithm>
 #include <atomic>
 #include <utility>
