@@ -548,8 +548,6 @@ def step_limits(records: Sequence[Any], path: Path = None) -> Figure:
         _check_made(
             "each of records", record, "resode.training.monitor.StepLimits", "update", "amplification"
         )
-    if not len(records):
-        raise ValueError("records must hold at least one: nothing was recorded to draw.")
     figure = Figure(figsize=(10.4, 3.7), layout="constrained")
     sizes, growing, limits = figure.subplots(1, 3)
     lines = list(dict.fromkeys((record.group, record.solver) for record in records))

@@ -73,8 +73,7 @@ def test_figures_of_nothing():
     ):
         with pytest.raises(ValueError, match=words):
             plots.training_curves(wrong)
-    with pytest.raises(ValueError, match="at least one"):
-        plots.step_limits([])
+    assert plots.step_limits([])  # of a run without a record: axes without lines
     with pytest.raises(ValueError, match="at least one"):
         plots.group_spectra([], "rk4")
 
