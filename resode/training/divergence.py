@@ -40,6 +40,7 @@ def why_diverged(
         The first cause, or None where nothing is found or the network cannot be looked at.
 
     Example:
+        >>> import torch
         >>> from resode import ResidualStack
         >>> field = nn.Linear(8, 8, bias=False)
         >>> _ = field.weight.data.copy_(-20 * torch.eye(8))
